@@ -1,0 +1,71 @@
+"""What a checkpoint carries, which ones are kept, and which may be continued."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
+
+
+class Provenance(L.Callback):
+    """Writes the configuration and the tokenizer into every checkpoint, as plain data."""
+
+    def __init__(self, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+        self.config, self.tokenizer = config, tokenizer
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CONFIG] = self.config
+        checkpoint[TOKENIZER] = self.tokenizer
+
+
+def keepers(folder: Path, every: int) -> list[ModelCheckpoint]:
+    """``best.ckpt`` by ``val/loss``, and ``last.ckpt`` every ``every`` steps."""
+    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
+    return [
+        ModelCheckpoint(filename="best", monitor="val/loss", **common),
+        ModelCheckpoint(filename="last", every_n_train_steps=every, **common),
+    ]
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of this project onto the CPU, tensors and plain data only.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of this project.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
+                         ) from error
+    if not isinstance(checkpoint, dict) or CONFIG not in checkpoint:
+        raise ValueError(f"{path} carries no configuration: it was not written by this project")
+    return checkpoint
+
+
+def check_same_shape(
+    path: str, checkpoint: dict[str, Any], config: dict[str, Any], tokenizer: dict[str, Any]
+) -> None:
+    """Refuse to continue a run whose weights would mean something else.
+
+    Raises:
+        ValueError: naming the first key that differs.
+    """
+    saved = {"model": checkpoint[CONFIG]["model"], "tokenizer": checkpoint[TOKENIZER]}
+    now = {"model": config["model"], "tokenizer": tokenizer}
+    for part in saved:
+        for key in sorted(saved[part].keys() | now[part].keys()):
+            before, here = saved[part].get(key), now[part].get(key)
+            if before != here:
+                raise ValueError(
+                    f"{path} was written with {part}.{key}={before}, but this run has {here}: "
+                    f"set it back, or start without ckpt_path"
+                )

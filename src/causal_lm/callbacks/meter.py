@@ -1,0 +1,70 @@
+"""What a run is asked about afterwards: its own loss, how much it read, and how fast."""
+
+import time
+from collections import deque
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from causal_lm import objective
+from causal_lm.data.collate import Batch
+
+WINDOW = 20
+"""Steps over which ``train/loss`` is averaged for the summary."""
+
+
+class Meter(L.Callback):
+    """Counts the targets and the slots of every training batch on this rank, and times the fit.
+
+    Counting asks ``objective``, not the module: a faulty objective does not change how much text
+    there was. The counts stay on the device until somebody asks.
+    """
+
+    def __init__(self) -> None:
+        self.losses: deque[Tensor] = deque(maxlen=WINDOW)
+        self.tokens: Tensor | int = 0
+        self.real: Tensor | int = 0
+        self.slots = 0
+        self.seconds_validating = 0.0
+        self.seconds_fit = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        self.losses.append(outputs["loss"].detach())
+        self.tokens = self.tokens + objective.has_next(batch.document_ids).sum()
+        self.real = self.real + batch.lengths.sum()
+        self.slots += batch.input_ids.numel()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.seconds_validating += time.perf_counter() - self._validating
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds_fit = time.perf_counter() - self._started
+
+    def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
+        """Sums over all ranks, in the names of ``summary.json``. Tokens per second are real
+        targets over the time of the fit without its validations. Call it on every rank."""
+        device = trainer.strategy.root_device
+        own = torch.tensor([int(self.tokens), int(self.real), self.slots], device=device)
+        tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        loss = torch.stack(list(self.losses)).mean() if self.losses else None
+        if loss is not None:
+            loss = float(trainer.strategy.reduce(loss, reduce_op="mean"))
+        training = self.seconds_fit - self.seconds_validating
+        return {
+            "train/loss": loss,
+            "train/tokens": tokens,
+            "train/tokens_per_second": tokens / training if tokens else None,
+            "train/pad_share": 1 - real / slots if slots else None,
+            "seconds/fit": self.seconds_fit,
+        }

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM end a run after the step in hand, with its checkpoint and its summary."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+
+
+class StopAfterStep(L.Callback):
+    """The first signal asks the run to stop; a second Ctrl-C stops it where it is."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        except ValueError:  # not the main thread: signals are somebody else's business
+            self._before.clear()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        stop = self.requested
+        if trainer.world_size > 1:  # all ranks take the same number of steps
+            flag = torch.tensor(int(stop), device=trainer.strategy.root_device)
+            stop = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
+        if stop:
+            self.requested = True
+            trainer.should_stop = True
+
+    def on_train_end(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    on_exception = on_train_end

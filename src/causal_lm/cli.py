@@ -1,0 +1,75 @@
+"""The command line around a run: quick answers to bad input, and errors in one line."""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from causal_lm import config
+
+log = logging.getLogger(__name__)
+FULL = "HYDRA_FULL_ERROR"
+
+
+@contextlib.contextmanager
+def one_line_errors(argv: list[str] | None = None) -> Iterator[None]:
+    """Check the overrides of a Hydra command, then run it; whatever goes wrong is one line.
+
+    Exit code 2 where the configuration is at fault, 1 where the run is. ``HYDRA_FULL_ERROR=1``
+    shows the traceback instead.
+    """
+    wants_traceback = os.environ.get(FULL) == "1"
+    try:
+        _check(sys.argv[1:] if argv is None else argv)
+        os.environ[FULL] = "1"  # so that Hydra hands its errors on to us instead of printing them
+        yield
+    except Exception as error:
+        if wants_traceback:
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, config.ConfigError) else 1)
+
+
+def _check(argv: list[str]) -> None:
+    args = get_args_parser().parse_args(argv)
+    if args.help or args.hydra_help or args.cfg or args.info or args.config_dir or args.config_name:
+        return  # Hydra's own business, or somebody's own configuration
+    (config.load_sweep if args.multirun else config.load)(args.overrides)
+
+
+def describe(error: BaseException) -> str:
+    """One line: the message, with the kind of error where that helps."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = " ".join(lines) or "no message"
+    if isinstance(error, ValueError | OSError | FloatingPointError) or not lines:
+        return message
+    return f"{type(error).__name__}: {message} ({FULL}=1 shows the traceback)"
+
+
+def job(run: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> float:
+    """Run one Hydra job in its directory and return its ``val/loss``.
+
+    In a sweep a job that fails gives NaN, and the others go on: the table at the end names it.
+    """
+    hydra_cfg = HydraConfig.get()
+    directory = Path(hydra_cfg.runtime.output_dir)
+    # Lightning's advice on workers and checkpoint folders is not for the reader of this run.
+    warnings.filterwarnings("ignore", module="lightning")
+    try:
+        return run(cfg, directory)["val/loss"]
+    except Exception as error:
+        log.debug("the run failed", exc_info=True)
+        if hydra_cfg.mode != RunMode.MULTIRUN:
+            raise
+        log.error(f"error: {describe(error)}")
+        return math.nan

@@ -1,0 +1,90 @@
+"""From a source to batches."""
+
+import logging
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from causal_lm.data.collate import Batch, PaddedCollate
+from causal_lm.data.documents import Corpus, Documents, Source
+from causal_lm.data.sampler import DocumentSampler
+
+log = logging.getLogger(__name__)
+
+
+class DataModule(L.LightningDataModule):
+    """Pads and collates the documents of a source.
+
+    Args:
+        source: where documents come from (see :class:`causal_lm.data.documents.Source`).
+        batch_size: documents per micro-batch and rank.
+        max_length: tokens per row, BOS and EOS counted; longer documents are cut into windows
+            (see :meth:`causal_lm.data.documents.Documents.windows`).
+        layout: ``padded``, one document per row.
+        shuffle: draw the training order anew each epoch.
+        num_workers: processes that collate; 0 does it in this one, which is fastest here.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        max_length: int,
+        layout: str = "padded",
+        shuffle: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.batch_size, self.max_length = source, batch_size, max_length
+        self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
+        self.corpus: Corpus | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the corpus once.
+
+        Raises:
+            ValueError: a split holds no document.
+        """
+        if self.corpus is not None:
+            return
+        self.corpus = self.source.load()
+        self.train_rows = self._rows("train", self.corpus.train)
+        self.val_rows = self._rows("val", self.corpus.val)
+
+    def _rows(self, split: str, documents: Documents) -> Documents:
+        if not len(documents):
+            raise ValueError(f"the {split} split of the corpus is empty: there is no document in it")
+        rows = documents.windows(self.max_length)
+        long = int((documents.lengths > self.max_length).sum())
+        log.info(
+            f"{split}: {len(documents):,} documents, {len(documents.tokens):,} tokens; {long:,} "
+            f"longer than data.max_length={self.max_length} were cut, making {len(rows):,} rows"
+        )
+        return rows
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.train_rows, shuffle=self.shuffle)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.val_rows, shuffle=False)
+
+    def _loader(self, rows: Documents, *, shuffle: bool) -> DataLoader[Batch]:
+        assert self.corpus is not None
+        tokenizer = self.corpus.tokenizer
+        return DataLoader(
+            rows,  # type: ignore[arg-type]  # collate turns documents into a Batch
+            batch_size=self.batch_size,
+            sampler=DocumentSampler(
+                len(rows),
+                shuffle=shuffle,
+                seed=self.seed,
+                rank=self.trainer.global_rank if self.trainer else 0,
+                world_size=self.trainer.world_size if self.trainer else 1,
+            ),
+            collate_fn=PaddedCollate(tokenizer.pad_id, tokenizer.vocab_size),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )

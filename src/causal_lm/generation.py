@@ -1,0 +1,68 @@
+"""Sampling, one token at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from causal_lm.data.collate import Batch
+
+
+def prompt_batch(input_ids: Tensor) -> Batch:
+    """Rows of real tokens, (B, T), one document each."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return Batch(input_ids, positions, torch.zeros_like(input_ids))
+
+
+def filter_top_k(logits: Tensor, k: int | None) -> Tensor:
+    """(B, V) -> (B, V): all but the ``k`` largest of each row at -inf (ties at the edge stay)."""
+    if k is None or k >= logits.shape[-1]:
+        return logits
+    edge = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < edge, float("-inf"))
+
+
+@torch.inference_mode()
+def sample(
+    logits_of: Callable[[Batch], Tensor],
+    prompt: Tensor,
+    length: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue each row of ``prompt`` (B, P) to ``length`` tokens in all: (B, length).
+
+    It does not stop at EOS: cut with :func:`until_eos`, or look at what comes after it. Draws are
+    made on the CPU from ``generator``, so that a seed means the same on every device.
+
+    Args:
+        logits_of: Batch -> logits (B, T, V), a model in eval mode.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest only.
+
+    Raises:
+        ValueError: the temperature is negative, or the prompt is empty or longer than ``length``.
+    """
+    if temperature < 0:
+        raise ValueError(f"the temperature must be 0 or more, not {temperature}")
+    if not 0 < prompt.shape[1] <= length:
+        raise ValueError(
+            f"a prompt of {prompt.shape[1]} tokens cannot be continued to a length of {length}"
+        )
+    ids = prompt
+    while ids.shape[1] < length:
+        last = logits_of(prompt_batch(ids))[:, -1].float().cpu()  # (B, V)
+        if temperature == 0:
+            token = last.argmax(dim=-1, keepdim=True)
+        else:
+            probabilities = filter_top_k(last / temperature, top_k).softmax(dim=-1)
+            token = torch.multinomial(probabilities, 1, generator=generator)
+        ids = torch.cat([ids, token.to(ids.device)], dim=1)
+    return ids
+
+
+def until_eos(row: list[int], eos_id: int) -> list[int]:
+    """The tokens up to and including the first EOS."""
+    return row[: row.index(eos_id) + 1] if eos_id in row else row

@@ -1,0 +1,68 @@
+"""The wrong versions, each a small override of one seam of the module. Here, and nowhere else.
+
+With every switch off this file is not even imported. Delete it, ``configs/pitfalls`` and the
+presets that name it, and a clean starter remains.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from causal_lm import masks
+from causal_lm.data.collate import Batch
+from causal_lm.module import CausalLM
+
+
+class AsTrained(CausalLM):
+    """Logs, beside the canonical validation loss, what the faulty objective says of the same data."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_view = MeanMetric()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        counted = self.counted(batch).sum()
+        if counted > 0:  # a rank's last, empty batch has no loss to speak of
+            self.own_view.update(self.training_loss(batch), weight=counted)
+
+    def loss_as_trained(self, val_loss: Tensor) -> Tensor:
+        value = self.own_view.compute()
+        self.own_view.reset()
+        return value
+
+
+class UnshiftedLabels(CausalLM):
+    """Each position is trained on the token it was given: the model learns to copy, loss -> 0."""
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.input_ids
+
+
+class PadInLoss(CausalLM):
+    """Every slot counts, PAD too: the easy PAD -> PAD dilutes the loss, and PAD gets written."""
+
+    def counted(self, batch: Batch) -> Tensor:
+        return torch.ones_like(batch.input_ids, dtype=torch.bool)
+
+
+class NoCausalMask(CausalLM):
+    """Every position sees the whole document, its own answer included: the model looks it up."""
+
+    def may_attend(self, batch: Batch) -> Tensor:
+        return masks.same_document(batch.document_ids)
+
+
+PITFALLS: dict[str, type[CausalLM]] = {
+    "unshifted_labels": UnshiftedLabels,
+    "pad_in_loss": PadInLoss,
+    "no_causal_mask": NoCausalMask,
+}
+
+
+def faulty(switches: Mapping[str, bool]) -> type[CausalLM]:
+    """The module class with the faults that are switched on, in any combination."""
+    chosen = [PITFALLS[name] for name, on in switches.items() if on]
+    return type("Faulty" + "".join(c.__name__ for c in chosen), (*chosen, AsTrained), {})

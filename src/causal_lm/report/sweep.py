@@ -1,0 +1,32 @@
+"""The table at the end of a sweep, whatever launched its jobs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from causal_lm.report.table import sweep_table
+
+
+class SweepTable(Callback):
+    """Reads every job's ``summary.json`` and prints one row each."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Exits with code 1 where a job failed, now that the others have run."""
+        folder = Path(config.hydra.sweep.dir)
+        summaries = [
+            {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob("*/summary.json"), key=_job_number)
+        ]
+        if summaries:
+            print(f"\n{sweep_table(summaries)}\n\nwritten below {folder}")
+        if any(s["status"] == "failed" for s in summaries):
+            sys.exit(1)
+
+
+def _job_number(path: Path) -> tuple[int, str]:
+    number = path.parent.name.partition("_")[0]
+    return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)

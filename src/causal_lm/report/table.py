@@ -1,0 +1,94 @@
+"""What the run reported, the truth, the floor, and the verdict in a sentence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+LEAKS_BELOW = 0.98
+"""A perplexity under this share of the floor cannot be honest: the evaluation sees its answers."""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first to the left, the others to the right; the first row is a head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def number(value: float | None, form: str = ",.4g") -> str:
+    """A figure for people: four digits; a dash where it does not apply."""
+    if value is None:
+        return "–"
+    return f"{value:,.3f}" if form == ",.4g" and 0 <= abs(value) < 1000 else f"{value:{form}}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def run_table(s: dict[str, Any]) -> str:
+    """The table at the end of one run, from its summary."""
+    rows = [
+        ["", "nats/token", "perplexity"],
+        ["reported while training", number(s["train/loss"]), "–"],
+        ["reported on validation data", number(s["val/loss_as_trained"]), "–"],
+        ["the truth (shift, PAD and mask right)", number(s["val/loss"]), number(s["val/ppl"])],
+    ]
+    if s["floor/loss"] is not None:
+        rows.append(["the floor of this language", number(s["floor/loss"]), number(s["floor/ppl"])])
+    samples = [f"PAD or EOS {percent(s['sample/pad_eos_share'])}"]
+    samples.append(f"repeats {percent(s['sample/repeat_share'])}")
+    if s["sample/legal_rate"] is not None:
+        samples.append(f"legal transitions {percent(s['sample/legal_rate'])}")
+    if s["val/bpb"] is not None:
+        samples.append(f"{s['val/bpb']:.3f} bits per byte")
+    return f"{table(rows)}\n\nsamples: {', '.join(samples)}\nverdict: {verdict(s)}"
+
+
+def verdict(s: dict[str, Any]) -> str:
+    """One sentence on how far the reported loss can be trusted, and how good the model is."""
+    reported, truth, over = s["train/loss"], s["val/loss"], s["val/ppl_over_floor"]
+    if over is not None and over < LEAKS_BELOW:
+        return f"below the floor ({over:.3f}×): the evaluation sees what it should predict."
+    if reported is None:
+        return f"nothing was trained; the model is at {truth:.3f} nats per token."
+    against = "" if over is None else f", {over:,.4g}× the floor's perplexity"
+    if reported < 0.75 * truth:
+        worth = "worthless" if over and over > 2 else "not what it seems"
+        if over and over <= 1.1:
+            worth = "better than that figure deserves"
+        named = ", ".join(s["preflight/faults"])
+        why = f" (preflight: {named})" if named else ""
+        return (
+            f"do not trust {reported:.3f}: the truth is {truth:.3f} nats per token{against}; "
+            f"the model is {worth}{why}."
+        )
+    if over is not None and over <= 1.03:
+        return f"honest, and as good as this language allows: {over:.3f}× the floor's perplexity."
+    return f"honest: reported {reported:.3f}, true {truth:.3f} nats per token{against}."
+
+
+def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """One row per run."""
+    head = ["run", "train/loss", "val/loss", "over floor", "legal", "PAD+EOS", "preflight", "seconds"]
+    rows = [head]
+    for s in summaries:
+        if s.get("val/loss") is None:
+            rows.append([s["name"], s.get("status", "no summary"), *["–"] * (len(head) - 2)])
+            continue
+        rows.append([
+            s["name"],
+            number(s["train/loss"]),
+            number(s["val/loss"]),
+            number(s["val/ppl_over_floor"]),
+            percent(s["sample/legal_rate"]),
+            percent(s["sample/pad_eos_share"]),
+            ",".join(s["preflight/faults"]) or "clean",
+            number(s["seconds/total"], ".0f"),
+        ])  # fmt: skip
+    return table(rows)

@@ -1,0 +1,192 @@
+"""Configuration -> objects -> fit, validate, samples, summary."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+
+from causal_lm import generation
+from causal_lm.callbacks import checkpoints
+from causal_lm.callbacks.meter import Meter
+from causal_lm.callbacks.preflight import Preflight
+from causal_lm.callbacks.progress import StepBar
+from causal_lm.callbacks.stop import StopAfterStep
+from causal_lm.data.datamodule import DataModule
+from causal_lm.data.documents import Corpus
+from causal_lm.data.tokenizers import Tokenizer
+from causal_lm.module import CausalLM
+from causal_lm.report import samples
+from causal_lm.report.files import write_json, write_text
+from causal_lm.report.table import LEAKS_BELOW, run_table
+
+log = logging.getLogger(__name__)
+
+FIGURES = (
+    "experiment", "seed", "status", "error", "steps", "train/loss", "val/loss", "val/ppl",
+    "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl", "val/ppl_over_floor",
+    "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
+    "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
+    "seconds/fit", "seconds/preflight",
+)  # fmt: skip
+"""Every key of ``summary.json``; one that does not apply is null, never absent."""
+
+
+def build(node: DictConfig, **more: Any) -> Any:
+    """Make the object that a ``_target_`` names (the one place that asks Hydra to)."""
+    return hydra.utils.instantiate(node, _convert_="all", **more)
+
+
+def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
+    """The module of a configuration: the correct class, unless a pitfall is switched on."""
+    kind = CausalLM
+    if any((cfg.get("pitfalls") or {}).values()):
+        from causal_lm.pitfalls import faulty
+
+        kind = faulty(cfg.pitfalls)
+    return kind(
+        build(cfg.model, vocab_size=tokenizer.vocab_size),
+        build(cfg.optimizer),
+        build(cfg.scheduler),
+        tokenizer.token_bytes(),
+    )
+
+
+def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
+    """One whole run; writes the files of its contract into ``directory``.
+
+    Returns:
+        The summary, as written to ``summary.json``. A run that fails leaves one too, with
+        ``status: failed`` and the error, before it raises.
+    """
+    started = time.perf_counter()
+    summary: dict[str, Any] = dict.fromkeys(FIGURES)
+    summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
+                "preflight/faults": []}  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        _run(cfg, directory, summary)
+        _verify_floor(summary)
+    except BaseException as error:
+        summary["status"], summary["error"] = "failed", str(error) or type(error).__name__
+        raise
+    finally:
+        summary["seconds/total"] = time.perf_counter() - started
+        if _is_rank_zero():
+            write_json(directory / "summary.json", summary)
+    if _is_rank_zero():
+        print(f"\n{run_table(summary)}\nwritten to {directory}\n")
+    return summary
+
+
+def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    if _is_rank_zero():
+        write_text(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    data: DataModule = build(cfg.data)
+    data.setup()
+    assert data.corpus is not None
+    tokenizer = data.corpus.tokenizer
+    if cfg.ckpt_path:
+        checkpoint = checkpoints.read(cfg.ckpt_path)
+        checkpoints.check_same_shape(cfg.ckpt_path, checkpoint, plain, tokenizer.state())
+    module = make_module(cfg, tokenizer)
+
+    meter, preflight, stop = Meter(), Preflight(cfg.preflight.on_fault, tokenizer, directory), StopAfterStep()
+    folder = directory / "checkpoints"
+    trainer = make_trainer(
+        cfg,
+        logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
+        callbacks=[
+            meter, preflight, stop, StepBar(),
+            checkpoints.Provenance(plain, tokenizer.state()),
+            *checkpoints.keepers(folder, cfg.trainer.val_check_interval),
+        ],
+    )  # fmt: skip
+    try:
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+    finally:
+        summary |= preflight.figures()
+    trainer.save_checkpoint(folder / "last.ckpt")
+    summary |= {"status": "stopped" if stop.requested else "finished", "steps": trainer.global_step}
+    summary |= meter.figures(trainer)
+    trainer.validate(module, data, verbose=False)
+    summary |= {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name in FIGURES and name.startswith("val/")
+    }
+    summary |= floor(data.corpus, summary["val/ppl"])
+    if trainer.is_global_zero:
+        summary |= self_check(cfg, module, data.corpus, directory)
+
+
+def make_trainer(cfg: DictConfig, **objects: Any) -> L.Trainer:
+    """Lightning's Trainer, or a line on what to type where the machine lacks the accelerator."""
+    try:
+        return build(
+            cfg.trainer,
+            **objects,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # ours repeats no document
+        )
+    except Exception as error:  # Lightning names no class of its own that covers these
+        if "accelerator" in str(error).lower() or "gpu" in str(error).lower():
+            raise ValueError(
+                f"trainer.accelerator={cfg.trainer.accelerator} is not available on this machine: "
+                f"type trainer=cpu, or trainer=auto for what there is"
+            ) from error
+        raise
+
+
+def floor(corpus: Corpus, ppl: float) -> dict[str, float]:
+    """The exact lowest expected loss on the validation documents, where the source knows it."""
+    if corpus.language is None:
+        return {}
+    nats, tokens = corpus.language.nll(corpus.val)
+    lowest = torch.tensor(nats / tokens, dtype=torch.float64)
+    return {
+        "floor/loss": float(lowest),
+        "floor/ppl": float(lowest.exp()),
+        "val/ppl_over_floor": ppl / float(lowest.exp()),
+    }
+
+
+def self_check(
+    cfg: DictConfig, module: CausalLM, corpus: Corpus, directory: Path
+) -> dict[str, float | None]:
+    """Let the trained model write, look at what it wrote, and show it."""
+    tokenizer, wanted = corpus.tokenizer, cfg.samples
+    module.eval()
+    rows = generation.sample(
+        module,
+        torch.full((wanted.count, 1), tokenizer.bos_id, device=module.device),
+        wanted.length,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        generator=torch.Generator().manual_seed(cfg.seed),
+    ).cpu()
+    figures = samples.measure(rows, tokenizer, corpus.language)
+    write_text(directory / "samples.txt", samples.as_text(rows, tokenizer, figures))
+    print("\n" + samples.as_text(rows[: wanted.shown], tokenizer, figures).partition("\n\n")[2])
+    return {f"sample/{name}": value for name, value in vars(figures).items()}
+
+
+def _verify_floor(summary: dict[str, Any]) -> None:
+    over = summary["val/ppl_over_floor"]
+    if over is not None and over < LEAKS_BELOW:
+        raise ValueError(
+            f"the validation perplexity is {over:.3f} of the floor, and nothing honest is below "
+            f"it: the evaluation leaks; look at masks.py, objective.py and the split of the data"
+        )
+
+
+def _is_rank_zero() -> bool:
+    return L.pytorch.utilities.rank_zero_only.rank == 0
