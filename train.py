@@ -1,5 +1,7 @@
 """Train a causal language model: `python train.py experiment=fix`. See configs/ for every knob."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -16,4 +18,5 @@ def train(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     with cli.one_line_errors():
+        cli.check(sys.argv[1:])
         train()

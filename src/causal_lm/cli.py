@@ -22,16 +22,15 @@ FULL = "HYDRA_FULL_ERROR"
 
 
 @contextlib.contextmanager
-def one_line_errors(argv: list[str] | None = None) -> Iterator[None]:
-    """Check the overrides of a Hydra command, then run it; whatever goes wrong is one line.
+def one_line_errors() -> Iterator[None]:
+    """Whatever goes wrong inside is one line on stderr.
 
     Exit code 2 where the configuration is at fault, 1 where the run is. ``HYDRA_FULL_ERROR=1``
     shows the traceback instead.
     """
     wants_traceback = os.environ.get(FULL) == "1"
+    os.environ[FULL] = "1"  # so that Hydra hands its errors on to us instead of printing them
     try:
-        _check(sys.argv[1:] if argv is None else argv)
-        os.environ[FULL] = "1"  # so that Hydra hands its errors on to us instead of printing them
         yield
     except Exception as error:
         if wants_traceback:
@@ -40,7 +39,12 @@ def one_line_errors(argv: list[str] | None = None) -> Iterator[None]:
         sys.exit(2 if isinstance(error, config.ConfigError) else 1)
 
 
-def _check(argv: list[str]) -> None:
+def check(argv: list[str]) -> None:
+    """Validate a Hydra command line before Hydra makes directories for it.
+
+    Raises:
+        ConfigError: naming the key, preset or value at fault.
+    """
     args = get_args_parser().parse_args(argv)
     if args.help or args.hydra_help or args.cfg or args.info or args.config_dir or args.config_name:
         return  # Hydra's own business, or somebody's own configuration

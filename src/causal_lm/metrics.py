@@ -65,7 +65,9 @@ class TokenPerplexity(Metric):
         """Follow the module's device, never its dtype. (MPS has no float64: float32 there.)"""
         device = fn(self.tokens).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        nats = self.nats.to(device, dtype) if device.type != "mps" else self.nats.to(dtype).to(device)
+        nats = (
+            self.nats.to(device, dtype) if device.type != "mps" else self.nats.to(dtype).to(device)
+        )
         self.nats = self.nats.to(dtype)
         self._defaults["nats"] = torch.zeros((), dtype=dtype)
         super()._apply(fn, exclude_state)

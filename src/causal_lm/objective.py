@@ -11,7 +11,6 @@ is why PAD may equal EOS:
 Units: losses are in nats; counts are in tokens.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

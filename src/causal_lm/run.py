@@ -19,7 +19,7 @@ from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
-from causal_lm.data.tokenizers import Tokenizer
+from causal_lm.data.tokenizers import Tokenizer, from_state
 from causal_lm.module import CausalLM
 from causal_lm.report import samples
 from causal_lm.report.files import write_json, write_text
@@ -57,6 +57,22 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     )
 
 
+def restore(path: str | Path) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
+    """The model of a checkpoint, in eval mode on the CPU, its tokenizer and its configuration.
+
+    The correct class carries it, whatever it was trained with: pitfalls are about training.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`causal_lm.callbacks.checkpoints.read`.
+    """
+    checkpoint = checkpoints.read(path)
+    config = checkpoint[checkpoints.CONFIG]
+    tokenizer = from_state(checkpoint[checkpoints.TOKENIZER])
+    module = make_module(OmegaConf.create(config | {"pitfalls": {}}), tokenizer)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+    return module.eval(), tokenizer, config
+
+
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     """One whole run; writes the files of its contract into ``directory``.
 
@@ -85,6 +101,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 
 
 def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no adverts
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(cfg, resolve=True)
     if _is_rank_zero():
@@ -98,7 +115,11 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
         checkpoints.check_same_shape(cfg.ckpt_path, checkpoint, plain, tokenizer.state())
     module = make_module(cfg, tokenizer)
 
-    meter, preflight, stop = Meter(), Preflight(cfg.preflight.on_fault, tokenizer, directory), StopAfterStep()
+    meter, preflight, stop = (
+        Meter(),
+        Preflight(cfg.preflight.on_fault, tokenizer, directory),
+        StopAfterStep(),
+    )
     folder = directory / "checkpoints"
     trainer = make_trainer(
         cfg,
@@ -118,7 +139,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
     summary |= meter.figures(trainer)
     trainer.validate(module, data, verbose=False)
     summary |= {
-        name: float(value)
+        name: float(value) if value.isfinite() else None
         for name, value in trainer.callback_metrics.items()
         if name in FIGURES and name.startswith("val/")
     }

@@ -44,8 +44,9 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
-                         ) from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
+        ) from error
     if not isinstance(checkpoint, dict) or CONFIG not in checkpoint:
         raise ValueError(f"{path} carries no configuration: it was not written by this project")
     return checkpoint

@@ -47,9 +47,7 @@ class Preflight(L.Callback):
             log.info(f"trained pairs: {guards.pairs(pl_module, batch, self.tokenizer)}")
         lines = [f"preflight [{f.label}] {f.seen}. Change {f.key}." for f in self.faults]
         if lines and self.on_fault == "error":
-            raise PreflightError(
-                " ".join(lines) + " (preflight.on_fault=warn trains all the same)"
-            )
+            raise PreflightError(" ".join(lines) + " (preflight.on_fault=warn trains all the same)")
         for line in lines:
             log.warning(line)
 

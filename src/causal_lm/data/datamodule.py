@@ -56,7 +56,9 @@ class DataModule(L.LightningDataModule):
 
     def _rows(self, split: str, documents: Documents) -> Documents:
         if not len(documents):
-            raise ValueError(f"the {split} split of the corpus is empty: there is no document in it")
+            raise ValueError(
+                f"the {split} split of the corpus is empty: there is no document in it"
+            )
         rows = documents.windows(self.max_length)
         long = int((documents.lengths > self.max_length).sum())
         log.info(

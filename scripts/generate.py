@@ -1,0 +1,50 @@
+"""Sample from a checkpoint, which is all that is needed.
+
+python scripts/generate.py runs/…/checkpoints/last.ckpt --prompt "Return the " --top-k 20
+"""
+
+import argparse
+
+import torch
+
+from causal_lm import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="a file that train.py wrote")
+    parser.add_argument("--prompt", default="", help="text to continue; empty begins a document")
+    parser.add_argument("--count", type=int, default=4, help="samples")
+    parser.add_argument("--length", type=int, default=None, help="tokens in all, BOS counted")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name in ("count", "top_k"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+    from causal_lm import generation
+    from causal_lm.run import restore
+
+    module, tokenizer, config = restore(args.checkpoint)
+    limit = config["data"]["max_length"]
+    length = limit if args.length is None else args.length
+    if length > limit:
+        raise ValueError(f"--length {length} is beyond the {limit} tokens of a row in training")
+    prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(args.prompt)]])
+    rows = generation.sample(
+        module,
+        prompt.expand(args.count, -1),
+        length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    for number, row in enumerate(rows.tolist(), start=1):
+        print(f"--- {number}\n{tokenizer.decode(generation.until_eos(row, tokenizer.eos_id))}")
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors():
+        main()
