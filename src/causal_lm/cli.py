@@ -1,9 +1,11 @@
 """The command line around a run: quick answers to bad input, and errors in one line."""
 
 import contextlib
+import json
 import logging
 import math
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,13 +65,15 @@ def describe(error: BaseException) -> str:
 def job(run: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> float:
     """Run one Hydra job in its directory and return its ``val/loss``.
 
-    In a sweep a job that fails gives NaN, and the others go on: the table at the end names it.
+    In a sweep, a job that fails gives NaN, and the others go on: the table at the end names it.
     """
     hydra_cfg = HydraConfig.get()
     directory = Path(hydra_cfg.runtime.output_dir)
     # Lightning's advice on workers and checkpoint folders is not for the reader of this run.
     warnings.filterwarnings("ignore", module="lightning")
     try:
+        if hydra_cfg.mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
+            return _alone(list(hydra_cfg.overrides.task), directory)
         return run(cfg, directory)["val/loss"]
     except Exception as error:
         log.debug("the run failed", exc_info=True)
@@ -77,3 +81,17 @@ def job(run: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> f
             raise
         log.error(f"error: {describe(error)}")
         return math.nan
+
+
+def _alone(overrides: list[str], directory: Path) -> float:
+    """One job of a sweep as a command of its own.
+
+    Lightning starts the other ranks by repeating the command line. That of a sweep would have each
+    rank replay the whole sweep, and train different configurations against each other.
+    """
+    command = [sys.executable, sys.argv[0], *overrides, f"hydra.run.dir='{directory}'"]
+    subprocess.run(command, check=False)
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    if summary["status"] == "failed":
+        raise ValueError(summary["error"])
+    return summary["val/loss"]

@@ -28,7 +28,7 @@ def same_document(document_ids: Tensor) -> Tensor:
 
 
 def causal(document_ids: Tensor) -> Tensor:
-    """(B, T) document ids -> bool (B, T, T), True where query t (dim 1) may attend to key s (dim 2).
+    """(B, T) document ids -> bool (B, T, T): may query t (dim 1) attend to key s (dim 2)?
 
     >>> causal(torch.tensor([[0, 0, -1]]))[0].int()
     tensor([[1, 0, 0],

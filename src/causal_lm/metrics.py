@@ -39,7 +39,7 @@ class TokenPerplexity(Metric):
         self.token_bytes = token_bytes
 
     def update(self, nll: Tensor, labels: Tensor) -> None:
-        """nll (B, T) in nats, 0 where it does not count; labels (B, T), IGNORE where not counted."""
+        """nll (B, T) in nats, 0 where it does not count; labels (B, T), IGNORE likewise."""
         if nll.shape != labels.shape:
             raise ValueError(f"nll {tuple(nll.shape)} and labels {tuple(labels.shape)} differ")
         counted = labels != IGNORE

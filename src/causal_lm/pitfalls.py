@@ -16,7 +16,7 @@ from causal_lm.module import CausalLM
 
 
 class AsTrained(CausalLM):
-    """Logs, beside the canonical validation loss, what the faulty objective says of the same data."""
+    """Logs, beside the canonical validation loss, what the faulty objective says of it."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

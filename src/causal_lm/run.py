@@ -1,6 +1,7 @@
 """Configuration -> objects -> fit, validate, samples, summary."""
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no adverts
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     if _is_rank_zero():
         write_text(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     data: DataModule = build(cfg.data)
@@ -210,4 +211,4 @@ def _verify_floor(summary: dict[str, Any]) -> None:
 
 
 def _is_rank_zero() -> bool:
-    return L.pytorch.utilities.rank_zero_only.rank == 0
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0

@@ -57,9 +57,10 @@ class Meter(L.Callback):
         device = trainer.strategy.root_device
         own = torch.tensor([int(self.tokens), int(self.real), self.slots], device=device)
         tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
-        loss = torch.stack(list(self.losses)).mean() if self.losses else None
-        if loss is not None:
-            loss = float(trainer.strategy.reduce(loss, reduce_op="mean"))
+        loss = None
+        if self.losses:
+            own_loss = torch.stack(list(self.losses)).mean()
+            loss = float(trainer.strategy.reduce(own_loss, reduce_op="mean"))
         training = self.seconds_fit - self.seconds_validating
         return {
             "train/loss": loss,

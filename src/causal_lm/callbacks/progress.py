@@ -43,4 +43,5 @@ class StepBar(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    on_exception = on_train_end
+    def on_exception(self, *args: Any) -> None:
+        self.on_train_end()

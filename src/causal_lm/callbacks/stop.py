@@ -41,4 +41,5 @@ class StopAfterStep(L.Callback):
             signal.signal(number, handler)
         self._before.clear()
 
-    on_exception = on_train_end
+    def on_exception(self, *args: Any) -> None:
+        self.on_train_end()

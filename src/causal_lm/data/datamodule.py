@@ -56,9 +56,7 @@ class DataModule(L.LightningDataModule):
 
     def _rows(self, split: str, documents: Documents) -> Documents:
         if not len(documents):
-            raise ValueError(
-                f"the {split} split of the corpus is empty: there is no document in it"
-            )
+            raise ValueError(f"the {split} split of the corpus is empty: it holds no document")
         rows = documents.windows(self.max_length)
         long = int((documents.lengths > self.max_length).sum())
         log.info(
