@@ -19,6 +19,10 @@ from omegaconf import DictConfig
 
 from causal_lm import config
 
+# Read when torch loads: threads that wait, sleep. Spinning, the default, costs a busy machine dear:
+# beside one other process a step of the seed model took 70 ms on two cores; with this 27, alone 25.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 log = logging.getLogger(__name__)
 FULL = "HYDRA_FULL_ERROR"
 

@@ -194,7 +194,12 @@ def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictCo
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            parsed = OverridesParser.create(loader).parse_overrides(list(overrides))
+            parsed = _parse(overrides, loader)
+            for override in parsed:
+                if override.is_sweep_override():
+                    raise ConfigError(
+                        f"{override.input_line}: several values make a sweep; add -m to run it"
+                    )
             _check_keys(parsed, loader)
             cfg = compose("train", overrides=list(overrides))
     except ConfigError:
@@ -211,10 +216,7 @@ def load_sweep(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> None:
     Raises:
         ConfigError: as :func:`load`, of the first job at fault.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(_first_line(error)) from error
+    parsed = _parse(overrides)
     axes = [
         list(o.sweep_string_iterator()) if o.is_discrete_sweep() else [o.get_value_element_as_str()]
         for o in parsed
@@ -223,6 +225,16 @@ def load_sweep(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> None:
     keys = [o.get_key_element() for o in parsed]
     for values in itertools.islice(itertools.product(*axes), MOST_JOBS_CHECKED):
         load([f"{k}={v}" for k, v in zip(keys, values, strict=True)], config_dir)
+
+
+def _parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    for word in overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"{word!r} is no override: write key=value, as in experiment=fix")
+    try:
+        return OverridesParser.create(loader).parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(_first_line(error)) from error
 
 
 def _check_keys(overrides: Sequence[Override], loader: ConfigLoader) -> None:

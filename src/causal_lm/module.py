@@ -20,7 +20,7 @@ class CausalLM(L.LightningModule):
     trained, and cannot change what is measured.
 
     Args:
-        model: ``(input_ids (B, T), position_ids (B, T), may_attend (B, T, T))`` -> logits (B, T, V).
+        model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T)) -> logits (B, T, V).
         optimizer: parameters -> optimizer.
         scheduler: (optimizer, total_steps) -> learning-rate schedule, stepped once per optimizer
             step; None for a constant rate.

@@ -53,7 +53,8 @@ def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     A batch in which nothing counts gives 0 with a gradient of 0, not NaN.
 
-    >>> logits = torch.zeros(1, 3, 4)                    # uniform over four tokens
+    >>> import torch
+    >>> logits = torch.zeros(1, 3, 4)  # uniform over four tokens
     >>> mean_nll(logits, torch.tensor([[1, 2, IGNORE]]))  # ln 4
     tensor(1.3863)
     """

@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,7 +41,10 @@ FIGURES = (
 
 def build(node: DictConfig, **more: Any) -> Any:
     """Make the object that a ``_target_`` names (the one place that asks Hydra to)."""
-    return hydra.utils.instantiate(node, _convert_="all", **more)
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **more)
+    except InstantiationException as error:  # what the object itself said is the better message
+        raise (error.__cause__ or error) from None
 
 
 def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
@@ -126,7 +130,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
         callbacks=[
-            meter, preflight, stop, StepBar(),
+            meter, preflight, stop, *([StepBar()] if cfg.trainer.enable_progress_bar else []),
             checkpoints.Provenance(plain, tokenizer.state()),
             *checkpoints.keepers(folder, cfg.trainer.val_check_interval),
         ],

@@ -76,8 +76,8 @@ class MarkovLanguage:
             documents.starts, documents.lengths
         )
         place = place[:-1][targets[1:]]
-        last = place == self.max_symbols
-        end = torch.where(last, 1.0, torch.where(place == 0, 0.0, self.end)).double()
+        end = torch.full(place.shape, self.end, dtype=torch.float64)
+        end[place == 0], end[place == self.max_symbols] = 0.0, 1.0
         probability = torch.where(ending, end, (1 - end) * self.chain[previous, following])
         return float(-probability.log().sum()), len(following)
 

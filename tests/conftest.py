@@ -1,0 +1,52 @@
+"""Small worlds to test in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from causal_lm.data.collate import Batch, PaddedCollate
+from causal_lm.models.tiny import Tiny
+from causal_lm.module import CausalLM
+
+ROOT = Path(__file__).parents[1]
+settings.register_profile(
+    "here", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("here")
+
+V, PAD = 11, 0
+
+
+def make_batch(lengths=(5, 2, 7), seed: int = 0) -> Batch:
+    """Random documents of these lengths, tokens 3 … V-1, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = [torch.randint(3, V, (n,), generator=generator) for n in lengths]
+    return PaddedCollate(PAD, V)(documents)
+
+
+def make_model(seed: int = 0, **changes) -> Tiny:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 32, "max_positions": 16}
+    return Tiny(V, **(sizes | changes))
+
+
+def make_module(kind: type[CausalLM] = CausalLM, seed: int = 0, **changes) -> CausalLM:
+    return kind(make_model(seed, **changes), lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+def command(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
+    """Run this project's Python on ``args``, as a person would."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return make_batch()

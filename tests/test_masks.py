@@ -1,0 +1,58 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from causal_lm import masks
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=12))
+def test_rule_by_loop_and_no_row_is_empty(documents):
+    may = masks.causal(torch.tensor([documents]))[0]
+    for t, mine in enumerate(documents):
+        for s, other in enumerate(documents):
+            assert bool(may[t, s]) == (s <= t and mine == other)
+    assert bool(may.any(dim=1).all())
+
+
+def test_padding_on_either_side_hides_pad_from_real_tokens():
+    for documents in ([0, 0, 0, -1, -1], [-1, -1, 0, 0, 0]):
+        ids = torch.tensor([documents])
+        may = masks.causal(ids)[0]
+        real = ids[0] >= 0
+        assert not may[real][:, ~real].any()
+        assert int(may[real][:, real].sum()) == 6  # three tokens: 1 + 2 + 3
+
+
+@pytest.fixture
+def attention():
+    torch.manual_seed(0)
+    return nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 5, 8)
+
+
+def reference(attention, x, may):
+    """Attention by its definition, in the convention of scaled_dot_product_attention."""
+    q, k, v = (
+        part.unflatten(-1, (2, 4)).transpose(1, 2)
+        for part in (x @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, dim=-1)
+    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=may[:, None])
+    return attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("convention", ["bool", "float"])
+def test_both_conventions_of_torch_layers(attention, convention):
+    """True = masked out, or 0 / -inf added: each is right, and mixed up is not."""
+    layer, x = attention
+    may = masks.causal(torch.tensor([[0, 0, 0, -1, -1], [0, 0, 1, 1, 1]]))
+    mask = masks.to_masked_out(may) if convention == "bool" else masks.to_additive(may)
+    mask = mask.repeat_interleave(2, dim=0)
+    expected = reference(layer, x, may)
+    out = layer(x, x, x, attn_mask=mask, need_weights=False)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert (~may).any()
+    mistaken = may if convention == "bool" else masks.to_additive(may).exp()  # 0 / 1 added
+    wrong = layer(x, x, x, attn_mask=mistaken.repeat_interleave(2, dim=0), need_weights=False)[0]
+    assert not torch.allclose(wrong.nan_to_num(), expected, atol=1e-3)

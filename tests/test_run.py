@@ -1,0 +1,235 @@
+"""Whole runs, short ones: the files of the contract, going on, stopping, many ranks, failing."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from causal_lm import config
+from causal_lm.run import FIGURES, restore, run
+from conftest import ROOT, command
+
+SHORT = [
+    "trainer=cpu", "trainer.max_steps=6", "trainer.val_check_interval=3",
+    "trainer.enable_progress_bar=false", "data.source.train_documents=40",
+    "data.source.val_documents=13", "data.batch_size=4", "data.max_length=20",
+    "model.d_model=16", "model.d_ff=16", "samples.count=3", "samples.shown=1",
+]  # fmt: skip
+FILES = {"config.yaml", "summary.json", "metrics.csv", "preflight.json", "samples.txt"}
+
+
+def short_run(directory, *overrides):
+    return run(config.load([*SHORT, *overrides]), directory)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, short_run(directory)
+
+
+def test_the_contract(finished):
+    directory, summary = finished
+    assert {p.name for p in directory.iterdir()} == FILES | {"checkpoints"}
+    on_disk = json.loads((directory / "summary.json").read_text())
+    assert on_disk == summary
+    assert tuple(on_disk) == FIGURES
+    assert {k for k, v in on_disk.items() if v is None} == {"error", "val/bpb"}
+    assert on_disk["steps"] == 6
+    assert on_disk["status"] == "finished"
+    assert on_disk["val/loss"] == on_disk["val/loss_as_trained"]
+    assert on_disk["val/ppl_over_floor"] == pytest.approx(on_disk["val/ppl"] / on_disk["floor/ppl"])
+    assert OmegaConf.load(directory / "config.yaml").data.max_length == 20  # resolved
+    with (directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/loss"]]) == 6
+    assert len([row for row in rows if row["val/loss"]]) >= 2
+    assert "--- 3" in (directory / "samples.txt").read_text()
+    assert json.loads((directory / "preflight.json").read_text())["faults"] == []
+
+
+def test_tokens_are_counted_by_hand(finished, tmp_path):
+    """One epoch of 40 documents: n - 1 targets each."""
+    from causal_lm.run import build
+
+    summary = short_run(tmp_path, "trainer.max_steps=10")
+    data = build(config.load(SHORT).data)
+    data.setup()
+    assert summary["train/tokens"] == int((data.corpus.train.lengths - 1).sum())
+    assert 0 < summary["train/pad_share"] < 1
+
+
+def test_the_checkpoint_is_all_that_sampling_needs(finished):
+    directory, _ = finished
+    path = directory / "checkpoints" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 6
+    assert torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)
+    module, tokenizer, _ = restore(path)
+    assert not module.training
+    assert tokenizer.vocab_size == 43
+    once, again = (
+        command("scripts/generate.py", str(path), "--prompt", "ab", "--seed", "3") for _ in range(2)
+    )
+    assert once.returncode == 0, once.stderr
+    assert once.stdout == again.stdout
+    assert once.stdout.count("\nab") == 4
+    bad = command("scripts/generate.py", str(path), "--prompt", "é")
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("error: 'é' is no symbol")
+
+
+def test_going_on_from_a_finished_run(finished, tmp_path):
+    directory, _ = finished
+    path = directory / "checkpoints" / "last.ckpt"
+    summary = short_run(tmp_path / "more", f"ckpt_path={path}", "trainer.max_steps=9")
+    assert summary["steps"] == 9
+    same = short_run(tmp_path / "same", f"ckpt_path={path}")  # nothing left to do
+    assert same["steps"] == 6
+    assert same["train/loss"] is None
+    assert same["val/loss"] == pytest.approx(
+        json.loads((directory / "summary.json").read_text())["val/loss"]
+    )
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path):
+    path = finished[0] / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"written with model\.d_model=16, but this run has 32"):
+        short_run(tmp_path / "a", f"ckpt_path={path}", "model.d_model=32")
+    with pytest.raises(ValueError, match=r"written with tokenizer\.symbols=40, .* has 30"):
+        short_run(tmp_path / "b", f"ckpt_path={path}", "data.source.symbols=30")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at nowhere"):
+        short_run(tmp_path / "c", "ckpt_path=nowhere")
+    (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        short_run(tmp_path / "d", f"ckpt_path={tmp_path / 'broken.ckpt'}")
+    assert json.loads((tmp_path / "d" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_fault_that_nobody_asked_for_stops_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"Change pitfalls\.unshifted_labels"):
+        short_run(tmp_path, "pitfalls.unshifted_labels=true")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["preflight/faults"] == ["shift"]
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(("on_fault", "faults"), [("warn", ["shift"]), ("off", [])])
+def test_a_fault_that_is_wanted(on_fault, faults, tmp_path):
+    summary = short_run(
+        tmp_path, "pitfalls.unshifted_labels=true", f"preflight.on_fault={on_fault}"
+    )
+    assert summary["preflight/faults"] == faults
+    assert (summary["seconds/preflight"] is None) == (on_fault == "off")
+
+
+def test_ctrl_c_saves_and_goes_on(tmp_path):
+    """A process stopped by a signal leaves a checkpoint and a summary, and can be continued."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *SHORT, "trainer.max_steps=100000",
+         "trainer.val_check_interval=100000", f"hydra.run.dir={tmp_path}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "metrics.csv"
+    for _ in range(600):
+        if metrics.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert 0 < summary["steps"] < 100000
+    more = short_run(
+        tmp_path / "more",
+        f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}",
+        f"trainer.max_steps={summary['steps'] + 2}",
+    )
+    assert more["steps"] == summary["steps"] + 2
+
+
+def test_two_ranks_measure_what_one_does(tmp_path):
+    """The same weights on 13 documents, which two ranks do not share evenly."""
+    one = tmp_path / "one"
+    assert command("train.py", *SHORT, f"hydra.run.dir={one}").returncode == 0
+    two = tmp_path / "two"
+    done = command(
+        "train.py", *SHORT, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
+        f"ckpt_path={one}/checkpoints/last.ckpt", f"hydra.run.dir={two}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    a, b = (json.loads((d / "summary.json").read_text()) for d in (one, two))
+    assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-6)
+    assert b["val/ppl"] == pytest.approx(a["val/ppl"], rel=1e-6)
+
+
+def test_two_ranks_train_and_a_sweep_of_them_does_not_mix(tmp_path):
+    done = command(
+        "train.py", "-m", *SHORT, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
+        "trainer.max_steps=5", "seed=1,2", f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads((tmp_path / f"{i}_fix/summary.json").read_text()) for i in (0, 1)]
+    assert [s["seed"] for s in summaries] == [1, 2]
+    # 5 steps × 2 ranks × 4 documents is all 40 of them, each once
+    from causal_lm.run import build
+
+    data = build(config.load(SHORT).data)
+    data.setup()
+    assert {s["train/tokens"] for s in summaries} == {int((data.corpus.train.lengths - 1).sum())}
+
+
+def test_a_sweep_ends_in_a_table_and_a_failure_does_not_stop_it(tmp_path):
+    done = command(
+        "train.py", "-m", *SHORT, "experiment=fix,bug", "preflight.on_fault=error",
+        f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 1
+    table = done.stdout.rpartition("run  ")[2]
+    assert "0_fix" in table
+    assert "clean" in table
+    assert "1_bug  failed" in table.replace("     ", " ")
+    assert "Change pitfalls.unshifted_labels" in (tmp_path / "1_bug" / "train.log").read_text()
+    assert "Traceback" not in done.stderr
+
+
+def test_runs_started_together_do_not_share_a_directory(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *SHORT, "trainer.max_steps=1"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    assert len(list((tmp_path / "runs" / "fix").iterdir())) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_said_in_one_line(tmp_path):
+    done = command("train.py", "trainer=gpu", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: trainer.accelerator=gpu is not available on this machine: "
+        "type trainer=cpu, or trainer=auto for what there is"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unwritable_run_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = command("train.py", *SHORT, f"hydra.run.dir={tmp_path}/file/run")
+    assert done.returncode == 1
+    assert f"{tmp_path}/file" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_fault_in_the_numbers_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"gradient at step \d+ is not finite"):
+        short_run(tmp_path, "optimizer.lr=1e30", "scheduler.warmup_steps=0")
