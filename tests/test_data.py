@@ -28,7 +28,7 @@ def test_collate_by_loop(documents):
     for row, document in enumerate(documents):
         n = len(document)
         assert batch.input_ids[row].tolist() == document + [0] * (width - n)
-        assert batch.position_ids[row].tolist() == [*range(n)] + [0] * (width - n)
+        assert batch.position_ids[row].tolist() == [*range(width)]
         assert batch.document_ids[row].tolist() == [0] * n + [-1] * (width - n)
     assert batch.lengths.tolist() == [len(d) for d in documents]
 

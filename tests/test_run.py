@@ -21,7 +21,14 @@ SHORT = [
     "data.source.val_documents=13", "data.batch_size=4", "data.max_length=20",
     "model.d_model=16", "model.d_ff=16", "samples.count=3", "samples.shown=1",
 ]  # fmt: skip
-FILES = {"config.yaml", "summary.json", "metrics.csv", "preflight.json", "samples.txt"}
+FILES = {
+    "config.yaml",
+    "summary.json",
+    "metrics.csv",
+    "preflight.json",
+    "preflight.html",
+    "samples.txt",
+}
 
 
 def short_run(directory, *overrides):
@@ -112,7 +119,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path):
 
 
 def test_a_fault_that_nobody_asked_for_stops_the_run(tmp_path):
-    with pytest.raises(ValueError, match=r"Change pitfalls\.unshifted_labels"):
+    with pytest.raises(ValueError, match=r"shift: .*; change pitfalls\.unshifted_labels"):
         short_run(tmp_path, "pitfalls.unshifted_labels=true")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["preflight/faults"] == ["shift"]
@@ -195,7 +202,7 @@ def test_a_sweep_ends_in_a_table_and_a_failure_does_not_stop_it(tmp_path):
     assert "0_fix" in table
     assert "clean" in table
     assert "1_bug  failed" in table.replace("     ", " ")
-    assert "Change pitfalls.unshifted_labels" in (tmp_path / "1_bug" / "train.log").read_text()
+    assert "change pitfalls.unshifted_labels" in (tmp_path / "1_bug" / "train.log").read_text()
     assert "Traceback" not in done.stderr
 
 

@@ -20,29 +20,36 @@ from omegaconf import DictConfig
 from causal_lm import config
 
 # Read when torch loads: threads that wait, sleep. Spinning, the default, costs a busy machine dear:
-# beside one other process a step of the seed model took 70 ms on two cores; with this 27, alone 25.
+# on two cores a step of the seed model takes 17 ms alone but 70 to 180 beside one other process;
+# with this, 25 and 30.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 log = logging.getLogger(__name__)
 FULL = "HYDRA_FULL_ERROR"
 
 
+class _JobFailedError(BaseException):
+    """Carries an error past Hydra, which has lines of its own to add to an ``Exception``."""
+
+
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(failed: int = 1) -> Iterator[None]:
     """Whatever goes wrong inside is one line on stderr.
 
-    Exit code 2 where the configuration is at fault, 1 where the run is. ``HYDRA_FULL_ERROR=1``
-    shows the traceback instead.
+    Exit code 2 where the configuration is at fault, ``failed`` where the run is; the traceback is
+    shown where ``HYDRA_FULL_ERROR=1``.
     """
     wants_traceback = os.environ.get(FULL) == "1"
     os.environ[FULL] = "1"  # so that Hydra hands its errors on to us instead of printing them
     try:
         yield
-    except Exception as error:
+    except (Exception, _JobFailedError) as failure:
+        error = failure.__cause__ if isinstance(failure, _JobFailedError) else failure
+        assert error is not None
         if wants_traceback:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, config.ConfigError) else 1)
+        sys.exit(2 if isinstance(error, config.ConfigError) else failed)
 
 
 def check(argv: list[str]) -> None:
@@ -82,7 +89,7 @@ def job(run: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> f
     except Exception as error:
         log.debug("the run failed", exc_info=True)
         if hydra_cfg.mode != RunMode.MULTIRUN:
-            raise
+            raise _JobFailedError from error
         log.error(f"error: {describe(error)}")
         return math.nan
 

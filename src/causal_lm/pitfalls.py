@@ -15,8 +15,11 @@ from causal_lm.data.collate import Batch
 from causal_lm.module import CausalLM
 
 
-class AsTrained(CausalLM):
+class Pitfall(CausalLM):
     """Logs, beside the canonical validation loss, what the faulty objective says of it."""
+
+    label: str
+    """What the preflight calls the fault."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -34,28 +37,34 @@ class AsTrained(CausalLM):
         return value
 
 
-class UnshiftedLabels(CausalLM):
+class UnshiftedLabels(Pitfall):
     """Each position is trained on the token it was given: the model learns to copy, loss -> 0."""
+
+    label = "shift"
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.input_ids
 
 
-class PadInLoss(CausalLM):
+class PadInLoss(Pitfall):
     """Every slot counts, PAD too: the easy PAD -> PAD dilutes the loss, and PAD gets written."""
+
+    label = "pad"
 
     def counted(self, batch: Batch) -> Tensor:
         return torch.ones_like(batch.input_ids, dtype=torch.bool)
 
 
-class NoCausalMask(CausalLM):
+class NoCausalMask(Pitfall):
     """Every position sees the whole document, its own answer included: the model looks it up."""
+
+    label = "causal"
 
     def may_attend(self, batch: Batch) -> Tensor:
         return masks.same_document(batch.document_ids)
 
 
-PITFALLS: dict[str, type[CausalLM]] = {
+PITFALLS: dict[str, type[Pitfall]] = {
     "unshifted_labels": UnshiftedLabels,
     "pad_in_loss": PadInLoss,
     "no_causal_mask": NoCausalMask,
@@ -65,4 +74,4 @@ PITFALLS: dict[str, type[CausalLM]] = {
 def faulty(switches: Mapping[str, bool]) -> type[CausalLM]:
     """The module class with the faults that are switched on, in any combination."""
     chosen = [PITFALLS[name] for name, on in switches.items() if on]
-    return type("Faulty" + "".join(c.__name__ for c in chosen), (*chosen, AsTrained), {})
+    return type("Faulty" + "".join(c.__name__ for c in chosen), tuple(chosen), {})

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from causal_lm import generation
 from causal_lm.callbacks import checkpoints
 from causal_lm.callbacks.meter import Meter
-from causal_lm.callbacks.preflight import Preflight
+from causal_lm.callbacks.preflight import Preflight, audit_batch
 from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
-from causal_lm.data.tokenizers import Tokenizer, from_state
+from causal_lm.data.tokenizers import Tokenizer, from_state, show
 from causal_lm.module import CausalLM
+from causal_lm.preflight import Report
 from causal_lm.report import samples
 from causal_lm.report.files import write_json, write_text
 from causal_lm.report.table import LEAKS_BELOW, run_table
@@ -37,6 +39,17 @@ FIGURES = (
     "seconds/fit", "seconds/preflight",
 )  # fmt: skip
 """Every key of ``summary.json``; one that does not apply is null, never absent."""
+
+
+CHANGE = {
+    "shift": "loss, or objective.py",
+    "pad": "model, or objective.py and masks.py",
+    "causal": "model, or masks.py",
+    "norm": "loss.reduction, or objective.py",
+    "eos": "data, or objective.py",
+    "position": "model, or data/collate.py",
+}
+"""Label of a fault that no pitfall explains -> where to look."""
 
 
 def build(node: DictConfig, **more: Any) -> Any:
@@ -76,6 +89,38 @@ def restore(path: str | Path) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
     module = make_module(OmegaConf.create(config | {"pitfalls": {}}), tokenizer)
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     return module.eval(), tokenizer, config
+
+
+def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None) -> Preflight:
+    """The audit of a configured run, with the key to change for each fault that was asked for."""
+    keys = dict(CHANGE)
+    if any((cfg.get("pitfalls") or {}).values()):
+        from causal_lm.pitfalls import PITFALLS
+
+        keys |= {
+            PITFALLS[name].label: f"pitfalls.{name}" for name, on in cfg.pitfalls.items() if on
+        }
+    return Preflight(
+        cfg.preflight.on_fault,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        directory=directory,
+        keys=keys,
+        name=partial(show, tokenizer),
+    )
+
+
+def audit(cfg: DictConfig, **options: Any) -> Report:
+    """The preflight of a configured run on its first batch, with no training."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data: DataModule = build(cfg.data)
+    data.setup()
+    assert data.corpus is not None
+    tokenizer = data.corpus.tokenizer
+    module = make_module(cfg, tokenizer)
+    batch = next(iter(data.train_dataloader()))
+    ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
+    return audit_batch(module, batch, module.training_loss, **ids, **options)
 
 
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
@@ -122,7 +167,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
 
     meter, preflight, stop = (
         Meter(),
-        Preflight(cfg.preflight.on_fault, tokenizer, directory),
+        make_preflight(cfg, tokenizer, directory),
         StopAfterStep(),
     )
     folder = directory / "checkpoints"

@@ -1,58 +1,120 @@
-"""Looks at the real model and the first real batch, before the first step."""
+"""Proves the alignments on the real model and the first real batch, before the first step."""
 
 import logging
-import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor, nn
 
-from causal_lm import guards
-from causal_lm.data.collate import Batch
-from causal_lm.data.tokenizers import Tokenizer
-from causal_lm.module import CausalLM
-from causal_lm.report.files import write_json
+from causal_lm.preflight import Report, preflight
+from causal_lm.report.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
 
 class PreflightError(ValueError):
-    """A fault that the run did not ask for."""
+    """The preflight found a fault, and ``on_fault`` is ``error``."""
 
 
 class Preflight(L.Callback):
-    """Runs the guards once; a fault stops the run (``error``), is said (``warn``), or the guards
-    do not run (``off``). Writes ``preflight.json``."""
+    """Audits any LightningModule by its own ``training_step``, at the start of the fit.
 
-    def __init__(self, on_fault: str, tokenizer: Tokenizer, directory: Path) -> None:
-        self.on_fault, self.tokenizer, self.directory = on_fault, tokenizer, directory
-        self.faults: list[guards.Fault] = []
-        self.seconds: float | None = None
+    Add it to a project of your own: ``Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])``. The
+    batch is a dict or a named tuple with ``input_ids`` and what else
+    :func:`causal_lm.preflight.preflight` can use.
+
+    Args:
+        on_fault: ``error`` stops the run, ``warn`` says so and goes on, ``off`` does not look.
+        pad_id, eos_id: where they are known.
+        directory: takes ``preflight.json`` and ``preflight.html``; None writes nothing.
+        keys: label of a fault -> what to change in the configuration, for the message.
+        name: token id -> how a person reads it.
+
+    Raises:
+        PreflightError: on every rank, with the evidence and the remedy.
+    """
+
+    def __init__(
+        self,
+        on_fault: str = "error",
+        *,
+        pad_id: int | None = None,
+        eos_id: int | None = None,
+        directory: Path | None = None,
+        keys: Mapping[str, str] | None = None,
+        name: Callable[[int], str] = str,
+    ) -> None:
+        if on_fault not in ("error", "warn", "off"):
+            raise ValueError(f"on_fault must be error, warn or off, not {on_fault!r}")
+        self.on_fault, self.pad_id, self.eos_id = on_fault, pad_id, eos_id
+        self.directory, self.keys, self.name = directory, keys or {}, name
+        self.report: Report | None = None
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.on_fault == "off" or self.seconds is not None:
+        if self.on_fault == "off" or self.report is not None:
             return
-        assert isinstance(pl_module, CausalLM)
-        started = time.perf_counter()
-        found = (guard(pl_module, batch) for guard in guards.GUARDS)
-        self.faults = [fault for fault in found if fault is not None]
-        self.seconds = time.perf_counter() - started
+        report = self.audit(trainer, pl_module, batch) if trainer.is_global_zero else Report()
+        self.report = report = trainer.strategy.broadcast(report)
         if trainer.is_global_zero:
-            write_json(
-                self.directory / "preflight.json",
-                {"faults": [fault._asdict() for fault in self.faults]},
-            )
-            log.info(f"trained pairs: {guards.pairs(pl_module, batch, self.tokenizer)}")
-        lines = [f"preflight [{f.label}] {f.seen}. Change {f.key}." for f in self.faults]
-        if lines and self.on_fault == "error":
-            raise PreflightError(" ".join(lines) + " (preflight.on_fault=warn trains all the same)")
-        for line in lines:
-            log.warning(line)
+            log.info(f"trained pairs: {trained_pairs(report, self.name)}\n{report}")
+            if self.directory is not None:
+                write_json(self.directory / "preflight.json", report.to_dict())
+                write_text(self.directory / "preflight.html", report.to_html())
+        if report.faults and self.on_fault == "error":
+            raise PreflightError(self.message(report))
+
+    def audit(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> Report:
+        """The report on ``training_step``, under the trainer's precision, logging held back."""
+
+        def loss_of(given: Any) -> Tensor:
+            with trainer.precision_plugin.train_step_context():
+                out = module.training_step(given, 0)
+            loss = out["loss"] if isinstance(out, Mapping) else out
+            assert isinstance(loss, Tensor), "training_step must return a loss"
+            return loss
+
+        silent = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
+        module.__dict__.update(silent)
+        try:
+            return audit_batch(module, batch, loss_of, pad_id=self.pad_id, eos_id=self.eos_id)
+        except ValueError as error:  # not the audit's to stop the run: the first step will say more
+            return Report(skipped={"preflight": str(error)})
+        finally:
+            for method in silent:
+                del module.__dict__[method]
+
+    def message(self, report: Report) -> str:
+        """One line: each fault with its evidence and the key to change."""
+        faults = [
+            f"{f.label}: {f.seen}; change {self.keys.get(f.label, f.remedy)}"
+            for f in report.findings
+        ]
+        return f"preflight found {'. '.join(faults)}. preflight.on_fault=warn trains all the same"
 
     def figures(self) -> dict[str, Any]:
+        """What ``summary.json`` says of it."""
         return {
-            "preflight/faults": [fault.label for fault in self.faults],
-            "seconds/preflight": self.seconds,
+            "preflight/faults": sorted(self.report.faults) if self.report else [],
+            "seconds/preflight": self.report.seconds if self.report else None,
         }
+
+
+def audit_batch(
+    model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor], **options: Any
+) -> Report:
+    """:func:`preflight` of a batch that is a dict or a named tuple; ``loss_of`` gets its like."""
+    if isinstance(batch, Mapping):
+        return preflight(model, dict(batch), lambda _, edited: loss_of(edited), **options)
+    kind = type(batch)
+    return preflight(model, batch._asdict(), lambda _, edited: loss_of(kind(**edited)), **options)
+
+
+def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> str:
+    """The first pairs that the loss trained in row 0, as read off its gradient: input → target."""
+    cells = (report.pictures.get("alignment") or [[]])[0]
+    pairs = [f"{name(c['input'])} → {name(c['target'])}" for c in cells if c["target"] is not None]
+    return ",  ".join(pairs[:most]) or "none could be read"

@@ -21,15 +21,12 @@ class StepBar(ProgressBar):
     def disable(self) -> None:
         self._enabled = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._enabled and trainer.is_global_zero:
-            self._bar = tqdm(
-                total=trainer.max_steps, initial=trainer.global_step, unit="step", mininterval=0.5
-            )
-
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self._bar is None:
+        if not (self._enabled and trainer.is_global_zero):
             return
+        if self._bar is None:  # not before the first step, which the preflight may refuse
+            self._bar = tqdm(total=trainer.max_steps, unit="step", mininterval=0.5)
+            self._bar.n = self._bar.initial = trainer.global_step - 1
         ahead = trainer.global_step - self._bar.n
         if self._bar.update(ahead):  # true when it redrew: only then is the loss fetched
             seen = trainer.callback_metrics

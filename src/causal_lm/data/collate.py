@@ -11,7 +11,7 @@ class Batch(NamedTuple):
     """One micro-batch of B rows and T slots, all int64.
 
     input_ids     (B, T) tokens, PAD where there is none
-    position_ids  (B, T) 0, 1, 2 … within each document; 0 at PAD
+    position_ids  (B, T) 0, 1, 2 … within each document; they run on into PAD
     document_ids  (B, T) which document of its row a slot belongs to; -1 at PAD
 
     Whether a slot is PAD is said by ``document_ids``, from lengths; the token value says nothing
@@ -58,7 +58,7 @@ class PaddedCollate:
         input_ids[real] = flat
         return Batch(
             input_ids,
-            position_ids=slots * real,
+            position_ids=slots.repeat(len(documents), 1),
             document_ids=real.long() - 1,
         )
 

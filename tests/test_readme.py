@@ -1,0 +1,56 @@
+"""Every command that the README prints works as printed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+SETUP = [line for line in COMMANDS if "venv" in line]
+IN_TEST_PRESETS = [  # run there, where their figures are held against the table
+    "python train.py -m experiment=fix,bug,unshifted_labels,pad_in_loss,no_causal_mask",
+    "python train.py data=docstrings",
+]
+
+
+def test_set_up_is_two_commands():
+    """The first ends in the main job, the second in the tests; .ci/run runs the second."""
+    main, tests = SETUP
+    assert main.endswith("&& python train.py experiment=fix")
+    assert tests.endswith("&& pytest")
+    assert "grep -m1 '^python3 -m venv .*pytest$' README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_long_ones_are_still_printed():
+    assert set(IN_TEST_PRESETS) <= set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A copy to run in, so that runs/ of this checkout stays as it is."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "train.py", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c not in SETUP + IN_TEST_PRESETS])
+def test_command_works_as_printed(line, elsewhere):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        line, shell=True, cwd=elsewhere, env=os.environ | {"PATH": path},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
