@@ -1,6 +1,7 @@
 """Configuration -> objects -> fit, validate, samples, summary."""
 
 import logging
+import math
 import os
 import time
 from functools import partial
@@ -110,16 +111,19 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
     )
 
 
-def audit(cfg: DictConfig, **options: Any) -> Report:
-    """The preflight of a configured run on its first batch, with no training."""
+def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
+    """Seed, load the data, make the module."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: DataModule = build(cfg.data)
-    data.setup()
-    assert data.corpus is not None
-    tokenizer = data.corpus.tokenizer
-    module = make_module(cfg, tokenizer)
+    corpus = data.load()
+    return data, corpus, make_module(cfg, corpus.tokenizer)
+
+
+def audit(cfg: DictConfig, **options: Any) -> Report:
+    """The preflight of a configured run on its first batch, with no training."""
+    data, corpus, module = prepare(cfg)
+    ids = {"pad_id": corpus.tokenizer.pad_id, "eos_id": corpus.tokenizer.eos_id}
     batch = next(iter(data.train_dataloader()))
-    ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
     return audit_batch(module, batch, module.training_loss, **ids, **options)
 
 
@@ -151,51 +155,39 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 
 
 def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
+    """Fit, validate, sample; ``summary`` is filled on the way, so that a failure keeps its part."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no adverts
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     if _is_rank_zero():
         write_text(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    data: DataModule = build(cfg.data)
-    data.setup()
-    assert data.corpus is not None
-    tokenizer = data.corpus.tokenizer
-    if cfg.ckpt_path:
-        checkpoint = checkpoints.read(cfg.ckpt_path)
-        checkpoints.check_same_shape(cfg.ckpt_path, checkpoint, plain, tokenizer.state())
-    module = make_module(cfg, tokenizer)
-
-    meter, preflight, stop = (
-        Meter(),
-        make_preflight(cfg, tokenizer, directory),
-        StopAfterStep(),
+    data, corpus, module = prepare(cfg)
+    origin = checkpoints.Provenance(
+        OmegaConf.to_container(cfg, resolve=True), corpus.tokenizer.state()
     )
-    folder = directory / "checkpoints"
+    if cfg.ckpt_path:
+        origin.check_continues(cfg.ckpt_path)
+
+    preflight = make_preflight(cfg, corpus.tokenizer, directory)
+    meter, stop = Meter(), StopAfterStep()
+    kept = checkpoints.keepers(directory / "checkpoints", cfg.trainer.val_check_interval)
+    bar = [StepBar()] if cfg.trainer.enable_progress_bar else []
     trainer = make_trainer(
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[
-            meter, preflight, stop, *([StepBar()] if cfg.trainer.enable_progress_bar else []),
-            checkpoints.Provenance(plain, tokenizer.state()),
-            *checkpoints.keepers(folder, cfg.trainer.val_check_interval),
-        ],
-    )  # fmt: skip
+        callbacks=[preflight, meter, stop, origin, *kept, *bar],
+    )
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
     finally:
         summary |= preflight.figures()
-    trainer.save_checkpoint(folder / "last.ckpt")
+    trainer.save_checkpoint(directory / "checkpoints" / "last.ckpt")
     summary |= {"status": "stopped" if stop.requested else "finished", "steps": trainer.global_step}
     summary |= meter.figures(trainer)
-    trainer.validate(module, data, verbose=False)
-    summary |= {
-        name: float(value) if value.isfinite() else None
-        for name, value in trainer.callback_metrics.items()
-        if name in FIGURES and name.startswith("val/")
-    }
-    summary |= floor(data.corpus, summary["val/ppl"])
+
+    (figures,) = trainer.validate(module, data, verbose=False)
+    summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
+    summary |= floor(corpus, summary["val/ppl"])
     if trainer.is_global_zero:
-        summary |= self_check(cfg, module, data.corpus, directory)
+        summary |= self_check(cfg, module, corpus, directory)
 
 
 def make_trainer(cfg: DictConfig, **objects: Any) -> L.Trainer:

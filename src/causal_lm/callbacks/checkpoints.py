@@ -13,7 +13,7 @@ CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 class Provenance(L.Callback):
     """Writes the configuration and the tokenizer into every checkpoint, as plain data."""
 
-    def __init__(self, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    def __init__(self, config: Any, tokenizer: dict[str, Any]) -> None:
         self.config, self.tokenizer = config, tokenizer
 
     def on_save_checkpoint(
@@ -21,6 +21,24 @@ class Provenance(L.Callback):
     ) -> None:
         checkpoint[CONFIG] = self.config
         checkpoint[TOKENIZER] = self.tokenizer
+
+    def check_continues(self, path: str) -> None:
+        """Refuse to go on from weights that would mean something else here.
+
+        Raises:
+            ValueError: naming the first key of model or tokenizer that differs.
+        """
+        saved = read(path)
+        for part, before, here in (
+            ("model", saved[CONFIG]["model"], self.config["model"]),
+            ("tokenizer", saved[TOKENIZER], self.tokenizer),
+        ):
+            for key in sorted(before.keys() | here.keys()):
+                if before.get(key) != here.get(key):
+                    raise ValueError(
+                        f"{path} was written with {part}.{key}={before.get(key)}, but this run has "
+                        f"{here.get(key)}: set it back, or start without ckpt_path"
+                    )
 
 
 def keepers(folder: Path, every: int) -> list[ModelCheckpoint]:
@@ -50,23 +68,3 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or CONFIG not in checkpoint:
         raise ValueError(f"{path} carries no configuration: it was not written by this project")
     return checkpoint
-
-
-def check_same_shape(
-    path: str, checkpoint: dict[str, Any], config: dict[str, Any], tokenizer: dict[str, Any]
-) -> None:
-    """Refuse to continue a run whose weights would mean something else.
-
-    Raises:
-        ValueError: naming the first key that differs.
-    """
-    saved = {"model": checkpoint[CONFIG]["model"], "tokenizer": checkpoint[TOKENIZER]}
-    now = {"model": config["model"], "tokenizer": tokenizer}
-    for part in saved:
-        for key in sorted(saved[part].keys() | now[part].keys()):
-            before, here = saved[part].get(key), now[part].get(key)
-            if before != here:
-                raise ValueError(
-                    f"{path} was written with {part}.{key}={before}, but this run has {here}: "
-                    f"set it back, or start without ckpt_path"
-                )

@@ -10,6 +10,8 @@ from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler
 
 log = logging.getLogger(__name__)
+COLLATE = {"padded": PaddedCollate}
+"""Layout -> how documents become a batch."""
 
 
 class DataModule(L.LightningDataModule):
@@ -42,17 +44,20 @@ class DataModule(L.LightningDataModule):
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.corpus: Corpus | None = None
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load the corpus once.
+    def load(self) -> Corpus:
+        """The corpus, read once; Lightning's hooks need not have run.
 
         Raises:
             ValueError: a split holds no document.
         """
-        if self.corpus is not None:
-            return
-        self.corpus = self.source.load()
-        self.train_rows = self._rows("train", self.corpus.train)
-        self.val_rows = self._rows("val", self.corpus.val)
+        if self.corpus is None:
+            self.corpus = self.source.load()
+            self.train_rows = self._rows("train", self.corpus.train)
+            self.val_rows = self._rows("val", self.corpus.val)
+        return self.corpus
+
+    def setup(self, stage: str | None = None) -> None:
+        self.load()
 
     def _rows(self, split: str, documents: Documents) -> Documents:
         if not len(documents):
@@ -72,8 +77,7 @@ class DataModule(L.LightningDataModule):
         return self._loader(self.val_rows, shuffle=False)
 
     def _loader(self, rows: Documents, *, shuffle: bool) -> DataLoader[Batch]:
-        assert self.corpus is not None
-        tokenizer = self.corpus.tokenizer
+        tokenizer = self.load().tokenizer
         return DataLoader(
             rows,  # type: ignore[arg-type]  # collate turns documents into a Batch
             batch_size=self.batch_size,
@@ -84,7 +88,7 @@ class DataModule(L.LightningDataModule):
                 rank=self.trainer.global_rank if self.trainer else 0,
                 world_size=self.trainer.world_size if self.trainer else 1,
             ),
-            collate_fn=PaddedCollate(tokenizer.pad_id, tokenizer.vocab_size),
+            collate_fn=COLLATE[self.layout](tokenizer.pad_id, tokenizer.vocab_size),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
