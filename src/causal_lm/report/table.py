@@ -6,6 +6,9 @@ from typing import Any
 LEAKS_BELOW = 0.98
 """A perplexity under this share of the floor cannot be honest: the evaluation sees its answers."""
 
+WORTHLESS_BEYOND = 3.0
+"""Nats per token by which a report may flatter: e³, twenty times the perplexity."""
+
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first to the left, the others to the right; the first row is a head."""
@@ -59,14 +62,16 @@ def verdict(s: dict[str, Any]) -> str:
         return f"nothing was trained; the model is at {truth:.3f} nats per token."
     against = "" if over is None else f", {over:,.4g}× the floor's perplexity"
     if reported < 0.75 * truth:
-        worth = "worthless" if over and over > 2 else "not what it seems"
-        if over and over <= 1.1:
-            worth = "better than that figure deserves"
+        worth = (
+            "the model is worthless"
+            if truth - reported > WORTHLESS_BEYOND
+            else ("the figure is wrong, whatever the model is worth")
+        )
         named = ", ".join(s["preflight/faults"])
         why = f" (preflight: {named})" if named else ""
         return (
             f"do not trust {reported:.3f}: the truth is {truth:.3f} nats per token{against}; "
-            f"the model is {worth}{why}."
+            f"{worth}{why}."
         )
     if over is not None and over <= 1.03:
         return f"honest, and as good as this language allows: {over:.3f}× the floor's perplexity."

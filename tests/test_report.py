@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from causal_lm.report import files
+from causal_lm.report.table import number, sweep_table, table, verdict
+
+HONEST = {
+    "train/loss": 1.80, "val/loss": 1.79, "val/ppl_over_floor": 1.01, "preflight/faults": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "honest, and as good as this language allows"),
+        ({"val/ppl_over_floor": 1.5}, "honest: reported 1.800, true 1.790"),
+        ({"val/ppl_over_floor": None}, "honest: reported 1.800, true 1.790 nats per token."),
+        ({"val/ppl_over_floor": 0.9}, "below the floor"),
+        ({"train/loss": None}, "nothing was trained"),
+        (
+            {"train/loss": 0.0, "val/loss": 9.0, "preflight/faults": ["shift"]},
+            "worthless (preflight: shift)",
+        ),
+        ({"train/loss": 0.5}, "the figure is wrong, whatever the model is worth"),
+    ],
+)  # fmt: skip
+def test_verdicts(changes, words):
+    assert words in verdict(HONEST | changes)
+
+
+def test_columns_line_up():
+    lines = table([["run", "loss"], ["a", "1.5"], ["longer", "12.25"]]).splitlines()
+    assert lines == ["run      loss", "-------------", "a         1.5", "longer  12.25"]
+    assert [number(v) for v in (None, 0.0, 1.5, 22947676.2)] == ["–", "0.000", "1.500", "2.295e+07"]
+
+
+def test_a_failed_job_has_a_row():
+    assert "failed" in sweep_table([{"name": "1_bug", "status": "failed", "val/loss": None}])
+
+
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    files.write_json(path, {"a": float("nan"), "b": 1.5})
+    assert json.loads(path.read_text()) == {"a": None, "b": 1.5}
+
+    def full_disk(self, *args, **kwargs):
+        self.touch()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(path), "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        files.write_json(path, {"b": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    assert json.loads(path.read_text())["b"] == 1.5
