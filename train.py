@@ -1,6 +1,7 @@
 """Train a causal language model: `python train.py experiment=fix`. See configs/ for every knob."""
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -18,5 +19,5 @@ def train(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     with cli.one_line_errors():
-        cli.check(sys.argv[1:])
+        cli.check(sys.argv[1:], Path(__file__).parent.resolve() / "configs")
         train()

@@ -25,6 +25,7 @@ def main() -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
 
     from causal_lm import generation
+    from causal_lm.report.samples import printable
     from causal_lm.run import restore
 
     module, tokenizer, config = restore(args.checkpoint)
@@ -42,7 +43,8 @@ def main() -> None:
         generator=torch.Generator().manual_seed(args.seed),
     )
     for number, row in enumerate(rows.tolist(), start=1):
-        print(f"--- {number}\n{tokenizer.decode(generation.until_eos(row, tokenizer.eos_id))}")
+        text = tokenizer.decode(generation.until_eos(row, tokenizer.eos_id))
+        print(f"--- {number}\n{printable(text)}")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ def main() -> int:
     with contextlib.redirect_stdout(sys.stderr):  # whatever their code prints, --json is JSON alone
         report = _audit(args)
     if args.html:
+        from causal_lm.preflight import to_html
         from causal_lm.report.files import write_text
 
-        write_text(args.html, report.to_html())
+        write_text(args.html, to_html(report))
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 1 if report.faults else 0
 

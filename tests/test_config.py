@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from causal_lm import config
 from conftest import ROOT, command
@@ -27,6 +28,20 @@ REFUSED = [
     ("model.max_positions=8", "data.max_length=64 is longer than model.max_positions=8"),
     ("data.source.successors=40", "must be below data.source.symbols=40"),
     ("fix", "'fix' is no override"),
+    ("trainer.devices=0", "trainer.devices must be a whole number of at least 1"),
+    ("trainer.precision=foo", "trainer.precision must be one of 32-true"),
+    ("trainer.val_check_interval=0", "trainer.val_check_interval must be"),
+    ("trainer.deterministic=abc", "trainer.deterministic must be true or false"),
+    ("optimizer.betas=abc", "optimizer.betas must be two numbers"),
+    ("optimizer.lr={a:1}", "optimizer.lr must be a number above 0, not a group of keys"),
+    ("data.source=null", "data.source is missing or empty"),
+    ("optimizer=null", "optimizer=None: choose one among adamw"),
+    ("~optimizer", "~optimizer: nothing can be taken away"),
+    ("~trainer.val_check_interval", "~trainer.val_check_interval: nothing can be taken away"),
+    ("ckpt_path=nowhere.ckpt", "ckpt_path must be a file that exists, auto, or null"),
+    ("ckpt_path=/tmp/lr=1/last.ckpt", "cannot be read: quote a value"),
+    ("optimizer.lr=${nope}", "Interpolation key 'nope' not found"),
+    ("data=_base", "there is no such data"),
     ("experiment=fix,bug", "several values"),
 ]
 
@@ -55,6 +70,21 @@ def test_a_sweep_is_checked_before_it_starts():
         config.load_sweep(["experiment=fix,bux"])
     with pytest.raises(config.ConfigError, match=r"optimizer\.lr must be"):
         config.load_sweep(["experiment=fix", "optimizer.lr=1e-3,abc"])
+
+    config.load_sweep(["experiment=glob(*)", "optimizer.lr=interval(1e-4,1e-2)"])
+    with pytest.raises(config.ConfigError, match=r"optimizer\.lr must be"):
+        config.load_sweep(["optimizer.lr=interval(-1,1)"])
+
+
+@pytest.mark.parametrize("data", ["synthetic", "docstrings"])
+@pytest.mark.parametrize("trainer", ["cpu", "ddp"])
+def test_every_value_has_a_rule(data, trainer):
+    """A key that nothing checks fails late, in words of a library."""
+    cfg = OmegaConf.to_container(config.load([f"data={data}", f"trainer={trainer}"]))
+    keys = [key for key, _ in config.leaves(cfg)]
+    assert len(keys) > 30
+    free = [k for k in keys if not config.rule_of(k) and not k.endswith(("_target_", "_partial_"))]
+    assert free == []
 
 
 def test_seed_zero_is_a_seed():

@@ -6,7 +6,8 @@ from causal_lm.report import files
 from causal_lm.report.table import number, sweep_table, table, verdict
 
 HONEST = {
-    "train/loss": 1.80, "val/loss": 1.79, "val/ppl_over_floor": 1.01, "preflight/faults": [],
+    "train/loss": 1.80, "val/loss_as_trained": 1.79, "val/loss": 1.79,
+    "val/ppl_over_floor": 1.01, "preflight/faults": [],
 }  # fmt: skip
 
 
@@ -19,10 +20,11 @@ HONEST = {
         ({"val/ppl_over_floor": 0.9}, "below the floor"),
         ({"train/loss": None}, "nothing was trained"),
         (
-            {"train/loss": 0.0, "val/loss": 9.0, "preflight/faults": ["shift"]},
+            {"val/loss_as_trained": 0.0, "val/loss": 9.0, "preflight/faults": ["shift"]},
             "worthless (preflight: shift)",
         ),
-        ({"train/loss": 0.5}, "the figure is wrong, whatever the model is worth"),
+        ({"train/loss": 0.5}, "overfitted: 0.500 on what it was trained on, 1.790"),
+        ({"val/loss_as_trained": 0.5}, "the figure is wrong, whatever the model is worth"),
     ],
 )  # fmt: skip
 def test_verdicts(changes, words):

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +25,7 @@ from causal_lm import config
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 log = logging.getLogger(__name__)
-FULL = "HYDRA_FULL_ERROR"
+FULL, ASKED = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
 
 
 class _JobFailedError(BaseException):
@@ -39,29 +39,36 @@ def one_line_errors(failed: int = 1) -> Iterator[None]:
     Exit code 2 where the configuration is at fault, ``failed`` where the run is; the traceback is
     shown where ``HYDRA_FULL_ERROR=1``.
     """
-    wants_traceback = os.environ.get(FULL) == "1"
+    os.environ.setdefault(ASKED, os.environ.get(FULL, ""))  # other ranks inherit what was asked for
     os.environ[FULL] = "1"  # so that Hydra hands its errors on to us instead of printing them
     try:
         yield
     except (Exception, _JobFailedError) as failure:
         error = failure.__cause__ if isinstance(failure, _JobFailedError) else failure
         assert error is not None
-        if wants_traceback:
+        if os.environ[ASKED] == "1":
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, config.ConfigError) else failed)
 
 
-def check(argv: list[str]) -> None:
+def check(argv: list[str], config_dir: Path = config.CONFIG_DIR) -> None:
     """Validate a Hydra command line before Hydra makes directories for it.
 
     Raises:
         ConfigError: naming the key, preset or value at fault.
     """
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args = parser.parse_args(argv)
     if args.help or args.hydra_help or args.cfg or args.info or args.config_dir or args.config_name:
         return  # Hydra's own business, or somebody's own configuration
-    (config.load_sweep if args.multirun else config.load)(args.overrides)
+    (config.load_sweep if args.multirun else config.load)(args.overrides, config_dir)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise config.ConfigError(f"{message}: options such as -m come before the overrides")
 
 
 def describe(error: BaseException) -> str:
@@ -101,8 +108,12 @@ def _alone(overrides: list[str], directory: Path) -> float:
     rank replay the whole sweep, and train different configurations against each other.
     """
     command = [sys.executable, sys.argv[0], *overrides, f"hydra.run.dir='{directory}'"]
-    subprocess.run(command, check=False)
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    if summary["status"] == "failed":
-        raise ValueError(summary["error"])
+    path = directory / "summary.json"
+    path.unlink(missing_ok=True)
+    code = subprocess.run(command, check=False).returncode
+    if not path.exists():
+        raise ValueError(f"the job ended with exit code {code} before it could write {path}")
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if code:
+        raise ValueError(summary["error"] or f"the job ended with exit code {code}")
     return summary["val/loss"]

@@ -6,7 +6,6 @@ the rules here say which values make sense. Every complaint names the key and th
 """
 
 import difflib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,15 +15,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-MOST_JOBS_CHECKED = 64
-"""Jobs of a sweep whose combination is checked before the first one starts."""
+MOST_VALUES_CHECKED = 16
+"""Values of one axis of a sweep that are checked before its first job starts."""
 
 
 class ConfigError(ValueError):
@@ -42,13 +41,18 @@ class Rule(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return _is_whole(value) or isinstance(value, float)
 
 
-def integer(low: int, also: tuple[int, ...] = ()) -> Rule:
-    words = f"a whole number of at least {low}" + "".join(f", or {value}" for value in also)
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def integer(low: int, high: int | None = None) -> Rule:
+    words = f"of at least {low}" if high is None else f"from {low} to {high}"
     return Rule(
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and (v >= low or v in also), words
+        lambda v: _is_whole(v) and v >= low and (high is None or v <= high),
+        f"a whole number {words}",
     )
 
 
@@ -80,26 +84,26 @@ text = Rule(lambda v: isinstance(v, str) and v != "", "a text")
 
 RULES: dict[str, Rule] = {
     "experiment": text,
-    "seed": Rule(
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**32,
-        "a whole number from 0 to 4294967295",
+    "seed": integer(0, 2**32 - 1),
+    "ckpt_path": Rule(
+        lambda v: v is None or (isinstance(v, str) and (v == "auto" or Path(v).is_file())),
+        "a file that exists, auto, or null",
     ),
-    "ckpt_path": optional(text),
     "data.batch_size": integer(1),
     "data.max_length": integer(3),
     "data.layout": one_of("padded"),
     "data.shuffle": flag,
     "data.num_workers": integer(0),
     "data.seed": integer(0),
-    "data.source.symbols": Rule(
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and 2 <= v <= 62,
-        "a whole number from 2 to 62",
-    ),
+    "data.source.symbols": integer(2, 62),
     "data.source.successors": integer(1),
     "data.source.mean": real(low=1),
     "data.source.train_documents": integer(1),
     "data.source.val_documents": integer(1),
+    "data.source.max_length": integer(3),
+    "data.source.seed": integer(0),
     "data.source.val_share": real(above=0, below=1),
+    "data.source.root": optional(text),
     "model.d_model": integer(1),
     "model.n_heads": integer(1),
     "model.n_layers": integer(1),
@@ -109,15 +113,36 @@ RULES: dict[str, Rule] = {
     "loss.reduction": one_of("token"),
     "optimizer.lr": real(above=0),
     "optimizer.weight_decay": real(low=0),
+    "optimizer.betas": Rule(
+        lambda v: (
+            isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
+        ),
+        "two numbers from 0 to 1, such as [0.9,0.95]",
+    ),
     "scheduler.warmup_steps": integer(0),
     "scheduler.final_share": real(low=0),
-    "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
-    "trainer.max_steps": integer(1),
+    "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.devices": Rule(
+        lambda v: v == "auto" or (_is_whole(v) and (v >= 1 or v == -1)),
+        "a whole number of at least 1, -1 for all, or auto",
+    ),
     "trainer.num_nodes": integer(1),
+    "trainer.strategy": text,
+    "trainer.precision": one_of(
+        "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64, "bf16"
+    ),
+    "trainer.max_steps": integer(1),
+    "trainer.max_time": optional(text),
     "trainer.accumulate_grad_batches": integer(1),
     "trainer.gradient_clip_val": optional(real(above=0)),
     "trainer.gradient_clip_algorithm": one_of("norm"),
+    "trainer.val_check_interval": integer(1),
+    "trainer.check_val_every_n_epoch": one_of(None),
     "trainer.log_every_n_steps": integer(1),
+    "trainer.deterministic": flag,
+    "trainer.benchmark": flag,
+    "trainer.detect_anomaly": flag,
+    "trainer.enable_progress_bar": flag,
     "samples.count": integer(1),
     "samples.shown": integer(0),
     "samples.length": integer(2),
@@ -128,6 +153,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+GROUPS = ("data", "data.source", "loss", "model", "optimizer", "preflight", "samples", "scheduler",
+          "trainer")  # fmt: skip
+"""Parts that no run can do without. (The pitfalls can be left out.)"""
+
+
 def validate(cfg: DictConfig) -> None:
     """Hold every value against its rule, and the keys against each other.
 
@@ -135,13 +165,19 @@ def validate(cfg: DictConfig) -> None:
         ConfigError: naming the first key at fault.
     """
     try:
-        values = dict(_leaves(OmegaConf.to_container(cfg, resolve=True)))
+        values = dict(leaves(OmegaConf.to_container(cfg, resolve=True)))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
     for key, value in values.items():
-        rule = _rule(key)
+        parent = key.rpartition(".")[0]
+        if parent in RULES:
+            raise ConfigError(f"{parent} must be {RULES[parent].words}, not a group of keys")
+        rule = rule_of(key)
         if rule and not rule.holds(value):
             raise ConfigError(f"{key} must be {rule.words}, not {value!r}")
+    for group in GROUPS:
+        if not any(key.startswith(f"{group}.") for key in values):
+            raise ConfigError(f"{group} is missing or empty: a run needs one")
     _validate_together(values)
 
 
@@ -166,14 +202,14 @@ def _validate_together(v: Mapping[str, Any]) -> None:
         )
 
 
-def _rule(key: str) -> Rule | None:
+def rule_of(key: str) -> Rule | None:
     return next((rule for name, rule in RULES.items() if fnmatch(key, name)), None)
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
 
@@ -204,48 +240,69 @@ def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictCo
             cfg = compose("train", overrides=list(overrides))
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_line(error)) from error
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+        raise ConfigError(f"{_first_line(error)} (in: {' '.join(overrides)})") from error
     validate(cfg)
     return cfg
 
 
 def load_sweep(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> None:
-    """Validate every job of a sweep before the first one starts (the first 64, if there are more).
+    """Validate every value of a sweep before its first job starts, each beside the first others.
 
     Raises:
-        ConfigError: as :func:`load`, of the first job at fault.
+        ConfigError: as :func:`load`, of the first value at fault.
     """
-    parsed = _parse(overrides)
-    axes = [
-        list(o.sweep_string_iterator()) if o.is_discrete_sweep() else [o.get_value_element_as_str()]
-        for o in parsed
-        if not (o.is_sweep_override() and not o.is_discrete_sweep())
-    ]
-    keys = [o.get_key_element() for o in parsed]
-    for values in itertools.islice(itertools.product(*axes), MOST_JOBS_CHECKED):
-        load([f"{k}={v}" for k, v in zip(keys, values, strict=True)], config_dir)
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        parsed = _parse(overrides, GlobalHydra.instance().config_loader())
+    axes = [_values(override) for override in parsed]
+    first = [values[0] for values in axes]
+    load(first, config_dir)
+    for i, values in enumerate(axes):
+        for value in values[1:MOST_VALUES_CHECKED]:
+            load([*first[:i], value, *first[i + 1 :]], config_dir)
 
 
-def _parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+def _values(override: Override) -> list[str]:
+    """What a sweep will put in this override's place, each as an override of its own."""
+    key = override.get_key_element()
+    if override.is_sweep_override() and override.is_discrete_sweep():
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        return [f"{key}={sweep.start}", f"{key}={sweep.end}"]
+    return [override.input_line or ""]
+
+
+def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
+    parser = OverridesParser.create(loader)
+    parsed = []
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"{word!r} is no override: write key=value, as in experiment=fix")
-    try:
-        return OverridesParser.create(loader).parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(_first_line(error)) from error
+        try:
+            parsed += parser.parse_overrides([word])
+        except HydraException as error:
+            raise ConfigError(
+                f"{word!r} cannot be read: quote a value that holds =, spaces or brackets, as in "
+                f"'ckpt_path=\"a=b/last.ckpt\"'"
+            ) from error
+    return parsed
 
 
 def _check_keys(overrides: Sequence[Override], loader: ConfigLoader) -> None:
     """Every override names a group's option or a key that the chosen groups have."""
+    for override in overrides:
+        if override.is_delete():
+            raise ConfigError(
+                f"{override.input_line}: nothing can be taken away; set another value"
+            )
     in_groups = [o for o in overrides if loader.get_group_options(o.key_or_group)]
     for override in in_groups:
         _check_option(override, loader.get_group_options(override.key_or_group))
     cfg = loader.load_configuration(
         "train", [o.input_line or "" for o in in_groups], run_mode=RunMode.RUN
     )
-    known = {key for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False))}
+    known = {key for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False))}
     known |= {key.rpartition(".")[0] for key in known}  # whole nodes may be replaced too
     names = [key for key in known if not key.startswith("hydra")]
     for override in overrides:
@@ -261,14 +318,16 @@ def _check_keys(overrides: Sequence[Override], loader: ConfigLoader) -> None:
 
 def _check_option(override: Override, options: list[str]) -> None:
     value = override.value()
-    chosen = value if isinstance(value, list) else [value]
-    for option in chosen:
-        if isinstance(option, str) and option not in options:
-            group = override.key_or_group
-            raise ConfigError(
-                f"{group}={option}: there is no such {group}{_nearest(option, options)} "
-                f"(there are: {', '.join(options)})"
-            )
+    group, options = override.key_or_group, [o for o in options if not o.startswith("_")]
+    if override.is_sweep_override():
+        return
+    if not isinstance(value, str):
+        raise ConfigError(f"{group}={value}: choose one among {', '.join(options)}")
+    if value not in options:
+        raise ConfigError(
+            f"{group}={value}: there is no such {group}{_nearest(value, options)} "
+            f"(there are: {', '.join(options)})"
+        )
 
 
 def _nearest(word: str, options: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ def sample(
     Raises:
         ValueError: the temperature is negative, or the prompt is empty or longer than ``length``.
     """
-    if temperature < 0:
+    if not temperature >= 0:  # NaN too
         raise ValueError(f"the temperature must be 0 or more, not {temperature}")
     if not 0 < prompt.shape[1] <= length:
         raise ValueError(

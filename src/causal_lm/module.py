@@ -21,7 +21,7 @@ class CausalLM(L.LightningModule):
 
     Args:
         model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T)) -> logits (B, T, V).
-        optimizer: parameters -> optimizer.
+        optimizer: parameters -> optimizer; None where nothing is trained.
         scheduler: (optimizer, total_steps) -> learning-rate schedule, stepped once per optimizer
             step; None for a constant rate.
         token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None where not text.
@@ -30,7 +30,7 @@ class CausalLM(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
         token_bytes: Tensor | None = None,
     ) -> None:
@@ -39,6 +39,9 @@ class CausalLM(L.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.val = TokenPerplexity(token_bytes)
+        # Of the micro-batches since the last optimizer step, on this rank.
+        self.window_nats: Tensor | float = 0.0
+        self.window_tokens: Tensor | int = 0
 
     # ---- what is trained ----
 
@@ -54,16 +57,37 @@ class CausalLM(L.LightningModule):
         """bool (B, T, T): True where a position (dim 1) may look at another (dim 2)."""
         return masks.causal(batch.document_ids)
 
-    def training_loss(self, batch: Batch) -> Tensor:
-        """The loss that the gradient is taken of: nats per counted token, a scalar."""
+    def as_trained(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) and labels (B, T) as training sees them."""
         logits = self.model(batch.input_ids, batch.position_ids, self.may_attend(batch))
-        labels = objective.make_labels(self.targets(batch), self.counted(batch))
-        return objective.mean_nll(logits, labels)
+        return logits, objective.make_labels(self.targets(batch), self.counted(batch))
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """The objective on one batch: nats per counted token, a scalar."""
+        return objective.mean_nll(*self.as_trained(batch))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.training_loss(batch)
-        self.log("train/loss", loss)
-        return loss
+        """The *sum* over counted tokens; :meth:`on_before_optimizer_step` divides, once.
+
+        A mean per micro-batch would weigh a token by the company it came in: Lightning averages
+        over micro-batches, DDP over ranks, whatever they hold.
+        """
+        logits, labels = self.as_trained(batch)
+        nats = objective.token_nll(logits, labels).sum()
+        self.window_nats = self.window_nats + nats.detach()
+        self.window_tokens = self.window_tokens + objective.count(labels)
+        return nats * self.trainer.accumulate_grad_batches  # which Lightning divides by
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        """Gradients of the sum -> of the mean over all micro-batches and ranks, before clipping."""
+        reduce = self.trainer.strategy.reduce
+        nats = reduce(self.window_nats, reduce_op="sum")
+        tokens = reduce(self.window_tokens, reduce_op="sum").clamp(min=1)
+        self.window_nats, self.window_tokens = 0.0, 0
+        for parameter in self.parameters():
+            if parameter.grad is not None:  # DDP has averaged: times the ranks is their sum
+                parameter.grad *= self.trainer.world_size / tokens
+        self.log("train/loss", nats / tokens)
 
     # ---- what is measured ----
 
@@ -96,6 +120,7 @@ class CausalLM(L.LightningModule):
     # ---- how it is optimised ----
 
     def configure_optimizers(self):
+        assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer

@@ -48,8 +48,13 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     ).view_as(labels)
 
 
+def count(labels: Tensor) -> Tensor:
+    """How many labels count, a scalar."""
+    return (labels != IGNORE).sum()
+
+
 def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """The training loss: mean over the labels that count, in nats per token.
+    """Mean over the labels that count, in nats per token.
 
     A batch in which nothing counts gives 0 with a gradient of 0, not NaN.
 
@@ -58,4 +63,4 @@ def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
     >>> mean_nll(logits, torch.tensor([[1, 2, IGNORE]]))  # ln 4
     tensor(1.3863)
     """
-    return token_nll(logits, labels).sum() / (labels != IGNORE).sum().clamp(min=1)
+    return token_nll(logits, labels).sum() / count(labels).clamp(min=1)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
-from causal_lm import masks
+from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
+from causal_lm.metrics import TokenPerplexity
 from causal_lm.module import CausalLM
 
 
@@ -23,16 +23,15 @@ class Pitfall(CausalLM):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.own_view = MeanMetric()
+        self.own_view = TokenPerplexity()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        counted = self.counted(batch).sum()
-        if counted > 0:  # a rank's last, empty batch has no loss to speak of
-            self.own_view.update(self.training_loss(batch), weight=counted)
+        logits, labels = self.as_trained(batch)
+        self.own_view.update(objective.token_nll(logits, labels), labels)
 
     def loss_as_trained(self, val_loss: Tensor) -> Tensor:
-        value = self.own_view.compute()
+        value = self.own_view.compute()["loss"]
         self.own_view.reset()
         return value
 

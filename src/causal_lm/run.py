@@ -12,6 +12,7 @@ import hydra
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,6 +54,12 @@ CHANGE = {
 """Label of a fault that no pitfall explains -> where to look."""
 
 
+FILES = (
+    "config.yaml", "summary.json", "metrics.csv", "preflight.json", "preflight.html", "samples.txt",
+)  # fmt: skip
+"""What a run writes beside its checkpoints."""
+
+
 def build(node: DictConfig, **more: Any) -> Any:
     """Make the object that a ``_target_`` names (the one place that asks Hydra to)."""
     try:
@@ -86,8 +93,12 @@ def restore(path: str | Path) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
     """
     checkpoint = checkpoints.read(path)
     config = checkpoint[checkpoints.CONFIG]
+    target = config["model"]["_target_"]
+    if not target.startswith("causal_lm.models."):  # a file may not say what code to run
+        raise ValueError(f"{path} names {target}, which is no model of this project")
     tokenizer = from_state(checkpoint[checkpoints.TOKENIZER])
-    module = make_module(OmegaConf.create(config | {"pitfalls": {}}), tokenizer)
+    model = build(OmegaConf.create(config["model"]), vocab_size=tokenizer.vocab_size)
+    module = CausalLM(model, token_bytes=tokenizer.token_bytes())
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     return module.eval(), tokenizer, config
 
@@ -139,8 +150,12 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": []}  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
+    if _is_rank_zero():
+        for name in FILES:  # of an earlier run in this directory; its checkpoints stay
+            (directory / name).unlink(missing_ok=True)
     try:
-        _run(cfg, directory, summary)
+        with StopAfterStep() as stop:
+            _run(cfg, directory, summary, stop)
         _verify_floor(summary)
     except BaseException as error:
         summary["status"], summary["error"] = "failed", str(error) or type(error).__name__
@@ -154,7 +169,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     return summary
 
 
-def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
+def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAfterStep) -> None:
     """Fit, validate, sample; ``summary`` is filled on the way, so that a failure keeps its part."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no adverts
     if _is_rank_zero():
@@ -163,31 +178,41 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any]) -> None:
     origin = checkpoints.Provenance(
         OmegaConf.to_container(cfg, resolve=True), corpus.tokenizer.state()
     )
-    if cfg.ckpt_path:
-        origin.check_continues(cfg.ckpt_path)
+    folder = directory / "checkpoints"
+    ckpt_path = cfg.ckpt_path
+    if ckpt_path == "auto":
+        ckpt_path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None
+    if ckpt_path:
+        origin.check_continues(ckpt_path)
 
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
-    meter, stop = Meter(), StopAfterStep()
-    kept = checkpoints.keepers(directory / "checkpoints", cfg.trainer.val_check_interval)
+    meter, best = Meter(), checkpoints.best(folder)
+    last = checkpoints.last(folder, every=cfg.trainer.val_check_interval)
     bar = [StepBar()] if cfg.trainer.enable_progress_bar else []
     trainer = make_trainer(
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[preflight, meter, stop, origin, *kept, *bar],
+        callbacks=[preflight, meter, stop, origin, best, last, *bar],
     )
     try:
-        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
     finally:
         summary |= preflight.figures()
-    trainer.save_checkpoint(directory / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(folder / "last.ckpt")
     summary |= {"status": "stopped" if stop.requested else "finished", "steps": trainer.global_step}
     summary |= meter.figures(trainer)
 
     (figures,) = trainer.validate(module, data, verbose=False)
     summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
     summary |= floor(corpus, summary["val/ppl"])
+    if best.best_model_score is None or figures["val/loss"] < float(best.best_model_score):
+        trainer.save_checkpoint(folder / "best.ckpt")
     if trainer.is_global_zero:
         summary |= self_check(cfg, module, corpus, directory)
+
+
+NO_ACCELERATOR = ("can not run on your system", "No supported gpu backend")
+"""What Lightning says where the machine lacks what was asked for."""
 
 
 def make_trainer(cfg: DictConfig, **objects: Any) -> L.Trainer:
@@ -199,9 +224,10 @@ def make_trainer(cfg: DictConfig, **objects: Any) -> L.Trainer:
             num_sanity_val_steps=0,
             enable_model_summary=False,
             use_distributed_sampler=False,  # ours repeats no document
+            max_epochs=-1,  # a run is measured in steps, as its schedule is
         )
-    except Exception as error:  # Lightning names no class of its own that covers these
-        if "accelerator" in str(error).lower() or "gpu" in str(error).lower():
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        if any(words in str(error) for words in NO_ACCELERATOR):
             raise ValueError(
                 f"trainer.accelerator={cfg.trainer.accelerator} is not available on this machine: "
                 f"type trainer=cpu, or trainer=auto for what there is"

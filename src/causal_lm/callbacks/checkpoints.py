@@ -41,13 +41,18 @@ class Provenance(L.Callback):
                     )
 
 
-def keepers(folder: Path, every: int) -> list[ModelCheckpoint]:
-    """``best.ckpt`` by ``val/loss``, and ``last.ckpt`` every ``every`` steps."""
-    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
-    return [
-        ModelCheckpoint(filename="best", monitor="val/loss", **common),
-        ModelCheckpoint(filename="last", every_n_train_steps=every, **common),
-    ]
+def best(folder: Path) -> ModelCheckpoint:
+    """``best.ckpt``, by ``val/loss``."""
+    return ModelCheckpoint(
+        folder, filename="best", monitor="val/loss", enable_version_counter=False
+    )
+
+
+def last(folder: Path, every: int) -> ModelCheckpoint:
+    """``last.ckpt``, every so many optimizer steps."""
+    return ModelCheckpoint(
+        folder, filename="last", every_n_train_steps=every, enable_version_counter=False
+    )
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from causal_lm import objective
 from causal_lm.data.collate import Batch
 
 WINDOW = 20
-"""Steps over which ``train/loss`` is averaged for the summary."""
+"""Optimizer steps over which ``train/loss`` is averaged for the summary."""
 
 
 class Meter(L.Callback):
@@ -31,12 +31,14 @@ class Meter(L.Callback):
         self.seconds_fit = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        self.losses.append(outputs["loss"].detach())
+        if trainer.global_step != self._step:  # an optimizer step was taken: its loss is new
+            self._step = trainer.global_step
+            self.losses.append(trainer.callback_metrics["train/loss"])
         self.tokens = self.tokens + objective.has_next(batch.document_ids).sum()
         self.real = self.real + batch.lengths.sum()
         self.slots += batch.input_ids.numel()
@@ -57,13 +59,9 @@ class Meter(L.Callback):
         device = trainer.strategy.root_device
         own = torch.tensor([int(self.tokens), int(self.real), self.slots], device=device)
         tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
-        loss = None
-        if self.losses:
-            own_loss = torch.stack(list(self.losses)).mean()
-            loss = float(trainer.strategy.reduce(own_loss, reduce_op="mean"))
         training = self.seconds_fit - self.seconds_validating
         return {
-            "train/loss": loss,
+            "train/loss": float(torch.stack(list(self.losses)).mean()) if self.losses else None,
             "train/tokens": tokens,
             "train/tokens_per_second": tokens / training if tokens else None,
             "train/pad_share": 1 - real / slots if slots else None,

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
-from causal_lm.preflight import Report, preflight
+from causal_lm.preflight import Report, preflight, to_html
 from causal_lm.report.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Preflight(L.Callback):
             log.info(f"trained pairs: {trained_pairs(report, self.name)}\n{report}")
             if self.directory is not None:
                 write_json(self.directory / "preflight.json", report.to_dict())
-                write_text(self.directory / "preflight.html", report.to_html())
+                write_text(self.directory / "preflight.html", to_html(report, self.name))
         if report.faults and self.on_fault == "error":
             raise PreflightError(self.message(report))
 

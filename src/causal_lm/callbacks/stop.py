@@ -9,18 +9,27 @@ import torch
 
 
 class StopAfterStep(L.Callback):
-    """The first signal asks the run to stop; a second Ctrl-C stops it where it is."""
+    """The first signal asks the run to stop; a second Ctrl-C stops it where it is.
+
+    A context: ``with StopAfterStep() as stop`` listens from before the start until after the
+    summary, so that a signal at any time leaves a whole run.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def __enter__(self) -> "StopAfterStep":
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._request)
         except ValueError:  # not the main thread: signals are somebody else's business
             self._before.clear()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -35,11 +44,3 @@ class StopAfterStep(L.Callback):
         if stop:
             self.requested = True
             trainer.should_stop = True
-
-    def on_train_end(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def on_exception(self, *args: Any) -> None:
-        self.on_train_end()

@@ -7,7 +7,7 @@ from torch import nn
 
 from causal_lm.preflight import flow, fused, norm, padding, past, pictures, position, readout
 from causal_lm.preflight.context import Context, Probe
-from causal_lm.preflight.frame import Frame, Unexaminable
+from causal_lm.preflight.frame import Frame, UnexaminableError
 from causal_lm.preflight.report import Report
 from causal_lm.preflight.state import Sandbox
 from causal_lm.preflight.subject import LossFn, Subject
@@ -15,7 +15,7 @@ from causal_lm.preflight.understand import understand
 
 _ROWS = 4  # rows that the flow probes run on
 _COLS = 512  # columns, likewise
-_SLOTS = 2**28  # logits of the whole batch that are read in one go
+_SLOTS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
 PROBES: tuple[Probe, ...] = (
@@ -75,7 +75,8 @@ def preflight(
     subject = Subject(model, loss_fn, box, seed)
     try:
         full = _sampled(frame, report)
-        ctx = Context(subject, full, full, [], seed, report)
+        part, rows, first = _working_part(full, report)
+        ctx = Context(subject, full, part, rows, seed, report, first)
         _start(ctx)
         probes = PROBES if subject.site is not None else (fused.labels,)
         if subject.site is None:
@@ -93,39 +94,36 @@ def preflight(
 
 def _start(ctx: Context) -> None:
     """Find the logits, on a few rows; on all of them where the loss insists on its batch."""
-    whole = ctx.full
-    parts = [_working_part(whole, ctx.report), (whole, list(range(len(whole.ids))), 0)]
-    for attempt, (ctx.work, ctx.rows, ctx.first) in enumerate(parts):
+    subject, part = ctx.subject, ctx.work
+    try:
         try:
-            ctx.subject.discover(ctx.work)
-            break
-        except Exception as problem:
-            if attempt == 0 and ctx.work is not whole:
-                ctx.report.sampled.clear()
-                continue
-            why = f"{type(problem).__name__}: {problem}".splitlines()[0]
-            if isinstance(problem, IndexError):
-                why += f" (ids reach {int(whole.ids.max())}: is the embedding large enough?)"
-            raise ValueError(
-                f"the loss could not be computed on the plain batch: {why}"
-            ) from problem
-    if ctx.subject.site is not None:
-        try:
+            subject.discover(part)
+        except Exception:
+            if part is ctx.full:
+                raise
+            ctx.work, ctx.rows, ctx.first = ctx.full, list(range(len(ctx.full.ids))), 0
+            ctx.report.sampled.clear()
+            subject.discover(ctx.full)
+    except Exception as problem:
+        why = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        if isinstance(problem, IndexError):
+            why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
+        raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
+    try:
+        if subject.site is not None:
             ctx.readout(True)
-        except RuntimeError:  # logits of slots that cannot be told: as good as none
-            ctx.subject.site = None
+    except RuntimeError:  # logits of slots that cannot be told: as good as none
+        subject.site = None
 
 
 def _run(probe: Probe, ctx: Context) -> None:
     name = getattr(probe, "__name__", str(probe))
     try:
         found = probe(ctx)
-    except Unexaminable as reason:
-        ctx.report.skipped[name] = str(reason)
-        return
     except Exception as problem:  # a probe must never take the audit down
-        first = (str(problem).splitlines() or [""])[0]
-        ctx.report.skipped[name] = f"{type(problem).__name__}: {first}"[:200]
+        why = (str(problem).splitlines() or [""])[0]
+        why = why if isinstance(problem, UnexaminableError) else f"{type(problem).__name__}: {why}"
+        ctx.report.skipped[name] = why[:200]
         return
     if found:
         ctx.report.findings.extend(found)

@@ -13,42 +13,29 @@ Limits: losses that are no sum over positions of such terms leave a residual. Th
 the outlier then, and the residual widens the tolerances downstream.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 _CHUNK = 2**22  # numbers in hand at a time
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Per position, (b, t), float64.
+def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Fit every position of logits and grad, both (b, t, V); in float64, in chunks.
 
-    target: id y. weight: w + u V, the token's weight in the loss. sharp: w alone, the part on the
-    target. pull: largest |g|, zero exactly where the position plays no part. lump: sum of g, zero
-    for cross-entropy, positive for a z-loss. residual: rms of what the fit leaves over rms of g.
+    Returns the target ids (b, t); the stack (4, b, t) of weight (w + u V, the token's in the loss),
+    sharp (w alone), pull (largest |g|, zero where the position plays no part) and lump (sum of g,
+    zero for cross-entropy, positive for a z-loss); the rms of what is left over that of g.
     """
-
-    target: Tensor
-    weight: Tensor
-    sharp: Tensor
-    pull: Tensor
-    lump: Tensor
-    residual: float
-
-
-def fit(logits: Tensor, grad: Tensor) -> Fit:
-    """Fit every position of logits and grad, both (..., V); in chunks, to spare memory."""
-    shape, v = grad.shape[:-1], grad.shape[-1]
-    step = max(1, _CHUNK // v)
-    parts = torch.split(logits.reshape(-1, v), step), torch.split(grad.reshape(-1, v), step)
-    fitted = [_fit(z, g) for z, g in zip(*parts, strict=True)]
-    y, w, u, left, pull, lump, rms = (torch.cat(x) for x in zip(*fitted, strict=True))
+    device, v = grad.device, grad.shape[-1]
+    mps = device.type == "mps"  # has no float64
+    parts = (torch.split(x.reshape(-1, v), max(1, _CHUNK // v)) for x in (logits, grad))
+    fitted = [_fit(*(x.cpu() if mps else x for x in pair)) for pair in zip(*parts, strict=True)]
+    target, left, rms, *values = (torch.cat(x) for x in zip(*fitted, strict=True))
     live = rms > 1e-24 * rms.max()
     residual = float((left[live].sum() / rms[live].sum()).sqrt()) if bool(live.any()) else 0.0
-    y, weight, w, pull, lump = (x.reshape(shape) for x in (y, w + u * v, w, pull, lump))
-    return Fit(y, weight, w, pull, lump, residual)
+    stack = torch.stack([x.float() if mps else x for x in values])
+    shape = grad.shape[:-1]
+    return target.reshape(shape).to(device), stack.reshape(4, *shape).to(device), residual
 
 
 def _fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +50,8 @@ def _fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         y, w, u, left = (
             torch.where(better, b, a) for a, b in zip((y, w, u, left), other, strict=True)
         )
-    return y, w, u, left, g.abs().amax(-1), g.sum(-1), g.pow(2).mean(-1)
+    weight = w + u * g.shape[-1]
+    return y, left, g.pow(2).mean(-1), weight, w, g.abs().amax(-1), g.sum(-1)
 
 
 def _given(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

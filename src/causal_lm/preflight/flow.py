@@ -1,20 +1,19 @@
 """Probes of visibility: swap tokens, and see which counted logits move.
 
 Differences of real runs, not gradients: a gradient is blind to routing, sorting and no_grad paths.
-To try every pair (token j moves logit i < j) with few runs, all tokens from a cut on are swapped at
-once, and each row has a cut of its own: nothing before the cut may move. The same is done in train
-mode, on a batch with no PAD in it, and on weights woken so that every path carries signal
-(`Sandbox.woken`): each catches leaks that the others miss.
+Each probe is a list of trials (where to swap, where nothing may move) under several settings: in
+train mode, on a batch with no PAD in it, and on weights woken so that every path carries signal
+(`Sandbox.woken`). Each setting catches leaks that the others miss.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, moved
-from causal_lm.preflight.frame import Frame, Unexaminable
+from causal_lm.preflight.frame import Frame, UnexaminableError
 from causal_lm.preflight.report import Finding
 
 MASK_REMEDY = (
@@ -25,118 +24,136 @@ ROWS_REMEDY = "no layer may mix rows: check batch_first, BatchNorm, and views th
 DOCS_REMEDY = "attend only where document_ids[i] == document_ids[j], or pack without documents"
 
 
-def _settings(ctx: Context, cuts: int) -> Iterator[tuple[str, Frame, bool, bool, int]]:
-    """(words for the report, batch, train mode?, woken weights?, runs) from likely to unlikely."""
-    few = max(2, cuts // 3)
-    yield "", ctx.work, False, False, cuts
-    yield "in train mode, ", ctx.work, True, False, few
-    yield "with woken weights, ", ctx.work, False, True, max(2, cuts // 2)
-    yield "with woken weights in train mode, ", ctx.work, True, True, few
-    if ctx.work.has_pad:
-        try:
-            filled = ctx.work.filled(ctx.seed)
-        except Unexaminable:
-            return
-        yield "with nothing padded, ", filled, False, False, few
-        yield "with nothing padded, in train mode and with woken weights, ", filled, True, True, few
+@dataclass(frozen=True)
+class _Setting:
+    words: str
+    frame: Frame
+    train: bool
+    woken: bool
+    runs: int = 0
 
 
-def _weights(ctx: Context, woken: bool):  # type: ignore[no-untyped-def]
-    return ctx.subject.box.woken(ctx.seed) if woken else nullcontext()
+@dataclass(frozen=True)
+class _Leak:
+    setting: _Setting
+    where: Tensor
+    hit: tuple[float, int, int]
+
+
+Trials = Callable[[Frame, int], Iterable[tuple[Tensor, Tensor]]]
+
+
+def _leak(ctx: Context, settings: Iterable[_Setting], trials: Trials) -> _Leak | None:
+    """The first trial under which something moves that may not."""
+    for s in settings:
+        with ctx.weights(s.woken):
+            base = ctx.subject.look(s.frame, s.train).logits
+            for where, watch in trials(s.frame, s.runs):
+                new = ctx.subject.look(s.frame.swap(where, ctx.seed), s.train).logits
+                hit = ctx.worst(new, base, watch)
+                if hit:
+                    return _Leak(s, where, hit)
+    return None
 
 
 def company(ctx: Context) -> list[Finding]:
     """Swap every token of every other row: the rows between them must not move."""
-    work = ctx.work if len(ctx.work.ids) > 1 else ctx.work.rows([0, 0])
-    counted = ctx.counted if len(ctx.work.ids) > 1 else ctx.counted[[0, 0]]
-    odd = torch.arange(len(work.ids), device=work.ids.device)[:, None] % 2 == 1
-    for train, woken in ((False, False), (True, False), (True, True)):
-        with _weights(ctx, woken):
-            base = ctx.subject.look(work, train).logits
-            for still in (odd, ~odd):
-                look = ctx.subject.look(work.swap(~still.expand_as(work.real), ctx.seed), train)
-                watch = counted & still
-                change = torch.where(watch, moved(look.logits, base), 0.0)
-                if float(change.max()) > ctx.bound(base, watch):
-                    ctx.blamed.add("company")
-                    mode = "in train mode, " if train else ""
-                    return [_row_finding(ctx, work, change, mode)]
-    return []
+    several = len(ctx.work.ids) > 1
+    work = ctx.work if several else ctx.work.rows([0, 0])
+    counted = ctx.counted if several else ctx.counted[[0, 0]]
+    odd = (torch.arange(len(work.ids), device=work.ids.device) % 2 == 1)[:, None]
 
+    def trials(frame: Frame, runs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for still in (odd, ~odd):
+            yield ~still.expand_as(frame.real), counted & still
 
-def _row_finding(ctx: Context, work: Frame, change: Tensor, mode: str) -> Finding:
-    b, t = divmod(int(change.argmax()), change.shape[1])
-    row = ctx.rows[b % len(ctx.rows)]
-    size = float(change.max())
-    seen = (
-        f"{mode}the logits of row {row}, position {t} move by {size:.3g} with tokens of other rows"
-    )
-    return Finding("causal", "company", seen, ROWS_REMEDY, size, row, t, int(work.ids[b, t]))
+    modes = [_Setting("", work, False, False)]
+    modes += [_Setting("in train mode, ", work, True, woken) for woken in (False, True)]
+    leak = _leak(ctx, modes, trials)
+    if leak is None:
+        return []
+    ctx.blamed.add("company")
+    size, b, t = leak.hit
+    seen = "the logits of row {row}, position {t} move by {size} with tokens of other rows"
+    hit = size, b % len(ctx.rows), t
+    return [ctx.finding("causal", "company", leak.setting.words + seen, ROWS_REMEDY, hit)]
 
 
 def future(ctx: Context) -> list[Finding]:
-    """No counted logit may move with a later token of its row."""
+    """No counted logit may move with a later token of its row.
+
+    To try every pair (token j moves logit i < j) in few runs, all tokens from a cut on are swapped
+    at once, with a cut of its own in each row: nothing before the cut may move.
+    """
     if "company" in ctx.blamed:
-        raise Unexaminable("rows see each other, so the future cannot be told from company")
+        raise UnexaminableError("rows see each other, so the future cannot be told from company")
     rows, width = ctx.work.ids.shape
     if width < 2:
-        raise Unexaminable("needs rows of two tokens")
-    runs = min(8, -(-(width - 1) // rows))
-    for words, frame, train, woken, count in _settings(ctx, runs):
-        with _weights(ctx, woken):
-            base = ctx.subject.look(frame, train).logits
-            for i in range(count):
-                cut = _cuts(frame, i, count)
-                if cut is None:
-                    break
-                late = torch.arange(width, device=cut.device) >= cut[:, None]
-                look = ctx.subject.look(frame.swap(late, ctx.seed + i), train)
-                watch = ctx.counted & ~late
-                change = torch.where(watch, moved(look.logits, base), 0.0)
-                if float(change.max()) > ctx.bound(base, ctx.counted):
-                    ctx.blamed.add("future")
-                    return [_trace(ctx, frame, base, change, cut, train, words)]
-    if runs * rows < width - 1:
-        ctx.report.sampled.append(f"future: {runs * rows} of {width - 1} cuts in {rows} rows")
+        raise UnexaminableError("needs rows of two tokens")
+
+    def trials(frame: Frame, runs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(runs):
+            late = _late(frame, i, runs)
+            yield late, ctx.counted & ~late
+
+    runs = min(width - 1, max(6, min(12, 256 // width)))
+    leak = _leak(ctx, _everything(ctx, runs), trials)
+    if leak is not None:
+        ctx.blamed.add("future")
+        return [_trace(ctx, leak)]
+    if runs < width - 1:
+        ctx.report.sampled.append(f"future: {runs} of {width - 1} cuts in each of {rows} rows")
     return []
 
 
-def _cuts(frame: Frame, i: int, count: int) -> Tensor | None:
-    """(R,) the i-th cut of `count` in each row, spread over the real tokens of all rows."""
+def _everything(ctx: Context, runs: int) -> Iterator[_Setting]:
+    """From likely to unlikely."""
+    few, work = max(2, runs // 3), ctx.work
+    yield _Setting("", work, False, False, runs)
+    yield _Setting("in train mode, ", work, True, False, few)
+    yield _Setting("with woken weights, ", work, False, True, few)
+    yield _Setting("with woken weights in train mode, ", work, True, True, few)
+    if work.has_pad:
+        try:
+            filled = work.filled(ctx.seed)
+        except UnexaminableError:
+            return
+        words = "with nothing padded, in train mode and with woken weights, "
+        yield _Setting("with nothing padded, ", filled, False, False, few)
+        yield _Setting(words, filled, True, True, few)
+
+
+def _late(frame: Frame, i: int, runs: int) -> Tensor:
+    """(R, T) bool: all from the i-th of `runs` cuts on; cuts are spread over the real tokens."""
     rows = len(frame.ids)
-    out = []
+    late = torch.zeros_like(frame.real)
     for b in range(rows):
         at = frame.real[b].nonzero()[:, 0]
-        if len(at) < 2:
-            out.append(frame.ids.shape[1])  # nothing to cut
-            continue
-        place = (i + (b + 1) / rows) / count  # in (0, 1]: the last token alone comes last
-        out.append(int(at[max(1, min(len(at) - 1, round(place * (len(at) - 1))))]))
-    if all(c == frame.ids.shape[1] for c in out):
-        return None
-    return torch.tensor(out, device=frame.ids.device)
+        if len(at) > 1:
+            place = (i + (b + 1) / rows) / runs  # in (0, 1]: the last token alone comes last
+            late[b, int(at[max(1, min(len(at) - 1, round(place * (len(at) - 1))))]) :] = True
+    return late
 
 
-def _trace(
-    ctx: Context, frame: Frame, base: Tensor, change: Tensor, cut: Tensor, train: bool, words: str
-) -> Finding:
+def _trace(ctx: Context, leak: _Leak) -> Finding:
     """Which single token moved it? Halve the swapped part until one is left."""
-    b, t = divmod(int(change.argmax()), change.shape[1])
-    size, bound = float(change.max()), ctx.bound(base, ctx.counted)
-    low, high = int(cut[b]), frame.ids.shape[1]
-    while high - low > 1:
-        mid = (low + high) // 2
-        part = torch.zeros_like(frame.real)
-        part[b, low:mid] = True
-        look = ctx.subject.look(frame.swap(part, ctx.seed), train)
-        seen = float(moved(look.logits, base)[b, t]) > bound
-        low, high = (low, mid) if seen else (mid, high)
-    row = ctx.rows[b]
-    text = (
-        f"{words}row {row}: the logits at position {t}, whose target counts, move by {size:.3g} "
-        f"when later tokens are swapped, such as token {int(frame.ids[b, low])} at position {low}"
+    (_, b, t), s = leak.hit, leak.setting
+    low, high = int(leak.where[b].long().argmax()), s.frame.ids.shape[1]
+    with ctx.weights(s.woken):
+        base = ctx.subject.look(s.frame, s.train).logits
+        while high - low > 1:
+            mid = (low + high) // 2
+            part = torch.zeros_like(s.frame.real)
+            part[b, low:mid] = True
+            new = ctx.subject.look(s.frame.swap(part, ctx.seed), s.train).logits
+            hit = float(moved(new, base)[b, t]) > ctx.bound(base, ctx.counted)
+            low, high = (low, mid) if hit else (mid, high)
+    seen = (
+        s.words + "row {row}: the logits at position {t}, whose target counts, move by {size} when "
+        f"later tokens are swapped, such as token {int(s.frame.ids[b, low])} at position "
+        f"{low + ctx.first}"
     )
-    return Finding("causal", "future", text, MASK_REMEDY, size, row, t, int(frame.ids[b, low]))
+    return ctx.finding("causal", "future", seen, MASK_REMEDY, leak.hit)
 
 
 def documents(ctx: Context) -> list[Finding]:
@@ -145,39 +162,26 @@ def documents(ctx: Context) -> list[Finding]:
     Documents are numbered in binary; for each bit, those with it are swapped and those without
     are watched, and the other way round, so that every pair of documents is tried.
     """
-    work = ctx.work
-    if int(work.doc.max()) < 1:
-        raise Unexaminable("one document a row (no document_ids)")
+    doc = ctx.work.doc
+    if int(doc.max()) < 1:
+        raise UnexaminableError("one document a row (no document_ids)")
     if ctx.blamed & {"future", "company"}:
-        raise Unexaminable("a leak is known already")
-    index = _ordinals(work.doc)
-    for train, woken in ((False, False), (True, True)):
-        with _weights(ctx, woken):
-            base = ctx.subject.look(work, train).logits
-            for bit in range(int(index.max()).bit_length()):
-                for side in (0, 1):
-                    out = work.real & (((index >> bit) & 1) == side)
-                    look = ctx.subject.look(work.swap(out, ctx.seed), train)
-                    change = torch.where(ctx.counted & ~out, moved(look.logits, base), 0.0)
-                    if float(change.max()) > ctx.bound(base, ctx.counted):
-                        ctx.blamed.add("documents")
-                        return [_document_finding(ctx, change)]
-    return []
+        raise UnexaminableError("a leak is known already")
+    index = torch.zeros_like(doc)  # 0, 1, 2, ... by order of appearance in the row
+    index[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long().cumsum(1)
 
+    def trials(frame: Frame, runs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for bit in range(int(index.max()).bit_length()):
+            for side in (0, 1):
+                out = frame.real & (((index >> bit) & 1) == side)
+                yield out, ctx.counted & ~out
 
-def _ordinals(doc: Tensor) -> Tensor:
-    """(R, T): 0, 1, 2, … by order of appearance in the row; PAD counts with its neighbour."""
-    new = torch.zeros_like(doc)
-    new[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long()
-    return new.cumsum(1)
-
-
-def _document_finding(ctx: Context, change: Tensor) -> Finding:
-    b, t = divmod(int(change.argmax()), change.shape[1])
-    row, size, doc = ctx.rows[b], float(change.max()), int(ctx.work.doc[b, t])
-    seen = (
-        f"row {row}: the logits at position {t} (document {doc}) move by {size:.3g} with tokens of "
-        "other documents in the row"
-    )
-    token = int(ctx.work.ids[b, t])
-    return Finding("causal", "documents", seen, DOCS_REMEDY, size, row, t, token)
+    modes = [_Setting("", ctx.work, train, train) for train in (False, True)]
+    leak = _leak(ctx, modes, trials)
+    if leak is None:
+        return []
+    ctx.blamed.add("documents")
+    _, b, t = leak.hit
+    seen = "row {row}: the logits at position {t} " + f"(document {int(doc[b, t])}) "
+    seen += "move by {size} with tokens of other documents in the row"
+    return [ctx.finding("causal", "documents", seen, DOCS_REMEDY, leak.hit)]

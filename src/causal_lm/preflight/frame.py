@@ -16,7 +16,7 @@ IGNORE = -100
 _AT_PAD = {"attention_mask": 0, "labels": IGNORE, "document_ids": -1}
 
 
-class Unexaminable(Exception):
+class UnexaminableError(Exception):
     """A probe has nothing to look at here; the reason lands in `Report.skipped`."""
 
 
@@ -121,7 +121,8 @@ class Frame:
         free = self.real.clone()
         for i in self.special:
             free &= self.ids != i
-        return free
+        after = self.real.flip(1).long().cumsum(1).flip(1)
+        return free | (self.real & (after == 1))
 
     # -- edits: each returns a new frame -------------------------------------------------------
 
@@ -133,6 +134,9 @@ class Frame:
             for k, v in self.batch.items()
         }
         return replace(self, batch=batch, real=edit("real", self.real), doc=edit("doc", self.doc))
+
+    def put(self, name: str, value: Tensor) -> "Frame":
+        return replace(self, batch={**self.batch, name: value})
 
     def rows(self, index: Tensor | list[int]) -> "Frame":
         index = torch.as_tensor(index, device=self.ids.device)
@@ -151,25 +155,35 @@ class Frame:
 
         return self.each(cut)
 
+    def bare(self, b: int) -> "Frame":
+        """Row b alone, without its PAD; positions that merely counted all slots begin anew."""
+        at = self.real[b].nonzero()[:, 0]
+        start = int(at[0])
+        row = self.rows([b]).cols(start, int(at[-1]) + 1)
+        position = row.batch.get("position_ids")
+        if isinstance(position, Tensor) and start and int(position[0, 0]) == start:
+            return row.put("position_ids", position - start)
+        return row
+
     def swap(self, where: Tensor, seed: int) -> "Frame":
         """Other ordinary tokens at `where` (B, T); special ids stay."""
         pool = self.ordinary
         if len(pool) < 2:
-            raise Unexaminable("fewer than two ordinary tokens to swap among")
+            raise UnexaminableError("fewer than two ordinary tokens to swap among")
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(pool), self.ids.shape, generator=gen).to(self.ids.device)
         new = pool[pick]
         new = torch.where(new == self.ids, pool[(pick + 1) % len(pool)], new)
         ids = torch.where(where & self.swappable, new, self.ids)
-        return replace(self, batch={**self.batch, "input_ids": ids})
+        return self.put("input_ids", ids)
 
     def pad(self, count: int, left: bool = False) -> "Frame":
         """`count` more columns of PAD, marked as the batch itself marks them."""
         if self.pad_id is None:
-            raise Unexaminable("no PAD in the batch and no pad_id given")
+            raise UnexaminableError("no PAD in the batch and no pad_id given")
         shape, pads = self.ids.shape, ~self.real
         if any(k == "attention_mask" and v.ndim != 2 for k, v in self.batch.items()):
-            raise Unexaminable("attention_mask is not (B, T): it cannot be extended by PAD")
+            raise UnexaminableError("attention_mask is not (B, T): it cannot be extended by PAD")
 
         def grow(name: str, v: Tensor) -> Tensor:
             if v.ndim < 2 or v.shape[:2] != shape:
@@ -182,8 +196,8 @@ class Frame:
             elif value is None and name != "position_ids":
                 value = 0
             block = block if value is None else torch.full_like(block, value)
-            parts = [block] * count
-            return torch.cat(parts + [v] if left else [v] + parts, 1)
+            added = block.repeat(1, count)
+            return torch.cat([added, v] if left else [v, added], 1)
 
         return self.each(grow)
 
@@ -192,34 +206,30 @@ class Frame:
 
         Right PAD continues the row's last document, left PAD is where its first one now begins.
         """
-        gone = ~self.real
+        mask = self.batch.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise UnexaminableError("attention_mask is not (B, T): it cannot be filled")
         doc = self.doc.clone()
         for t in range(1, doc.shape[1]):
             doc[:, t] = torch.where(doc[:, t] < 0, doc[:, t - 1], doc[:, t])
         first = torch.where(doc >= 0, doc, doc.max() + 1).min(1, keepdim=True).values
         doc = torch.where(doc < 0, first, doc)
-        batch = dict(self.batch)
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(self.ordinary), self.ids.shape, generator=gen)
-        batch["input_ids"] = torch.where(gone, self.ordinary[pick.to(self.ids.device)], self.ids)
-        if "attention_mask" in batch:
-            if batch["attention_mask"].ndim != 2:
-                raise Unexaminable("attention_mask is not (B, T): it cannot be filled")
-            batch["attention_mask"] = torch.where(gone, 1, batch["attention_mask"]).to(
-                batch["attention_mask"].dtype
-            )
-        if self.labels is not None:
-            batch["labels"] = torch.where(gone, batch["input_ids"], self.labels)
-        if "document_ids" in batch:
-            batch["document_ids"] = doc.to(batch["document_ids"])
-        if "position_ids" in batch:
-            batch["position_ids"] = _positions(doc, batch["position_ids"])
+        ids = torch.where(self.real, self.ids, self.ordinary[pick.to(self.ids.device)])
+        new = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "document_ids": doc}
+        new |= {"labels": ids, "position_ids": _positions(doc)}
+        keep = {"attention_mask", "input_ids", "labels"}
+        batch = dict(self.batch)
+        for name in new.keys() & batch.keys():
+            old, value = batch[name], new[name].to(batch[name].dtype)
+            batch[name] = torch.where(self.real, old, value) if name in keep else value
         return replace(self, batch=batch, real=torch.ones_like(self.real), doc=doc)
 
 
-def _positions(doc: Tensor, like: Tensor) -> Tensor:
-    """0, 1, 2, … anew in each document of each row (B, T)."""
+def _positions(doc: Tensor) -> Tensor:
+    """0, 1, 2, ... anew in each document of each row (B, T)."""
     where = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
     starts = torch.ones_like(doc, dtype=torch.bool)
     starts[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    return (where - torch.where(starts, where, 0).cummax(1).values).to(like)
+    return where - torch.where(starts, where, 0).cummax(1).values

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context
-from causal_lm.preflight.frame import IGNORE, Frame, Unexaminable
+from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError
 from causal_lm.preflight.readout import PAD_REMEDY, SHIFT_REMEDY
 from causal_lm.preflight.report import Finding
 
@@ -19,65 +19,53 @@ def labels(ctx: Context) -> list[Finding]:
 
     Limits: weights, and targets that are made from `input_ids`, cannot be read this way.
     """
-    frame = ctx.work
-    if frame.labels is None:
-        raise Unexaminable("no logits were found and the batch has no labels to perturb")
-    with ctx.subject.box.woken(ctx.seed):
-        return _padding(ctx, frame) or _offset(ctx, frame)
+    if ctx.work.labels is None:
+        raise UnexaminableError("no logits were found and the batch has no labels to perturb")
+    with ctx.weights(True):
+        return _padding(ctx, ctx.work, ctx.work.labels) or _offset(ctx, ctx.work, ctx.work.labels)
 
 
-def _relabel(frame: Frame, where: Tensor, value: Tensor | int) -> Frame:
-    changed = torch.where(where, torch.as_tensor(value, device=where.device), frame.batch["labels"])
-    return frame.each(lambda k, v: changed.to(v.dtype) if k == "labels" else v)
-
-
-def _padding(ctx: Context, frame: Frame) -> list[Finding]:
+def _padding(ctx: Context, frame: Frame, given: Tensor) -> list[Finding]:
     """PAD slots as the batch labels them, against PAD slots labelled -100."""
-    if not frame.has_pad:
+    ignored = frame.put("labels", given.masked_fill(~frame.real, IGNORE))
+    plain, clean = (float(ctx.subject.run(f).detach()) for f in (frame, ignored))
+    if abs(plain - clean) <= 1e-5 * abs(plain):
         return []
-    plain = float(ctx.subject.run(frame).detach())
-    ignored = float(ctx.subject.run(_relabel(frame, ~frame.real, IGNORE)).detach())
-    if abs(plain - ignored) <= 1e-5 * abs(plain):
-        return []
-    seen = f"the loss goes from {plain:.4g} to {ignored:.4g} once the labels at PAD are -100"
-    return [Finding("pad", "labels", seen, PAD_REMEDY, abs(plain - ignored))]
+    seen = f"the loss goes from {plain:.4g} to {clean:.4g} once the labels at PAD are -100"
+    return [Finding("pad", "labels", seen, PAD_REMEDY, abs(plain - clean))]
 
 
-def _offset(ctx: Context, frame: Frame) -> list[Finding]:
-    ahead = frame.labels_ahead
+def _offset(ctx: Context, frame: Frame, given: Tensor) -> list[Finding]:
     ok = frame.next_ok & frame.swappable
     ok[:, :-2] &= frame.swappable[:, 1:-1]
     ok[:, -2:] = False
     places = ok.any(0).nonzero()[:, 0]
     if len(places) < 3:
-        raise Unexaminable("rows too short to perturb labels")
+        raise UnexaminableError("rows too short to perturb labels")
     t = int(places[len(places) // 2])  # its target is the token at t + 1
     b = int(ok[:, t].nonzero()[0])
-    one = torch.zeros_like(frame.real)
-    one[b, t + 1 - ahead] = True
-    inputs = {}
-    for place in (t, t + 1):
-        at = torch.zeros_like(frame.real)
-        at[b, place] = True
-        inputs[place] = frame.swap(at, ctx.seed)
-    share = _share(ctx, frame, one)
-    size = abs(share) + 1e-12
-    row, token = ctx.rows[b], int(frame.ids[b, t])
-    if share == 0.0:
-        raise Unexaminable("the loss does not depend on the labels of the batch")
-    if abs(_share(ctx, inputs[t + 1], one) - share) > 1e-3 * size:
-        seen = (
-            f"row {row}: the loss on the token at position {t + 1} depends on that token as input"
-        )
-        return [Finding("shift", "labels", seen, SHIFT_REMEDY, size, row, t, token)]
-    if abs(_share(ctx, inputs[t], one) - share) <= 1e-3 * size:
-        seen = f"row {row}: the loss on the token at position {t + 1} does not depend on token {t}"
-        return [Finding("shift", "labels", seen, SHIFT_REMEDY, size, row, t, token)]
-    return []
 
+    def share(swapped: int | None = None) -> float:
+        """Loss with one label against loss with another, with one input swapped or none."""
+        where = torch.zeros_like(frame.real)
+        where[b, slice(0) if swapped is None else swapped] = True
+        losses = []
+        for value in frame.ordinary[:2]:
+            relabelled = given.clone()
+            relabelled[b, t + 1 - frame.labels_ahead] = value
+            edited = frame.swap(where, ctx.seed).put("labels", relabelled)
+            losses.append(ctx.subject.run(edited).detach().cpu().double())
+        return float(losses[0] - losses[1])
 
-def _share(ctx: Context, frame: Frame, one: Tensor) -> float:
-    """Loss with one label against loss with another, everything else equal."""
-    a, b = ctx.work.ordinary[:2].tolist()
-    first, second = (ctx.subject.run(_relabel(frame, one, v)).detach() for v in (a, b))
-    return float(first.double() - second.double())
+    plain = share()
+    size = abs(plain) + 1e-12
+    if plain == 0.0:
+        raise UnexaminableError("the loss does not depend on the labels of the batch")
+    if abs(share(t + 1) - plain) > 1e-3 * size:
+        what = "depends on that token as input"
+    elif abs(share(t) - plain) <= 1e-3 * size:
+        what = "does not depend on the token before it"
+    else:
+        return []
+    seen = f"row {{row}}: the loss on the token after position {{t}} {what}"
+    return [ctx.finding("shift", "labels", seen, SHIFT_REMEDY, (size, b, t))]

@@ -98,29 +98,28 @@ def locate(t: Tensor, ids: Tensor, real: Tensor, used: set[tuple[int, int]]) -> 
 
 
 def _window(t: Tensor, ids: Tensor, used: set[tuple[int, int]]) -> Slots | None:
+    """Rows in any order, at the first start where none was used before (or the fewest were)."""
     b, n = t.shape
-    hit: Slots | None = None
-    first: Slots | None = None
+    best: tuple[int, int, list[int]] | None = None
     for start in range(ids.shape[1] - n + 1):
         same = (ids[:, start : start + n][None] == t[:, None]).all(-1)  # (b, B)
         if not bool(same.any(1).all()):
             continue
         rows: list[int] = []
-        for i in range(b):
-            fits = [r for r in same[i].nonzero()[:, 0].tolist() if r not in rows]
-            fresh = [r for r in fits if (r, start) not in used]
-            rows.append((fresh or fits or same[i].nonzero()[:, 0].tolist())[0])
-        at = torch.tensor(rows, device=ids.device)[:, None].expand(b, n)
-        hit = Slots(at, torch.arange(start, start + n, device=ids.device).expand(b, n))
-        if not used & {(r, start) for r in rows}:
+        for fits in (line.nonzero()[:, 0].tolist() for line in same):
+            taken = {r: (r in rows, (r, start) in used) for r in fits}
+            rows.append(min(taken, key=taken.__getitem__))
+        overlap = len(used & {(r, start) for r in rows})
+        if best is None or overlap < best[0]:
+            best = overlap, start, rows
+        if not overlap:
             break
-        first = first or hit
-        hit = None
-    hit = hit or first
-    if hit is not None:
-        start = int(hit.cols[0, 0])
-        used.update((r, start) for r in hit.rows[:, 0].tolist())
-    return hit
+    if best is None:
+        return None
+    _, start, rows = best
+    used.update((r, start) for r in rows)
+    at = torch.tensor(rows, device=ids.device)[:, None].expand(b, n)
+    return Slots(at, torch.arange(start, start + n, device=ids.device).expand(b, n))
 
 
 def _nearly(t: Tensor, ids: Tensor) -> Slots | None:

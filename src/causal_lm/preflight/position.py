@@ -7,23 +7,20 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, moved
-from causal_lm.preflight.frame import Frame, Unexaminable
+from causal_lm.preflight.frame import Frame, UnexaminableError
 from causal_lm.preflight.padding import KEY_REMEDY
 from causal_lm.preflight.report import Finding
 
-REMEDY = "count positions from the first real token of each document: 0, 1, 2, … in its own row"
-_LEAKS = {"future", "company", "documents", "padding", "finite"}
+REMEDY = "count positions from the first real token of each document: 0, 1, 2, ... in its own row"
+_OFFSET = "offset positions and masks by the length of what is cached already"
+_FORM = "the model offers a cache, but not in a form known here"
+_BESIDE = "the logits of row {row}, position {t} move by {size} with the padding of other rows"
 
 
 def _need_clean(ctx: Context) -> None:
-    if ctx.blamed & _LEAKS:
-        raise Unexaminable("another fault moves the logits already")
-
-
-def _worst(change: Tensor, where: Tensor) -> tuple[float, int, int]:
-    change = torch.where(where, change, 0.0)
-    b, t = divmod(int(change.argmax()), change.shape[1])
-    return float(change.max()), b, t
+    leaks = {"future", "company", "documents", "padding", "past", "finite"}
+    if ctx.blamed & leaks:
+        raise UnexaminableError("another fault moves the logits already")
 
 
 def order(ctx: Context) -> list[Finding]:
@@ -31,105 +28,72 @@ def order(ctx: Context) -> list[Finding]:
     _need_clean(ctx)
     rows = len(ctx.work.ids)
     if rows < 2:
-        raise Unexaminable("needs a batch of two rows")
-    base = ctx.base().logits
+        raise UnexaminableError("needs a batch of two rows")
     back = ctx.subject.look(ctx.work.rows(list(range(rows))[::-1])).logits.flip(0)
-    size, b, t = _worst(moved(back, base), ctx.counted)
-    if size <= ctx.bound(base, ctx.counted, reshaped=True):
+    hit = ctx.worst(back, ctx.base.logits, ctx.counted, reshaped=True)
+    if not hit:
         return []
     ctx.blamed.add("order")
-    row, token = ctx.rows[b], int(ctx.work.ids[b, t])
+    b = hit[1]
     copies = ctx.subject.look(ctx.work.rows([b] * rows)).logits
-    if float(moved(copies, copies[:1].expand_as(copies))[:, ctx.counted[b]].max()) <= ctx.bound(
-        base, ctx.counted, reshaped=True
-    ):  # the row itself is not to blame, and the tokens beside it are not (`company`)
-        return [_beside(row, t, token, size)]
-    seen = f"the logits of row {row}, position {t} move by {size:.3g} when the rows change places"
+    counted = ctx.counted[[b] * rows]
+    if not ctx.worst(copies, copies[:1].expand_as(copies), counted, reshaped=True):
+        # the row itself is not to blame, and the tokens beside it are not (`company`)
+        return [ctx.finding("pad", "order", _BESIDE, KEY_REMEDY, hit)]
+    seen = "the logits of row {row}, position {t} move by {size} when the rows change places"
     remedy = "index positions along time, not along the batch (check batch_first)"
-    return [Finding("position", "order", seen, remedy, size, row, t, token)]
-
-
-def _beside(row: int, t: int, token: int, size: float) -> Finding:
-    seen = (
-        f"the logits of row {row}, position {t} move by {size:.3g} with the padding of the rows "
-        "beside it"
-    )
-    return Finding("pad", "order", seen, KEY_REMEDY, size, row, t, token)
+    return [ctx.finding("position", "order", seen, remedy, hit)]
 
 
 def alone(ctx: Context) -> list[Finding]:
     """A row in company, by itself, and by itself without its PAD: three times the same logits."""
     _need_clean(ctx)
     if "order" in ctx.blamed:
-        raise Unexaminable("logits depend on the row already")
-    base, work = ctx.base().logits, ctx.work
-    bound = ctx.bound(base, ctx.counted, reshaped=True)
-    pads = (~work.real).sum(1)
-    for b in sorted(range(len(work.ids)), key=lambda b: -int(pads[b]))[:2]:
-        if not bool(ctx.counted[b].any()):
+        raise UnexaminableError("logits depend on the row already")
+    work, pads = ctx.work, (~ctx.work.real).sum(1)
+    for b in pads.argsort(descending=True, stable=True)[:2].tolist():
+        counted = ctx.counted[b : b + 1]
+        if not bool(counted.any()):
             continue
-        single = work.rows([b])
-        by_itself = ctx.subject.look(single).logits
-        size, _, t = _worst(moved(by_itself, base[b : b + 1]), ctx.counted[b : b + 1])
-        row, token = ctx.rows[b], int(work.ids[b, t])
-        if size > bound:
-            return [_beside(row, t, token, size)]
+        single = ctx.subject.look(work.rows([b])).logits
+        hit = ctx.worst(single, ctx.base.logits[b : b + 1], counted, reshaped=True)
+        if hit:
+            return [ctx.finding("pad", "alone", _BESIDE, KEY_REMEDY, (hit[0], b, hit[2]))]
         at = work.real[b].nonzero()[:, 0]
         start, stop = int(at[0]), int(at[-1]) + 1
-        if stop - start == work.ids.shape[1]:
-            continue
-        bare = _reset(single.cols(start, stop), start)
-        change = moved(ctx.subject.look(bare).logits, by_itself[:, start:stop])
-        size, _, t = _worst(change, ctx.counted[b : b + 1, start:stop])
-        if size > bound:
-            seen = (
-                f"row {row}: the logits at position {t + start} move by {size:.3g} once the row is "
-                f"freed of its {int(pads[b])} PAD"
-            )
-            token = int(work.ids[b, t + start])
-            return [Finding("position", "alone", seen, REMEDY, size, row, t + start, token)]
+        look = ctx.subject.look(work.bare(b))
+        watch = counted[:, start:stop] & look.seen
+        hit = ctx.worst(look.logits, single[:, start:stop], watch, reshaped=True)
+        if hit:
+            seen = "row {row}: the logits at position {t} move by {size} once the row is "
+            seen += f"freed of its {int(pads[b])} PAD"
+            hit = hit[0], b, start + hit[2]
+            return [ctx.finding("position", "alone", seen, REMEDY, hit)]
     return []
 
 
-def _reset(bare: Frame, start: int) -> Frame:
-    """Positions that merely counted the slots (PAD included) begin anew; others are kept."""
-    position = bare.batch.get("position_ids")
-    if isinstance(position, Tensor) and start and int(position[0, 0]) == start:
-        return bare.each(lambda k, v: v - start if k == "position_ids" else v)
-    return bare
-
-
 def packed(ctx: Context) -> list[Finding]:
-    """A later document of a packed row gives the same logits as by itself."""
+    """A later document of a packed row gives the same logits as by itself; three are tried."""
     _need_clean(ctx)
-    work = ctx.work
-    base = ctx.base().logits
-    tried = 0
+    work, tried = ctx.work, 0
     for b in range(len(work.ids)):
-        docs = sorted(d for d in set(work.doc[b].tolist()) if d >= 0)
-        for d in docs[1:][-2:]:
-            here = (work.doc[b] == d).nonzero()[:, 0]
-            start, stop = int(here[0]), int(here[-1]) + 1
+        for d in sorted(set(work.doc[b].tolist()) - {-1})[1:][-2:]:
+            at = (work.doc[b] == d).nonzero()[:, 0]
+            start, stop = int(at[0]), int(at[-1]) + 1
             counted = ctx.counted[b : b + 1, start:stop]
-            if (
-                stop - start < 2
-                or not bool(counted.any())
-                or stop - start != len(here)
-                or tried > 2
-            ):
+            if not 1 < len(at) == stop - start or not bool(counted.any()) or tried > 2:
                 continue
             tried += 1
             look = ctx.subject.look(_single(work.rows([b]).cols(start, stop), work, b))
-            size, _, t = _worst(moved(look.logits, base[b : b + 1, start:stop]), counted)
-            if size > ctx.bound(base, ctx.counted, reshaped=True):
-                row, token = ctx.rows[b], int(work.ids[b, start + t])
-                seen = (
-                    f"row {row}: document {d} at positions {start} to {stop - 1} has other logits "
-                    f"than by itself, by {size:.3g} at position {start + t}"
-                )
-                return [Finding("position", "packed", seen, REMEDY, size, row, start + t, token)]
+            here = ctx.base.logits[b : b + 1, start:stop]
+            hit = ctx.worst(look.logits, here, counted & look.seen, reshaped=True)
+            if hit:
+                seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
+                seen += "position {t}"
+                hit = hit[0], b, start + hit[2]
+                return [ctx.finding("position", "packed", seen, REMEDY, hit)]
     if not tried:
-        raise Unexaminable("one document a row (no document_ids)")
+        raise UnexaminableError("one document a row (no document_ids)")
     return []
 
 
@@ -139,8 +103,8 @@ def _single(one: Frame, work: Frame, b: int) -> Frame:
 
     def edit(name: str, v: Tensor) -> Tensor:
         if name == "position_ids":
-            start: Tensor = work.batch["position_ids"][b, first]
-            return v - v[:, :1] + start
+            given: Tensor = work.batch[name]
+            return v - v[:, :1] + given[b, first]
         return v - v[:, :1] + work.doc[b, first].to(v) if name in ("document_ids", "doc") else v
 
     return one.each(edit)
@@ -149,41 +113,38 @@ def _single(one: Frame, work: Frame, b: int) -> Frame:
 def decoding(ctx: Context) -> list[Finding]:
     """Token by token with a cache, if the model offers one, must give the logits of one pass.
 
-    A loss that feeds the rows piece by piece, and carries something from one piece to the next,
-    must agree with one pass as well. Caches are tried in the form that transformers uses, or as the
-    second of two outputs.
+    Caches are tried in the form that transformers uses, or as the second of two outputs.
     """
     _need_clean(ctx)
-    if ctx.base().pieces:
-        return _piecewise(ctx)
-    model = ctx.subject.model
-    names = list(inspect.signature(model.forward).parameters)
+    names = list(inspect.signature(ctx.subject.model.forward).parameters)
     caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]
     if not caches:
-        raise Unexaminable("the model's forward takes no cache")
+        raise UnexaminableError("the model's forward takes no cache")
     cache = "past_key_values" if "past_key_values" in caches else caches[0]
-    at = ctx.work.real[0].nonzero()[:, 0]
-    ids = ctx.work.ids[:1, int(at[0]) : int(at[-1]) + 1][:, :12]
     keys = {"use_cache": True} if "use_cache" in names else {}
+    ids = ctx.work.ids[:1, ctx.work.real[0]][:, :12]
+    start = int(ctx.work.real[0].long().argmax())
     ctx.subject.box.rewind(ctx.seed, False)
     with torch.no_grad():
-        whole = _logits(model(ids))
-        stepped = _stepped(model, ids, cache, keys)
+        whole = _logits(ctx.subject.model(ids))
+        stepped = _stepped(ctx.subject.model, ids, cache, keys)
         everywhere = torch.ones_like(ids).bool()
-        size, _, t = _worst(moved(stepped, whole), everywhere)
-        bound = ctx.bound(whole, everywhere, reshaped=True)
-        if size <= bound:
+        hit = ctx.worst(stepped, whole, everywhere, reshaped=True)
+        if not hit:
             return []
-        pool = ctx.work.ordinary
+        t, pool = hit[2], ctx.work.ordinary
         other = ids.clone()
         other[:, t - 1] = pool[0] if int(ids[0, t - 1]) != int(pool[0]) else pool[-1]
-        reach = moved(_stepped(model, other, cache, keys), stepped)[0, t]
-    row, token = ctx.rows[0], int(ids[0, t])
-    seen = f"decoding with the cache differs from one pass by {size:.3g} at position {t}"
-    if float(reach) <= 0.01 * bound:
+        reach = moved(_stepped(ctx.subject.model, other, cache, keys), stepped)[0, t]
+    seen, label = (
+        "decoding with the cache differs from one pass by {size} at position {t}",
+        "causal",
+    )
+    if float(reach) <= 0.01 * ctx.bound(whole, everywhere, reshaped=True):
         seen += ", and does not see the token just before it"
-        return [Finding("causal", "decoding", seen, _OFFSET, size, row, t, token)]
-    return [Finding("position", "decoding", seen, _OFFSET, size, row, t, token)]
+    else:
+        label = "position"
+    return [ctx.finding(label, "decoding", seen, _OFFSET, (hit[0], 0, start + t))]
 
 
 def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tensor:
@@ -197,35 +158,13 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
     return torch.cat(steps, 1)
 
 
-_OFFSET = "offset positions and masks by the length of what is cached already"
-
-
-def _piecewise(ctx: Context) -> list[Finding]:
-    base, work = ctx.base().logits, ctx.work
-    width = work.ids.shape[1]
-    early = torch.zeros_like(work.real)
-    early[:, : max(2, width // 4)] = True
-    reach = moved(ctx.subject.look(work.swap(early, ctx.seed)).logits, base)
-    if not bool((reach * ctx.counted)[:, width // 2 :].any()):
-        raise Unexaminable("the pieces of a row carry nothing to each other")
-    ctx.subject.box.rewind(ctx.seed, False)
-    with torch.no_grad():
-        whole = _logits(ctx.subject.model(work.ids))
-    size, b, t = _worst(moved(base[:, : whole.shape[1]], whole), ctx.counted)
-    if size <= ctx.bound(base, ctx.counted, reshaped=True):
-        return []
-    row = ctx.rows[b]
-    seen = f"row {row}: fed piece by piece, the logits at position {t} differ by {size:.3g}"
-    return [Finding("position", "decoding", seen, _OFFSET, size, row, t, int(work.ids[b, t]))]
-
-
 def _logits(out: Any) -> Tensor:
-    hit = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if hit is None and isinstance(out, (dict, tuple)):
-        hit = out.get("logits") if isinstance(out, dict) else out[0]
-    if isinstance(hit, Tensor) and hit.ndim == 3:
-        return hit.float()
-    raise Unexaminable("the model offers a cache, but not in a form known here")
+    options = (out, *(out.values() if isinstance(out, dict) else ()))
+    options += out[:1] if isinstance(out, tuple) else (getattr(out, "logits", None),)
+    for hit in options:
+        if isinstance(hit, Tensor) and hit.ndim == 3:
+            return hit.float()
+    raise UnexaminableError(_FORM)
 
 
 def _cache(out: Any, name: str) -> Any:
@@ -235,4 +174,4 @@ def _cache(out: Any, name: str) -> Any:
             return hit
     if isinstance(out, tuple) and len(out) == 2:
         return out[1]
-    raise Unexaminable("the model offers a cache, but not in a form known here")
+    raise UnexaminableError(_FORM)

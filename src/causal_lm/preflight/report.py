@@ -2,7 +2,6 @@
 
 import textwrap
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 LABELS = ("shift", "pad", "causal", "norm", "eos", "position")
@@ -10,42 +9,37 @@ LABELS = ("shift", "pad", "causal", "norm", "eos", "position")
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault, with its evidence."""
+    """One fault: one of LABELS, the probe that saw it, what it saw, and how to mend it.
+
+    `size` is in the unit that `seen` names; `row`, `position` and `token` say where.
+    """
 
     label: str
-    """one of LABELS"""
     probe: str
-    """the probe that saw it"""
     seen: str
-    """what was seen, in a sentence with a few tokens of evidence"""
     remedy: str
-    """how to mend it"""
     size: float = float("nan")
-    """how large; the sentence in `seen` names the unit"""
     row: int | None = None
-    """row of the batch"""
     position: int | None = None
-    """position within the row"""
     token: int | None = None
-    """token id there"""
 
 
 @dataclass
 class Report:
-    """The outcome of one preflight."""
+    """The outcome of one preflight.
+
+    `skipped` maps a probe to why it could not be examined; `sampled` says what was looked at in
+    part only; `passed` lists the probes that ran and found nothing; `pictures` holds the alignment
+    and the visibility as plain lists, for the page; `forwards` counts the runs of the loss.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    """probe -> why it could not be examined on this model and batch"""
     sampled: list[str] = field(default_factory=list)
-    """what was looked at in part only"""
     passed: list[str] = field(default_factory=list)
-    """probes that ran and found nothing"""
     pictures: dict[str, Any] = field(default_factory=dict)
-    """alignment and visibility, as plain lists, for the page"""
     seconds: float = 0.0
     forwards: int = 0
-    """calls of the loss that the audit made"""
 
     @property
     def faults(self) -> set[str]:
@@ -65,15 +59,6 @@ class Report:
             "seconds": round(self.seconds, 3),
             "forwards": self.forwards,
         }
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """One self-contained page; written to `path` where given."""
-        from causal_lm.preflight.page import page
-
-        html = page(self)
-        if path is not None:
-            Path(path).write_text(html, encoding="utf-8")
-        return html
 
     def __str__(self) -> str:
         if self.findings:

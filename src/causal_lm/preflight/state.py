@@ -41,7 +41,8 @@ class Sandbox:
             for m in self.modules
         ]
         self.cpu_rng = torch.get_rng_state()
-        self.cuda_rng = _cuda_state()
+        ready: bool = torch.cuda.is_initialized()
+        self.cuda_rng = torch.cuda.get_rng_state_all() if ready else []
         for p in self.params:
             p.grad = None
 
@@ -64,18 +65,15 @@ class Sandbox:
         self._restore_state()
         for m, mode in zip(self.modules, self.modes, strict=True):
             m.training = mode
-        self.restore_weights()
-        for p, g, needs in zip(self.params, self.grads, self.needs_grad, strict=True):
+        for p, v, g, needs in zip(
+            self.params, self.values, self.grads, self.needs_grad, strict=True
+        ):
+            p.copy_(v)
             p.grad = g
             p.requires_grad_(needs)
         torch.set_rng_state(self.cpu_rng)
         if self.cuda_rng:
             torch.cuda.set_rng_state_all(self.cuda_rng)
-
-    @torch.no_grad()
-    def restore_weights(self) -> None:
-        for p, v in zip(self.params, self.values, strict=True):
-            p.copy_(v)
 
     def _restore_state(self) -> None:
         for m, k, b, value in self.buffers:
@@ -99,30 +97,32 @@ class Sandbox:
         1/sqrt(fan in). Large weights are left alone: scaling those further would outgrow
         perfectly good finite masks.
         """
-        gen = torch.Generator().manual_seed(seed)
+        gen, woken = torch.Generator().manual_seed(seed), []
         try:
             with torch.no_grad():
-                for p in self.params:
+                for p, v in zip(self.params, self.values, strict=True):
                     if p.requires_grad and p.is_floating_point() and p.numel():
-                        _wake(p, gen)
+                        woken.append((p, v))
+                        if not _wake(p, gen):
+                            woken.pop()
             yield
         finally:
-            self.restore_weights()
+            with torch.no_grad():
+                for p, v in woken:
+                    p.copy_(v)
 
 
-def _cuda_state() -> list[Tensor]:
-    """Random state of every CUDA device; nothing is initialised for it."""
-    ready: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if ready else []
-
-
-def _wake(p: Tensor, gen: torch.Generator) -> None:
+def _wake(p: Tensor, gen: torch.Generator) -> bool:
+    """Was there anything to change?"""
     size = p.float().pow(2).mean().sqrt().item()
     wanted = (p.shape[0] / p.numel()) ** 0.5 if p.ndim > 1 else _AWAKE
     if size == 0:
         p.copy_(torch.randn(p.shape, generator=gen).to(p) * wanted)
     elif size < wanted and (p.ndim > 1 or size < 0.01):
         p.mul_(wanted / size)
+    else:
+        return False
+    return True
 
 
 def _frozen(value: Any) -> Any:

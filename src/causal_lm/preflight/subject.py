@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causal_lm.preflight.fit import Fit, fit
+from causal_lm.preflight.fit import fit
 from causal_lm.preflight.frame import Frame
 from causal_lm.preflight.locate import Slots, canonical, integers, locate, place
 from causal_lm.preflight.outputs import back, btv, floats, get, put
@@ -36,13 +36,11 @@ class Look:
     logits: Tensor
     seen: Tensor
     """(B, T) bool: positions for which logits were made"""
-    pieces: bool
-    """rows were fed piece by piece in time"""
 
 
 @dataclass
 class Readout:
-    """What the loss trained, per position (B, T): see `fit.Fit`. `weight` 0 where nothing."""
+    """What the loss trained, per position (B, T): see `fit.fit`. Weight 0 where nothing."""
 
     loss: float
     target: Tensor
@@ -51,8 +49,8 @@ class Readout:
     pull: Tensor
     lump: Tensor
     residual: float
-    calls: list[Tensor]
-    """the rows each call of the model held"""
+    calls: int
+    """pieces of logits that the loss used"""
 
 
 @dataclass
@@ -95,7 +93,7 @@ class Subject:
         """Of the training loss, for every parameter; by `backward`, which suits checkpointing."""
         loss = self.run(frame, True)
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         grads = [p.grad for p in self.box.params]
         for p in self.box.params:
             p.grad = None
@@ -146,7 +144,7 @@ class Subject:
             z, g = btv(t.detach(), layout).flatten(0, 1)[few], btv(g, layout).flatten(0, 1)[few]
             # No gradient to judge by (a NaN loss, no target): the last tensor of the right shape.
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
-            doubt = _BLANK if blank else fit(z, g).residual
+            doubt = _BLANK if blank else fit(z[None], g[None])[2]
             if doubt < 0.5 * best or (blank and best >= _BLANK):
                 best = max(doubt, 1e-5)
                 self.site, self.path, self.layout = module, path, layout
@@ -157,7 +155,7 @@ class Subject:
         except RuntimeError:  # reentrant checkpointing takes a whole backward or nothing
             for t in tensors:
                 t.retain_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for p in self.box.params:
                 p.grad = None
             return [t.grad for t in tensors]
@@ -173,8 +171,7 @@ class Subject:
             keep = at.rows >= 0
             seen[at.rows[keep], at.cols[keep]] = True
             canvas[at.rows[keep], at.cols[keep]] = t[keep].float()
-        starts = {int(s.cols[0, 0]) for s, _ in run.caught}
-        return Look(float(loss.detach()), canvas, seen, len(starts) > 1)
+        return Look(float(loss.detach()), canvas, seen)
 
     def readout(self, frame: Frame, train: bool = False) -> Readout:
         """Run, and read targets and weights off d loss / d logits.
@@ -210,21 +207,22 @@ class Subject:
         self, frame: Frame, loss: float, run: _Run, leaves: list[Tensor], grads: list[Tensor | None]
     ) -> Readout:
         shape, device = frame.ids.shape, frame.ids.device
-        w, sharp, pull, lump = torch.zeros((4, *shape), dtype=torch.float64, device=device)
-        out = Readout(loss, torch.full(shape, -1, device=device), w, sharp, pull, lump, 0.0, [])
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        target = torch.full(shape, -1, device=device)
+        values, residual = torch.zeros(4, *shape, dtype=exact, device=device), 0.0
         for at, z, g in zip(_placed(run, leaves), leaves, grads, strict=True):
-            keep = at.rows >= 0
-            r, c = at.rows[keep], at.cols[keep]
-            out.calls.append(torch.unique(r))
             if g is None:
                 continue
-            f: Fit = fit(z.detach(), g)
-            stronger = f.weight[keep].abs() >= out.weight[r, c].abs()
-            out.target[r, c] = torch.where(stronger, f.target[keep], out.target[r, c])
-            for name in ("weight", "sharp", "pull", "lump"):
-                getattr(out, name).index_put_((r, c), getattr(f, name)[keep], accumulate=True)
-            out.residual = max(out.residual, f.residual)
-        return out
+            y, new, left = fit(z.detach(), g)
+            keep = at.rows >= 0
+            place = at.rows[keep], at.cols[keep]
+            stronger = new[0][keep].abs() >= values[0][place].abs()
+            target[place] = torch.where(stronger, y[keep], target[place])
+            for total, value in zip(values, new, strict=True):
+                total.index_put_(place, value[keep].to(exact), accumulate=True)
+            residual = max(residual, left)
+        weight, sharp, pull, lump = values
+        return Readout(loss, target, weight, sharp, pull, lump, residual, len(leaves))
 
     def _hooked(
         self, frame: Frame, train: bool, edit: Callable[[Tensor], Tensor] | None

@@ -41,6 +41,11 @@ def measure(rows: Tensor, tokenizer: Tokenizer, language: Language | None) -> Sa
     )
 
 
+def printable(text: str) -> str:
+    """Control characters as escapes: a sample must not drive the terminal that shows it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def as_text(rows: Tensor, tokenizer: Tokenizer, figures: SampleFigures) -> str:
     """The samples, each to its first EOS, with the special tokens that follow in a row shown."""
     lines = [f"{name} {value}" for name, value in asdict(figures).items() if value is not None]
@@ -48,7 +53,7 @@ def as_text(rows: Tensor, tokenizer: Tokenizer, figures: SampleFigures) -> str:
         document = until_eos(row, tokenizer.eos_id)
         rest = row[len(document) :][:8]
         after = " ".join(show(tokenizer, token) for token in rest)
-        lines += ["", f"--- {number}", tokenizer.decode(document)]
+        lines += ["", f"--- {number}", printable(tokenizer.decode(document))]
         if rest:
             lines.append(f"    after <eos>: {after} …")
     return "\n".join(lines) + "\n"

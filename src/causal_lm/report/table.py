@@ -55,10 +55,11 @@ def run_table(s: dict[str, Any]) -> str:
 
 def verdict(s: dict[str, Any]) -> str:
     """One sentence on how far the reported loss can be trusted, and how good the model is."""
-    reported, truth, over = s["train/loss"], s["val/loss"], s["val/ppl_over_floor"]
+    truth, over = s["val/loss"], s["val/ppl_over_floor"]
+    trained, reported = s["train/loss"], s["val/loss_as_trained"]  # of the same data as the truth
     if over is not None and over < LEAKS_BELOW:
         return f"below the floor ({over:.3f}×): the evaluation sees what it should predict."
-    if reported is None:
+    if trained is None:
         return f"nothing was trained; the model is at {truth:.3f} nats per token."
     against = "" if over is None else f", {over:,.4g}× the floor's perplexity"
     if reported < 0.75 * truth:
@@ -73,9 +74,14 @@ def verdict(s: dict[str, Any]) -> str:
             f"do not trust {reported:.3f}: the truth is {truth:.3f} nats per token{against}; "
             f"{worth}{why}."
         )
+    if trained < 0.75 * truth:
+        return (
+            f"overfitted: {trained:.3f} on what it was trained on, {truth:.3f} nats per token on "
+            f"what it was not{against}."
+        )
     if over is not None and over <= 1.03:
         return f"honest, and as good as this language allows: {over:.3f}× the floor's perplexity."
-    return f"honest: reported {reported:.3f}, true {truth:.3f} nats per token{against}."
+    return f"honest: reported {trained:.3f}, true {truth:.3f} nats per token{against}."
 
 
 def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
