@@ -240,3 +240,53 @@ def test_an_unwritable_run_directory_is_named(tmp_path):
 def test_a_fault_in_the_numbers_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"gradient at step \d+ is not finite"):
         short_run(tmp_path, "optimizer.lr=1e30", "scheduler.warmup_steps=0")
+
+
+def test_two_ranks_train_what_one_does(tmp_path):
+    """Three steps of 4 documents, on one rank and on two of 2: the same weights."""
+    states = []
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    for name, extra in (("one", ["data.batch_size=4"]), ("two", ["data.batch_size=2", *ddp])):
+        directory = tmp_path / name
+        done = command(
+            "train.py", *SHORT, "data.shuffle=false", "trainer.max_steps=3", *extra,
+            "optimizer=sgd", "optimizer.lr=0.5",
+            f"hydra.run.dir={directory}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        states.append(torch.load(directory / "checkpoints/last.ckpt", weights_only=True))
+    one, two = (s["state_dict"] for s in states)
+    for key, value in one.items():
+        assert float((two[key] - value).norm()) <= 1e-6 * float(value.norm()) + 1e-7, key
+    losses = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two")]
+    assert losses[1]["train/loss"] == pytest.approx(losses[0]["train/loss"], rel=1e-6)
+    assert losses[1]["val/loss"] == pytest.approx(losses[0]["val/loss"], rel=1e-6)
+
+
+def test_accumulation_reports_its_own_loss(tmp_path):
+    summary = short_run(tmp_path, "trainer.accumulate_grad_batches=2")
+    assert summary["train/loss"] == pytest.approx(summary["val/loss"], rel=0.15)
+
+
+def test_the_best_checkpoint_is_the_best(tmp_path):
+    """Steps 3 and 6 are validated in the fit, the last weights after it: the best is the last."""
+    short_run(tmp_path, "trainer.max_steps=8")
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 8
+
+
+def test_auto_goes_on_where_there_is_something(tmp_path):
+    assert short_run(tmp_path, "ckpt_path=auto")["steps"] == 6
+    more = short_run(tmp_path, "ckpt_path=auto", "trainer.max_steps=8")
+    assert more["steps"] == 8
+    assert more["train/tokens"] < 8 * 4 * 19
+
+
+def test_a_failing_rank_says_one_line(tmp_path):
+    done = command(
+        "train.py", *SHORT, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
+        "pitfalls.pad_in_loss=true", f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: preflight found pad") == 1

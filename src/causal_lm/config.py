@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     "loss.reduction": one_of("token"),
     "optimizer.lr": real(above=0),
     "optimizer.weight_decay": real(low=0),
+    "optimizer.momentum": real(low=0, below=1),
     "optimizer.betas": Rule(
         lambda v: (
             isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
