@@ -72,3 +72,20 @@ def test_docstrings(tmp_path):
     text = (tmp_path / "samples.txt").read_text()
     words = {"the", "of", "a", "and", "to", "is", "return", "Return", "in", "for"}
     assert len(words & set(text.split())) >= 5
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "flattery"),
+    [
+        ("bug", 400, 0.1),
+        ("unshifted_labels", 400, 0.1),
+        ("pad_in_loss", 400, 0.8),
+        ("no_causal_mask", 1500, 0.3),  # the look-up takes longer to learn than the copy
+    ],
+)
+def test_the_contrast_on_docstrings(preset, steps, flattery, tmp_path):
+    s = summary_of(
+        tmp_path, "data=docstrings", f"experiment={preset}", f"trainer.max_steps={steps}"
+    )
+    assert s["train/loss"] <= flattery * s["val/loss"]
+    assert s["val/loss_as_trained"] <= flattery * s["val/loss"]
