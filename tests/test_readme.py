@@ -39,7 +39,7 @@ def test_the_long_ones_are_still_printed():
 def elsewhere(tmp_path_factory):
     """A copy to run in, so that runs/ of this checkout stays as it is."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "scripts"):
+    for name in ("configs", "docs", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "train.py", folder)
     return folder
