@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from causal_lm import config
+from causal_lm.rules import rule_of
 from conftest import ROOT, command
 
 PRESETS = ["fix", "bug", "unshifted_labels", "pad_in_loss", "no_causal_mask"]
@@ -83,7 +84,7 @@ def test_every_value_has_a_rule(data, trainer):
     cfg = OmegaConf.to_container(config.load([f"data={data}", f"trainer={trainer}"]))
     keys = [key for key, _ in config.leaves(cfg)]
     assert len(keys) > 30
-    free = [k for k in keys if not config.rule_of(k) and not k.endswith(("_target_", "_partial_"))]
+    free = [k for k in keys if not rule_of(k) and not k.endswith(("_target_", "_partial_"))]
     assert free == []
 
 

@@ -2,14 +2,13 @@
 
 Imports neither torch nor lightning, so that a slip of the keyboard is answered in a fraction of a
 second. The YAML files below ``configs/`` say which keys there are and what they are by default;
-the rules here say which values make sense. Every complaint names the key and the nearest valid one.
+``rules.py`` says which values make sense. Every complaint names the key and the nearest valid one.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
@@ -21,6 +20,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from causal_lm.rules import RULES, rule_of
+
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 MOST_VALUES_CHECKED = 16
 """Values of one axis of a sweep that are checked before its first job starts."""
@@ -28,130 +29,6 @@ MOST_VALUES_CHECKED = 16
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line and says what to do."""
-
-
-# ---- rules ----
-
-
-class Rule(NamedTuple):
-    """A test of a value, and in words what passes it."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-def _is_number(value: Any) -> bool:
-    return _is_whole(value) or isinstance(value, float)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def integer(low: int, high: int | None = None) -> Rule:
-    words = f"of at least {low}" if high is None else f"from {low} to {high}"
-    return Rule(
-        lambda v: _is_whole(v) and v >= low and (high is None or v <= high),
-        f"a whole number {words}",
-    )
-
-
-def real(above: float | None = None, low: float | None = None, below: float | None = None) -> Rule:
-    bounds = [("above", above), ("at least", low), ("below", below)]
-    words = " and ".join(f"{name} {value:g}" for name, value in bounds if value is not None)
-    return Rule(
-        lambda v: (
-            _is_number(v)
-            and float("-inf") < v < float("inf")
-            and (above is None or v > above)
-            and (low is None or v >= low)
-            and (below is None or v < below)
-        ),
-        f"a number {words}",
-    )
-
-
-def one_of(*options: Any) -> Rule:
-    return Rule(lambda v: v in options, "one of " + ", ".join(str(o) for o in options))
-
-
-def optional(rule: Rule) -> Rule:
-    return Rule(lambda v: v is None or rule.holds(v), f"{rule.words}, or null")
-
-
-flag = Rule(lambda v: isinstance(v, bool), "true or false")
-text = Rule(lambda v: isinstance(v, str) and v != "", "a text")
-
-RULES: dict[str, Rule] = {
-    "experiment": text,
-    "seed": integer(0, 2**32 - 1),
-    "ckpt_path": Rule(
-        lambda v: v is None or (isinstance(v, str) and (v == "auto" or Path(v).is_file())),
-        "a file that exists, auto, or null",
-    ),
-    "data.batch_size": integer(1),
-    "data.max_length": integer(3),
-    "data.layout": one_of("padded"),
-    "data.shuffle": flag,
-    "data.num_workers": integer(0),
-    "data.seed": integer(0),
-    "data.source.symbols": integer(2, 62),
-    "data.source.successors": integer(1),
-    "data.source.mean": real(low=1),
-    "data.source.train_documents": integer(1),
-    "data.source.val_documents": integer(1),
-    "data.source.max_length": integer(3),
-    "data.source.seed": integer(0),
-    "data.source.val_share": real(above=0, below=1),
-    "data.source.root": optional(text),
-    "model.d_model": integer(1),
-    "model.n_heads": integer(1),
-    "model.n_layers": integer(1),
-    "model.d_ff": integer(1),
-    "model.max_positions": integer(2),
-    "model.dropout": real(low=0, below=1),
-    "loss.reduction": one_of("token"),
-    "optimizer.lr": real(above=0),
-    "optimizer.weight_decay": real(low=0),
-    "optimizer.momentum": real(low=0, below=1),
-    "optimizer.betas": Rule(
-        lambda v: (
-            isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
-        ),
-        "two numbers from 0 to 1, such as [0.9,0.95]",
-    ),
-    "scheduler.warmup_steps": integer(0),
-    "scheduler.final_share": real(low=0),
-    "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
-    "trainer.devices": Rule(
-        lambda v: v == "auto" or (_is_whole(v) and (v >= 1 or v == -1)),
-        "a whole number of at least 1, -1 for all, or auto",
-    ),
-    "trainer.num_nodes": integer(1),
-    "trainer.strategy": text,
-    "trainer.precision": one_of(
-        "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64, "bf16"
-    ),
-    "trainer.max_steps": integer(1),
-    "trainer.max_time": optional(text),
-    "trainer.accumulate_grad_batches": integer(1),
-    "trainer.gradient_clip_val": optional(real(above=0)),
-    "trainer.gradient_clip_algorithm": one_of("norm"),
-    "trainer.val_check_interval": integer(1),
-    "trainer.check_val_every_n_epoch": one_of(None),
-    "trainer.log_every_n_steps": integer(1),
-    "trainer.deterministic": flag,
-    "trainer.benchmark": flag,
-    "trainer.detect_anomaly": flag,
-    "trainer.enable_progress_bar": flag,
-    "samples.count": integer(1),
-    "samples.shown": integer(0),
-    "samples.length": integer(2),
-    "samples.temperature": real(low=0),
-    "samples.top_k": optional(integer(1)),
-    "pitfalls.*": flag,
-    "preflight.on_fault": one_of("error", "warn", "off"),
-}
 
 
 GROUPS = ("data", "data.source", "loss", "model", "optimizer", "preflight", "samples", "scheduler",
@@ -201,10 +78,6 @@ def _validate_together(v: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"data.source.successors={successors} must be below data.source.symbols={symbols}"
         )
-
-
-def rule_of(key: str) -> Rule | None:
-    return next((rule for name, rule in RULES.items() if fnmatch(key, name)), None)
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
