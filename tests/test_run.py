@@ -135,7 +135,8 @@ def test_a_fault_that_is_wanted(on_fault, faults, tmp_path):
     assert (summary["seconds/preflight"] is None) == (on_fault == "off")
 
 
-def test_ctrl_c_saves_and_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_goes_on(number, tmp_path):
     """A process stopped by a signal leaves a checkpoint and a summary, and can be continued."""
     process = subprocess.Popen(
         [sys.executable, "train.py", *SHORT, "trainer.max_steps=100000",
@@ -147,7 +148,7 @@ def test_ctrl_c_saves_and_goes_on(tmp_path):
         if metrics.exists() or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -222,11 +223,10 @@ def test_runs_started_together_do_not_share_a_directory(tmp_path):
 def test_no_gpu_is_said_in_one_line(tmp_path):
     done = command("train.py", "trainer=gpu", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
+    assert done.stderr == (
         "error: trainer.accelerator=gpu is not available on this machine: "
-        "type trainer=cpu, or trainer=auto for what there is"
+        "type trainer=cpu, or trainer=auto for what there is\n"
     )
-    assert "Traceback" not in done.stderr
 
 
 def test_an_unwritable_run_directory_is_named(tmp_path):

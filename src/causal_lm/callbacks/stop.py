@@ -20,16 +20,22 @@ class StopAfterStep(L.Callback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopAfterStep":
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._request)
-        except ValueError:  # not the main thread: signals are somebody else's business
-            self._before.clear()
+        self._before = self._listen()
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()  # again: Lightning adds a SIGTERM handler of its own, which raises
+
+    def _listen(self) -> dict[int, Any]:
+        """Take the signals; returns who had them."""
+        try:
+            return {n: signal.signal(n, self._request) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: signals are somebody else's business
+            return {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
