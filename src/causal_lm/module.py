@@ -1,6 +1,10 @@
 """The correct path from a batch to a loss, with no switches in it."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import torch
@@ -9,6 +13,9 @@ from torch import Tensor, nn
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
 from causal_lm.metrics import TokenPerplexity
+from causal_lm.objective import Loss
+
+log = logging.getLogger(__name__)
 
 
 class CausalLM(L.LightningModule):
@@ -25,6 +32,10 @@ class CausalLM(L.LightningModule):
         scheduler: (optimizer, total_steps) -> learning-rate schedule, stepped once per optimizer
             step; None for a constant rate.
         token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None where not text.
+        loss: how the token losses become one number.
+
+    Raises:
+        ValueError: ``loss.chunk_tokens`` is set, and the model does not part into body and head.
     """
 
     def __init__(
@@ -33,15 +44,22 @@ class CausalLM(L.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
         token_bytes: Tensor | None = None,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.loss = loss or Loss()
+        if self.loss.chunk_tokens and not hasattr(model, "body"):
+            raise ValueError(
+                f"{type(model).__name__} does not part into body and head, so its loss cannot be "
+                f"computed in chunks: set loss.chunk_tokens=null"
+            )
+        self.model: Any = model
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.val = TokenPerplexity(token_bytes)
-        # Of the micro-batches since the last optimizer step, on this rank.
-        self.window_nats: Tensor | float = 0.0
-        self.window_tokens: Tensor | int = 0
+        # Of the micro-batches since the last optimizer step, on this rank: sums of losses and of
+        # denominators.
+        self.window: Tensor | float = 0.0
 
     # ---- what is trained ----
 
@@ -51,43 +69,64 @@ class CausalLM(L.LightningModule):
 
     def counted(self, batch: Batch) -> Tensor:
         """bool (B, T): the positions whose target counts in the loss."""
-        return objective.has_next(batch.document_ids)
+        return objective.has_next(batch.document_ids, batch.loss_mask)
 
     def may_attend(self, batch: Batch) -> Tensor:
         """bool (B, T, T): True where a position (dim 1) may look at another (dim 2)."""
         return masks.causal(batch.document_ids)
 
-    def as_trained(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) and labels (B, T) as training sees them."""
-        logits = self.model(batch.input_ids, batch.position_ids, self.may_attend(batch))
-        return logits, objective.make_labels(self.targets(batch), self.counted(batch))
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The sum of the weighted token losses, in nats, and the denominator it is over."""
+        labels = objective.make_labels(self.targets(batch), self.counted(batch))
+        weights, denominator = objective.weigh(labels, batch.document_ids, self.loss)
+        inputs = batch.input_ids, batch.position_ids, self.may_attend(batch)
+        if self.loss.chunk_tokens:
+            hidden, head = self.model.body(*inputs), self.model.head.weight
+            nats = objective.chunked_nll(hidden, head, labels, weights, self.loss.chunk_tokens)
+        else:
+            nats = objective.weighted_nll(self.model(*inputs), labels, weights)
+        return nats, denominator
 
-    def training_loss(self, batch: Batch) -> Tensor:
-        """The objective on one batch: nats per counted token, a scalar."""
-        return objective.mean_nll(*self.as_trained(batch))
+    @contextmanager
+    def whole_logits(self) -> Iterator[None]:
+        """Compute the loss from all logits at once meanwhile, so that an audit can see them."""
+        before, self.loss = self.loss, replace(self.loss, chunk_tokens=None)
+        try:
+            yield
+        finally:
+            self.loss = before
+
+    def window_loss(self, *micro_batches: Batch) -> Tensor:
+        """The loss of one optimizer step over these micro-batches, a scalar, in nats."""
+        nats, denominators = zip(*map(self.objective, micro_batches), strict=True)
+        return torch.stack(nats).sum() / torch.stack(denominators).sum().clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The *sum* over counted tokens; :meth:`on_before_optimizer_step` divides, once.
+        """The *sum*, not yet over anything; :meth:`on_before_optimizer_step` divides, once.
 
         A mean per micro-batch would weigh a token by the company it came in: Lightning averages
         over micro-batches, DDP over ranks, whatever they hold.
         """
-        logits, labels = self.as_trained(batch)
-        nats = objective.token_nll(logits, labels).sum()
-        self.window_nats = self.window_nats + nats.detach()
-        self.window_tokens = self.window_tokens + objective.count(labels)
-        return nats * self.trainer.accumulate_grad_batches  # which Lightning divides by
+        nats, denominator = self.objective(batch)
+        self.window = self.window + torch.stack([nats.detach().double(), denominator.double()])
+        return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
+
+    @property
+    def unit(self) -> float:
+        """A sum has large gradients, and float16 ends at 65,504: there, a power of two smaller."""
+        return 2.0**-10 if self.trainer.precision == "16-mixed" else 1.0
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Gradients of the sum -> of the mean over all micro-batches and ranks, before clipping."""
-        reduce = self.trainer.strategy.reduce
-        nats = reduce(self.window_nats, reduce_op="sum")
-        tokens = reduce(self.window_tokens, reduce_op="sum").clamp(min=1)
-        self.window_nats, self.window_tokens = 0.0, 0
-        for parameter in self.parameters():
-            if parameter.grad is not None:  # DDP has averaged: times the ranks is their sum
-                parameter.grad *= self.trainer.world_size / tokens
-        self.log("train/loss", nats / tokens)
+        """Gradients of the sum -> of the loss over all micro-batches and ranks, before clipping."""
+        nats, denominator = self.trainer.strategy.reduce(self.window, reduce_op="sum").tolist()
+        self.window = 0.0
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if denominator:  # DDP has averaged: times the ranks is their sum
+            torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
+            self.log("train/loss", nats / denominator)
+            return
+        log.warning(f"step {self.trainer.global_step} is skipped: no target counts in its batches")
+        optimizer.zero_grad(set_to_none=True)  # no gradient, no change: not even weight decay
 
     # ---- what is measured ----
 
@@ -98,13 +137,20 @@ class CausalLM(L.LightningModule):
     @staticmethod
     def labels(batch: Batch) -> Tensor:
         """(B, T): the next token of the same document, IGNORE where there is none."""
-        return objective.make_labels(
-            objective.next_tokens(batch.input_ids), objective.has_next(batch.document_ids)
-        )
+        counted = objective.has_next(batch.document_ids, batch.loss_mask)
+        return objective.make_labels(objective.next_tokens(batch.input_ids), counted)
+
+    def token_nll(self, batch: Batch) -> Tensor:
+        """(B, T): nats of each label of the batch, 0 where there is none."""
+        labels, chunk = self.labels(batch), self.loss.chunk_tokens
+        if not chunk:
+            return objective.token_nll(self(batch), labels)
+        visible = masks.causal(batch.document_ids)
+        hidden = self.model.body(batch.input_ids, batch.position_ids, visible)
+        return objective.chunked_token_nll(hidden, self.model.head.weight, labels, chunk)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        labels = self.labels(batch)
-        self.val.update(objective.token_nll(self(batch), labels), labels)
+        self.val.update(self.token_nll(batch), self.labels(batch))
 
     def on_validation_epoch_end(self) -> None:
         figures = self.val.compute()

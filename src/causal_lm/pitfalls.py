@@ -1,18 +1,19 @@
 """The wrong versions, each a small override of one seam of the module. Here, and nowhere else.
 
 With every switch off this file is not even imported. Delete it, ``configs/pitfalls`` and the
-presets that name it, and a clean starter remains.
+presets that name it, and a clean starter remains. ``docs/pitfalls.md`` has what each one does.
 """
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
-from causal_lm.metrics import TokenPerplexity
 from causal_lm.module import CausalLM
+from causal_lm.objective import IGNORE
 
 
 class Pitfall(CausalLM):
@@ -23,17 +24,20 @@ class Pitfall(CausalLM):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.own_view = TokenPerplexity()
+        self.own_view = MeanMetric()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        logits, labels = self.as_trained(batch)
-        self.own_view.update(objective.token_nll(logits, labels), labels)
+        nats, denominator = self.objective(batch)
+        self.own_view.update(nats / denominator.clamp(min=1), denominator)
 
     def loss_as_trained(self, val_loss: Tensor) -> Tensor:
-        value = self.own_view.compute()["loss"]
+        value = self.own_view.compute()
         self.own_view.reset()
         return value
+
+
+# ---- which token is the target ----
 
 
 class UnshiftedLabels(Pitfall):
@@ -45,6 +49,20 @@ class UnshiftedLabels(Pitfall):
         return batch.input_ids
 
 
+class ShiftedTwice(Pitfall):
+    """Labels that the data shifted, handed to a model that shifts: each position learns t + 2."""
+
+    label = "shift"
+
+    def targets(self, batch: Batch) -> Tensor:
+        return objective.next_tokens(objective.next_tokens(batch.input_ids)).where(
+            objective.next_tokens(self.counted(batch).long()) == 1, IGNORE
+        )
+
+
+# ---- which targets count ----
+
+
 class PadInLoss(Pitfall):
     """Every slot counts, PAD too: the easy PAD -> PAD dilutes the loss, and PAD gets written."""
 
@@ -52,6 +70,37 @@ class PadInLoss(Pitfall):
 
     def counted(self, batch: Batch) -> Tensor:
         return torch.ones_like(batch.input_ids, dtype=torch.bool)
+
+
+class InputMaskOnTargets(Pitfall):
+    """A target counts where its *input* is real: the EOS of each document learns to say PAD."""
+
+    label = "pad"
+
+    def counted(self, batch: Batch) -> Tensor:
+        return batch.document_ids >= 0
+
+
+class PadIsEosByValue(Pitfall):
+    """Targets that equal PAD are ignored; where PAD is EOS, no document ever learns to end."""
+
+    label = "eos"
+
+    def counted(self, batch: Batch) -> Tensor:
+        pad = batch.input_ids[batch.document_ids < 0].unique()
+        return super().counted(batch) & ~torch.isin(objective.next_tokens(batch.input_ids), pad)
+
+
+class LabelCrossesDocuments(Pitfall):
+    """The EOS of each packed document is trained to predict how an unrelated one begins."""
+
+    label = "shift"
+
+    def counted(self, batch: Batch) -> Tensor:
+        return objective.has_next((batch.document_ids >= 0).long() - 1)
+
+
+# ---- who may see whom ----
 
 
 class NoCausalMask(Pitfall):
@@ -63,10 +112,80 @@ class NoCausalMask(Pitfall):
         return masks.same_document(batch.document_ids)
 
 
+class InvertedMask(Pitfall):
+    """True is taken for "masked out": each position sees just what it must not.
+
+    What would then see nothing sees itself, as a softmax over nothing is NaN.
+    """
+
+    label = "causal"
+
+    def may_attend(self, batch: Batch) -> Tensor:
+        wrong = ~masks.causal(batch.document_ids)
+        myself = torch.eye(wrong.shape[-1], dtype=torch.bool, device=wrong.device)
+        return wrong | (myself & ~wrong.any(dim=-1, keepdim=True))
+
+
+class PaddingAttended(Pitfall):
+    """PAD is looked at like any token; with PAD on the left, by every token of the document."""
+
+    label = "pad"
+
+    def may_attend(self, batch: Batch) -> Tensor:
+        pad = (batch.document_ids < 0)[:, None, :]
+        return (masks.same_document(batch.document_ids) | pad).tril()
+
+
+class LeakyPacking(Pitfall):
+    """Causal, but over the whole packed row: documents see those before them."""
+
+    label = "causal"
+
+    def may_attend(self, batch: Batch) -> Tensor:
+        return masks.causal((batch.document_ids >= 0).long() - 1)
+
+
+# ---- how the losses become one ----
+
+
+class MaskAfterMean(Pitfall):
+    """The mask comes after the mean, over every slot, is a scalar: it divides itself away."""
+
+    label = "pad"
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self.model(batch.input_ids, batch.position_ids, self.may_attend(batch))
+        targets, mask = self.targets(batch), self.counted(batch)
+        mean = objective.token_nll(logits, targets).sum() / (targets != IGNORE).sum()
+        return (mean * mask).sum(), mask.sum()
+
+
+class MeanOfMeans(Pitfall):
+    """Each micro-batch and rank weighs the same, however few targets it holds.
+
+    That is what Lightning makes of a mean over tokens under accumulation, and DDP over ranks.
+    """
+
+    label = "norm"
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        nats, denominator = super().objective(batch)
+        return nats / denominator.clamp(min=1), torch.ones_like(denominator)
+
+
 PITFALLS: dict[str, type[Pitfall]] = {
     "unshifted_labels": UnshiftedLabels,
     "pad_in_loss": PadInLoss,
     "no_causal_mask": NoCausalMask,
+    "shifted_twice": ShiftedTwice,
+    "input_mask_on_targets": InputMaskOnTargets,
+    "pad_is_eos_by_value": PadIsEosByValue,
+    "label_crosses_documents": LabelCrossesDocuments,
+    "inverted_mask": InvertedMask,
+    "padding_attended": PaddingAttended,
+    "leaky_packing": LeakyPacking,
+    "mask_after_mean": MaskAfterMean,
+    "mean_of_means": MeanOfMeans,
 }
 
 

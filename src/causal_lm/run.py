@@ -26,6 +26,7 @@ from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
 from causal_lm.module import CausalLM
+from causal_lm.objective import Loss
 from causal_lm.preflight import Report
 from causal_lm.report import samples
 from causal_lm.report.files import write_json, write_text
@@ -60,6 +61,10 @@ FILES = (
 """What a run writes beside its checkpoints."""
 
 
+LARGE, CHUNK = 8192, 256
+"""``loss.chunk_tokens=auto``: from this vocabulary on, so many tokens at a time."""
+
+
 def build(node: DictConfig, **more: Any) -> Any:
     """Make the object that a ``_target_`` names (the one place that asks Hydra to)."""
     try:
@@ -75,12 +80,12 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
         from causal_lm.pitfalls import faulty
 
         kind = faulty(cfg.pitfalls)
-    return kind(
-        build(cfg.model, vocab_size=tokenizer.vocab_size),
-        build(cfg.optimizer),
-        build(cfg.scheduler),
-        tokenizer.token_bytes(),
-    )
+    model = build(cfg.model, vocab_size=tokenizer.vocab_size)
+    chunk = cfg.loss.chunk_tokens
+    if chunk == "auto":
+        chunk = CHUNK if tokenizer.vocab_size >= LARGE and hasattr(model, "body") else None
+    loss = Loss(cfg.loss.reduction, cfg.loss.length, chunk)
+    return kind(model, build(cfg.optimizer), build(cfg.scheduler), tokenizer.token_bytes(), loss)
 
 
 def restore(path: str | Path) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
@@ -135,7 +140,8 @@ def audit(cfg: DictConfig, **options: Any) -> Report:
     data, corpus, module = prepare(cfg)
     ids = {"pad_id": corpus.tokenizer.pad_id, "eos_id": corpus.tokenizer.eos_id}
     batch = next(iter(data.train_dataloader()))
-    return audit_batch(module, batch, module.training_loss, **ids, **options)
+    parted = cfg.trainer.accumulate_grad_batches > 1
+    return audit_batch(module, batch, module.window_loss, parted=parted, **ids, **options)
 
 
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:

@@ -38,10 +38,12 @@ class Meter(L.Callback):
     ) -> None:
         if trainer.global_step != self._step:  # an optimizer step was taken: its loss is new
             self._step = trainer.global_step
-            self.losses.append(trainer.callback_metrics["train/loss"])
-        self.tokens = self.tokens + objective.has_next(batch.document_ids).sum()
+            if "train/loss" in trainer.callback_metrics:  # a first step may have been skipped
+                self.losses.append(trainer.callback_metrics["train/loss"])
+        self.tokens = self.tokens + objective.has_next(batch.document_ids, batch.loss_mask).sum()
         self.real = self.real + batch.lengths.sum()
         self.slots += batch.input_ids.numel()
+        pl_module.log("train/pad_share", (batch.document_ids < 0).float().mean())
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validating = time.perf_counter()

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 
 from causal_lm.preflight import Report, preflight, to_html
@@ -68,19 +70,29 @@ class Preflight(L.Callback):
             raise PreflightError(self.message(report))
 
     def audit(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> Report:
-        """The report on ``training_step``, under the trainer's precision, logging held back."""
+        """The report on ``training_step``, under the trainer's precision, logging held back.
 
-        def loss_of(given: Any) -> Tensor:
+        Where an optimizer step takes several micro-batches or ranks, the batch is parted in two and
+        their losses averaged, as Lightning and DDP do: a mean of means shows. A module that divides
+        its gradients itself says what a step minimises by ``window_loss(*micro_batches)``.
+        """
+
+        def mean_of_steps(*micro_batches: Any) -> Tensor:
+            outs = [module.training_step(part, 0) for part in micro_batches]
+            losses: list[Any] = [out["loss"] if isinstance(out, Mapping) else out for out in outs]
+            return torch.stack(losses).mean()
+
+        def loss_of(*micro_batches: Any) -> Tensor:
             with trainer.precision_plugin.train_step_context():
-                out = module.training_step(given, 0)
-            loss = out["loss"] if isinstance(out, Mapping) else out
-            assert isinstance(loss, Tensor), "training_step must return a loss"
-            return loss
+                return getattr(module, "window_loss", mean_of_steps)(*micro_batches)
 
         silent = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
         module.__dict__.update(silent)
         try:
-            return audit_batch(module, batch, loss_of, pad_id=self.pad_id, eos_id=self.eos_id)
+            return audit_batch(
+                module, batch, loss_of, pad_id=self.pad_id, eos_id=self.eos_id,
+                parted=trainer.accumulate_grad_batches * trainer.world_size > 1,
+            )  # fmt: skip
         except ValueError as error:  # not the audit's to stop the run: the first step will say more
             return Report(skipped={"preflight": str(error)})
         finally:
@@ -104,13 +116,35 @@ class Preflight(L.Callback):
 
 
 def audit_batch(
-    model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor], **options: Any
+    model: nn.Module,
+    batch: Any,
+    loss_of: Callable[..., Tensor],
+    *,
+    parted: bool = False,
+    **options: Any,
 ) -> Report:
-    """:func:`preflight` of a batch that is a dict or a named tuple; ``loss_of`` gets its like."""
-    if isinstance(batch, Mapping):
-        return preflight(model, dict(batch), lambda _, edited: loss_of(edited), **options)
-    kind = type(batch)
-    return preflight(model, batch._asdict(), lambda _, edited: loss_of(kind(**edited)), **options)
+    """:func:`preflight` of a batch that is a dict or a named tuple.
+
+    ``loss_of`` gets its like or, with ``parted``, two micro-batches of half of its rows each. A
+    model that has ``whole_logits()``, a context in which its loss uses whole logits, is asked to.
+    """
+    kind = dict if isinstance(batch, Mapping) else type(batch)
+    given = dict(batch) if kind is dict else batch._asdict()
+
+    def loss(_: nn.Module, edited: dict[str, Any]) -> Tensor:
+        rows = len(edited["input_ids"])
+        cut = (rows + 1) // 2 if parted else rows
+        parts = [
+            {
+                name: v[start : start + cut] if isinstance(v, Tensor) and len(v) == rows else v
+                for name, v in edited.items()
+            }
+            for start in range(0, rows, cut)
+        ]
+        return loss_of(*(kind(**part) for part in parts))
+
+    with getattr(model, "whole_logits", nullcontext)():
+        return preflight(model, given, loss, **options)
 
 
 def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> str:

@@ -1,4 +1,15 @@
-"""Documents of uneven length to one rectangular batch. Never shifted: labels are objective.py's."""
+"""Documents of uneven length to one rectangular batch. Never shifted: labels are objective.py's.
+
+Three documents ``a``, ``b`` and ``c`` (· = PAD), one a row, and packed into rows of eight slots:
+
+    padded   a a a a a a        packed   a a a a a a b b
+             b b · · · ·                 c c c · · · · ·
+             c c c · · ·
+
+Positions start anew in each document. ``document_ids`` say which document of its row a slot belongs
+to; ``masks.py`` keeps documents from seeing each other and ``objective.py`` from predicting each
+other by them. So loss and gradient do not depend on the layout.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,13 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from causal_lm.data.documents import Document
+
 
 class Batch(NamedTuple):
-    """One micro-batch of B rows and T slots, all int64.
+    """One micro-batch of B rows and T slots; ids are int64.
 
     input_ids     (B, T) tokens, PAD where there is none
-    position_ids  (B, T) 0, 1, 2 … within each document; they run on into PAD
+    position_ids  (B, T) 0, 1, 2 … within each document; they run on into PAD on the right
     document_ids  (B, T) which document of its row a slot belongs to; -1 at PAD
+    loss_mask     (B, T) bool, False at tokens that are given and not to be learned (a prompt);
+                  None where every token is to be learned
 
     Whether a slot is PAD is said by ``document_ids``, from lengths; the token value says nothing
     (PAD may be EOS).
@@ -21,6 +36,7 @@ class Batch(NamedTuple):
     input_ids: Tensor
     position_ids: Tensor
     document_ids: Tensor
+    loss_mask: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -28,47 +44,118 @@ class Batch(NamedTuple):
         return (self.document_ids >= 0).sum(dim=1)
 
 
-class PaddedCollate:
-    """One document per row, PAD on the right up to the longest.
+class Collate:
+    """One document per row, or several with ``packed``, and PAD up to the longest row.
 
-    A document of no tokens (a sampler's filler) becomes a row of PAD, in which nothing counts.
+    A document of no tokens (a sampler's filler) is a row of PAD, in which nothing counts.
 
     Args:
         pad_id: token written where there is none.
         vocab_size: ids must lie below it.
+        padding_side: ``right`` or ``left``.
+        packed: slots that a row may have; documents are put into as few rows as first-fit, longest
+            first, finds. None gives each document its own row.
     """
 
-    def __init__(self, pad_id: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        pad_id: int,
+        vocab_size: int,
+        *,
+        padding_side: str = "right",
+        packed: int | None = None,
+    ) -> None:
         self.pad_id, self.vocab_size = pad_id, vocab_size
+        self.left, self.packed = padding_side == "left", packed
 
-    def __call__(self, documents: Sequence[Tensor]) -> Batch:
-        """Documents, each (n,) of any integer dtype -> Batch.
+    def __call__(self, documents: Sequence[Document]) -> Batch:
+        """Documents, of any integer dtype -> Batch.
 
         Raises:
-            ValueError: there is no document, or an id outside the vocabulary (the row is named).
+            ValueError: there is no document, or an id outside the vocabulary (named), or a
+                document that is longer than a packed row.
         """
         if not documents:
             raise ValueError("a batch needs at least one document")
-        lengths = torch.tensor([len(document) for document in documents])
-        flat = torch.cat(list(documents)).long()
-        self._check_range(flat, lengths)
-        slots = torch.arange(max(int(lengths.max()), 1))  # (T,)
-        real = slots < lengths[:, None]  # (B, T)
-        input_ids = torch.full(real.shape, self.pad_id, dtype=torch.int64)
-        input_ids[real] = flat
-        return Batch(
-            input_ids,
-            position_ids=slots.repeat(len(documents), 1),
-            document_ids=real.long() - 1,
+        lengths = torch.tensor([len(document.tokens) for document in documents])
+        tokens = torch.cat([document.tokens for document in documents]).long()
+        self._check_range(tokens, lengths)
+
+        # Of each document: its row, its number in the row, and its first slot.
+        if self.packed is None:
+            rows = torch.arange(len(lengths))
+            numbers = firsts = torch.zeros_like(rows)
+        else:
+            rows, numbers, firsts = first_fit(lengths.tolist(), self.packed)
+        n_rows = int(rows.max()) + 1
+        filled = torch.zeros(n_rows, dtype=torch.int64).scatter_add_(0, rows, lengths)
+        width = max(int(filled.max()), 1)
+        if self.left:
+            firsts = firsts + (width - filled)[rows]
+
+        # Of each token: its row, its position in the document, and its slot.
+        row, first = rows.repeat_interleave(lengths), firsts.repeat_interleave(lengths)
+        position = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(
+            lengths
         )
+        slot = first + position
+
+        last = torch.zeros(n_rows, dtype=torch.int64).scatter_reduce_(0, rows, firsts, "amax")
+        position_ids = (torch.arange(width) - last[:, None]).clamp(min=0)
+        position_ids[row, slot] = position
+        return Batch(
+            torch.full((n_rows, width), self.pad_id).index_put_((row, slot), tokens),
+            position_ids,
+            torch.full((n_rows, width), -1).index_put_(
+                (row, slot), numbers.repeat_interleave(lengths)
+            ),
+            self._loss_mask(documents, (row, slot), (n_rows, width)),
+        )
+
+    @staticmethod
+    def _loss_mask(documents, at: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor | None:
+        if all(document.loss_mask is None for document in documents):
+            return None
+        flat = [
+            torch.ones(len(d.tokens), dtype=torch.bool) if d.loss_mask is None else d.loss_mask
+            for d in documents
+        ]
+        return torch.zeros(shape, dtype=torch.bool).index_put_(at, torch.cat(flat))
 
     def _check_range(self, flat: Tensor, lengths: Tensor) -> None:
         outside = (flat < 0) | (flat >= self.vocab_size)
         if outside.any():
             at = int(outside.nonzero()[0])
-            row = int((lengths.cumsum(0) <= at).sum())
+            number = int((lengths.cumsum(0) <= at).sum())
             raise ValueError(
-                f"row {row} of the batch holds token id {int(flat[at])}, outside the vocabulary "
-                f"of {self.vocab_size} (ids 0 to {self.vocab_size - 1}): "
+                f"document {number} of the batch holds token id {int(flat[at])}, outside the "
+                f"vocabulary of {self.vocab_size} (ids 0 to {self.vocab_size - 1}): "
                 f"was this data tokenised with another tokenizer?"
             )
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, number in the row and first slot of each document, (D,) each; none is cut.
+
+    Longest first, each into the first row that has room: at most 11/9 of the fewest rows (Johnson,
+    1973). Documents of no tokens go to row 0.
+
+    >>> first_fit([3, 6, 2], 8)
+    (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))
+    """
+    used: list[int] = [0]
+    held: list[int] = [0]
+    placed = torch.zeros(3, len(lengths), dtype=torch.int64)
+    for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
+        length = lengths[document]
+        if length > capacity:
+            raise ValueError(f"a document of {length} tokens does not fit a row of {capacity}")
+        row = next((r for r, n in enumerate(used) if n + length <= capacity), len(used))
+        if row == len(used):
+            used.append(0)
+            held.append(0)
+        placed[:, document] = torch.tensor([row, held[row], used[row]])
+        used[row] += length
+        held[row] += 1
+    rows, numbers, firsts = placed
+    return rows, numbers, firsts

@@ -5,24 +5,27 @@ import logging
 import lightning as L
 from torch.utils.data import DataLoader
 
-from causal_lm.data.collate import Batch, PaddedCollate
+from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler
 
 log = logging.getLogger(__name__)
-COLLATE = {"padded": PaddedCollate}
-"""Layout -> how documents become a batch."""
+LAYOUTS = ("padded", "bucketed", "packed")
 
 
 class DataModule(L.LightningDataModule):
-    """Pads and collates the documents of a source.
+    """Cuts, orders, pads and collates the documents of a source.
 
     Args:
         source: where documents come from (see :class:`causal_lm.data.documents.Source`).
         batch_size: documents per micro-batch and rank.
         max_length: tokens per row, BOS and EOS counted; longer documents are cut into windows
             (see :meth:`causal_lm.data.documents.Documents.windows`).
-        layout: ``padded``, one document per row.
+        layout: ``padded``, one document per row; ``bucketed``, likewise, with documents of like
+            length in a batch; ``packed``, several in a row of up to ``max_length`` slots. Each
+            holds ``batch_size`` documents.
+        padding_side: ``right`` or ``left``.
+        pad_is_eos: write EOS where there is no token, as models without a PAD of their own do.
         shuffle: draw the training order anew each epoch.
         num_workers: processes that collate; 0 does it in this one, which is fastest here.
         seed: of the order.
@@ -35,6 +38,8 @@ class DataModule(L.LightningDataModule):
         batch_size: int,
         max_length: int,
         layout: str = "padded",
+        padding_side: str = "right",
+        pad_is_eos: bool = False,
         shuffle: bool = True,
         num_workers: int = 0,
         seed: int = 0,
@@ -42,6 +47,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.source, self.batch_size, self.max_length = source, batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
+        self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
         self.corpus: Corpus | None = None
 
     def load(self) -> Corpus:
@@ -52,6 +58,8 @@ class DataModule(L.LightningDataModule):
         """
         if self.corpus is None:
             self.corpus = self.source.load()
+            if self.pad_is_eos:
+                self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
             self.train_rows = self._rows("train", self.corpus.train)
             self.val_rows = self._rows("val", self.corpus.val)
         return self.corpus
@@ -87,8 +95,15 @@ class DataModule(L.LightningDataModule):
                 seed=self.seed,
                 rank=self.trainer.global_rank if self.trainer else 0,
                 world_size=self.trainer.world_size if self.trainer else 1,
+                lengths=rows.lengths.numpy() if self.layout == "bucketed" else None,
+                batch_size=self.batch_size,
             ),
-            collate_fn=COLLATE[self.layout](tokenizer.pad_id, tokenizer.vocab_size),
+            collate_fn=Collate(
+                tokenizer.pad_id,
+                tokenizer.vocab_size,
+                padding_side=self.padding_side,
+                packed=self.max_length if self.layout == "packed" else None,
+            ),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

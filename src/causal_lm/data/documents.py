@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,15 +12,28 @@ from torch.utils.data import Dataset
 from causal_lm.data.tokenizers import Tokenizer
 
 
-class Documents(Dataset[Tensor]):
-    """A sized, map-style data set of 1-D token tensors over one flat array.
+class Document(NamedTuple):
+    """The tokens of one document, (n,).
+
+    loss_mask: bool (n,), False at tokens that are given and not to be learned; None: learn all.
+    """
+
+    tokens: Tensor
+    loss_mask: Tensor | None = None
+
+
+class Documents(Dataset[Document]):
+    """A sized, map-style data set of documents over one flat array.
 
     Args:
         tokens: (N,) every token, documents end to end.
         starts, ends: (D,) where each document begins and (exclusively) ends; they may overlap.
+        loss_mask: bool (N,), see :class:`Document`.
     """
 
-    def __init__(self, tokens: Tensor, starts: Tensor, ends: Tensor) -> None:
+    def __init__(
+        self, tokens: Tensor, starts: Tensor, ends: Tensor, loss_mask: Tensor | None = None
+    ) -> None:
         lengths = ends - starts
         if len(lengths) and int(lengths.min()) < 2:
             raise ValueError(
@@ -28,6 +41,7 @@ class Documents(Dataset[Tensor]):
                 f"it needs two to have a target (BOS and EOS count)"
             )
         self.tokens, self.starts, self.ends = tokens, starts, ends
+        self.loss_mask = loss_mask
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
@@ -39,11 +53,11 @@ class Documents(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> Tensor:
-        """The tokens of a document. Index -1 (a sampler's filler) is a document of no tokens."""
-        if index < 0:
-            return self.tokens[:0]
-        return self.tokens[self.starts[index] : self.ends[index]]
+    def __getitem__(self, index: int) -> Document:
+        """Index -1 (a sampler's filler) is a document of no tokens."""
+        here = slice(0, 0) if index < 0 else slice(self.starts[index], self.ends[index])
+        mask = None if self.loss_mask is None else self.loss_mask[here]
+        return Document(self.tokens[here], mask)
 
     @property
     def lengths(self) -> Tensor:
@@ -62,7 +76,8 @@ class Documents(Dataset[Tensor]):
         owner = torch.repeat_interleave(torch.arange(len(self)), counts)
         rank = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
         starts = self.starts[owner] + rank * stride
-        return Documents(self.tokens, starts, torch.minimum(starts + max_length, self.ends[owner]))
+        ends = torch.minimum(starts + max_length, self.ends[owner])
+        return Documents(self.tokens, starts, ends, self.loss_mask)
 
 
 class Language(Protocol):

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+POOL = 100
+"""Batches among which documents are sorted by length."""
+
 
 class DocumentSampler(Sampler[int]):
     """Every document once per epoch, over all ranks; the order is drawn anew each epoch.
@@ -18,13 +21,18 @@ class DocumentSampler(Sampler[int]):
         shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
         seed: of the order.
         rank, world_size: this process takes every ``world_size``-th document from ``rank`` on.
+        lengths: (size,) of the documents; put those of like length together (see
+            :func:`bucketed`). None leaves the order as drawn.
+        batch_size: documents per batch and rank, which a bucket is made of.
     """
 
     def __init__(
-        self, size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
+        self, size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
+        lengths: np.ndarray | None = None, batch_size: int = 1,
+    ) -> None:  # fmt: skip
         self.size, self.shuffle, self.seed = size, shuffle, seed
         self.rank, self.world_size = rank, world_size
+        self.lengths, self.batch_size = lengths, batch_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -36,7 +44,29 @@ class DocumentSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self.size)
-        if self.shuffle:  # seeded by the pair: seed 0's epoch 1 is not seed 1's epoch 0
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        draw = np.random.default_rng([self.seed, self.epoch])  # the pair: no two runs share one
+        if self.shuffle:
+            order = draw.permutation(self.size)
+        if self.lengths is not None:
+            group = self.batch_size * self.world_size
+            order = bucketed(order, self.lengths, group, draw if self.shuffle else None)
         filler = np.full(len(self) * self.world_size - self.size, -1)
         yield from np.concatenate([order, filler])[self.rank :: self.world_size].tolist()
+
+
+def bucketed(
+    order: np.ndarray, lengths: np.ndarray, group: int, draw: np.random.Generator | None
+) -> np.ndarray:
+    """The same documents in groups of like length, the groups in a drawn order.
+
+    Within each :data:`POOL` groups' worth of ``order`` documents are sorted by length, so which
+    documents meet still changes from epoch to epoch.
+    """
+    edges = range(group * POOL, len(order), group * POOL)
+    pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in np.split(order, edges)]
+    sorted_ = np.concatenate(pools)
+    if draw is None:
+        return sorted_
+    whole = len(order) // group * group  # a last, smaller group stays last
+    return np.concatenate([draw.permutation(sorted_[:whole].reshape(-1, group)).ravel(),
+                           sorted_[whole:]])  # fmt: skip

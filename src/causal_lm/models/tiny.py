@@ -50,7 +50,11 @@ class Tiny(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor) -> Tensor:
-        """(B, T) ids and positions, bool (B, T, T) True = may attend -> logits (B, T, V).
+        """(B, T) ids and positions, bool (B, T, T) True = may attend -> logits (B, T, V)."""
+        return self.head(self.body(input_ids, position_ids, may_attend))
+
+    def body(self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor) -> Tensor:
+        """The same inputs -> what the head reads, (B, T, C).
 
         Raises:
             ValueError: a row is longer than the position table.
@@ -64,5 +68,4 @@ class Tiny(nn.Module):
         x = self.tokens(input_ids) + self.positions(position_ids)  # (B, T, C)
         # This layer means "masked out" by True, and wants one mask per row and head.
         mask = masks.to_masked_out(may_attend).repeat_interleave(self.n_heads, dim=0)
-        x = self.blocks(x, mask=mask)  # (B, T, C)
-        return self.head(x)  # (B, T, V)
+        return self.blocks(x, mask=mask)  # (B, T, C)

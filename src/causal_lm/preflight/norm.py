@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, trained
-from causal_lm.preflight.frame import IGNORE, UnexaminableError
+from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError
 from causal_lm.preflight.report import Finding
 from causal_lm.preflight.subject import Readout
 
@@ -31,9 +31,7 @@ def reduction(ctx: Context) -> list[Finding]:
     w = r.weight[on]
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
-    row = torch.arange(len(on), device=on.device)[:, None].expand_as(on)
-    document = row * (int(frame.doc.max()) + 2) + frame.doc
-    if any(_mean_of_means(r.weight, on, group, tol) for group in (row, document)):
+    if _mean_of_means(r.weight, on, frame.doc, tol):
         return _by_call(ctx, r, tol)
     b, t = divmod(int(torch.where(on, r.weight, -torch.inf).argmax()), on.shape[1])
     seen = (
@@ -49,7 +47,14 @@ def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
     return bool(((value - wanted).abs() <= tol * wanted.abs()).all())
 
 
-def _mean_of_means(weight: Tensor, on: Tensor, group: Tensor, tol: float) -> bool:
+def _mean_of_means(weight: Tensor, on: Tensor, doc: Tensor, tol: float) -> bool:
+    """A mean over rows, or over documents, of means."""
+    row = torch.arange(len(on), device=on.device)[:, None].expand_as(on)
+    document = row * (int(doc.max()) + 2) + doc
+    return any(_mean_over(weight, on, group, tol) for group in (row, document))
+
+
+def _mean_over(weight: Tensor, on: Tensor, group: Tensor, tol: float) -> bool:
     """Equal within each group, with sums that are equal and make 1, 1 each, or 1/B each."""
     parts = [weight[on & (group == g)] for g in set(group[on].tolist())]
     sums = torch.stack([w.sum() for w in parts])
@@ -72,9 +77,12 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
         raise UnexaminableError("the batch is too short to see how the loss is scaled")
     if _near(w2.mean(), w.mean(), tol):
         return []
-    slots = (frame.ids.numel(), frame.ids[:, 1:].numel())
+    slots = any(_near(w.mean() * k, 1, tol) for k in (frame.ids.numel(), frame.ids[:, 1:].numel()))
+    per_document = w.mean() * _documents(frame, r), w2.mean() * _documents(cut, r2)
+    if not slots and _near(*per_document, tol):  # over documents times a fixed length
+        return []
     why = "the loss is divided more than once, or by something else than the counted targets"
-    if any(_near(w.mean() * k, 1, tol) for k in slots):
+    if slots:
         why = "the loss is divided by all slots of the batch, PAD included"
     total = float(w.sum())
     seen = (
@@ -85,6 +93,12 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     return [Finding("norm", "reduction", seen, REMEDY, total)]
 
 
+def _documents(frame: Frame, r: Readout) -> int:
+    """How many documents of how many rows hold a counted token."""
+    on = trained(r)
+    return len({(int(b), int(frame.doc[b, t])) for b, t in on.nonzero()})
+
+
 def _by_call(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     """A mean over rows, from several calls of the model: is it a mean over *calls* of one row each?
 
@@ -93,10 +107,9 @@ def _by_call(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     if r.calls < 2:
         return []
     rows = list(range(len(ctx.full.ids)))
-    r2 = ctx.subject.readout(ctx.full.rows(rows + rows), True)
-    on = trained(r2)
-    index = torch.arange(len(on), device=on.device)[:, None].expand_as(on)
-    if _mean_of_means(r2.weight, on, index, tol):
+    doubled = ctx.full.rows(rows + rows)
+    r2 = ctx.subject.readout(doubled, True)
+    if _mean_of_means(r2.weight, trained(r2), doubled.doc, tol):
         return []
     seen = f"the loss is a mean over {r.calls} calls of the model of each call's own mean"
     return [Finding("norm", "reduction", seen, REMEDY, float(r.calls))]
