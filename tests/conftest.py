@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from causal_lm.data.collate import Batch, PaddedCollate
+from causal_lm.data.collate import Batch, Collate
+from causal_lm.data.documents import Document
 from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
 
@@ -22,11 +23,15 @@ settings.load_profile("here")
 V, PAD = 11, 0
 
 
-def make_batch(lengths=(5, 2, 7), seed: int = 0) -> Batch:
-    """Random documents of these lengths, tokens 3 … V-1, padded."""
+def make_documents(lengths=(5, 2, 7), seed: int = 0) -> list[Document]:
+    """Random documents of these lengths, tokens 3 … V-1."""
     generator = torch.Generator().manual_seed(seed)
-    documents = [torch.randint(3, V, (n,), generator=generator) for n in lengths]
-    return PaddedCollate(PAD, V)(documents)
+    return [Document(torch.randint(3, V, (n,), generator=generator)) for n in lengths]
+
+
+def make_batch(lengths=(5, 2, 7), seed: int = 0, **layout) -> Batch:
+    """Those documents, padded; or laid out as :class:`Collate` is told."""
+    return Collate(PAD, V, **layout)(make_documents(lengths, seed))
 
 
 def make_model(seed: int = 0, **changes) -> Tiny:
@@ -35,8 +40,8 @@ def make_model(seed: int = 0, **changes) -> Tiny:
     return Tiny(V, **(sizes | changes))
 
 
-def make_module(kind: type[CausalLM] = CausalLM, seed: int = 0, **changes) -> CausalLM:
-    return kind(make_model(seed, **changes), lambda p: torch.optim.SGD(p, lr=0.1))
+def make_module(kind: type[CausalLM] = CausalLM, seed: int = 0, loss=None, **changes) -> CausalLM:
+    return kind(make_model(seed, **changes), lambda p: torch.optim.SGD(p, lr=0.1), loss=loss)
 
 
 def command(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):

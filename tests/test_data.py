@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from causal_lm.data.collate import PaddedCollate
+from causal_lm.data.collate import Collate, first_fit
 from causal_lm.data.datamodule import DataModule
-from causal_lm.data.documents import Corpus, Documents
+from causal_lm.data.documents import Corpus, Document, Documents
 from causal_lm.data.sampler import DocumentSampler
 from causal_lm.data.sources.docstrings import Docstrings
 from causal_lm.data.tokenizers import Bytes, Symbols, from_state, show
@@ -22,7 +22,7 @@ documents_of = st.lists(
 @given(documents_of)
 def test_collate_by_loop(documents):
     """PAD is decided by length: token 0, which is PAD's id, also occurs inside documents."""
-    batch = PaddedCollate(0, 10)([torch.tensor(d) for d in documents])
+    batch = Collate(0, 10)([Document(torch.tensor(d)) for d in documents])
     width = max(map(len, documents))
     assert batch.input_ids.shape == (len(documents), width)
     for row, document in enumerate(documents):
@@ -33,18 +33,67 @@ def test_collate_by_loop(documents):
     assert batch.lengths.tolist() == [len(d) for d in documents]
 
 
+@given(documents_of, st.integers(12, 20), st.sampled_from(["left", "right"]))
+def test_packing_loses_nothing_and_mixes_nothing(documents, capacity, side):
+    """Every document stands whole in one row, with its own number, positions from 0, no overlap."""
+    batch = Collate(0, 10, packed=capacity, padding_side=side)(
+        [Document(torch.tensor(d)) for d in documents]
+    )
+    assert batch.input_ids.shape[1] <= capacity
+    found = []
+    for ids, positions, numbers in zip(*(part.tolist() for part in batch[:3]), strict=True):
+        real = [n for n in numbers if n >= 0]
+        assert real == sorted(real)
+        assert (numbers[-1] if side == "left" else numbers[0]) >= 0  # PAD is on the other side
+        for number in set(real):
+            slots = [t for t, n in enumerate(numbers) if n == number]
+            assert slots == list(range(slots[0], slots[-1] + 1))
+            assert [positions[t] for t in slots] == list(range(len(slots)))
+            found.append([ids[t] for t in slots])
+    assert sorted(found) == sorted(documents)
+
+
+def test_packing_fills_rows():
+    lengths = np.random.default_rng(0).integers(2, 64, size=200).tolist()
+    rows, _, _ = first_fit(lengths, 64)
+    fewest = -(-sum(lengths) // 64)
+    assert fewest <= int(rows.max()) + 1 <= 11 / 9 * fewest + 1
+
+
+def test_a_document_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="document of 9 tokens does not fit a row of 8"):
+        Collate(0, 10, packed=8)([Document(torch.ones(9))])
+
+
+def test_a_batch_of_fillers_is_all_pad_in_every_layout():
+    filler = Document(torch.tensor([], dtype=torch.int64))
+    for layout in ({}, {"packed": 8}, {"padding_side": "left"}):
+        assert (Collate(0, 10, **layout)([filler, filler]).document_ids == -1).all()
+
+
+def test_left_padding_starts_positions_at_the_document():
+    batch = Collate(0, 10, padding_side="left")(
+        [Document(torch.tensor([5, 6])), Document(torch.tensor([7, 8, 9]))]
+    )
+    assert batch.input_ids.tolist() == [[0, 5, 6], [7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 0, 1], [0, 1, 2]]
+    assert batch.document_ids.tolist() == [[-1, 0, 0], [0, 0, 0]]
+
+
 def test_collate_refuses_an_empty_batch_and_foreign_ids():
-    collate = PaddedCollate(0, 10)
+    collate = Collate(0, 10)
     with pytest.raises(ValueError, match="at least one document"):
         collate([])
-    with pytest.raises(ValueError, match=r"row 1 .* id 10.* vocabulary of 10"):
-        collate([torch.tensor([1, 2]), torch.tensor([3, 10])])
-    with pytest.raises(ValueError, match=r"row 0 .* id -1"):
-        collate([torch.tensor([-1, 2])])
+    with pytest.raises(ValueError, match=r"document 1 .* id 10.* vocabulary of 10"):
+        collate([Document(torch.tensor([1, 2])), Document(torch.tensor([3, 10]))])
+    with pytest.raises(ValueError, match=r"document 0 .* id -1"):
+        collate([Document(torch.tensor([-1, 2]))])
 
 
 def test_a_filler_row_is_all_pad():
-    batch = PaddedCollate(0, 10)([torch.tensor([], dtype=torch.int64), torch.tensor([1, 2])])
+    batch = Collate(0, 10)(
+        [Document(torch.tensor([], dtype=torch.int64)), Document(torch.tensor([1, 2]))]
+    )
     assert batch.document_ids.tolist() == [[-1, -1], [0, 0]]
 
 
@@ -57,7 +106,7 @@ def test_windows_keep_every_target_once(documents, max_length):
     rows = whole.windows(max_length)
     pairs = [
         (int(start) + t, int(row[t + 1]))
-        for start, row in zip(rows.starts, (rows[i] for i in range(len(rows))), strict=True)
+        for start, row in zip(rows.starts, (rows[i].tokens for i in range(len(rows))), strict=True)
         for t in range(len(row) - 1)
     ]
     assert all(len(rows[i]) <= max_length for i in range(len(rows)))
@@ -131,6 +180,47 @@ def test_tokens_as_a_person_reads_them():
     assert [show(tokenizer, i) for i in ids] == ["<bos>", "a", " ", "\\n", "<eos>", "<pad>"]
 
 
+@given(
+    st.lists(st.integers(2, 50), min_size=1, max_size=300),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_buckets_hold_each_document_once(lengths, batch_size, world_size, shuffle, epoch):
+    seen = []
+    for rank in range(world_size):
+        sampler = DocumentSampler(
+            len(lengths), shuffle=shuffle, rank=rank, world_size=world_size,
+            lengths=np.array(lengths), batch_size=batch_size,
+        )  # fmt: skip
+        sampler.set_epoch(epoch)
+        seen.append(list(sampler))
+    assert len({len(indices) for indices in seen}) == 1
+    real = [i for indices in seen for i in indices if i >= 0]
+    assert sorted(real) == list(range(len(lengths)))
+
+
+def test_buckets_put_like_lengths_together_and_are_shuffled():
+    lengths = np.random.default_rng(0).integers(2, 500, size=5000)
+
+    def batches(epoch, **kind):
+        sampler = DocumentSampler(5000, shuffle=True, batch_size=10, **kind)
+        sampler.set_epoch(epoch)
+        return np.array(list(sampler)).reshape(-1, 10)
+
+    def share_of_pad(batches):
+        return 1 - lengths[batches].sum() / (10 * lengths[batches].max(axis=1)).sum()
+
+    bucketed = batches(0, lengths=lengths)
+    assert share_of_pad(batches(0)) > 0.4
+    assert share_of_pad(bucketed) < 0.05
+    means = lengths[bucketed].mean(axis=1)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # long after short after long
+    company = [{frozenset(b) for b in batches(e, lengths=lengths).tolist()} for e in (0, 1)]
+    assert not company[0] & company[1]  # who meets whom changes
+
+
 # ---- docstrings ----
 
 
@@ -141,14 +231,14 @@ def stdlib():
 
 def test_docstrings_are_real_text_split_without_overlap(stdlib):
     texts = [
-        {tuple(split[i].tolist()) for i in range(len(split))}
+        {tuple(split[i].tokens.tolist()) for i in range(len(split))}
         for split in (stdlib.train, stdlib.val)
     ]
     assert len(texts[0]) == len(stdlib.train)  # no duplicates within
     assert not texts[0] & texts[1]  # nor across
     assert len(stdlib.train) + len(stdlib.val) > 5000
     assert 0.03 < len(stdlib.val) / (len(stdlib.train) + len(stdlib.val)) < 0.07
-    first = stdlib.train[0].tolist()
+    first = stdlib.train[0].tokens.tolist()
     assert first[0] == stdlib.tokenizer.bos_id
     assert first[-1] == stdlib.tokenizer.eos_id
     lengths = torch.cat([stdlib.train.lengths, stdlib.val.lengths]) - 2
@@ -158,7 +248,7 @@ def test_docstrings_are_real_text_split_without_overlap(stdlib):
 
 def test_docstrings_split_does_not_move_when_others_are_added(tmp_path):
     def texts(split):
-        return {Bytes().decode(split[i].tolist()) for i in range(len(split))}
+        return {Bytes().decode(split[i].tokens.tolist()) for i in range(len(split))}
 
     for name in ("a.py", "b.py"):
         body = "\n".join(f'def f{i}():\n    """{name} {i}"""' for i in range(50))

@@ -9,10 +9,10 @@ import torch
 
 from causal_lm import masks, objective, pitfalls
 from causal_lm.callbacks.preflight import audit_batch
-from causal_lm.data.collate import Batch
+from causal_lm.data.collate import Batch, Collate
 from causal_lm.module import CausalLM
-from causal_lm.objective import IGNORE
-from conftest import PAD, V, make_batch, make_model, make_module
+from causal_lm.objective import IGNORE, Loss
+from conftest import PAD, V, make_batch, make_documents, make_model, make_module
 
 ALL = tuple(pitfalls.PITFALLS)
 
@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_over_next_tokens(batch):
         for t in range(n - 1)
     ]
     assert len(terms) == 4 + 1 + 6
-    loss = float(module.training_loss(batch).detach())
+    loss = float(module.window_loss(batch).detach())
     assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
@@ -90,17 +90,17 @@ def test_more_padding_moves_nothing(batch):
     module = make_module()
     wider = Batch(*(
         torch.nn.functional.pad(part, (0, 3), value=value)
-        for part, value in zip(batch, (PAD, 0, -1), strict=True)
+        for part, value in zip(batch[:3], (PAD, 0, -1), strict=True)
     ))  # fmt: skip
-    torch.testing.assert_close(module.training_loss(wider), module.training_loss(batch))
+    torch.testing.assert_close(module.window_loss(wider), module.window_loss(batch))
 
 
 def test_an_all_pad_row_counts_nothing_and_makes_no_nan(batch):
     module = make_module()
     with_empty = make_batch((5, 2, 7, 0))
     assert (with_empty.document_ids[3] == -1).all()
-    loss = module.training_loss(with_empty)
-    torch.testing.assert_close(loss, module.training_loss(batch))
+    loss = module.window_loss(with_empty)
+    torch.testing.assert_close(loss, module.window_loss(batch))
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
@@ -131,35 +131,149 @@ def test_no_causal_mask(batch):
     assert torch.equal(may, real[:, :, None] == real[:, None, :])
 
 
-@pytest.mark.parametrize("names", [(n,) for n in ALL] + [ALL])
-def test_what_is_measured_is_the_same_whatever_is_trained(names, batch):
+def test_shifted_twice(batch):
+    labels = labels_of(faulty("shifted_twice"), batch)
+    for row, n in enumerate(batch.lengths.tolist()):
+        ids = batch.input_ids[row, :n].tolist()
+        assert labels[row].tolist() == ids[2:] + [IGNORE] * (7 - len(ids[2:]))
+
+
+def test_input_mask_on_targets(batch):
+    labels = labels_of(faulty("input_mask_on_targets"), batch)
+    assert (labels == PAD).sum(dim=1).tolist() == [1, 1, 0]  # one PAD a row, where there is one
+
+
+def test_pad_is_eos_by_value():
+    batch = where_it_shows("pad_is_eos_by_value")
+    right = labels_of(make_module(), batch)
+    assert (right == PAD).sum(dim=1).tolist() == [1, 1, 1, 1]  # EOS, once in each row
+    wrong = labels_of(faulty("pad_is_eos_by_value"), batch)
+    assert torch.equal(wrong, right.masked_fill(right == PAD, IGNORE))
+
+
+def test_label_crosses_documents():
+    batch = where_it_shows("label_crosses_documents")
+    wrong, right = labels_of(faulty("label_crosses_documents"), batch), make_module().labels(batch)
+    crossing = (wrong != IGNORE) & (right == IGNORE)
+    ids, documents = batch.input_ids, batch.document_ids
+    assert int(crossing.sum()) == 4 - len(ids)  # one at each seam within a row
+    for row, t in crossing.nonzero().tolist():
+        assert documents[row, t] + 1 == documents[row, t + 1] and wrong[row, t] == ids[row, t + 1]
+
+
+def test_inverted_mask(batch):
+    wrong = faulty("inverted_mask").may_attend(batch)
+    assert wrong[2, 0].tolist() == [False] + [True] * 6  # the first token: all but itself
+    assert wrong[2, 6].tolist() == [False] * 6 + [True]  # the last: nothing, hence itself
+    assert wrong[0, 4].tolist() == [False] * 5 + [True] * 2  # PAD instead of its document
+
+
+def test_padding_attended():
+    batch = where_it_shows("padding_attended")
+    extra = faulty("padding_attended").may_attend(batch) & ~masks.causal(batch.document_ids)
+    real, pad = batch.document_ids[:, :, None] >= 0, batch.document_ids[:, None, :] < 0
+    assert torch.equal(extra, real & pad)  # left padding: all PAD comes before all that is real
+    assert extra.any()
+
+
+def test_leaky_packing():
+    batch = where_it_shows("leaky_packing")
+    may = faulty("leaky_packing").may_attend(batch)
+    for row, n in enumerate(batch.lengths.tolist()):
+        assert torch.equal(may[row, :n, :n], torch.ones(n, n, dtype=torch.bool).tril())
+        assert not may[row, :n, n:].any() and not may[row, n:, :n].any()
+
+
+def test_mask_after_mean_is_a_mean_over_every_slot(batch):
+    wrong = faulty("mask_after_mean")
+    nll = objective.token_nll(wrong(batch)[:, :-1], batch.input_ids[:, 1:])
+    torch.testing.assert_close(wrong.window_loss(batch), nll.mean())
+    assert abs(float(nll.mean() - make_module().window_loss(batch))) > 1e-3
+
+
+def test_mean_of_means():
+    parts = [make_batch((7, 6), seed=1), make_batch((2, 3), seed=2)]
+    wrong, right = faulty("mean_of_means"), make_module()
+    means = [right.window_loss(part) for part in parts]
+    torch.testing.assert_close(wrong.window_loss(*parts), sum(means) / 2)
+    assert abs(float(wrong.window_loss(*parts) - right.window_loss(*parts))) > 1e-3
+
+
+LAYOUT = {
+    "padding_attended": {"padding_side": "left"},
+    "leaky_packing": {"packed": 14},
+    "label_crosses_documents": {"packed": 14},
+}
+
+
+def where_it_shows(name, lengths=(5, 3, 7, 6)):
+    """Documents in the layout in which the fault makes a difference."""
+    documents = make_documents(lengths)
+    if name == "pad_is_eos_by_value":
+        for document in documents:
+            document.tokens[-1] = PAD
+    return Collate(PAD, V, **LAYOUT.get(name, {}))(documents)
+
+
+CLASSIC = ALL[:3]
+
+
+@pytest.mark.parametrize("names", [(n,) for n in ALL] + [CLASSIC, ALL])
+def test_what_is_measured_is_the_same_whatever_is_trained(names):
     right, wrong = make_module(), faulty(*names)
+    parts = where_it_shows(names[0]), where_it_shows(names[0], (2, 9, 3, 2))
     for module in (right, wrong):
-        module.validation_step(batch, 0)
+        for i, part in enumerate(parts):
+            module.validation_step(part, i)
     measured = [module.val.compute()["loss"] for module in (right, wrong)]
     assert torch.equal(*measured)
     own = wrong.loss_as_trained(measured[0])
-    assert float(own) == pytest.approx(float(wrong.training_loss(batch)), rel=1e-6)
-    assert abs(float(own) - float(measured[0])) > 1e-3
+    assert float(own) == pytest.approx(float(wrong.window_loss(*parts)), rel=1e-6)
+    assert abs(float(own) - float(measured[0])) > 1e-4
     assert right.loss_as_trained(measured[0]) is measured[0]
 
 
-@pytest.mark.parametrize(
-    ("names", "labels"),
-    [
-        ([], set()),
-        (["unshifted_labels"], {"shift"}),
-        (["pad_in_loss"], {"pad"}),
-        (["no_causal_mask"], {"causal"}),
-        (ALL, {"shift", "pad", "causal"}),
-    ],
-)
-def test_the_preflight_names_each_fault_and_no_other(names, labels):
+@pytest.mark.parametrize("names", [(), *((n,) for n in ALL), CLASSIC])
+def test_the_preflight_names_each_fault_and_no_other(names):
+    batch = where_it_shows(names[0] if names else "")
     module = faulty(*names) if names else make_module()
-    report = audit_batch(module, make_batch((5, 3, 7, 6)), module.training_loss, pad_id=PAD)
-    assert report.faults == labels
-    assert labels == {pitfalls.PITFALLS[name].label for name in names}
+    options = {"pad_id": PAD, "eos_id": PAD if "pad_is_eos_by_value" in names else None}
+    report = audit_batch(
+        module, batch, module.window_loss, parted="mean_of_means" in names, **options
+    )
+    assert report.faults == {pitfalls.PITFALLS[name].label for name in names}
+
+
+@pytest.mark.parametrize("name", [*LAYOUT, "pad_is_eos_by_value", "mean_of_means"])
+def test_the_preflight_is_silent_on_the_right_twin(name):
+    """The same batches, parted or not, without the fault."""
+    eos_id = PAD if name == "pad_is_eos_by_value" else None
+    for loss in (Loss("token"), Loss("sequence"), Loss("padded", 16)):
+        module = make_module(loss=loss)
+        for parted in (False, True):
+            report = audit_batch(
+                module, where_it_shows(name), module.window_loss,
+                parted=parted, pad_id=PAD, eos_id=eos_id,
+            )  # fmt: skip
+            assert not report.faults, (loss, parted, str(report))
+
+
+def test_chunks_are_audited_whole_and_train_the_same(batch):
+    chunked, whole = make_module(loss=Loss(chunk_tokens=3)), make_module()
+    report = audit_batch(chunked, make_batch((5, 3, 7, 6)), chunked.window_loss, pad_id=PAD)
+    assert not report.faults and "alignment" in report.pictures
+    assert chunked.loss.chunk_tokens == 3
+    for module in (chunked, whole):
+        module.window_loss(batch).backward()
+    for one, other in zip(chunked.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(chunked.token_nll(batch), whole.token_nll(batch))
+
+
+def test_chunks_need_a_body_and_a_head():
+    with pytest.raises(ValueError, match=r"Linear does not part .*loss\.chunk_tokens=null"):
+        CausalLM(torch.nn.Linear(2, 2), loss=Loss(chunk_tokens=8))
 
 
 def test_first_loss_is_near_uniform(batch):
-    assert float(make_module().training_loss(batch)) == pytest.approx(math.log(V), rel=0.15)
+    assert float(make_module().window_loss(batch)) == pytest.approx(math.log(V), rel=0.15)

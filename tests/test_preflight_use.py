@@ -74,13 +74,13 @@ class Theirs(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module, callback, tmp_path):
+def fit(module, callback, tmp_path, **options):
     ids = torch.tensor([[1, 3, 4, 5, 6, 2], [1, 7, 8, 2, 0, 0], [1, 9, 5, 4, 2, 0]])
     data = [{"input_ids": ids, "attention_mask": (ids != 0).long()}] * 3
     trainer = L.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-        default_root_dir=tmp_path,
+        default_root_dir=tmp_path, **options,
     )  # fmt: skip
     trainer.fit(module, DataLoader(data, batch_size=None))
     return trainer
@@ -105,6 +105,14 @@ def test_a_faulty_one_is_stopped_warned_of_or_let_be(tmp_path):
     off = Preflight("off")
     assert fit(Theirs(shift=2), off, tmp_path).global_step == 2
     assert off.report is None
+
+
+def test_a_mean_under_accumulation_is_a_mean_of_means(tmp_path):
+    """A right loss by itself; with Lightning's average over micro-batches it is not."""
+    callback = Preflight(pad_id=0, eos_id=2)
+    with pytest.raises(PreflightError, match=r"norm: .*differ"):
+        fit(Theirs(shift=1), callback, tmp_path, accumulate_grad_batches=2)
+    assert callback.report.faults == {"norm"}
 
 
 def test_the_audit_does_not_change_the_training(tmp_path):

@@ -263,6 +263,44 @@ def test_two_ranks_train_what_one_does(tmp_path):
     assert losses[1]["val/loss"] == pytest.approx(losses[0]["val/loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["token", "sequence", "padded"])
+def test_however_documents_are_batched_the_weights_are_the_same(tmp_path, reduction):
+    """Three steps of 4 documents, whole, one at a time, packed, and in another order of rows."""
+    same = ("data.shuffle=false", "trainer.max_steps=3", "optimizer=sgd", "optimizer.lr=0.5",
+            f"loss.reduction={reduction}", "loss.length=20")  # fmt: skip
+    ways = {
+        "whole": ["data.batch_size=4"],
+        "parts": ["data.batch_size=1", "trainer.accumulate_grad_batches=4",
+                  "trainer.val_check_interval=8"],
+        "packed": ["data.batch_size=4", "data.layout=packed"],
+        "left": ["data.batch_size=4", "data.padding_side=left"],
+        "chunked": ["data.batch_size=4", "loss.chunk_tokens=5"],
+    }  # fmt: skip
+    states, summaries = {}, {}
+    for name, extra in ways.items():
+        summaries[name] = short_run(tmp_path / name, *same, *extra)
+        path = tmp_path / name / "checkpoints/last.ckpt"
+        states[name] = torch.load(path, weights_only=True)["state_dict"]
+    for name in ways:
+        for key, value in states["whole"].items():
+            distance = float((states[name][key] - value).norm())
+            assert distance <= 1e-6 * float(value.norm()) + 1e-7, (name, key)
+        for figure in ("train/loss", "val/loss", "train/tokens"):
+            assert summaries[name][figure] == pytest.approx(summaries["whole"][figure], rel=1e-6)
+    assert summaries["packed"]["train/pad_share"] < summaries["whole"]["train/pad_share"]
+    assert summaries["parts"]["train/pad_share"] == 0
+
+
+def test_bucketed_validates_the_same(tmp_path):
+    losses = [
+        short_run(tmp_path / name, "trainer.max_steps=1", "optimizer.lr=1e-12",
+                  "data.source.val_documents=37", f"data.layout={name}", f"data.batch_size={size}")
+        for name, size in (("padded", 4), ("bucketed", 5), ("packed", 7))
+    ]  # fmt: skip
+    for other in losses[1:]:
+        assert other["val/loss"] == pytest.approx(losses[0]["val/loss"], rel=1e-9)
+
+
 def test_accumulation_reports_its_own_loss(tmp_path):
     summary = short_run(tmp_path, "trainer.accumulate_grad_batches=2")
     assert summary["train/loss"] == pytest.approx(summary["val/loss"], rel=0.15)
