@@ -19,7 +19,7 @@ class SweepTable(Callback):
         folder = Path(config.hydra.sweep.dir)
         summaries = [
             {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
-            for path in sorted(folder.glob("*/summary.json"), key=_job_number)
+            for path in sorted(folder.glob("*/summary.json"), key=job_number)
         ]
         if summaries:
             print(f"\n{sweep_table(summaries)}\n\nwritten below {folder}")
@@ -27,6 +27,7 @@ class SweepTable(Callback):
             sys.exit(1)
 
 
-def _job_number(path: Path) -> tuple[int, str]:
+def job_number(path: Path) -> tuple[int, str]:
+    """Sorts the files of jobs as they were launched."""
     number = path.parent.name.partition("_")[0]
     return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)

@@ -112,3 +112,22 @@ def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
             number(s["seconds/total"], ".0f"),
         ])  # fmt: skip
     return table(rows)
+
+
+def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """One row per run, for a page: what it said, what was true, and who noticed."""
+    head = ["preset", "reported, nats", "the truth, nats", "× floor's perplexity",
+            "legal transitions", "PAD or EOS written", "preflight"]  # fmt: skip
+    rows = [
+        [
+            f"`{s['experiment']}`",
+            number(s["train/loss"]),
+            number(s["val/loss"]),
+            number(s["val/ppl_over_floor"]),
+            percent(s["sample/legal_rate"]),
+            percent(s["sample/pad_eos_share"]),
+            ", ".join(s["preflight/faults"]) or "clean",
+        ]
+        for s in summaries
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,0 +1,49 @@
+"""A table of finished runs, for people or for a page.
+
+python scripts/compare.py runs/sweep/…                         prints it
+python scripts/compare.py runs/sweep/… --into docs/pitfalls.md   replaces the table of a page
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from causal_lm import cli
+from causal_lm.report.files import write_text
+from causal_lm.report.sweep import job_number
+from causal_lm.report.table import markdown_table, sweep_table
+
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="of runs or sweeps")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help=f"between {BEGIN} and {END}")
+    args = parser.parse_args()
+    found = {path for folder in args.folders for path in folder.rglob("summary.json")}
+    summaries: list[dict[str, Any]] = [
+        {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(found, key=job_number)
+    ]
+    if not summaries:
+        raise FileNotFoundError(
+            f"there is no summary.json below {' or '.join(map(str, args.folders))}"
+        )
+    if args.into is None:
+        print(sweep_table(summaries))
+        return
+    before, begin, rest = args.into.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{args.into} has no {BEGIN} … {END} to write between")
+    table = markdown_table(summaries)
+    write_text(args.into, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors():
+        main()
