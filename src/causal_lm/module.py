@@ -75,7 +75,7 @@ class CausalLM(L.LightningModule):
         """bool (B, T, T): True where a position (dim 1) may look at another (dim 2)."""
         return masks.causal(batch.document_ids)
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the weighted token losses, in nats, and the denominator it is over."""
         labels = objective.make_labels(self.targets(batch), self.counted(batch))
         weights, denominator = objective.weigh(labels, batch.document_ids, self.loss)
@@ -98,7 +98,7 @@ class CausalLM(L.LightningModule):
 
     def window_loss(self, *micro_batches: Batch) -> Tensor:
         """The loss of one optimizer step over these micro-batches, a scalar, in nats."""
-        nats, denominators = zip(*map(self.objective, micro_batches), strict=True)
+        nats, denominators = zip(*map(self.loss_terms, micro_batches), strict=True)
         return torch.stack(nats).sum() / torch.stack(denominators).sum().clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -107,7 +107,7 @@ class CausalLM(L.LightningModule):
         A mean per micro-batch would weigh a token by the company it came in: Lightning averages
         over micro-batches, DDP over ranks, whatever they hold.
         """
-        nats, denominator = self.objective(batch)
+        nats, denominator = self.loss_terms(batch)
         self.window = self.window + torch.stack([nats.detach().double(), denominator.double()])
         return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
 

@@ -28,7 +28,7 @@ class Pitfall(CausalLM):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        nats, denominator = self.objective(batch)
+        nats, denominator = self.loss_terms(batch)
         self.own_view.update(nats / denominator.clamp(min=1), denominator)
 
     def loss_as_trained(self, val_loss: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class MaskAfterMean(Pitfall):
 
     label = "pad"
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.model(batch.input_ids, batch.position_ids, self.may_attend(batch))
         targets, mask = self.targets(batch), self.counted(batch)
         mean = objective.token_nll(logits, targets).sum() / (targets != IGNORE).sum()
@@ -168,8 +168,8 @@ class MeanOfMeans(Pitfall):
 
     label = "norm"
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        nats, denominator = super().objective(batch)
+    def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        nats, denominator = super().loss_terms(batch)
         return nats / denominator.clamp(min=1), torch.ones_like(denominator)
 
 
