@@ -77,11 +77,17 @@ def test_a_sweep_is_checked_before_it_starts():
         config.load_sweep(["optimizer.lr=interval(-1,1)"])
 
 
-@pytest.mark.parametrize("data", ["synthetic", "docstrings"])
-@pytest.mark.parametrize("trainer", ["cpu", "ddp"])
-def test_every_value_has_a_rule(data, trainer):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["data=synthetic", "trainer=cpu"],
+        ["data=docstrings", "trainer=ddp"],
+        *([f"model={path.stem}"] for path in sorted((ROOT / "configs/model").glob("*.yaml"))),
+    ],
+)
+def test_every_value_has_a_rule(options):
     """A key that nothing checks fails late, in words of a library."""
-    cfg = OmegaConf.to_container(config.load([f"data={data}", f"trainer={trainer}"]))
+    cfg = OmegaConf.to_container(config.load(options))
     keys = [key for key, _ in config.leaves(cfg)]
     assert len(keys) > 30
     free = [k for k in keys if not rule_of(k) and not k.endswith(("_target_", "_partial_"))]

@@ -66,6 +66,17 @@ def _validate_together(v: Mapping[str, Any]) -> None:
             f"model.d_model={d_model} must be a multiple of model.n_heads={n_heads}, "
             f"as each head gets an equal share"
         )
+    n_kv_heads = v.get("model.n_kv_heads")
+    if n_kv_heads and n_heads and n_heads % n_kv_heads:
+        raise ConfigError(
+            f"model.n_heads={n_heads} must be a multiple of model.n_kv_heads={n_kv_heads}, as each "
+            f"key and value head serves as many query heads"
+        )
+    if n_kv_heads and d_model and n_heads and d_model // n_heads % 2:
+        raise ConfigError(
+            f"model.d_model={d_model} gives each of model.n_heads={n_heads} an odd width, but "
+            f"rotary positions turn pairs"
+        )
     longest = v.get("model.max_positions")
     for key in ("data.max_length", "samples.length"):
         if longest and v.get(key, 0) > longest:

@@ -8,10 +8,10 @@ from torch import Tensor
 from causal_lm.data.collate import Batch
 
 
-def prompt_batch(input_ids: Tensor) -> Batch:
-    """Rows of real tokens, (B, T), one document each."""
+def prompt_batch(input_ids: Tensor, start: int = 0) -> Batch:
+    """Rows of real tokens (B, T), one document each, from position ``start`` on."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return Batch(input_ids, positions, torch.zeros_like(input_ids))
+    return Batch(input_ids[:, start:], positions[:, start:], torch.zeros_like(input_ids)[:, start:])
 
 
 def filter_top_k(logits: Tensor, k: int | None) -> Tensor:
@@ -24,7 +24,7 @@ def filter_top_k(logits: Tensor, k: int | None) -> Tensor:
 
 @torch.inference_mode()
 def sample(
-    logits_of: Callable[[Batch], Tensor],
+    logits_of: Callable[..., Tensor],
     prompt: Tensor,
     length: int,
     *,
@@ -38,7 +38,8 @@ def sample(
     made on the CPU from ``generator``, so that a seed means the same on every device.
 
     Args:
-        logits_of: Batch -> logits (B, T, V), a model in eval mode.
+        logits_of: Batch -> logits (B, T, V), a model in eval mode. Where its ``make_cache()`` gives
+            a cache, each token is computed once, by ``logits_of(batch of new tokens, cache)``.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among the k likeliest only.
 
@@ -51,9 +52,14 @@ def sample(
         raise ValueError(
             f"a prompt of {prompt.shape[1]} tokens cannot be continued to a length of {length}"
         )
-    ids = prompt
+    cache = logits_of.make_cache() if hasattr(logits_of, "make_cache") else None
+    ids, seen = prompt, 0
     while ids.shape[1] < length:
-        last = logits_of(prompt_batch(ids))[:, -1].float().cpu()  # (B, V)
+        if cache is None:
+            logits = logits_of(prompt_batch(ids))
+        else:
+            logits, seen = logits_of(prompt_batch(ids, seen), cache), ids.shape[1]
+        last = logits[:, -1].float().cpu()  # (B, V)
         if temperature == 0:
             token = last.argmax(dim=-1, keepdim=True)
         else:

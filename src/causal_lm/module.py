@@ -130,9 +130,19 @@ class CausalLM(L.LightningModule):
 
     # ---- what is measured ----
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, T, V) under the right mask, whatever was trained."""
+    def forward(self, batch: Batch, cache: object = None) -> Tensor:
+        """Logits (B, T, V) under the right mask, whatever was trained.
+
+        With a cache the batch holds what is new: rows without PAD, of one document each.
+        """
+        if cache is not None:
+            return self.model(batch.input_ids, batch.position_ids, None, cache)
         return self.model(batch.input_ids, batch.position_ids, masks.causal(batch.document_ids))
+
+    def make_cache(self) -> object:
+        """What :func:`generation.sample` hands back to :meth:`forward`; None where not offered."""
+        make = getattr(self.model, "make_cache", None)
+        return make() if make else None
 
     @staticmethod
     def labels(batch: Batch) -> Tensor:

@@ -181,9 +181,10 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     if _is_rank_zero():
         write_text(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     data, corpus, module = prepare(cfg)
-    origin = checkpoints.Provenance(
-        OmegaConf.to_container(cfg, resolve=True), corpus.tokenizer.state()
-    )
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    # A checkpoint is to be read without the files that its model started from.
+    config["model"] |= getattr(module.model, "self_contained", {})
+    origin = checkpoints.Provenance(config, corpus.tokenizer.state())
     folder = directory / "checkpoints"
     ckpt_path = cfg.ckpt_path
     if ckpt_path == "auto":

@@ -1,0 +1,240 @@
+"""A modern decoder, written to be read: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+The architecture is that of Llama 2 (Touvron et al. 2023, https://arxiv.org/abs/2307.09288), so its
+weights go to and from ``transformers`` (see ``exchange.py``). No biases anywhere.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from causal_lm.models import exchange
+
+EMBEDDING_STD = 0.3
+"""As in the seed model; docs/NOTES.md has what other values gave."""
+
+LOGIT_STD = 0.1
+"""Spread of the first logits: above 0 so that they answer to their input, small enough for a first
+loss of ln V + LOGIT_STD² / 2."""
+
+
+class KVCache:
+    """The keys and values of every position seen so far, (B, KV, S, D) for each layer."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        """Positions seen so far, S."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of T new positions, (B, KV, T, D); returns all S + T of them."""
+        if layer in self.layers:
+            seen_k, seen_v = self.layers[layer]
+            k, v = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
+        self.layers[layer] = k, v
+        return k, v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + D/2) of the last dimension by its position's angle.
+
+    x (B, T, H, D), cos and sin (B, T, 1, D/2). Scores then depend on distances alone (RoFormer,
+    https://arxiv.org/abs/2104.09864). Real numbers: complex ones defeat ``torch.compile``.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which groups of query heads share one key and value head.
+
+    Grouped queries: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, layer: int) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.layer = n_heads, n_kv_heads, layer
+        self.d_head = d_model // n_heads
+        self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        may_attend: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """x (B, T, C), may_attend bool (B, 1, T, S) or None for plain causal -> (B, T, C)."""
+        x = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, T, H + 2 KV, D)
+        qk, v = x.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
+        q, k = rotate(qk, *rotary).split([self.n_heads, self.n_kv_heads], dim=2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, KV, S, D)
+        if may_attend is None:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:  # repeated by hand: with a mask, CUDA has no fast kernel that groups the queries
+            k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for part in (k, v))
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """A gated MLP (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normed copy of the stream and added to it."""
+
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, norm_eps: float, layer: int
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model, norm_eps)
+        self.attention = Attention(d_model, n_heads, n_kv_heads, layer)
+        self.mlp_norm = nn.RMSNorm(d_model, norm_eps)
+        self.mlp = SwiGLU(d_model, d_ff)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        may_attend: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, may_attend, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """Embedding, blocks, a last norm, linear head.
+
+    Args:
+        vocab_size: V, the number of tokens, special ones included.
+        d_model: width C.
+        n_heads: H, query heads; divides ``d_model`` into an even width per head.
+        n_kv_heads: KV, key and value heads; divides ``n_heads``.
+        n_layers: blocks.
+        d_ff: width of the hidden layer of each block's MLP.
+        rope_theta: the slowest pair of a head turns about once in ``2 pi rope_theta`` positions.
+        norm_eps: added to the mean square in each norm.
+        tied: the head's weight is that of the embedding.
+        checkpoint_activations: forget what is inside each block and compute it again in the
+            backward pass: less memory, a third more time, the same gradients.
+        init_from: a folder with a Llama of ``transformers`` to start from, or None. The sizes above
+            must be its sizes.
+
+    Raises:
+        FileNotFoundError, ValueError: ``init_from`` cannot be read, or has other sizes.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        n_layers: int,
+        d_ff: int,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+        tied: bool = False,
+        checkpoint_activations: bool = False,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.sizes = {
+            "vocab_size": vocab_size, "d_model": d_model, "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads, "n_layers": n_layers, "d_ff": d_ff,
+            "rope_theta": rope_theta, "norm_eps": norm_eps, "tied": tied,
+        }  # fmt: skip
+        self.self_contained = {"init_from": None}  # the sizes and a checkpoint's weights suffice
+        self.checkpoint_activations = checkpoint_activations
+        self.tokens = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(
+            Block(d_model, n_heads, n_kv_heads, d_ff, norm_eps, layer) for layer in range(n_layers)
+        )
+        self.norm = nn.RMSNorm(d_model, norm_eps)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+        self._initialise(n_layers)
+        if init_from is not None:
+            self.load_state_dict(exchange.read(init_from, self.sizes))
+
+    def _initialise(self, n_layers: int) -> None:
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.dim() > 1:
+                into_stream = name.endswith(("out.weight", "down.weight"))
+                # As GPT-2: the sum of 2 n_layers contributions keeps its size, whatever the depth.
+                scale = (2 * n_layers) ** -0.5 if into_stream else 1.0
+                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+        nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
+        # A head of that size is loud (a tied one must be): the last norm turns it down.
+        width = self.head.in_features
+        nn.init.constant_(self.norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        may_attend: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """As :meth:`body`, and on to logits (B, T, V)."""
+        return self.head(self.body(input_ids, position_ids, may_attend, cache))
+
+    def body(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        may_attend: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits.
+
+        Args:
+            may_attend: bool (B, T, T), True = may attend; None is plain causal within each row,
+                which has the fastest kernel. With a cache of S positions, (B, T, S + T).
+            cache: takes in the T new positions, and lets them look at those before.
+        """
+        rotary = self._rotary(position_ids)
+        seen = 0 if cache is None else len(cache)
+        if may_attend is None and seen:  # is_causal would let the first query see key 0 alone
+            shape = (1, input_ids.shape[1], seen + input_ids.shape[1])
+            may_attend = input_ids.new_ones(shape, dtype=torch.bool).tril(seen)
+        mask = None if may_attend is None else may_attend[:, None]  # one for all heads
+        x = self.tokens(input_ids)  # (B, T, C)
+        for block in self.blocks:
+            if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, cache)
+        return self.norm(x)
+
+    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) -> cos and sin of the angles, (B, T, 1, D/2) each, float32."""
+        pairs = self.sizes["d_model"] // self.sizes["n_heads"] // 2
+        # Float32 whatever the precision: bfloat16 cannot tell position 257 from 256.
+        exponents = torch.arange(pairs, dtype=torch.float32, device=position_ids.device) / pairs
+        angles = position_ids[:, :, None, None] * self.sizes["rope_theta"] ** -exponents
+        return angles.cos(), angles.sin()
+
+    @staticmethod
+    def make_cache() -> KVCache:
+        """An empty cache, for generation."""
+        return KVCache()
