@@ -1,0 +1,183 @@
+"""Weights and tokenizers to transformers and back, held against transformers itself."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from causal_lm import masks
+from causal_lm.data.tokenizers import Bytes, Symbols
+from causal_lm.export import export, write_model, write_tokenizer
+from causal_lm.models import exchange
+from causal_lm.models.external import huggingface
+from causal_lm.models.llama import Llama
+from conftest import V, command
+from test_models import GPT2, LLAMA, SIZES, make, packed
+
+pytestmark = pytest.mark.extras
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def same_logits(ours, theirs):
+    batch = packed()
+    mask = masks.causal(batch.document_ids)
+    found = theirs(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask[:, None]
+    ).logits
+    expected = ours(batch.input_ids, batch.position_ids, mask)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ours_to_theirs_and_back(transformers, tmp_path, tied):
+    ours = make("llama_tied" if tied else "llama")
+    ours.norm.weight.data.fill_(1.0)
+    exchange.write(tmp_path, ours.state_dict(), ours.sizes, max_position_embeddings=32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    same_logits(ours, theirs)
+    back = Llama(V, **SIZES, tied=tied, init_from=str(tmp_path))
+    assert torch.equal(back.head.weight, ours.head.weight)
+    same_logits(back, theirs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard", ["1GB", "8KB"])
+def test_theirs_to_ours(transformers, tmp_path, tied, shard):
+    kind = transformers.LlamaConfig(
+        **LLAMA, vocab_size=V, tie_word_embeddings=tied, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(kind).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "8KB")
+    sizes = SIZES | {"tied": tied, "rope_theta": 500.0, "norm_eps": 1e-6}
+    same_logits(Llama(V, **sizes, init_from=str(tmp_path)), theirs)
+
+
+def change(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    ours = make("llama")
+    exchange.write(tmp_path, ours.state_dict(), ours.sizes)
+    with pytest.raises(
+        ValueError, match=r"needs model\.n_layers=2 model\.tied=false, but .* 3, true"
+    ):
+        Llama(V, **SIZES | {"n_layers": 3, "tied": True}, init_from=str(tmp_path))
+    with pytest.raises(ValueError, match=r"vocabulary of 11 tokens, but the tokenizer .* has 12"):
+        Llama(V + 1, **SIZES, init_from=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"model\.init_from=.*nowhere.* no config\.json"):
+        Llama(V, **SIZES, init_from=str(tmp_path / "nowhere"))
+    for entries, words in (
+        ({"attention_bias": True}, "its attention_bias"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "its rope_type"),
+        ({"model_type": "mistral"}, "its model_type"),
+        ({"head_dim": 8}, "heads of width 8"),
+    ):
+        exchange.write(tmp_path, ours.state_dict(), ours.sizes)
+        change(tmp_path, **entries)
+        with pytest.raises(ValueError, match=words):
+            Llama(V, **SIZES, init_from=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def theirs_of(transformers, tmp_path_factory):
+    """Our tokenizers as transformers loads them."""
+
+    def load(tokenizer):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        write_tokenizer(tokenizer, 64, folder)
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+    return {"bytes": load(Bytes()), "symbols": load(Symbols(5))}
+
+
+@given(st.text())
+def test_bytes_have_the_same_ids(theirs_of, text):
+    ours, theirs = Bytes(), theirs_of["bytes"]
+    ids = ours.encode(text)
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.encode(text) == [ours.bos_id, *ids]
+    assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", ["<eos>", "a<pad>b <bos>", "<0x41>", " \r\n\t", "e\u0301", "\0"])
+def test_bytes_of_texts_that_look_special(theirs_of, text):
+    ids = Bytes().encode(text)
+    theirs = theirs_of["bytes"]
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.decode([1, *ids, 2, 0], skip_special_tokens=True) == text
+
+
+def test_special_ids(theirs_of):
+    for theirs in theirs_of.values():
+        ids = theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id
+        assert ids == (0, 1, 2)
+    assert len(theirs_of["bytes"]) == Bytes().vocab_size
+    assert theirs_of["symbols"].encode("abea", add_special_tokens=False) == Symbols(5).encode(
+        "abea"
+    )
+    assert theirs_of["symbols"].decode([3, 7]) == "ae"
+
+
+def test_a_model_of_transformers_is_written_as_it_is(transformers, tmp_path):
+    ours = huggingface(V, GPT2).eval()
+    write_model(ours, Bytes(), 24, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (theirs.config.pad_token_id, theirs.config.bos_token_id) == (0, 1)
+    for name, weight in ours.net.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], weight)
+
+
+@pytest.mark.slow
+def test_from_a_run_to_transformers_and_into_another_run(transformers, tmp_path):
+    """Train, export, generate there; go on from the folder; the checkpoint needs no folder."""
+    tiny = ["model=llama", "model.n_layers=1", "trainer=cpu", "trainer.max_steps=2",
+            "data.source.train_documents=64", "data.source.val_documents=16",
+            "samples.count=2"]  # fmt: skip
+    done = command("train.py", *tiny, f"hydra.run.dir={tmp_path}/one")
+    assert done.returncode == 0, done.stderr
+    checkpoint, folder = tmp_path / "one/checkpoints/last.ckpt", tmp_path / "exported"
+    done = command("scripts/export.py", str(checkpoint), str(folder))
+    assert (done.returncode, done.stdout) == (0, f"written to {folder}\n"), done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"one", "exported"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    out = model.generate(**tokenizer("ab", return_tensors="pt", return_token_type_ids=False),
+                         max_new_tokens=5, do_sample=False)  # fmt: skip
+    assert out[0, :3].tolist() == [1, 3, 4]
+    again = command("scripts/export.py", str(checkpoint), str(folder))
+    assert "is not empty: name another folder" in again.stderr
+
+    init = [f"model.init_from={folder}", "optimizer.lr=1e-12"]
+    done = command("train.py", *tiny, *init, f"hydra.run.dir={tmp_path}/two")
+    assert done.returncode == 0, done.stderr
+    losses = [
+        json.loads((tmp_path / run / "summary.json").read_text())["val/loss"]
+        for run in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    folder.rename(tmp_path / "gone")
+    done = command("scripts/generate.py", str(tmp_path / "two/checkpoints/last.ckpt"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_exported_is_said(tmp_path):
+    with pytest.raises(ValueError, match="a GRU has no counterpart in transformers"):
+        write_model(make("gru"), Bytes(), 24, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        export(tmp_path / "nowhere.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
