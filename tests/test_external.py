@@ -1,5 +1,7 @@
 """Other libraries' models: what is refused, and what is said without the library."""
 
+import copy
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from causal_lm.models.external import SplitTransformers, Transformers, XTransfor
 from causal_lm.module import CausalLM
 from causal_lm.run import build
 from conftest import V, command, make_batch
-from test_models import GPT2, LLAMA, logits_of, packed, padded
+from test_models import GPT2, LLAMA, by_document, logits_of, packed, padded
 
 GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 4, "final_logit_softcapping": 0.01}
 MAMBA = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1}
@@ -63,11 +65,14 @@ def test_the_head_is_split_off_only_where_it_is_all_there_is(changes, kind):
         lambda: XTransformers(V, 16, 2, 2, 24, {"shift_tokens": 1}),
     ],
 )
-def test_a_model_that_mixes_documents_is_refused_with_a_mask_only(make):
-    model = make()
-    assert logits_of(model, padded(), dense=False).shape == (4, 7, V)
-    with pytest.raises(ValueError, match="mixes documents that share a row"):
+def test_a_model_that_mixes_documents_gets_one_a_row_or_is_refused(make):
+    model, batch = make().eval(), padded()
+    plain = by_document(logits_of(model, batch, dense=False), batch)
+    torch.testing.assert_close(by_document(logits_of(model, batch), batch), plain)
+    with pytest.raises(ValueError, match=r"mixes what is in a row.*data\.layout=padded"):
         logits_of(model, packed())
+    with pytest.raises(ValueError, match="mixes what is in a row"):
+        model(batch.input_ids, batch.position_ids, masks.same_document(batch.document_ids))
 
 
 @pytest.mark.extras
@@ -103,7 +108,9 @@ def test_from_a_folder(tmp_path):
     torch.manual_seed(0)
     first = huggingface(V, GPT2).eval()
     first.net.save_pretrained(tmp_path)
-    second = huggingface(V, init_from=str(tmp_path)).eval()
+    second = huggingface(V, init_from=str(tmp_path))
+    assert all(part.training for part in second.modules())  # its dropout is on in training
+    copy.deepcopy(second.eval())
     assert torch.equal(logits_of(first, packed()), logits_of(second, packed()))
     rebuilt = huggingface(V, **second.self_contained)  # what a checkpoint is read with
     rebuilt.load_state_dict(second.state_dict())

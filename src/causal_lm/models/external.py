@@ -2,7 +2,7 @@
 
 They are given the unshifted batch and never any labels: the one shift is that of ``objective.py``.
 Our mask goes in as it is, and whether it is honoured is tried on two small documents when the model
-is made; a model that mixes them is refused as soon as it gets a mask.
+is made. A model that mixes them can have rows of one document each, and no others.
 """
 
 import inspect
@@ -54,26 +54,35 @@ class External(nn.Module):
     def __init__(self, net: nn.Module, vocab_size: int, longest: int | None) -> None:
         super().__init__()
         self.net, self.longest, self.takes_masks = net, longest, True
-        training = net.training
         self.eval()
         self.takes_masks = keeps_documents_apart(self, vocab_size)
-        self.train(training)
+        self.train()  # as any new module; transformers hands out weights from a folder in eval mode
 
-    def check(self, length: int, may_attend: Tensor | None) -> None:
+    def check_length(self, length: int) -> None:
         """
         Raises:
-            ValueError: a row is too long, or the model is given a mask that it does not honour.
+            ValueError: a row is longer than the model's positions.
         """
         if self.longest is not None and length > self.longest:
             raise ValueError(
                 f"a row of {length} tokens is longer than the model's {self.longest} positions: "
                 f"lower data.max_length or samples.length, or raise the model's"
             )
-        if may_attend is not None and not self.takes_masks:
+
+    def mask(self, position_ids: Tensor, may_attend: Tensor | None) -> Tensor | None:
+        """The mask to hand on, (B, 1, T, T), or None for rows of one document each.
+
+        Raises:
+            ValueError: the mask says more than that, to a model that does not honour it.
+        """
+        if may_attend is None or self.takes_masks:
+            return None if may_attend is None else may_attend[:, None]
+        if (position_ids[:, 1:] == 0).any() or may_attend.triu(1).any():
             raise ValueError(
-                "this model mixes documents that share a row, whatever the mask says: use "
-                "data.layout=padded, or another model"
+                "this model mixes what is in a row, whatever the mask says: use data.layout=padded "
+                "and the causal mask, or another model"
             )
+        return None
 
 
 class Transformers(External):
@@ -83,7 +92,7 @@ class Transformers(External):
     """Arguments that make the same model without the folder that its weights came from."""
 
     def __init__(self, net: Any, vocab_size: int) -> None:
-        self.accepted = inspect.signature(net.forward).parameters
+        self.accepted = frozenset(inspect.signature(net.forward).parameters)
         longest = getattr(net.config, "max_position_embeddings", None)
         super().__init__(net, vocab_size, longest)
 
@@ -92,8 +101,8 @@ class Transformers(External):
     ) -> dict[str, Any]:
         """Ours -> theirs. A mask of four dimensions is taken as it is, (B, 1, T, T)."""
         seen = 0 if cache is None else cache.get_seq_length()
-        self.check(seen + input_ids.shape[1], may_attend)
-        mask = None if may_attend is None else may_attend[:, None]
+        self.check_length(seen + input_ids.shape[1])
+        mask = self.mask(position_ids, may_attend)
         if mask is not None and self.net.config._attn_implementation != "sdpa":
             mask = masks.to_additive(mask)
         given = {"position_ids": position_ids, "attention_mask": mask, "past_key_values": cache}
@@ -234,10 +243,11 @@ class XTransformers(External):
         self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
     ) -> Tensor:
         """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits."""
-        self.check(input_ids.shape[1], may_attend)
+        self.check_length(input_ids.shape[1])
+        mask = self.mask(position_ids, may_attend)
         given: dict[str, Any] = {"pos": position_ids, "return_embeddings": True}
-        if may_attend is not None:  # ours says all there is to say: theirs is not laid over it
-            given |= {"attn_mask": may_attend[:, None], "causal": False}
+        if mask is not None:  # ours says all there is to say: theirs is not laid over it
+            given |= {"attn_mask": mask, "causal": False}
         return self.net(input_ids, **given)
 
     def forward(
