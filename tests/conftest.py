@@ -52,6 +52,12 @@ def command(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment: s
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """Tokens are kept for this session only."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def batch() -> Batch:
     return make_batch()

@@ -82,6 +82,8 @@ def test_a_sweep_is_checked_before_it_starts():
     [
         ["data=synthetic", "trainer=cpu"],
         ["data=docstrings", "trainer=ddp"],
+        ["data=text", "data.path=here"],
+        ["data=huggingface", "data.path=here"],
         *([f"model={path.stem}"] for path in sorted((ROOT / "configs/model").glob("*.yaml"))),
     ],
 )

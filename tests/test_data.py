@@ -263,7 +263,3 @@ def test_docstrings_split_does_not_move_when_others_are_added(tmp_path):
 def test_no_docstrings_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no docstring in any \.py file"):
         Docstrings(val_share=0.1, root=str(tmp_path)).load()
-
-
-def test_flat_storage_is_small(stdlib):
-    assert stdlib.train.tokens.numpy().dtype == np.int32

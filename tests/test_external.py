@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from causal_lm import config, generation, masks
-from causal_lm.models import extras
+from causal_lm import config, extras, generation, masks
 from causal_lm.models.external import SplitTransformers, Transformers, XTransformers, huggingface
 from causal_lm.module import CausalLM
 from causal_lm.run import build

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from causal_lm import extras
 from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
-from causal_lm.models import exchange, extras
+from causal_lm.models import exchange
 from causal_lm.models.external import Transformers
 from causal_lm.models.llama import Llama
 from causal_lm.report.files import write_json

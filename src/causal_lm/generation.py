@@ -70,5 +70,5 @@ def sample(
 
 
 def until_eos(row: list[int], eos_id: int) -> list[int]:
-    """The tokens up to and including the first EOS."""
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+    """The tokens up to and including the first EOS. (The first of all is BOS, which may be EOS.)"""
+    return row[: row.index(eos_id, 1) + 1] if eos_id in row[1:] else row

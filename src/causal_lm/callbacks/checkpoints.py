@@ -36,9 +36,15 @@ class Provenance(L.Callback):
             for key in sorted(before.keys() | here.keys()):
                 if before.get(key) != here.get(key):
                     raise ValueError(
-                        f"{path} was written with {part}.{key}={before.get(key)}, but this run has "
-                        f"{here.get(key)}: set it back, or start without ckpt_path"
+                        f"{path} was written with {part}.{key}={_short(before.get(key))}, but this "
+                        f"run has {_short(here.get(key))}: set it back, or start without ckpt_path"
                     )
+
+
+def _short(value: Any) -> str:
+    """A tokenizer's JSON can be megabytes long."""
+    text = str(value)
+    return text if len(text) < 100 else f"{text[:100]}…"
 
 
 def best(folder: Path) -> ModelCheckpoint:

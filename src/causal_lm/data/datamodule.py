@@ -1,6 +1,8 @@
 """From a source to batches."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -17,7 +19,8 @@ class DataModule(L.LightningDataModule):
     """Cuts, orders, pads and collates the documents of a source.
 
     Args:
-        source: where documents come from (see :class:`causal_lm.data.documents.Source`).
+        source: where documents come from (see :class:`causal_lm.data.documents.Source`), or what
+            makes it from ``settings``.
         batch_size: documents per micro-batch and rank.
         max_length: tokens per row, BOS and EOS counted; longer documents are cut into windows
             (see :meth:`causal_lm.data.documents.Documents.windows`).
@@ -29,11 +32,12 @@ class DataModule(L.LightningDataModule):
         shuffle: draw the training order anew each epoch.
         num_workers: processes that collate; 0 does it in this one, which is fastest here.
         seed: of the order.
+        settings: of the source; the data group's own keys, such as ``data.path``.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Callable[..., Source],
         *,
         batch_size: int,
         max_length: int,
@@ -43,9 +47,11 @@ class DataModule(L.LightningDataModule):
         shuffle: bool = True,
         num_workers: int = 0,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        self.source, self.batch_size, self.max_length = source, batch_size, max_length
+        self.source: Source = source(**settings) if callable(source) else source
+        self.batch_size, self.max_length = batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
         self.corpus: Corpus | None = None

@@ -1,7 +1,9 @@
 """Token documents of uneven length, stored flat."""
 
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +12,44 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from causal_lm.data.tokenizers import Tokenizer
+
+READS_KEPT, VALUES_KEPT = 512, 2**20
+"""Reads, and values of one read, after which a mapped file's pages are handed back."""
+STRETCH = 2**20
+"""Documents whose lengths are worked out at a time."""
+
+
+class Mapped:
+    """A flat array in a file: slices are copied out of a memory map, the whole never is.
+
+    Every page that was touched counts as resident, and the kernel brings sixteen for one, so that
+    an epoch would end with the whole file in this process. Hence pages are handed back now and
+    then; they stay in the system's cache, from where the next read takes them in microseconds.
+
+    Args:
+        path: a file of ``dtype`` values, at least one.
+    """
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype, self._reads = path, dtype, 0
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._array = np.frombuffer(self._map, dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, piece: slice) -> Tensor:
+        """The values of a slice, in a dtype that torch knows well: bool, otherwise int64."""
+        values = self._array[piece].astype(bool if self.dtype == "bool" else np.int64)
+        self._reads += 1
+        enough = self._reads % READS_KEPT == 0 or len(values) > VALUES_KEPT
+        if enough and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+        return torch.from_numpy(values)
+
+    def __reduce__(self) -> tuple:  # a data loader's worker opens the file for itself
+        return Mapped, (self.path, self.dtype)
 
 
 class Document(NamedTuple):
@@ -27,42 +67,64 @@ class Documents(Dataset[Document]):
 
     Args:
         tokens: (N,) every token, documents end to end.
-        starts, ends: (D,) where each document begins and (exclusively) ends; they may overlap.
+        offsets: (D + 1,) where each document begins; the last is where the last one ends.
         loss_mask: bool (N,), see :class:`Document`.
     """
 
     def __init__(
-        self, tokens: Tensor, starts: Tensor, ends: Tensor, loss_mask: Tensor | None = None
+        self,
+        tokens: Tensor | Mapped,
+        offsets: Tensor | Mapped,
+        loss_mask: Tensor | Mapped | None = None,
     ) -> None:
-        lengths = ends - starts
-        if len(lengths) and int(lengths.min()) < 2:
-            raise ValueError(
-                f"document {int(lengths.argmin())} has {int(lengths.min())} token(s): "
-                f"it needs two to have a target (BOS and EOS count)"
-            )
-        self.tokens, self.starts, self.ends = tokens, starts, ends
-        self.loss_mask = loss_mask
+        self.tokens, self.offsets, self.loss_mask = tokens, offsets, loss_mask
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
+        """Raises:
+        ValueError: a document of fewer than two tokens (BOS and EOS count) has no target."""
         arrays = [np.asarray(document, dtype=np.int32) for document in documents]
-        ends = torch.tensor([len(a) for a in arrays], dtype=torch.int64).cumsum(0)
+        for i, array in enumerate(arrays):
+            if len(array) < 2:
+                raise ValueError(f"document {i} has {len(array)} token(s): it needs two")
         tokens = torch.from_numpy(np.concatenate(arrays) if arrays else np.empty(0, np.int32))
-        return cls(tokens, torch.cat([ends.new_zeros(1), ends])[: len(arrays)], ends)
+        return cls(tokens, torch.tensor([0, *map(len, arrays)]).cumsum(0))
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Document:
         """Index -1 (a sampler's filler) is a document of no tokens."""
-        here = slice(0, 0) if index < 0 else slice(self.starts[index], self.ends[index])
+        here = self.span(index)
         mask = None if self.loss_mask is None else self.loss_mask[here]
         return Document(self.tokens[here], mask)
 
+    def span(self, index: int) -> slice:
+        """Where in ``tokens`` a document lies."""
+        if index < 0:
+            return slice(0, 0)
+        start, end = self.offsets[index : index + 2].tolist()
+        return slice(start, end)
+
     @property
     def lengths(self) -> Tensor:
-        """(D,) tokens of each document."""
-        return self.ends - self.starts
+        """(D,) tokens of each document; int32 where that is wide enough."""
+        narrow = len(self.tokens) < 2**31
+        lengths = torch.empty(len(self), dtype=torch.int32 if narrow else torch.int64)
+        for start in range(0, len(self), STRETCH):
+            here = self.offsets[start : start + STRETCH + 1]
+            lengths[start : start + STRETCH] = here.diff()
+        return lengths
+
+    @property
+    def starts(self) -> Tensor:
+        """(D,) where in ``tokens`` each document begins."""
+        return self.offsets[:-1]
+
+    @property
+    def ends(self) -> Tensor:
+        """(D,) where in ``tokens`` each document ends, exclusively."""
+        return self.starts + self.lengths
 
     def windows(self, max_length: int) -> "Documents":
         """Cut documents longer than ``max_length`` into windows that together keep every target.
@@ -71,13 +133,59 @@ class Documents(Dataset[Document]):
         the first of the next, where it only is an input. So the number of targets does not
         depend on ``max_length``; only the context that precedes them does.
         """
-        stride = max_length - 1
-        counts = (self.lengths - 2).div(stride, rounding_mode="floor") + 1
-        owner = torch.repeat_interleave(torch.arange(len(self)), counts)
-        rank = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
-        starts = self.starts[owner] + rank * stride
-        ends = torch.minimum(starts + max_length, self.ends[owner])
-        return Documents(self.tokens, starts, ends, self.loss_mask)
+        rows = self.lengths.numpy()  # from here on in place: there may be 10^7 documents
+        rows -= 2
+        rows //= max_length - 1
+        rows += 1
+        np.cumsum(rows, dtype=rows.dtype, out=rows)
+        if not len(rows) or int(rows[-1]) == len(self):
+            return self
+        return Windows(self, max_length, rows)
+
+
+class Windows(Documents):
+    """The rows of :meth:`Documents.windows`, computed when asked for.
+
+    Args:
+        rows: (D,) windows up to and including those of each document.
+    """
+
+    def __init__(self, documents: Documents, max_length: int, rows: np.ndarray) -> None:
+        super().__init__(documents.tokens, documents.offsets, documents.loss_mask)
+        self.documents, self.max_length, self.rows = documents, max_length, rows
+
+    def __len__(self) -> int:
+        return int(self.rows[-1])
+
+    def span(self, index: int) -> slice:
+        if index < 0:
+            return slice(0, 0)
+        owner = int(np.searchsorted(self.rows, index, side="right"))
+        rank = index - int(self.rows[owner - 1] if owner else 0)
+        whole = self.documents.span(owner)
+        start = whole.start + rank * (self.max_length - 1)
+        return slice(start, min(start + self.max_length, whole.stop))
+
+    @property
+    def lengths(self) -> Tensor:
+        """(R,) tokens of each window: ``max_length``, but for the last one of each document."""
+        last = self.documents.lengths.numpy()
+        last -= (self.counts - 1) * (self.max_length - 1)
+        lengths = torch.full((len(self),), self.max_length, dtype=torch.from_numpy(last).dtype)
+        lengths[torch.from_numpy(self.rows) - 1] = torch.from_numpy(last)
+        return lengths
+
+    @property
+    def starts(self) -> Tensor:
+        """(R,) where in ``tokens`` each window begins."""
+        owner = np.repeat(np.arange(len(self.rows)), self.counts)
+        rank = np.arange(len(self)) - (self.rows - self.counts)[owner]
+        return self.documents.starts[owner] + torch.from_numpy(rank * (self.max_length - 1))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(D,) windows of each document."""
+        return np.diff(self.rows, prepend=self.rows.dtype.type(0))
 
 
 class Language(Protocol):

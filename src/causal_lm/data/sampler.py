@@ -7,6 +7,8 @@ from torch.utils.data import Sampler
 
 POOL = 100
 """Batches among which documents are sorted by length."""
+STRETCH = 2**16
+"""Documents that are Python numbers at a time."""
 
 
 class DocumentSampler(Sampler[int]):
@@ -43,15 +45,15 @@ class DocumentSampler(Sampler[int]):
         return -(-self.size // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        order = np.arange(self.size)
         draw = np.random.default_rng([self.seed, self.epoch])  # the pair: no two runs share one
-        if self.shuffle:
-            order = draw.permutation(self.size)
+        order = draw.permutation(self.size) if self.shuffle else np.arange(self.size)
         if self.lengths is not None:
             group = self.batch_size * self.world_size
             order = bucketed(order, self.lengths, group, draw if self.shuffle else None)
-        filler = np.full(len(self) * self.world_size - self.size, -1)
-        yield from np.concatenate([order, filler])[self.rank :: self.world_size].tolist()
+        mine = order[self.rank :: self.world_size]
+        for start in range(0, len(mine), STRETCH):  # Python's numbers are large
+            yield from mine[start : start + STRETCH].tolist()
+        yield from [-1] * (len(self) - len(mine))
 
 
 def bucketed(

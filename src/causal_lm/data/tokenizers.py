@@ -1,9 +1,11 @@
-"""Text to ids and back. Ids 0, 1, 2 are PAD, BOS, EOS in both tokenizers here."""
+"""Text to ids and back. Ids 0, 1, 2 are PAD, BOS, EOS in both tokenizers here; ``subwords.py`` has
+those of the ``tokenizers`` library."""
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,13 @@ class Tokenizer(Protocol):
         """Plain data from which :func:`from_state` makes the same tokenizer."""
 
 
+class TextTokenizer(Tokenizer, Protocol):
+    """A tokenizer of text, which comes in large amounts."""
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts end to end, and how many each has."""
+
+
 class Bytes:
     """UTF-8 bytes, shifted by three to make room for PAD, BOS and EOS: 259 ids.
 
@@ -46,6 +55,11 @@ class Bytes:
 
     def encode(self, text: str) -> list[int]:
         return [byte + len(SPECIAL) for byte in text.encode()]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [text.encode() for text in texts]
+        ids = np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint16)
+        return ids + np.uint16(len(SPECIAL)), np.array([len(e) for e in encoded], np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i - len(SPECIAL) for i in ids if i >= len(SPECIAL)).decode(errors="replace")
@@ -90,7 +104,9 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
     Raises:
         ValueError: the name is not one of ours.
     """
-    kinds = {"bytes": Bytes, "symbols": Symbols}
+    from causal_lm.data.subwords import Subwords  # which knows the protocol above
+
+    kinds = {"bytes": Bytes, "symbols": Symbols, "subwords": Subwords}
     arguments = dict(state)
     name = arguments.pop("name")
     if name not in kinds:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_lm.models import extras
+from causal_lm import extras
 from causal_lm.report.files import write_json
 
 Sizes = Mapping[str, Any]

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causal_lm import masks
-from causal_lm.models import extras
+from causal_lm import extras, masks
 
 SPARE = 1.02
 """How much larger than the tokenizer an embedding may be: many are padded to a round number."""

@@ -16,10 +16,14 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Strict JSON: NaN and infinities, which JSON has no word for, become null."""
-    clean = {
+def strict(data: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinities, which JSON has no word for, become null."""
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in data.items()
     }
-    write_text(path, json.dumps(clean, indent=2, allow_nan=False) + "\n")
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Strict JSON (see :func:`strict`)."""
+    write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")

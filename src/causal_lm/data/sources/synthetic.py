@@ -58,15 +58,14 @@ class MarkovLanguage:
         rows = torch.stack(columns, dim=1)  # (D, max_symbols + 2), EOS from the end on
         lengths += 1
         flat = rows[torch.arange(rows.shape[1]) < lengths[:, None]].int()
-        ends = lengths.cumsum(0)
-        return Documents(flat, ends - lengths, ends)
+        return Documents(flat, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
 
     def nll(self, documents: Documents) -> tuple[float, int]:
         """(nats, targets): the negative log-probability of every target under the language.
 
         Their quotient is the exact lowest expected loss on these documents.
         """
-        flat = documents.tokens.long()
+        flat = documents.tokens[:].long()
         targets = torch.ones(len(flat), dtype=torch.bool)
         targets[documents.starts] = False  # BOS is given
         previous, following = flat[:-1][targets[1:]], flat[1:][targets[1:]]

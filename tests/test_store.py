@@ -1,0 +1,267 @@
+"""Tokens on disk: never stale, never half-written, built once, read piece by piece."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from causal_lm import config
+from causal_lm.data import documents, store
+from causal_lm.data.documents import Documents, Mapped
+from causal_lm.data.sources import texts
+from causal_lm.data.sources.docstrings import Docstrings
+from causal_lm.data.sources.text import Text
+from causal_lm.run import build
+
+
+def lines_of(corpus):
+    decode = corpus.tokenizer.decode
+    both = (corpus.train, corpus.val)
+    return sorted(decode(split[i].tokens.tolist()) for split in both for i in range(len(split)))
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"line {i}" for i in range(100)))
+    return path
+
+
+@pytest.fixture
+def make(path, tmp_path):
+    def make(**options):
+        options = {"unit": "line", "val_share": 0.2, "cache_dir": str(tmp_path / "cache")} | options
+        return Text(path=str(path), **options)
+
+    return make
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The folders that were built, not taken as they were."""
+    folders = []
+    build_ = texts.TextSource._build
+
+    def count(self, folder):
+        folders.append(folder)
+        build_(self, folder)
+
+    monkeypatch.setattr(texts.TextSource, "_build", count)
+    return folders
+
+
+# ---- never stale ----
+
+
+def test_the_second_start_reads_nothing(make, built, monkeypatch):
+    first = lines_of(make().load())
+    monkeypatch.setattr(Text, "read", None)
+    assert lines_of(make().load()) == first
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"unit": "paragraph", "val_share": 0.5}, {"val_share": 0.3}, {"on_error": "skip"}],
+    ids=str,
+)
+def test_other_settings_are_another_corpus(change, make, built, path):
+    path.write_text("\n\n".join(path.read_text().splitlines()))
+    make().load()
+    make(**change).load()
+    assert len(built) == 2
+
+
+def test_a_changed_file_is_read_again(make, built, path):
+    before = lines_of(make().load())
+    stat = path.stat()
+    path.write_text(path.read_text().replace("line", "mine"))  # as long as it was
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and as old as it was
+    after = lines_of(make().load())
+    assert len(built) == 2
+    assert after == [line.replace("line", "mine") for line in before]
+
+
+def test_a_change_in_the_middle_of_a_large_file_is_seen(tmp_path):
+    path = tmp_path / "large"
+    content = bytearray(b"a" * 4 * store.SAMPLE)
+    path.write_bytes(content)
+    before, stat = store.identity(path), path.stat()
+    assert store.identity(path) == before
+    time.sleep(0.05)  # the clock of a file system has ticks
+    content[2 * store.SAMPLE] = ord("b")
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert store.identity(path) != before
+
+
+@pytest.mark.extras
+def test_another_tokenizer_is_another_corpus(make, built, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    sizes = []
+    for size in (280, 290):
+        sizes.append(make(tokenizer="bpe", vocab_size=size).load().tokenizer.vocab_size)
+    assert len(built) == len(set(sizes)) == 2
+    file = tmp_path / "tokenizer.json"
+    for character in "ab":  # the same path, another content
+        library = tokenizers.Tokenizer(tokenizers.models.WordLevel({character: 0}, character))
+        library.save(str(file))
+        assert character in make(tokenizer=str(file)).load().tokenizer.state()["json"]
+    assert len(built) == 4
+    assert lines_of(make().load()) == sorted(f"line {i}" for i in range(100))
+
+
+def test_docstrings_are_read_again_where_a_file_changed(tmp_path, built):
+    file = tmp_path / "a.py"
+    for name in ("one", "two", "two"):
+        file.write_text("\n".join(f'def f{i}():\n    """{name} {i}"""' for i in range(50)))
+        corpus = Docstrings(root=str(tmp_path), val_share=0.3, cache_dir=str(tmp_path)).load()
+        assert lines_of(corpus) == sorted(f"{name} {i}" for i in range(50))
+    assert len(built) == 3  # written anew is changed, whatever was written
+
+
+# ---- whole or absent, built once ----
+
+
+def test_what_fails_leaves_nothing(make, path, tmp_path):
+    path.write_bytes(path.read_bytes() + b"\n\xff")
+    with pytest.raises(ValueError, match="line 101"):
+        make().load()
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_what_a_killed_process_left_is_cleared(make, tmp_path):
+    make().load()
+    (folder,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    folder.rename(folder.with_suffix(".building"))
+    (folder.with_suffix(".building") / "train.tokens").write_bytes(b"half")
+    assert len(lines_of(make().load())) == 100
+    assert not folder.with_suffix(".building").exists()
+
+
+def build_slowly(folder):
+    with (folder.parent / "built").open("a") as file:
+        file.write("x")
+    time.sleep(0.3)
+    (folder / "whole").touch()
+
+
+def start(folder):
+    store.cached(folder, build_slowly)
+    return (folder / "whole").exists()
+
+
+def test_of_several_processes_one_builds_and_the_others_wait(tmp_path):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert all(pool.map(start, [tmp_path / "corpus"] * 3, chunksize=1))
+    assert (tmp_path / "built").read_text() == "x"
+
+
+# ---- the same, however it is made ----
+
+
+def test_several_processes_make_the_same_tokens(make, path, tmp_path, monkeypatch):
+    path.write_text("\n".join(f"line {i} " * 20 for i in range(3000)))
+    alone = make(num_proc=1).load()
+    monkeypatch.setattr(texts, "ALONE_BELOW", 0)
+    monkeypatch.setattr(texts, "CHUNK", 10_000)  # 50 chunks
+    several = make(num_proc=2, cache_dir=str(tmp_path / "other")).load()
+    for one, other in ((alone.train, several.train), (alone.val, several.val)):
+        assert torch.equal(one.tokens[:], other.tokens[:])
+        assert torch.equal(one.offsets[:], other.offsets[:])
+
+
+def test_every_document_once_per_epoch_in_full(path, tmp_path):
+    path.write_text("\n".join(f"line {i} " * (i % 30 + 1) for i in range(200)))
+    cfg = config.load([
+        "data=text", f"data.path={path}", "data.unit=line", "data.max_length=40",
+        f"data.cache_dir={tmp_path / 'cache'}", "data.val_share=0.2",
+    ])  # fmt: skip
+    data = build(cfg.data)
+    data.setup()
+    pairs = []  # every (input, target) of an epoch
+    for batch in data.train_dataloader():
+        for ids, n in zip(batch.input_ids, batch.lengths.tolist(), strict=True):
+            pairs += list(zip(ids[: n - 1].tolist(), ids[1:n].tolist(), strict=True))
+    expected = []
+    for i in range(len(data.corpus.train)):
+        ids = data.corpus.train[i].tokens.tolist()
+        expected += itertools.pairwise(ids)
+    assert len(data.train_rows) > len(data.corpus.train) > 100
+    assert sorted(pairs) == sorted(expected)
+
+
+# ---- reading ----
+
+
+def test_tokens_take_the_smallest_dtype(make, tmp_path):
+    corpus = make().load()
+    assert corpus.train.tokens.dtype == "uint16"  # 259 ids
+    file = next((tmp_path / "cache").glob("*/train.tokens"))
+    assert file.stat().st_size == 2 * len(corpus.train.tokens)
+    assert corpus.train[0].tokens.dtype == torch.int64
+
+
+def test_a_mapped_file_travels_by_name(make):
+    train = make().load().train
+    copy = pickle.loads(pickle.dumps(train))
+    assert len(pickle.dumps(train)) < 2000
+    assert torch.equal(copy[3].tokens, train[3].tokens)
+
+
+def resident(kind="RssFile"):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(kind)) / 1024
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+@pytest.mark.parametrize("kept", [documents.READS_KEPT, 10**9])
+def test_reading_all_of_a_file_keeps_little_of_it(kept, tmp_path, monkeypatch):
+    """And it would keep the whole, were pages not handed back."""
+    monkeypatch.setattr(documents, "READS_KEPT", kept)
+    np.zeros(30 << 20, np.uint16).tofile(tmp_path / "tokens")  # 60 MiB
+    tokens = Mapped(tmp_path / "tokens", "uint16")
+    before = resident()
+    for start_ in range(0, len(tokens), 1000):
+        tokens[start_ : start_ + 1000]
+    assert (resident() - before < 25) == (kept < 10**9)
+
+
+def test_threads_may_read_at_once(make):
+    train = make().load().train
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: train[i % len(train)].tokens.tolist(), range(4000)))
+    assert all(found[i] == train[i % len(train)].tokens.tolist() for i in range(4000))
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=8), st.integers(2, 9))
+def test_windows_by_loop(lengths, max_length):
+    whole = Documents.from_lists([list(range(n)) for n in lengths])
+    expected = []
+    for first, n in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False):
+        begin = 0
+        while True:
+            end = min(begin + max_length, n)
+            expected.append((first + begin, end - begin, list(range(begin, end))))
+            if end == n:
+                break
+            begin = end - 1
+    rows = whole.windows(max_length)
+    found = [rows[i].tokens.tolist() for i in range(len(rows))]
+    starts, sizes = rows.starts.tolist(), rows.lengths.tolist()
+    assert list(zip(starts, sizes, found, strict=True)) == expected
+
+
+def test_about_is_plain_json(make, tmp_path):
+    make().load()
+    about = json.loads(next((tmp_path / "cache").glob("*/about.json")).read_text())
+    assert about["tokenizer"] == {"name": "bytes"}

@@ -1,0 +1,286 @@
+"""Text files to documents: every unit, every fault, every split, and back to the very text."""
+
+import json
+import logging
+
+import pytest
+
+from causal_lm import config
+from causal_lm.data.sources import text
+from causal_lm.data.sources.text import Text
+
+
+def texts(documents, tokenizer):
+    return [tokenizer.decode(documents[i].tokens.tolist()) for i in range(len(documents))]
+
+
+def source(path, tmp_path, **options):
+    options = {"val_share": 0.3, "num_proc": 1, "cache_dir": str(tmp_path / "cache")} | options
+    return Text(path=str(path), **options)
+
+
+def every_text(path, tmp_path, **options):
+    """Of both splits, sorted."""
+    corpus = source(path, tmp_path, **options).load()
+    both = [texts(split, corpus.tokenizer) for split in (corpus.train, corpus.val)]
+    assert all(both)
+    return sorted([*both[0], *both[1]])
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"line {i} é\n" for i in range(40)), encoding="utf-8")
+    return path
+
+
+def test_a_document_is_framed_by_bos_and_eos(lines, tmp_path):
+    corpus = source(lines, tmp_path, unit="line").load()
+    tokenizer = corpus.tokenizer
+    for split in (corpus.train, corpus.val):
+        for i in range(len(split)):
+            first, *inner, last = split[i].tokens.tolist()
+            assert (first, last) == (tokenizer.bos_id, tokenizer.eos_id)
+            assert not {first, last} & set(inner)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_units_of_a_text_file(newline, bom, tmp_path):
+    words = ["one", "two", "", "", "three é", "four", "   ", "five"]
+    path = tmp_path / "a.txt"
+    path.write_bytes((bom + newline.join(words)).encode())
+    (tmp_path / "val.txt").write_text("six")  # so that the file is not cut in two
+
+    def found(unit):
+        return every_text(path, tmp_path, unit=unit, val_path=str(tmp_path / "val.txt"))
+
+    whole = newline.join(words)
+    assert found("file") == sorted([whole, "six"])
+    assert found(None) == found("file")
+    assert found("line") == sorted(["one", "two", "three é", "four", "five", "six"])
+    pairs = [newline.join(["one", "two"]), newline.join(["three é", "four"]), "five", "six"]
+    assert found("paragraph") == sorted(pairs)
+
+
+def test_records(tmp_path):
+    rows = [{"text": f"text {i}\nof two lines", "body": f"body {i}"} for i in range(30)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert every_text(path, tmp_path) == sorted(r["text"] for r in rows)
+    assert every_text(path, tmp_path, field="body") == sorted(r["body"] for r in rows)
+    with pytest.raises(ValueError, match=r"data\.unit=line: .*a\.jsonl has record only"):
+        source(path, tmp_path, unit="line").load()
+
+
+@pytest.mark.extras
+def test_parquet_is_read_as_jsonl_is(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": f"text {i}", "body": f"body {i}"} for i in range(300)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+    assert every_text(path, tmp_path, field="body") == sorted(r["body"] for r in rows)
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'x'; it has text, body"):
+        source(path, tmp_path, field="x").load()
+    parquet.write_table(arrow.Table.from_pylist([*rows, {"text": None, "body": ""}]), path)
+    with pytest.raises(ValueError, match=r"a\.parquet, row 301: no text at key 'text'"):
+        source(path, tmp_path).load()
+    path.write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"a\.parquet: "):
+        source(path, tmp_path).load()
+
+
+# ---- faults ----
+
+GOOD = [f"good {i}" for i in range(20)]
+
+
+def jsonl(*lines):
+    good = [json.dumps({"text": text}).encode() for text in GOOD]
+    return b"\n".join([good[0], *lines, *good[1:]])
+
+
+def txt(*lines):
+    return b"\n".join([GOOD[0].encode(), *lines, *[g.encode() for g in GOOD[1:]]])
+
+
+FAULTS = [
+    ("a.txt", "line", txt(b"b\xffd"), "line 2: byte 0xff is not UTF-8", "lines that are not UTF-8"),
+    ("a.txt", "paragraph", b"\n\n".join([*(g.encode() for g in GOOD), b"a\nb\n\xc3("]),
+     "line 43: byte 0xc3 is not UTF-8", "paragraphs that are not UTF-8"),
+    ("a.txt", "line", txt(b"a" * 3000), "line 2: longer than", "lines longer than"),
+    ("a.txt", "paragraph", b"\n\n".join([*(g.encode() for g in GOOD), b"a\n" * 1500]),
+     "line 41: longer than", "paragraphs longer than"),
+    ("a.jsonl", None, jsonl(b'{"text": "a'), "line 2: Unterminated", "records that are no JSON"),
+    ("a.jsonl", None, jsonl(b"", b'{"a": 1, "b": 2}'),
+     "line 3: no text at key 'text'; the record has a, b", "records without the field"),
+    ("a.jsonl", None, jsonl(b'{"text": 5}'), "line 2: no text at key", "records without the field"),
+    ("a.jsonl", None, jsonl(b"[1]"), "the record is no object", "records without the field"),
+    ("a.jsonl", None, jsonl(b'{"text": "\\ud800"}'), "line 2: half a surrogate pair",
+     "records that are not Unicode"),
+    ("a.jsonl", None, jsonl(b'{"text": "\xe9"}'), "line 2: byte 0xe9 is not UTF-8",
+     "records that are not UTF-8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "unit", "content", "words", "kind"), FAULTS)
+def test_a_fault_is_named_by_file_and_line_or_left_out(
+    name, unit, content, words, kind, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(text, "LONGEST", 2000)
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.on_error=skip") as error:
+        source(path, tmp_path, unit=unit).load()
+    assert f"{path}, " in str(error.value) and words in str(error.value)
+    with caplog.at_level(logging.INFO):
+        assert every_text(path, tmp_path, unit=unit, on_error="skip") == sorted(GOOD)
+    assert f"; 1 {kind}" in caplog.text
+
+
+def test_faulty_files(tmp_path, caplog):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, good in enumerate(GOOD):
+        (folder / f"{i}.txt").write_text(good)
+    (folder / "bad.txt").write_bytes(b"\n" * 3_000_000 + b"\xe2\x28\xa1")
+    with pytest.raises(ValueError, match=r"bad\.txt, line 3000001: byte 0xe2 is not UTF-8"):
+        source(folder, tmp_path).load()
+    (folder / "bad.txt").write_bytes(b"")
+    for unit in ("file", "line"):
+        with pytest.raises(ValueError, match=r"bad\.txt is empty"):
+            source(folder, tmp_path, unit=unit).load()
+        assert every_text(folder, tmp_path, unit=unit, on_error="skip") == sorted(GOOD)
+    with caplog.at_level(logging.INFO):  # said again where tokens come from the cache
+        source(folder, tmp_path, unit="line", on_error="skip").load()
+    assert "; 1 empty files" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_line_of_50_mb(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(txt(b"x" * 50_000_000))
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: longer than 16 MiB"):
+        source(path, tmp_path, unit="line").load()
+    assert every_text(path, tmp_path, unit="line", on_error="skip") == sorted(GOOD)
+    # The same bytes are a document where the unit is the file.
+    assert len(source(path, tmp_path).load().train.tokens) > 34_000_000
+
+
+def test_what_is_not_there(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b")
+    for path in ("nowhere", "*.jsonl", "."):
+        with pytest.raises(FileNotFoundError, match=r"data\.path=.* there is no \.txt, \.jsonl"):
+            source(tmp_path / path, tmp_path).load()
+    with pytest.raises(ValueError, match=r"a\.csv is none of \.txt"):
+        source(tmp_path / "*.csv", tmp_path).load()
+
+
+def test_configuration_says_what_is_missing():
+    with pytest.raises(config.ConfigError, match=r"data\.path must be a file, a folder or a glob"):
+        config.load(["data=text"])
+    with pytest.raises(config.ConfigError, match=r"data\.tokenizer must be bytes, bpe, or the"):
+        config.load(["data=text", "data.path=x", "data.tokenizer=bpee"])
+    with pytest.raises(config.ConfigError, match=r"data\.unit must be one of file, line"):
+        config.load(["data=text", "data.path=x", "data.unit=page"])
+
+
+# ---- splits ----
+
+
+def test_the_split_depends_on_each_text_alone(tmp_path):
+    def val(*names):
+        corpus = source(tmp_path / "*.txt", tmp_path, unit="line").load()
+        return set(texts(corpus.val, corpus.tokenizer))
+
+    (tmp_path / "b.txt").write_text("\n".join(f"b {i}" for i in range(50)))
+    first = val()
+    (tmp_path / "b.txt").write_text("\n".join(f"b {i}" for i in reversed(range(50))))
+    assert val() == first
+    (tmp_path / "a.txt").write_text("\n".join(f"a {i}" for i in range(50)))
+    second = val()
+    assert {t for t in second if t.startswith("b")} == first
+    assert 5 <= len(first) <= 25 and len(second) > len(first)
+
+
+def test_validation_of_its_own(lines, tmp_path):
+    other = tmp_path / "val.txt"
+    other.write_text("held\nout")
+    corpus = source(lines, tmp_path, unit="line", val_path=str(other)).load()
+    assert len(corpus.train) == 40
+    assert texts(corpus.val, corpus.tokenizer) == ["held", "out"]
+    with pytest.raises(ValueError, match=r"lines\.txt is in data\.path and in data\.val_path"):
+        source(lines, tmp_path, val_path=str(tmp_path)).load()
+
+
+@pytest.mark.parametrize("content", ["".join(f"é {i}\n" for i in range(3000)), "é" * 30_000])
+def test_of_one_long_document_the_last_part_is_held_out(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK", 1000)  # so that it comes in many parts
+    path = tmp_path / "book.txt"
+    path.write_text(content)
+    corpus = source(path, tmp_path, val_share=0.1).load()
+    assert len(corpus.train) == len(corpus.val) == 1
+    (head,), (tail,) = (texts(s, corpus.tokenizer) for s in (corpus.train, corpus.val))
+    assert head + tail == content
+    assert 0.08 < len(tail) / len(content) < 0.12
+    assert head.endswith("\n") or "\n" not in content
+
+
+def test_no_document_for_validation_is_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}')
+    with pytest.raises(ValueError, match=r"a run needs both; .*data\.val_path"):
+        source(path, tmp_path, val_share=0.5).load()
+
+
+# ---- long documents, rows, prompts ----
+
+
+def test_windows_hold_every_byte_of_every_document(tmp_path, monkeypatch):
+    """Long documents come in parts and are cut into rows; together these are the text again."""
+    monkeypatch.setattr(text, "CHUNK", 4096)
+    contents = {f"{i}.txt": f"{i} – ∂é\n" * (400 * i + 1) for i in range(9)}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    corpus = source(tmp_path, tmp_path).load()
+    rebuilt = []
+    for split in (corpus.train, corpus.val):
+        rows = split.windows(50)
+        assert len(rows) == len(rows.lengths) == len(rows.starts)
+        document = []
+        for i in range(len(rows)):
+            row = rows[i].tokens.tolist()
+            assert len(row) == rows.lengths[i] <= 50
+            if row[0] == corpus.tokenizer.bos_id:
+                document = row
+            else:
+                assert row[0] == document[-1]  # shared: a target there, an input here
+                document = document + row[1:]
+            if row[-1] == corpus.tokenizer.eos_id:
+                rebuilt.append(corpus.tokenizer.decode(document))
+        assert int((rows.lengths - 1).sum()) == int((split.lengths - 1).sum())
+    assert sorted(rebuilt) == sorted(contents.values())
+
+
+def test_a_prompt_is_context_and_no_target(tmp_path):
+    rows = [{"q": f"Q{i}?" * (i % 3), "text": f"answer {i}"} for i in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    corpus = source(path, tmp_path, prompt_field="q").load()
+    found = {}
+    for split in (corpus.train, corpus.val):
+        for i in range(len(split)):
+            ids, counts = split[i]
+            assert len(ids) == len(counts)
+            assert counts[0] and counts[-1]  # BOS is never a target; EOS is
+            found[corpus.tokenizer.decode(ids[counts].tolist())] = corpus.tokenizer.decode(
+                ids[~counts].tolist()
+            )
+        short = split.windows(5)
+        assert len(short[0].loss_mask) == len(short[0].tokens) == 5
+        assert len(short[-1].loss_mask) == len(short[-1].tokens) == 0
+    assert found == {row["text"]: row["q"] for row in rows}
+    assert source(path, tmp_path).load().train[0].loss_mask is None
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(ValueError, match=r"data\.prompt_field .*b\.txt has none"):
+        source(tmp_path, tmp_path, prompt_field="q").load()

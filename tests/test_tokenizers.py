@@ -1,0 +1,165 @@
+"""Subword tokenizers: text comes back, bytes add up, special tokens stay special."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from causal_lm.data.sources.text import Text
+from causal_lm.data.tokenizers import Bytes, from_state
+
+tokenizers = pytest.importorskip("tokenizers")
+from causal_lm.data.subwords import Subwords  # noqa: E402
+
+pytestmark = pytest.mark.extras
+
+SENTENCE = "The cat sat on the mat; the café's cat didn't. <eos> ∂ 12 "
+LIKE_SPECIAL = "<eos> <pad></s> <|endoftext|>\n<bos>[PAD]<eos>"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return Subwords.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
+
+
+def gpt2(**changes) -> str:
+    """The JSON of a tokenizer made like GPT-2's: one special token, for everything."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, show_progress=False, special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    library.train_from_iterator([SENTENCE], trainer)
+    return json.dumps(json.loads(library.to_str()) | changes)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.one_of(st.text(), st.text("ab '\n\r\t\x1c\x85\u2028\xa0.,1é"))))
+def test_any_text_comes_back_and_its_bytes_add_up(texts):
+    for tokenizer in (BPE, GPT2, Bytes()):
+        tokenizer = from_state(tokenizer.state())
+        flat, lengths = tokenizer.encode_batch(texts)
+        assert len(lengths) == len(texts)
+        sizes = tokenizer.token_bytes()
+        for text, ids in zip(texts, np.split(flat, lengths.cumsum()[:-1]), strict=bool(texts)):
+            assert tokenizer.decode(ids.tolist()) == text
+            assert ids.tolist() == tokenizer.encode(text)
+            document = [tokenizer.bos_id, *ids.tolist(), tokenizer.eos_id]
+            assert int(sizes[document].sum()) == len(text.encode())
+            assert tokenizer.decode(document) == text
+
+
+BPE = Subwords.train([[SENTENCE * 9]], vocab_size=320)
+GPT2 = Subwords.resolve(gpt2(), {})
+
+
+@settings(max_examples=200)
+@given(st.one_of(st.text(), st.text("ab '\n\r\t\x1c\x1f\x85\u2028\xa0.,1é")))
+def test_word_by_word_is_what_the_library_does(text):
+    whole = BPE.library.encode(text, add_special_tokens=False).ids
+    assert BPE.encode(text) == whole
+    assert BPE._known or not text  # the fast way was taken
+
+
+def test_trained_here(bpe):
+    assert bpe.vocab_size == 280
+    assert sorted([bpe.pad_id, bpe.bos_id, bpe.eos_id]) == [277, 278, 279]
+    assert len(bpe.encode(" the cat")) == 2  # it did learn
+    again = Subwords.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
+    assert again.state() == bpe.state()  # on every rank the same
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, GPT2], ids=["bpe", "gpt2"])
+def test_text_that_looks_special_is_text(tokenizer):
+    ids = tokenizer.encode(LIKE_SPECIAL)
+    assert not {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert tokenizer.decode(ids) == LIKE_SPECIAL
+
+
+def test_special_tokens_by_usual_name():
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "<s>", "</s>", "a", "b"])}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="b"))
+    found = Subwords.resolve(library.to_str(), {})
+    assert (found.pad_id, found.bos_id, found.eos_id) == (0, 1, 2)
+    assert found.vocab_size == 5
+    assert found.token_bytes() is None  # words, whose bytes nobody knows
+
+
+def test_special_tokens_by_key_or_added():
+    named = Subwords.resolve(gpt2(), {"pad": "!", "bos": "<start>"})
+    assert named.pad_id == named.library.token_to_id("!")
+    assert named.bos_id == 280 and named.vocab_size == 281  # added
+    assert named.eos_id == named.library.token_to_id("<|endoftext|>")
+    bare = json.loads(gpt2())
+    bare["added_tokens"], bare["model"]["vocab"] = [], dict(bare["model"]["vocab"])
+    bare["model"]["vocab"]["x-endoftext"] = bare["model"]["vocab"].pop("<|endoftext|>")
+    added = Subwords.resolve(json.dumps(bare), {})
+    assert added.pad_id == added.bos_id == added.eos_id == 280
+
+
+def test_a_token_that_is_special_here_only_is_no_text():
+    """Added, but not as a special one: the library would find it in any text."""
+    plain = json.loads(gpt2())
+    plain["added_tokens"][0]["special"] = False
+    tokenizer = Subwords.resolve(json.dumps(plain), {})
+    assert tokenizer.eos_id not in tokenizer.encode("a <|endoftext|> b")
+    assert tokenizer.decode(tokenizer.encode("a <|endoftext|> b")) == "a <|endoftext|> b"
+
+
+def test_added_tokens_that_are_text_have_their_bytes():
+    settings_ = json.loads(gpt2())
+    token = settings_["added_tokens"][0] | {"id": 280, "content": "  ∂", "special": False}
+    settings_["added_tokens"].append(token)
+    tokenizer = Subwords.resolve(json.dumps(settings_), {})
+    ids = tokenizer.encode("a  ∂b")
+    assert 280 in ids
+    assert tokenizer.decode(ids) == "a  ∂b"
+    assert int(tokenizer.token_bytes()[ids].sum()) == len("a  ∂b".encode())
+
+
+@pytest.mark.parametrize("name", ["bpe", "gpt2"])
+def test_documents_of_subwords(name, tmp_path):
+    """PAD = BOS = EOS = one id: documents are told apart by where they end, and come back."""
+    lines = [f"{SENTENCE}{i}" for i in range(60)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "tokenizer.json").write_text(gpt2())
+    tokenizer = "bpe" if name == "bpe" else str(tmp_path / "tokenizer.json")
+    corpus = Text(
+        path=str(tmp_path / "a.txt"), unit="line", tokenizer=tokenizer, vocab_size=300,
+        cache_dir=str(tmp_path / "cache"), val_share=0.2,
+    ).load()  # fmt: skip
+    t = corpus.tokenizer
+    assert (t.pad_id == t.bos_id == t.eos_id) == (name == "gpt2")
+    found = []
+    for split in (corpus.train, corpus.val):
+        for i in range(len(split)):
+            ids = split[i].tokens
+            assert ids.dtype == torch.int64
+            assert (int(ids[0]), int(ids[-1])) == (t.bos_id, t.eos_id)
+            assert int(t.token_bytes()[ids].sum()) == len(t.decode(ids.tolist()).encode())
+            found.append(t.decode(ids.tolist()))
+    assert sorted(found) == sorted(lines)
+
+
+def test_a_bpe_learns_from_the_training_part_alone(tmp_path):
+    """A word of the held-out documents is no token, however often it occurs there."""
+    (tmp_path / "a.txt").write_text("\n".join(f"the cat {i}" for i in range(50)))
+    (tmp_path / "val.txt").write_text("zyzzyva " * 500)
+    corpus = Text(
+        path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "val.txt"), unit="line",
+        tokenizer="bpe", vocab_size=300, cache_dir=str(tmp_path / "cache"),
+    ).load()  # fmt: skip
+    assert len(corpus.tokenizer.encode(" zyzzyva")) == 8
+    assert len(corpus.tokenizer.encode(" cat")) == 1
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer\.json"):
+        Subwords.from_file(str(path), {})
