@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from causal_lm import masks
+from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import Bytes, Symbols
 from causal_lm.export import export, write_model, write_tokenizer
 from causal_lm.models import exchange
@@ -120,6 +121,33 @@ def test_bytes_of_texts_that_look_special(theirs_of, text):
     theirs = theirs_of["bytes"]
     assert theirs.encode(text, add_special_tokens=False) == ids
     assert theirs.decode([1, *ids, 2, 0], skip_special_tokens=True) == text
+
+
+@pytest.fixture(scope="module")
+def bpe(transformers, tmp_path_factory):
+    texts = ["the cat sat on the mat, the hat and the cat", "naïve cats, <eos> and all"]
+    ours = Subwords.train([texts], 300)
+    folder = tmp_path_factory.mktemp("bpe")
+    write_tokenizer(ours, 64, folder)
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@given(text=st.text())
+def test_a_bpe_has_the_same_ids(bpe, text):
+    ours, theirs = bpe
+    ids = ours.encode(text)
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.encode(text) == [ours.bos_id, *ids]
+    assert theirs.decode(ids) == text == ours.decode(ids)
+
+
+def test_a_bpe_merges_and_knows_its_special_tokens(bpe):
+    ours, theirs = bpe
+    assert len(ours.encode("the cat")) < 5
+    ids = ours.encode("a <eos> b")
+    assert ours.eos_id not in ids and theirs.encode("a <eos> b", add_special_tokens=False) == ids
+    assert (theirs.pad_token_id, theirs.bos_token_id) == (ours.pad_id, ours.bos_id)
+    assert theirs.decode([ours.bos_id, *ids, ours.eos_id], skip_special_tokens=True) == "a <eos> b"
 
 
 def test_special_ids(theirs_of):

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
+from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
 from causal_lm.models import exchange
 from causal_lm.models.external import Transformers
 from causal_lm.models.llama import Llama
 from causal_lm.report.files import write_json
 from causal_lm.run import restore
+
+SPECIAL_ROLES = ("pad", "bos", "eos")
 
 
 def export(checkpoint: str | Path, folder: Path) -> Path:
@@ -40,7 +43,7 @@ def export(checkpoint: str | Path, folder: Path) -> Path:
 
 def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
     """``model.safetensors`` and ``config.json``."""
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL_ROLES}
     if isinstance(model, Llama):
         more = ids | {"max_position_embeddings": max_length}
         exchange.write(folder, model.state_dict(), model.sizes, **more)
@@ -58,24 +61,19 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
 def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
     """``tokenizer.json``, with the same ids, and ``tokenizer_config.json``."""
     library = extras.load("tokenizers", "huggingface")
-    special = {text: i for i, text in SPECIAL.items()}
-    same = library.Tokenizer(_model(library, tokenizer, special))
-    if isinstance(tokenizer, Bytes):
-        same.decoder = library.decoders.Sequence(
-            [library.decoders.ByteFallback(), library.decoders.Fuse()]
-        )
-    else:
-        same.decoder = library.decoders.Fuse()
+    same = _same(library, tokenizer)
+    names = {role: same.id_to_token(getattr(tokenizer, f"{role}_id")) for role in SPECIAL_ROLES}
     # A prompt begins a document, as in training.
+    bos = names["bos"]
     same.post_processor = library.processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", special["<bos>"])]
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
     )
     same.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{text[1:-1]}_token": text for text in special},
+            **{f"{role}_token": name for role, name in names.items()},
             "model_max_length": max_length,
             "split_special_tokens": True,  # "<eos>" in a text is five characters, not an end
             "clean_up_tokenization_spaces": False,
@@ -83,12 +81,22 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     )
 
 
-def _model(library: Any, tokenizer: Tokenizer, special: dict[str, int]) -> Any:
+def _same(library: Any, tokenizer: Tokenizer) -> Any:
+    """The library's tokenizer of the same ids."""
+    special = {text: i for i, text in SPECIAL.items()}
+    if isinstance(tokenizer, Subwords):
+        return library.Tokenizer.from_str(tokenizer.json)
     if isinstance(tokenizer, Bytes):  # it knows no character, so falls back to bytes throughout
         bytes_ = {f"<0x{byte:02X}>": byte + len(special) for byte in range(256)}
-        return library.models.BPE(vocab=special | bytes_, merges=[], byte_fallback=True)
+        model = library.models.BPE(vocab=special | bytes_, merges=[], byte_fallback=True)
+        same = library.Tokenizer(model)
+        parts = [library.decoders.ByteFallback(), library.decoders.Fuse()]
+        same.decoder = library.decoders.Sequence(parts)
+        return same
     if isinstance(tokenizer, Symbols):
         letters = Symbols.alphabet[: tokenizer.vocab_size - len(special)]
         symbols = {letter: i for i, letter in enumerate(letters, start=len(special))}
-        return library.models.BPE(vocab=special | symbols, merges=[])
+        same = library.Tokenizer(library.models.BPE(vocab=special | symbols, merges=[]))
+        same.decoder = library.decoders.Fuse()
+        return same
     raise ValueError(f"a {type(tokenizer).__name__} tokenizer has no counterpart in transformers")
