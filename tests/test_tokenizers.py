@@ -1,6 +1,7 @@
 """Subword tokenizers: text comes back, bytes add up, special tokens stay special."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from causal_lm.data.sources import texts
 from causal_lm.data.sources.text import Text
 from causal_lm.data.tokenizers import Bytes, from_state
 
@@ -40,13 +42,12 @@ def gpt2(**changes) -> str:
 
 @settings(max_examples=200)
 @given(st.lists(st.one_of(st.text(), st.text("ab '\n\r\t\x1c\x85\u2028\xa0.,1é"))))
-def test_any_text_comes_back_and_its_bytes_add_up(texts):
-    for tokenizer in (BPE, GPT2, Bytes()):
-        tokenizer = from_state(tokenizer.state())
-        flat, lengths = tokenizer.encode_batch(texts)
-        assert len(lengths) == len(texts)
+def test_any_text_comes_back_and_its_bytes_add_up(batch):
+    for tokenizer in RESTORED:
+        flat, lengths = tokenizer.encode_batch(batch)
+        assert len(lengths) == len(batch)
         sizes = tokenizer.token_bytes()
-        for text, ids in zip(texts, np.split(flat, lengths.cumsum()[:-1]), strict=bool(texts)):
+        for text, ids in zip(batch, np.split(flat, lengths.cumsum()[:-1]), strict=bool(batch)):
             assert tokenizer.decode(ids.tolist()) == text
             assert ids.tolist() == tokenizer.encode(text)
             document = [tokenizer.bos_id, *ids.tolist(), tokenizer.eos_id]
@@ -54,13 +55,25 @@ def test_any_text_comes_back_and_its_bytes_add_up(texts):
             assert tokenizer.decode(document) == text
 
 
-BPE = Subwords.train([[SENTENCE * 9]], vocab_size=320)
+CODE = Path(texts.__file__).read_text(encoding="utf-8")
+BPE = Subwords.train([[SENTENCE * 9, CODE]], vocab_size=1000)
 GPT2 = Subwords.resolve(gpt2(), {})
+RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, Bytes())]
 
 
-@settings(max_examples=200)
-@given(st.one_of(st.text(), st.text("ab '\n\r\t\x1c\x1f\x85\u2028\xa0.,1é")))
+@settings(max_examples=500)
+@given(
+    st.one_of(
+        st.text(),
+        st.text("ab '\n\r\t\x1c\x1f\x85\u2028\xa0.,1é"),
+        st.text(st.characters(codec="ascii")),
+        st.lists(st.sampled_from([*CODE.split(" "), " ", "\n", "'s", "'ll", "é", "²", "_"])).map(
+            "".join
+        ),
+    )
+)
 def test_word_by_word_is_what_the_library_does(text):
+    BPE._known.clear()
     whole = BPE.library.encode(text, add_special_tokens=False).ids
     assert BPE.encode(text) == whole
     assert BPE._known or not text  # the fast way was taken

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from causal_lm.data.tokenizers import Tokenizer
 
-READS_KEPT, VALUES_KEPT = 512, 2**20
+READS_KEPT, VALUES_KEPT = 64, 2**20
 """Reads, and values of one read, after which a mapped file's pages are handed back."""
 STRETCH = 2**20
 """Documents whose lengths are worked out at a time."""

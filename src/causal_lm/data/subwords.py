@@ -19,9 +19,16 @@ USUAL = {
 }
 """Role -> the names it goes by, the likeliest first."""
 
-WORD = re.compile(r" ?[^\s]+|\s+(?!\S)|\s+")
-"""Cuts where the pattern of a byte-level pre-tokenizer always cuts too: a word keeps the space
-before it."""
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+NOT_BEFORE = r"(?![^\0-\x7f])"
+WORD = re.compile(
+    rf"'(?:[sdmt]|ll|ve|re){NOT_BEFORE}"
+    rf"| ?[A-Za-z]++{NOT_BEFORE}| ?[0-9]++{NOT_BEFORE}"
+    rf"| ?[^{SPACE}A-Za-z0-9\x80-\U0010ffff]++{NOT_BEFORE}"
+    rf"| ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+"
+)
+"""Cuts where GPT-2's pattern cuts, though not everywhere: from the first character beyond ASCII on,
+a word goes as far as the next space, since Python's letters are not quite Unicode's."""
 WORDS_KEPT = 300_000
 """Words whose ids are remembered."""
 
@@ -115,7 +122,7 @@ class Subwords:
         return [np.array(encoding.ids, self._dtype).tobytes() for encoding in encodings]
 
     def _encode_words(self, texts: Sequence[str]) -> list[bytes]:
-        """Word by word, each asked of the library once: six times as fast on ordinary text."""
+        """Word by word, each asked of the library once: three times as fast on source code."""
         known = self._known if len(self._known) < WORDS_KEPT else {}
         split = [WORD.findall(text) for text in texts]
         new = list({word for words in split for word in words if word not in known})

@@ -26,7 +26,8 @@ CHUNK = 1 << 20
 LEARN_FROM = 16 << 20
 """Characters, spread evenly over the training part, that a BPE is trained on."""
 ALONE_BELOW = 16 << 20
-"""Bytes of a corpus up to which this process tokenises alone: others take a second to start."""
+"""Bytes of a corpus up to which this process tokenises alone: others take a second to start. Where
+tokens are bytes it always does, because handing text over costs more than making tokens of it."""
 FORMAT = 1
 """Of the files and of how text is cut; a new number leaves older caches aside."""
 
@@ -136,7 +137,8 @@ class TextSource(abc.ABC):
         state, size = tokenizer.state(), self.size()
         self.left_out.clear()
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
-            processes = self.num_proc if size >= ALONE_BELOW else 1
+            alone = size < ALONE_BELOW or isinstance(tokenizer, Bytes)
+            processes = 1 if alone else self.num_proc
             parts = tokenised(self.read(), Tokenise(state, self.val_share), processes, bar.update)
             dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
             train, val = store.write(folder, parts, dtype)
