@@ -30,7 +30,7 @@ def test_the_longest_document_ends_for_certain():
     made = language(mean=1000.0)
     documents = made.sample(200, torch.Generator().manual_seed(0))
     assert int(documents.lengths.max()) == 11
-    longest = [documents[i].tolist() for i in range(200) if len(documents[i]) == 11]
+    longest = [documents[i].tokens.tolist() for i in range(200) if len(documents[i].tokens) == 11]
     body = longest[0][:-1]
     chain = made.chain
     nats = -math.log(1 / 6) - sum(
@@ -61,7 +61,7 @@ def test_legal_is_what_the_language_can_say():
     made = language()
     documents = made.sample(50, torch.Generator().manual_seed(2))
     for i in range(50):
-        d = documents[i].long()
+        d = documents[i].tokens.long()
         assert bool(made.legal(d[:-1], d[1:]).all())
     a = torch.tensor([3, BOS, EOS, 3, 3])
     b = torch.tensor([3, EOS, 4, BOS, 0])  # itself, empty, after the end, BOS, PAD
