@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: see docs/NOTES.md
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
