@@ -249,6 +249,30 @@ bigram = add_right(
 )
 
 
+class Experts(nn.Module):
+    """A bigram: each token goes to the one of eight experts that likes it best; most stay idle."""
+
+    def __init__(self, stacked: bool) -> None:
+        super().__init__()
+        self.tok, self.gate = nn.Embedding(V, 12), nn.Linear(12, 8)
+        self.places = nn.Parameter(torch.randn(64, 12))
+        each = nn.ModuleList(nn.Linear(12, 12) for _ in range(8))
+        self.each = nn.Parameter(torch.randn(8, 12, 12) / 4) if stacked else each
+        self.head = nn.Linear(12, V)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        x = self.tok(input_ids) + self.places[: input_ids.shape[1]]
+        share, chosen = self.gate(x).softmax(-1).max(-1, keepdim=True)
+        apply = x.__matmul__ if isinstance(self.each, Tensor) else lambda e: e(x)
+        every = torch.stack([apply(e) for e in self.each], -2)
+        only = F.one_hot(chosen, 8)[..., 0, :, None]
+        return self.head(x + (share[..., None] * only * every).sum(-2))
+
+
+experts = add_right("experts", case(lambda: Experts(False), lambda s: full(s, 2, 6)))
+stacked = add_right("stacked_experts", case(lambda: Experts(True), lambda s: full(s, 2, 6)))
+
+
 class Autocast(Tiny):
     def forward(self, *a: Any, **k: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -543,6 +567,21 @@ class Nothing(Tiny):
         return torch.eye(t, dtype=torch.bool)
 
 
+class Threefold(Nothing):
+    """Sees itself alone; queries, keys and values are slices of one parameter along `axis`."""
+
+    axis = 0
+
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+        self.all = nn.Parameter(torch.randn(3, 16, 16).movedim(0, self.axis) / 4)
+        self.qkv = nn.ModuleList([nn.Identity()])
+
+    def attend(self, x: Tensor, i: int, see: Tensor) -> Tensor:
+        q, k, v = (self.split(x @ w) for w in self.all.unbind(self.axis))
+        return self.merge(self.weights(q @ k.transpose(-1, -2) / 3, see) @ v)
+
+
 class BlindToLast(Tiny):
     def causal(self, t: int) -> Tensor:
         return super().causal(t).tril(-2)
@@ -659,6 +698,9 @@ for model, label in (
     (Summaries, "block_summaries"), (Rolled, "rolled_hidden"), (Faint, "faint_leak"),
 ):  # fmt: skip
     add("causal", plain, label, case(model))
+for axis in range(3):
+    make = type("Threefold", (Threefold,), {"axis": axis})
+    add("causal", plain, f"sees_nothing_axis_{axis}", case(make))
 add("causal", dropout, "mask_dropped_in_training", case(lambda: DropoutPath(dropout=0.1)))
 add("causal", convolved, "convolved_both_ways", case(ConvolvedBoth))
 add("causal", finite_mask, "mask_outgrown", case(Outgrown))

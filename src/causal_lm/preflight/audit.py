@@ -1,11 +1,13 @@
 """The audit itself: understand the batch, find the logits, run every probe, leave no trace."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from causal_lm.preflight import flow, fused, norm, padding, past, pictures, position, readout
+from causal_lm.preflight import flow, fused, norm, padding, page, position, readout
 from causal_lm.preflight.context import Context, Probe
 from causal_lm.preflight.frame import Frame, UnexaminableError
 from causal_lm.preflight.report import Report
@@ -27,14 +29,14 @@ PROBES: tuple[Probe, ...] = (
     flow.company,
     flow.future,
     flow.documents,
-    past.past,
+    flow.past,
     padding.embedding,
     padding.extension,
     position.order,
     position.alone,
     position.packed,
     position.decoding,
-    pictures.pictures,
+    page.pictures,
 )
 
 
@@ -71,40 +73,35 @@ def preflight(
     frame = understand(batch, pad_id, eos_id)
     _check_range(model, frame)
     report = Report()
+    full, work = _sampled(frame, report)
     box = Sandbox(model)
     subject = Subject(model, loss_fn, box, seed)
-    try:
-        full = _sampled(frame, report)
-        part, rows, first = _working_part(full, report)
-        ctx = Context(subject, full, part, rows, seed, report, first)
-        _start(ctx)
-        probes = PROBES if subject.site is not None else (fused.labels,)
-        if subject.site is None:
-            report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
-        for probe in probes:
-            _run(probe, ctx)
-        if "lag" in ctx.blamed:  # inputs shifted inside the model: offset 0 is the right one
-            report.findings[:] = [f for f in report.findings if f.label != "shift"]
-            report.passed.append("alignment")
-    finally:
-        box.restore()
+    ctx = Context(subject, full, work, seed, report)
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(cuda):
+        try:
+            _start(ctx)
+            for probe in PROBES if subject.site is not None else (fused.labels,):
+                _run(probe, ctx)
+        finally:
+            box.restore()
+    if "lag" in ctx.blamed:  # inputs shifted inside the model: offset 0 is the right one
+        report.findings[:] = [f for f in report.findings if f.label != "shift"]
+        report.passed.append("alignment")
     report.forwards, report.seconds = subject.forwards, time.perf_counter() - started
     return report
 
 
 def _start(ctx: Context) -> None:
     """Find the logits, on a few rows; on all of them where the loss insists on its batch."""
-    subject, part = ctx.subject, ctx.work
-    try:
+    subject = ctx.subject
+    for part in (ctx.work, ctx.full):
         try:
             subject.discover(part)
-        except Exception:
-            if part is ctx.full:
-                raise
-            ctx.work, ctx.rows, ctx.first = ctx.full, list(range(len(ctx.full.ids))), 0
-            ctx.report.sampled.clear()
-            subject.discover(ctx.full)
-    except Exception as problem:
+            break
+        except Exception as raised:
+            problem, ctx.work = raised, ctx.full
+    else:
         why = f"{type(problem).__name__}: {problem}".splitlines()[0]
         if isinstance(problem, IndexError):
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
@@ -114,6 +111,8 @@ def _start(ctx: Context) -> None:
             ctx.readout(True)
     except RuntimeError:  # logits of slots that cannot be told: as good as none
         subject.site = None
+    if subject.site is None:
+        ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 
 def _run(probe: Probe, ctx: Context) -> None:
@@ -125,11 +124,8 @@ def _run(probe: Probe, ctx: Context) -> None:
         why = why if isinstance(problem, UnexaminableError) else f"{type(problem).__name__}: {why}"
         ctx.report.skipped[name] = why[:200]
         return
-    if found:
-        ctx.report.findings.extend(found)
-        if name == "alignment":  # then the weights say nothing more
-            ctx.blamed.update({"pad": "pad target", "shift": "shift"}[f.label] for f in found)
-    elif name != "pictures":
+    ctx.report.findings += [replace(f, probe=name) for f in found]
+    if not found and name != "pictures":
         ctx.report.passed.append(name)
 
 
@@ -144,27 +140,21 @@ def _check_range(model: nn.Module, frame: Frame) -> None:
         )
 
 
-def _sampled(frame: Frame, report: Report) -> Frame:
+def _sampled(frame: Frame, report: Report) -> tuple[Frame, Frame]:
+    """As much of the batch as is read, and a part for the flow: a few rows of unlike length."""
     rows, width = frame.ids.shape
     most = max(2, _SLOTS // max(1, width * (int(frame.ids.max()) + 1)))
-    if rows <= most:
-        return frame
-    report.sampled.append(f"loss: the first {most} of {rows} rows")
-    return frame.rows(list(range(most)))
-
-
-def _working_part(frame: Frame, report: Report) -> tuple[Frame, list[int], int]:
-    """A few rows that differ: the longest, the shortest, and those between."""
-    rows, width = frame.ids.shape
-    index = list(range(rows))
+    if rows > most:
+        report.sampled.append(f"loss: the first {most} of {rows} rows")
+        frame, rows = frame.rows(list(range(most))), most
+    part = frame
     if rows > _ROWS:
-        by_length = sorted(index, key=lambda b: (int(frame.real[b].sum()), b))
+        by_length = frame.real.sum(1).argsort(stable=True).tolist()
         index = [by_length[round(i * (rows - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+        part = frame.rows(index)
         report.sampled.append(f"flow: rows {', '.join(map(str, index))} of {rows}")
-    part = frame.rows(index) if rows > _ROWS else frame
-    start = 0
     if width > _COLS:
         start = width - _COLS if bool(frame.left.any()) else 0
         part = part.cols(start, start + _COLS)
         report.sampled.append(f"flow: columns {start} to {start + _COLS - 1} of {width}")
-    return part, index, start
+    return frame, part

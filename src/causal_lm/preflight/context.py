@@ -9,34 +9,39 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.frame import Frame
-from causal_lm.preflight.report import Finding, Report
+from causal_lm.preflight.report import REMEDIES, Finding, Report
 from causal_lm.preflight.subject import Look, Readout, Subject
 
 Probe = Callable[["Context"], list[Finding]]
 
 # Relative to the spread of the logits. Runs of equal shape differ by less than rounding; runs of
 # another shape (a row alone, PAD appended) take other kernels and differ by several roundings.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+_ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3}
+_COARSE = 2e-2  # bfloat16 and below
 _RESHAPED = 4.0
-TRAINED = 1e-3  # share of the largest weight below which a position has no target
+
+
+@dataclass(frozen=True)
+class Move:
+    """How far logits moved at most, and at which slot of the audited batch, if at one."""
+
+    size: float
+    at: int = -1
 
 
 @dataclass
 class Context:
     """One audit in progress.
 
-    `work` is a few rows of `full`, for the probes of logits: `rows` says where its rows lie in
-    `full`, `first` where its columns begin. `blamed` holds the mechanisms found so far (future,
-    company, documents, padding, ...), which later probes must not report a second time.
+    `work` is a few rows of `full`, for the probes of logits. `blamed` holds the mechanisms found so
+    far (future, company, documents, padding, ...), which later probes must not report again.
     """
 
     subject: Subject
     full: Frame
     work: Frame
-    rows: list[int]
     seed: int
     report: Report
-    first: int = 0
     blamed: set[str] = field(default_factory=set)
     _readouts: dict[bool, Readout] = field(default_factory=dict)
 
@@ -51,11 +56,10 @@ class Context:
         """Logits of `work` as it is, in eval mode."""
         return self.subject.look(self.work)
 
-    @cached_property
-    def counted(self) -> Tensor:
-        """(R, T) bool on `work`: real positions with a target, in either mode."""
-        hit = trained(self.readout(False)) | trained(self.readout(True))
-        return hit[self.rows][:, self.first :][:, : self.work.ids.shape[1]] & self.work.real
+    def counted(self, frame: Frame) -> Tensor:
+        """(B, T) bool: real positions with a target, in either mode."""
+        hit = (self.readout(False).trained | self.readout(True).trained) & self.full.real
+        return hit.flatten()[frame.at] & frame.real & (frame.at >= 0)
 
     def weights(self, woken: bool) -> AbstractContextManager[None]:
         return self.subject.box.woken(self.seed) if woken else nullcontext()
@@ -64,45 +68,55 @@ class Context:
     def tolerance(self) -> float:
         """Relative, for runs of equal shape; grows slowly with depth."""
         depth = sum(1 for m in self.subject.box.modules if m._parameters)
-        return float(_ROUNDING.get(self.subject.dtype, 2e-2) * max(1.0, (depth / 100) ** 0.5))
+        return float(_ROUNDING.get(self.subject.dtype, _COARSE) * max(1.0, (depth / 100) ** 0.5))
 
-    def bound(self, logits: Tensor, where: Tensor, reshaped: bool = False) -> float:
-        """Largest change of logits (R, T, V) at `where` (R, T) that may be rounding."""
+    def bound(self, logits: Tensor, where: Tensor) -> float:
+        """Largest change of logits (B, T, V) at `where` (B, T) that may be rounding."""
         z = logits[where]
         z = z[torch.isfinite(z).any(-1)]
         if not z.numel():
             return 0.0
         z = torch.where(torch.isfinite(z), z, 0.0)
-        spread = float((z - z.mean(-1, keepdim=True)).pow(2).mean().sqrt())
-        rounding = self.tolerance * (_RESHAPED if reshaped else 1.0)
-        return rounding * (spread + 0.05 * float(z.abs().max()))
+        spread = (z - z.mean(-1, keepdim=True)).pow(2).mean().sqrt() + 0.05 * z.abs().max()
+        return self.tolerance * float(spread)
 
     def worst(
-        self, new: Tensor, base: Tensor, watch: Tensor, reshaped: bool = False
-    ) -> tuple[float, int, int] | None:
-        """Size, row and column of the largest move at `watch` (R, T); None if it is rounding."""
-        change = torch.where(watch, moved(new, base), 0.0)
-        if not float(change.max()) > self.bound(base, watch, reshaped):
+        self, frame: Frame, new: Tensor, old: Tensor, watch: Tensor, reshaped: bool = False
+    ) -> Move | None:
+        """The largest move at `watch` (B, T) of the frame; None if it is rounding."""
+        change = torch.where(watch, moved(new, old), 0.0)
+        size = float(change.max())
+        if not size > self.bound(old, watch) * (_RESHAPED if reshaped else 1.0):
             return None
-        return float(change.max()), *divmod(int(change.argmax()), change.shape[1])
+        return Move(size, int(frame.at.flatten()[change.argmax()]))
 
-    def finding(
-        self, label: str, probe: str, seen: str, remedy: str, hit: tuple[float, int, int]
-    ) -> Finding:
-        """`hit` is size, row and column on `work`; `seen` may speak of {row}, {t} and {size}."""
-        size, b, t = hit
-        token, b = int(self.work.ids[b, t]), self.rows[b]
-        seen = seen.format(row=b, t=t + self.first, size=f"{size:.3g}")
-        return Finding(label, probe, seen, remedy, size, b, t + self.first, token)
+    def elsewhere(self, frame: Frame, other: Frame) -> Move | None:
+        """The largest move of a counted logit of `frame` that stands in `other` as well."""
+        a = self.base if frame is self.work else self.subject.look(frame)
+        b = self.subject.look(other)
+        seen = a.seen.flatten().nonzero()[:, 0]
+        home = frame.at.new_full((self.full.at.numel() + 1,), -1)
+        home[frame.at.flatten()[seen]] = seen
+        home[-1] = -1  # what is in no slot is nowhere
+        slots = home[other.at]
+        watch = self.counted(other) & b.seen & (slots >= 0)
+        return self.worst(other, b.logits, a.logits.flatten(0, 1)[slots], watch, reshaped=True)
 
+    def finding(self, label: str, seen: str, remedy: str, move: Move) -> Finding:
+        """`seen` may speak of {row}, {t} and {size}, and of {where}, which says all of them."""
+        size, (row, t) = f"{move.size:.3g}", divmod(move.at, self.full.ids.shape[1])
+        where = f"row {row}: the logits at position {t} move by {size}"
+        seen = seen.format(row=row, t=t, size=size, where=where)
+        place = (row, t, int(self.full.ids[row, t])) if move.at >= 0 else ()
+        return Finding(label, seen, REMEDIES[remedy], move.size, *place)
 
-def trained(r: Readout) -> Tensor:
-    """(B, T) bool: positions that the loss trains on a target."""
-    return r.weight.abs().minimum(r.sharp.abs()) > TRAINED * r.weight.abs().max().clamp_min(1e-300)
+    def first(self, label: str, seen: str, remedy: str, hit: Tensor, size: float) -> Finding:
+        """`hit` (B, T) of the whole batch holds the evidence."""
+        return self.finding(label, seen, remedy, Move(size, int(hit.flatten().long().argmax())))
 
 
 def moved(a: Tensor, b: Tensor) -> Tensor:
-    """(R, T): largest change over the vocabulary; NaN against a number is an infinite change."""
+    """(B, T): largest change over the vocabulary; NaN against a number is an infinite change."""
     change = torch.where(a == b, 0.0, (a - b).abs())  # inf - inf
     change = torch.where(torch.isnan(a) & torch.isnan(b), 0.0, change)
     return torch.nan_to_num(change, nan=float("inf")).amax(-1)

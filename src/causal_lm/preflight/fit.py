@@ -26,45 +26,40 @@ def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
     sharp (w alone), pull (largest |g|, zero where the position plays no part) and lump (sum of g,
     zero for cross-entropy, positive for a z-loss); the rms of what is left over that of g.
     """
-    device, v = grad.device, grad.shape[-1]
+    device, shape, v = grad.device, grad.shape[:-1], grad.shape[-1]
     mps = device.type == "mps"  # has no float64
-    parts = (torch.split(x.reshape(-1, v), max(1, _CHUNK // v)) for x in (logits, grad))
+    parts = [x.reshape(-1, v).split(max(1, _CHUNK // v)) for x in (logits, grad)]
     fitted = [_fit(*(x.cpu() if mps else x for x in pair)) for pair in zip(*parts, strict=True)]
-    target, left, rms, *values = (torch.cat(x) for x in zip(*fitted, strict=True))
-    live = rms > 1e-24 * rms.max()
-    residual = float((left[live].sum() / rms[live].sum()).sqrt()) if bool(live.any()) else 0.0
+    target, rest, power, *values = (torch.cat(x) for x in zip(*fitted, strict=True))
+    live = power > 1e-24 * power.max()
+    residual = float((rest[live].sum() / power[live].sum()).sqrt()) if bool(live.any()) else 0.0
     stack = torch.stack([x.float() if mps else x for x in values])
-    shape = grad.shape[:-1]
-    return target.reshape(shape).to(device), stack.reshape(4, *shape).to(device), residual
+    return target.view(shape).to(device), stack.view(4, *shape).to(device), residual
 
 
 def _fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     g = torch.nan_to_num(grad.double(), 0.0, 0.0, 0.0)
     p = torch.nan_to_num(logits.double().softmax(-1), 0.0)
-    y, w, u, left = _given(p, g, g.argmin(-1))
-    # With a confident model the target can be the largest p instead of the lowest g.
-    sure = left > 1e-6 * g.pow(2).mean(-1)
-    if bool(sure.any()):
-        other = _given(p, g, p.argmax(-1))
-        better = sure & (other[3] < left * 0.5)
-        y, w, u, left = (
-            torch.where(better, b, a) for a, b in zip((y, w, u, left), other, strict=True)
-        )
-    weight = w + u * g.shape[-1]
-    return y, left, g.pow(2).mean(-1), weight, w, g.abs().amax(-1), g.sum(-1)
+    power = g.pow(2).mean(-1)
+    # The target is the lowest g; with a confident model it can be the largest p instead.
+    y, w, u, rest = low = _given(p, g, g.argmin(-1))
+    if bool((rest > 1e-6 * power).any()):
+        top = _given(p, g, p.argmax(-1))
+        better = (rest > 1e-6 * power) & (top[3] < rest * 0.5)
+        y, w, u, rest = (torch.where(better, b, a) for a, b in zip(low, top, strict=True))
+    return y, rest, power, w + u * g.shape[-1], w, g.abs().amax(-1), g.sum(-1)
 
 
 def _given(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fit a and u on every id but y; what is missing at y is w. Mean squared rest last."""
     others = torch.ones_like(g).scatter_(-1, y[..., None], 0.0)
     n = others.sum(-1, keepdim=True).clamp_min(1)
-    pm = (p * others).sum(-1, keepdim=True) / n
-    gm = (g * others).sum(-1, keepdim=True) / n
+    pm, gm = ((x * others).sum(-1, keepdim=True) / n for x in (p, g))
     dp, dg = (p - pm) * others, (g - gm) * others
     var = dp.pow(2).sum(-1, keepdim=True)
     flat = var < 1e-24  # uniform p: a and u cannot be told apart, call it all a
     a = torch.where(flat, gm / pm.clamp_min(1e-300), (dp * dg).sum(-1, keepdim=True) / var)
     u = a * pm - gm
-    rest = (g - a * p + u) * others
-    w = (a * p - u - g).gather(-1, y[..., None])[..., 0]
-    return y, w, u[..., 0], rest.pow(2).mean(-1)
+    off = g - a * p + u
+    w = -off.gather(-1, y[..., None])[..., 0]
+    return y, w, u[..., 0], (off * others).pow(2).mean(-1)

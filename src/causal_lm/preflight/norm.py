@@ -8,15 +8,10 @@ length is a sum with another constant. What depends on the number of slots, PAD 
 import torch
 from torch import Tensor
 
-from causal_lm.preflight.context import Context, trained
-from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError
+from causal_lm.preflight.context import Context, Move
+from causal_lm.preflight.frame import IGNORE, UnexaminableError
 from causal_lm.preflight.report import Finding
 from causal_lm.preflight.subject import Readout
-
-REMEDY = (
-    "sum the token losses and divide once, by the number of counted targets over all micro-batches "
-    "and ranks (or keep the sum)"
-)
 
 
 def reduction(ctx: Context) -> list[Finding]:
@@ -24,7 +19,7 @@ def reduction(ctx: Context) -> list[Finding]:
     if "pad target" in ctx.blamed:
         raise UnexaminableError("PAD is trained, so the weights say nothing more")
     r, frame = ctx.readout(True), ctx.full
-    on = trained(r)
+    on = r.trained
     if not bool(on.any()) or r.loss != r.loss:
         raise UnexaminableError("no finite, counted position")
     tol = max(2e-3, 3 * r.residual)
@@ -32,14 +27,14 @@ def reduction(ctx: Context) -> list[Finding]:
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
     if _mean_of_means(r.weight, on, frame.doc, tol):
-        return _by_call(ctx, r, tol)
-    b, t = divmod(int(torch.where(on, r.weight, -torch.inf).argmax()), on.shape[1])
+        return _by_call(ctx, r.calls, tol)
     seen = (
         f"the weights of the tokens differ from {float(w.min()):.3g} to {float(w.max()):.3g} (sum "
-        f"{float(w.sum()):.3g}) and are no mean over rows either; heaviest at row {b}, position {t}"
+        f"{float(w.sum()):.3g}) and are no mean over rows either; heaviest at row {{row}}, "
+        "position {t}"
     )
     size = float(w.max() / w.min().clamp_min(1e-300))
-    return [Finding("norm", "reduction", seen, REMEDY, size, b, t, int(frame.ids[b, t]))]
+    return [ctx.first("norm", seen, "divide", on & (r.weight == w.max()), size)]
 
 
 def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
@@ -56,63 +51,61 @@ def _mean_of_means(weight: Tensor, on: Tensor, doc: Tensor, tol: float) -> bool:
 
 def _mean_over(weight: Tensor, on: Tensor, group: Tensor, tol: float) -> bool:
     """Equal within each group, with sums that are equal and make 1, 1 each, or 1/B each."""
-    parts = [weight[on & (group == g)] for g in set(group[on].tolist())]
+    parts = [weight[on & (group == g)] for g in group[on].unique()]
     sums = torch.stack([w.sum() for w in parts])
     even = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
     return even and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(weight)))
 
 
 def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
-    """All weights w, but neither 1/N nor 1: how does w follow the batch? Cut it and see.
+    """All weights are one w, but neither 1/N nor 1: how does w follow the batch? Cut it and see.
 
     A w that stays is a sum with a factor (rows times a fixed length, an accumulation count).
     """
-    frame = ctx.full
-    width = frame.ids.shape[1]
+    frame, width = ctx.full, ctx.full.ids.shape[1]
     half = width // 2 + 1
     cut = frame.cols(width - half, width) if bool(frame.left.any()) else frame.cols(0, half)
     r2 = ctx.subject.readout(cut, True)
-    w, w2 = r.weight[trained(r)], r2.weight[trained(r2)]
+    w, w2 = r.weight[r.trained], r2.weight[r2.trained]
     if not len(w2) or half >= width:
         raise UnexaminableError("the batch is too short to see how the loss is scaled")
     if _near(w2.mean(), w.mean(), tol):
         return []
     slots = any(_near(w.mean() * k, 1, tol) for k in (frame.ids.numel(), frame.ids[:, 1:].numel()))
-    per_document = w.mean() * _documents(frame, r), w2.mean() * _documents(cut, r2)
-    if not slots and _near(*per_document, tol):  # over documents times a fixed length
-        return []
-    why = "the loss is divided more than once, or by something else than the counted targets"
+    documents, documents2 = _documents(frame.doc, r.trained), _documents(cut.doc, r2.trained)
+    if not slots and _near(w2.mean() * documents2, w.mean() * documents, tol):
+        return []  # over documents times a fixed length
+    by = "something else than the counted targets, or twice"
     if slots:
-        why = "the loss is divided by all slots of the batch, PAD included"
+        by = "all slots of the batch, PAD included"
     total = float(w.sum())
     seen = (
-        f"{why}: every one of the {len(w)} counted tokens weighs {float(w.mean()):.3g}, together "
-        f"{total:.3g} instead of 1; with {len(w2)} tokens of the same rows, {float(w2.mean()):.3g} "
-        "each"
+        f"the loss is divided by {by}: each of the {len(w)} counted tokens weighs "
+        f"{float(w.mean()):.3g}, together {total:.3g} instead of 1; with {len(w2)} tokens of the "
+        f"same rows, {float(w2.mean()):.3g} each"
     )
-    return [Finding("norm", "reduction", seen, REMEDY, total)]
+    return [ctx.finding("norm", seen, "divide", Move(total))]
 
 
-def _documents(frame: Frame, r: Readout) -> int:
+def _documents(doc: Tensor, on: Tensor) -> int:
     """How many documents of how many rows hold a counted token."""
-    on = trained(r)
-    return len({(int(b), int(frame.doc[b, t])) for b, t in on.nonzero()})
+    return len({(int(b), int(doc[b, t])) for b, t in on.nonzero()})
 
 
-def _by_call(ctx: Context, r: Readout, tol: float) -> list[Finding]:
+def _by_call(ctx: Context, calls: int, tol: float) -> list[Finding]:
     """A mean over rows, from several calls of the model: is it a mean over *calls* of one row each?
 
     Doubling the rows tells: a mean over rows stays one, while calls now hold rows of two lengths.
     """
-    if r.calls < 2:
+    if calls < 2:
         return []
     rows = list(range(len(ctx.full.ids)))
     doubled = ctx.full.rows(rows + rows)
-    r2 = ctx.subject.readout(doubled, True)
-    if _mean_of_means(r2.weight, trained(r2), doubled.doc, tol):
+    r = ctx.subject.readout(doubled, True)
+    if _mean_of_means(r.weight, r.trained, doubled.doc, tol):
         return []
-    seen = f"the loss is a mean over {r.calls} calls of the model of each call's own mean"
-    return [Finding("norm", "reduction", seen, REMEDY, float(r.calls))]
+    seen = f"the loss is a mean over {calls} calls of the model of each call's own mean"
+    return [ctx.finding("norm", seen, "divide", Move(calls))]
 
 
 def emptied(ctx: Context) -> list[Finding]:
@@ -130,7 +123,6 @@ def emptied(ctx: Context) -> list[Finding]:
     for train in (True, False):
         loss = float(ctx.subject.run(frame.put("labels", labels), train).detach())
         if not abs(loss) < float("inf"):
-            seen = f"the loss is {loss} once row {ctx.rows[0]} holds no target"
-            remedy = "clamp each count that divides to at least 1, or skip rows without targets"
-            return [Finding("norm", "emptied", seen, remedy, row=ctx.rows[0])]
+            seen = f"the loss is {loss} once row {{row}} holds no target"
+            return [ctx.finding("norm", seen, "clamp", Move(loss, int(frame.at[0, 0])))]
     return []

@@ -3,44 +3,42 @@
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
-
-def btv(t: Tensor, layout: str) -> Tensor:
-    """Any layout -> (b, t, V), or (1, b*t, V) for flat logits."""
-    if layout == "bvt":
-        return t.transpose(1, 2)
-    if layout == "tbv":
-        return t.transpose(0, 1)
-    return t[None] if layout == "nv" else t
+# How to permute logits to (b, t, V), which is also the way back; () for flat ones (n, V).
+Layout = tuple[int, ...]
 
 
-def back(z: Tensor, layout: str, like: Tensor) -> Tensor:
-    out = btv(z, layout) if layout in ("bvt", "tbv") else z
-    return out.reshape(like.shape)
+def layouts(shape: torch.Size, ids: torch.Size, need: int) -> list[Layout]:
+    """Layouts in which a tensor may be the logits of a call with ids (b, t) over >= need ids."""
+    b, t = ids
+    if len(shape) == 2:
+        return [()] if shape[1] >= need and shape[0] <= b * t else []
+    fits = {
+        (0, 1, 2): shape[0] == b,
+        (0, 2, 1): shape[0] == b and shape[2] in (t, t - 1),
+        (1, 0, 2): shape[1] == b != t and shape[0] in (t, t - 1),
+    }
+    return [layout for layout, fit in fits.items() if fit and shape[layout[2]] >= need]
+
+
+def btv(t: Tensor, layout: Layout) -> Tensor:
+    """Any layout -> (b, t, V), or (1, n, V) for flat logits."""
+    return t.permute(layout) if layout else t[None]
 
 
 def floats(output: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
     """Float tensors in an output with the way to each; at most two levels deep."""
     if isinstance(output, Tensor):
         return [(path, output)] if output.is_floating_point() else []
-    if len(path) >= 2 or output is None:
-        return []
-    if isinstance(output, dict):
-        items: list[tuple[Any, Any]] = list(output.items())
-    elif isinstance(output, (tuple, list)):
-        items = list(enumerate(output))
-    else:
-        items = list(vars(output).items()) if hasattr(output, "__dict__") else []
-    return [hit for k, v in items for hit in floats(v, (*path, k))]
+    inner = _parts(output).items() if len(path) < 2 else ()
+    return [hit for k, v in inner for hit in floats(v, (*path, k))]
 
 
 def get(output: Any, path: tuple[Any, ...]) -> Any:
     for k in path:
-        try:
-            output = output[k] if isinstance(output, (dict, tuple, list)) else getattr(output, k)
-        except (KeyError, IndexError, AttributeError):
-            return None
+        output = _parts(output).get(k)
     return output
 
 
@@ -54,8 +52,11 @@ def put(output: Any, path: tuple[Any, ...], value: Any) -> Any:
         items = [inner if i == k else x for i, x in enumerate(output)]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     new = copy.copy(output)
-    if isinstance(new, dict):
-        new[k] = inner
-    else:
-        object.__setattr__(new, k, inner)
+    (new if isinstance(new, dict) else vars(new))[k] = inner
     return new
+
+
+def _parts(output: Any) -> dict[Any, Any]:
+    if isinstance(output, (tuple, list)):
+        return dict(enumerate(output))
+    return dict(output) if isinstance(output, dict) else getattr(output, "__dict__", {})

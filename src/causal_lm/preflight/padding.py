@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from causal_lm.preflight.context import Context, trained
+from causal_lm.preflight.context import Context, Move
 from causal_lm.preflight.frame import Frame, UnexaminableError
 from causal_lm.preflight.locate import integers, locate
-from causal_lm.preflight.norm import REMEDY as NORM_REMEDY
-from causal_lm.preflight.readout import PAD_REMEDY
 from causal_lm.preflight.report import Finding
-from causal_lm.preflight.subject import Look
-
-KEY_REMEDY = (
-    "hide PAD keys from real queries: pass the padding mask, in the convention of the layer"
-)
 
 
 def finite(ctx: Context) -> list[Finding]:
@@ -26,44 +19,31 @@ def finite(ctx: Context) -> list[Finding]:
     only the loss is not, its reduction is (0/0). Else a causal mask leaves a query nothing.
     """
     subject, frame = ctx.subject, ctx.work
-    if not all(bool(torch.isfinite(p).all()) for p in subject.box.params if p.is_floating_point()):
+    if not all(bool(torch.isfinite(p).all()) for p in subject.box.params):
         raise UnexaminableError("the parameters themselves are not finite")
-    whole = subject.run(ctx.full, True).detach()
-    nan = _broken(ctx.base)
+    nan = torch.isnan(ctx.base.logits).any(-1) & ctx.base.seen
     broken = nan & frame.real
-    bad_loss = not bool(torch.isfinite(whole)) or not abs(ctx.base.loss) < float("inf")
+    losses = float(subject.run(ctx.full, True).detach()), ctx.base.loss
+    bad_loss = not all(abs(loss) < float("inf") for loss in losses)
     if not bad_loss and not bool(broken.any()):
-        grads = [g for g in subject.gradients(frame) if g is not None]
-        if all(bool(torch.isfinite(g).all()) for g in grads):
+        grads = subject.grads(subject.run(frame, True), subject.box.params)
+        if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
             return []
     ctx.blamed.add("finite")
     if bad_loss and not bool(nan.any()):
         if not bool(ctx.full.next_ok.any()):
             raise UnexaminableError("no position of the batch has a next token")
         text = "the loss is NaN though every logit is finite: a mean over no targets"
-        return [Finding("norm", "finite", text, "clamp each count that divides to at least 1")]
-    hit = (float("nan"), *divmod(int(broken.long().argmax()), frame.ids.shape[1]))
+        return [ctx.finding("norm", text, "clamp", Move(float("nan")))]
+    move = Move(float("nan"), int(frame.at.flatten()[broken.long().argmax()]))
     what = "the loss" if bad_loss else "the logits of a real token" if broken.any() else "gradients"
-    if frame.has_pad and _finite_alone(ctx):
-        seen = f"{what}: NaN on the padded batch, finite once the rows are freed of their PAD"
-        remedy = "leave every query at least one key, if only itself, also at PAD"
-        return [ctx.finding("pad", "finite", seen, remedy, hit)]
-    seen = f"{what}: NaN without any PAD; a query has no key left to attend to"
-    remedy = "let position t see itself and all before it: the mask seems inverted"
-    return [ctx.finding("causal", "finite", seen, remedy, hit)]
-
-
-def _broken(look: Look) -> Tensor:
-    return look.seen & torch.isnan(look.logits).any(-1)
-
-
-def _finite_alone(ctx: Context) -> bool:
-    """Is the first row with two real tokens finite without its PAD?"""
-    for b in range(len(ctx.work.ids)):
-        if int(ctx.work.real[b].sum()) > 1:
-            look = ctx.subject.look(ctx.work.bare(b))
-            return look.loss == look.loss and not bool(_broken(look).any())
-    return False
+    if frame.has_pad:
+        look = subject.look(frame.bare(int(frame.real.sum(1).argmax())))
+        if look.loss == look.loss and not bool(torch.isnan(look.logits[look.seen]).any()):
+            seen = f"{what}: NaN on the padded batch, finite once the rows are freed of their PAD"
+            return [ctx.finding("pad", seen, "no key", move)]
+    seen = f"{what}: NaN without any PAD; a query has no key left, as if the mask were inverted"
+    return [ctx.finding("causal", seen, "ahead", move)]
 
 
 class _Nudge(TorchFunctionMode):
@@ -83,29 +63,14 @@ class _Nudge(TorchFunctionMode):
         if name not in ("embedding", "__getitem__") or not isinstance(out, Tensor):
             return out
         for t in integers((args[1:] if name == "__getitem__" else args, kwargs)):
-            slots = locate(t, self.frame.ids, self.frame.real, set())
-            if slots is None or not out.is_floating_point() or out.shape[:-1] != t.shape:
-                continue
-            r, c = slots.rows.reshape(t.shape), slots.cols.reshape(t.shape)
-            hit = self.where[r.clamp_min(0), c.clamp_min(0)] & (r >= 0)
-            self.hits += int(hit.sum())
-            gen = torch.Generator().manual_seed(self.seed)
-            noise = torch.randn(out.shape, generator=gen).to(out) * hit[..., None]
-            return out + noise * out.detach().float().std().clamp_min(0.1).to(out)
+            slots = locate(t, self.frame, set())
+            if slots is not None and out.is_floating_point() and out.shape[:-1] == t.shape:
+                hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape)
+                self.hits += int(hit.sum())
+                gen = torch.Generator().manual_seed(self.seed)
+                noise = torch.randn(out.shape, generator=gen).to(out) * hit[..., None]
+                return out + noise * out.detach().float().std().clamp_min(0.1).to(out)
         return out
-
-
-def _nudged(ctx: Context, where: Tensor, train: bool) -> Tensor:
-    """The logits of `work` with other content at PAD; the mask still says PAD."""
-    with _Nudge(ctx.work, where, ctx.seed) as nudge:
-        look = ctx.subject.look(ctx.work, train)
-    if nudge.hits:
-        return look.logits
-    if not {"attention_mask", "document_ids"} & set(ctx.work.batch):
-        raise UnexaminableError("the lookup of the embeddings was not found")
-    pool = ctx.work.ordinary
-    ids = torch.where(where, pool[len(pool) // 2], ctx.work.ids)
-    return ctx.subject.look(ctx.work.put("input_ids", ids), train).logits
 
 
 def embedding(ctx: Context) -> list[Finding]:
@@ -120,12 +85,15 @@ def embedding(ctx: Context) -> list[Finding]:
         with ctx.weights(train):
             base = ctx.subject.look(work, train).logits
             for where in (s for s in sides if bool(s.any())):
-                hit = ctx.worst(_nudged(ctx, where, train), base, ctx.counted)
-                if hit:
+                with _Nudge(work, where, ctx.seed) as nudge:
+                    new = ctx.subject.look(work, train).logits
+                if not nudge.hits:
+                    raise UnexaminableError("the lookup of the embeddings was not found")
+                move = ctx.worst(work, new, base, ctx.counted(work))
+                if move:
                     ctx.blamed.add("padding")
-                    seen = "row {row}: the logits at position {t} move by {size} with what stands "
-                    seen += "at PAD slots"
-                    return [ctx.finding("pad", "embedding", seen, KEY_REMEDY, hit)]
+                    seen = "{where} with what stands at PAD slots"
+                    return [ctx.finding("pad", seen, "pad keys", move)]
     return []
 
 
@@ -138,65 +106,36 @@ def extension(ctx: Context) -> list[Finding]:
     """
     if not ctx.work.has_pad:
         raise UnexaminableError("no PAD in the batch")
-    left = bool(ctx.work.left.any()) and bool(ctx.work.real[:, -1].all())
-    base, longer, more = _longer(ctx.work, ctx, left)
-    width = base.ids.shape[1]
-    same = slice(more, None) if left else slice(0, width)
+    work, width = ctx.work, ctx.work.ids.shape[1]
+    left, more = bool(work.left.any()) and bool(work.real[:, -1].all()), max(2, width // 4)
+    if width <= more + 2:
+        raise UnexaminableError("needs rows of five tokens")
+    # Cut by as much first: a table of positions may end where the batch does.
+    base = work.cols(0, width - more)
+    base = base.rows(base.real.any(1).nonzero()[:, 0])
+    longer = base.pad(more, left, work)
     if not ctx.blamed & {"future", "company", "padding", "past", "finite"}:
-        a, b = ctx.subject.look(base), ctx.subject.look(longer)
-        counted = ctx.counted[:, -width:] if left else ctx.counted[:, :width]
-        hit = ctx.worst(b.logits[:, same], a.logits, counted & a.seen, reshaped=True)
-        if hit:
-            seen = "row {row}: the logits at position {t} move by {size} when PAD is added"
-            remedy = (
-                "count positions from the first real token; nothing may depend on the padded length"
-            )
-            label = "pad" if hit[0] == float("inf") else "position"
-            return [ctx.finding(label, "extension", seen, remedy, hit)]
+        move = ctx.elsewhere(base, longer)
+        if move:
+            label = "pad" if move.size == float("inf") else "position"
+            return [ctx.finding(label, "{where} when PAD is added", "length", move)]
     if ctx.blamed & {"pad target", "shift"}:
         return []
     for train in (True, False):
-        found = _loss_moves(ctx, base, longer, same, train)
-        if found:
-            return found
+        r, s = (ctx.subject.readout(frame, train) for frame in (base, longer))
+        factor = (s.weight[longer.at >= 0].view_as(r.weight) / r.weight)[r.trained]
+        if not len(factor):
+            continue
+        if float((factor - 1).abs().max()) > max(2e-3, 3 * r.residual):
+            size = float(factor.median())
+            seen = "added columns of PAD change the weight of a real token by a factor of {size}"
+            return [ctx.finding("norm", seen, "divide", Move(size))]
+        drift = abs(s.loss - r.loss) / max(1e-9, abs(r.loss))
+        telling = drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.subject.replaceable  # NaN: not
+        if telling and not (train and _noisy(ctx, base, r.loss)):
+            seen = "the loss moves by {size} of itself with PAD added; logits and weights do not: "
+            return [ctx.finding("pad", seen + "a term counts PAD", "pad targets", Move(drift))]
     return []
-
-
-def _longer(work: Frame, ctx: Context, left: bool) -> tuple[Frame, Frame, int]:
-    """A batch, itself with PAD added, and how much; cut first where positions are limited."""
-    width = work.ids.shape[1]
-    more = max(2, width // 4)
-    longer = work.pad(more, left)
-    try:
-        ctx.subject.run(longer)
-        return work, longer, more
-    except Exception:  # most often a table of positions that ends
-        if width <= more + 2:
-            raise
-        base = work.cols(more, width) if left else work.cols(0, width - more)
-        return base, base.pad(more, left), more
-
-
-def _loss_moves(
-    ctx: Context, base: Frame, longer: Frame, same: slice, train: bool
-) -> list[Finding]:
-    subject = ctx.subject
-    r, s = subject.readout(base, train), subject.readout(longer, train)
-    on = trained(r)
-    if not bool(on.any()):
-        return []
-    factor = s.weight[:, same][on] / r.weight[on]
-    if float((factor - 1).abs().max()) > max(2e-3, 3 * r.residual):
-        size = float(factor.median())
-        seen = f"added columns of PAD change the weight of a real token by a factor of {size:.3g}"
-        return [Finding("norm", "extension", seen, NORM_REMEDY, size)]
-    drift = abs(s.loss - r.loss) / max(1e-9, abs(r.loss))
-    if not drift > max(2e-6, 0.1 * ctx.tolerance) or not subject.replaceable:  # NaN: no drift
-        return []
-    if train and _noisy(ctx, base, r.loss):
-        return []
-    seen = f"the loss moves by {drift:.2g} of itself with PAD added; logits and weights do not"
-    return [Finding("pad", "extension", seen + ": an auxiliary term counts PAD", PAD_REMEDY, drift)]
 
 
 def _noisy(ctx: Context, frame: Frame, loss: float) -> bool:

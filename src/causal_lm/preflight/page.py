@@ -1,10 +1,16 @@
-"""One self-contained page: what the loss trained, what the logits saw, what each token weighs."""
+"""Pictures: what the loss trained, what the logits saw, what each token weighs; and their page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 from typing import Any
 
-from causal_lm.preflight.report import LABELS, Report
+import torch
+
+from causal_lm.preflight.context import Context, moved
+from causal_lm.preflight.report import LABELS, Finding, Report
+
+_WINDOW = 16  # tokens a side of the visibility map
+_ROWS, _COLS = 4, 48  # of the alignment table
 
 _BLUE, _RED = "38,92,150", "200,64,47"
 _STYLE = """
@@ -19,26 +25,62 @@ td,th{padding:3px 5px;border:1px solid #e3e7ea;font:12px/1.3 ui-monospace,monosp
 """
 
 
+def pictures(ctx: Context) -> list[Finding]:
+    """Fills `Report.pictures`; finds nothing by itself."""
+    r, frame = ctx.readout(True), ctx.full
+    on = r.trained
+
+    def cell(b: int, t: int) -> dict[str, Any]:
+        counts, known = bool(on[b, t]), bool(frame.next_ok[b, t])
+        return {
+            "input": int(frame.ids[b, t]),
+            "real": bool(frame.real[b, t]),
+            "target": int(r.target[b, t]) if counts else None,
+            "next": int(frame.ids[b, t + 1]) if known else None,
+            "weight": float(r.weight[b, t]) if counts else 0.0,
+        }
+
+    rows, width = frame.ids.shape
+    cells = [[cell(b, t) for t in range(min(_COLS, width))] for b in range(min(_ROWS, rows))]
+    ctx.report.pictures = {"alignment": cells, "visibility": _map(ctx)}
+    return []
+
+
+def _map(ctx: Context) -> dict[str, Any]:
+    """How far logit i moves with token j, as a share of the largest move: cell (i, j).
+
+    Copies of the longest row, each with one token swapped, in a single run.
+    """
+    row = ctx.work.bare(int(ctx.work.real.sum(1).argmax())).cols(0, _WINDOW)
+    n = row.ids.shape[1]
+    one = torch.eye(n + 1, dtype=torch.bool, device=row.ids.device)[:, :n]
+    with ctx.weights(True):
+        logits = ctx.subject.look(row.rows([0] * (n + 1)).swap(one, ctx.seed)).logits
+    effect = moved(logits[:n], logits[n:].expand(n, -1, -1)).T
+    top = effect[torch.isfinite(effect)].max().clamp_min(1e-12)
+    b, start = divmod(int(row.at[0, 0]), ctx.full.ids.shape[1])
+    where = {"row": b, "start": start, "tokens": row.ids[0].tolist(), "doc": row.doc[0].tolist()}
+    return {**where, "cells": torch.nan_to_num(effect / top, posinf=1.0).tolist()}
+
+
 def to_html(report: Report, name: Callable[[int], str] = str) -> str:
     """HTML of a report, which needs nothing else to be shown; `name` reads a token id."""
-    faults = [x for x in LABELS if x in report.faults]
+    faults = ", ".join(x for x in LABELS if x in report.faults)
     found = [(f.label.upper(), f.seen, f.remedy) for f in report.findings]
-    notes = [("clean", ", ".join(report.passed)), *(("sampled", x) for x in report.sampled)]
-    notes += [(f"skipped: {name}", why) for name, why in report.skipped.items()]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Preflight</title>'
         f"<style>{_STYLE}</style><h1>Preflight</h1>"
         f'<p class="verdict{" bad" if faults else ""}">'
-        f"{'Faults: ' + ', '.join(faults) if faults else 'No fault found'} "
+        f"{f'Faults: {faults}' if faults else 'No fault found'} "
         f"({report.forwards} passes in {report.seconds:.2f} s)</p>"
         + _list(found)
         + _alignment(report.pictures.get("alignment") or [], name)
         + _visibility(report.pictures.get("visibility") or {}, name)
-        + f"<h2>What was examined</h2>{_list(notes)}</html>"
+        + f"<h2>What was examined</h2>{_list(report.notes())}</html>"
     )
 
 
-def _list(rows: list[Any]) -> str:
+def _list(rows: Iterable[tuple[str, ...]]) -> str:
     lines = ("".join(f"<td>{escape(x)}</td>" for x in row) for row in rows)
     return f'<table class="list">{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
 
@@ -51,24 +93,24 @@ def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> 
         "the next token of the same document. Red: anything else. A dot: not counted. Grey inputs "
         "are PAD. The darker the third line, the more the token weighs in the loss.</p>"
     )
+
+    def target(c: dict[str, Any]) -> str:
+        kind = "none" if c["target"] is None else "right" if c["target"] == c["next"] else "wrong"
+        return _td("·" if kind == "none" else name(c["target"]), kind)
+
     for b, row in enumerate(rows):
-        inputs = "".join(_td(name(c["input"]), "" if c["real"] else "pad") for c in row)
-        targets = "".join(_target(c, name) for c in row)
-        weights = "".join(_shade(abs(c["weight"]) / top, f"{c['weight']:.3g}") for c in row)
-        lines = ((f"row {b}", inputs), ("trained on", targets), ("weight", weights))
-        table = "".join(f"<tr><th>{head}</th>{cells}</tr>" for head, cells in lines)
+        inputs = (
+            f'<td class="{"" if c["real"] else "pad"}">{escape(name(c["input"]))}</td>' for c in row
+        )
+        weights = (_shade(abs(c["weight"]) / top, f"{c['weight']:.3g}") for c in row)
+        lines = ((f"row {b}", inputs), ("trained on", map(target, row)), ("weight", weights))
+        table = "".join(f"<tr><th>{head}</th>{''.join(cells)}</tr>" for head, cells in lines)
         out += f'<div class="wrap"><table>{table}</table></div>'
     return out if rows else ""
 
 
 def _td(text: str, kind: str) -> str:
     return f'<td class="{kind}">{escape(text)}</td>'
-
-
-def _target(c: dict[str, Any], name: Callable[[int], str]) -> str:
-    if c["target"] is None:
-        return _td("·", "none")
-    return _td(name(c["target"]), "right" if c["target"] == c["next"] else "wrong")
 
 
 def _shade(share: float, title: str, hue: str = _BLUE) -> str:
@@ -79,21 +121,16 @@ def _visibility(seen: dict[str, Any], name: Callable[[int], str]) -> str:
     """The map as measured, beside the triangle as it should be."""
     if not seen:
         return ""
-    tokens = [escape(name(token)) for token in seen["tokens"]]
+    tokens, n = [escape(name(token)) for token in seen["tokens"]], range(len(seen["tokens"]))
     doc, cells = seen["doc"], seen["cells"]
-    n = range(len(tokens))
+    allowed = [[float(j <= i and doc[i] == doc[j]) for j in n] for i in n]
+    measured = [[cells[i][j] ** 0.25 for j in n] for i in n]  # a faint leak must show
 
-    def allowed(i: int, j: int) -> float:
-        return float(j <= i and doc[i] == doc[j])
-
-    def measured(i: int, j: int) -> float:
-        return float(cells[i][j] ** 0.25)  # a faint leak must show
-
-    def grid(cell: Callable[[int, int], float]) -> str:
+    def grid(shares: list[list[float]]) -> str:
         table = "<tr><th></th>" + "".join(f"<th>{x}</th>" for x in tokens) + "</tr>"
         for i in n:
-            hue = [_BLUE if allowed(i, j) else _RED for j in n]
-            line = (_shade(cell(i, j), f"input {j}, logit {i}", hue[j]) for j in n)
+            hue = [_BLUE if x else _RED for x in allowed[i]]
+            line = (_shade(shares[i][j], f"input {j}, logit {i}", hue[j]) for j in n)
             table += f"<tr><th>{tokens[i]}</th>{''.join(line)}</tr>"
         return f'<table class="map">{table}</table>'
 

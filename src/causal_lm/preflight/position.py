@@ -7,42 +7,34 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, moved
-from causal_lm.preflight.frame import Frame, UnexaminableError
-from causal_lm.preflight.padding import KEY_REMEDY
+from causal_lm.preflight.frame import Frame, UnexaminableError, span
+from causal_lm.preflight.outputs import floats, get
 from causal_lm.preflight.report import Finding
 
-REMEDY = "count positions from the first real token of each document: 0, 1, 2, ... in its own row"
-_OFFSET = "offset positions and masks by the length of what is cached already"
 _FORM = "the model offers a cache, but not in a form known here"
-_BESIDE = "the logits of row {row}, position {t} move by {size} with the padding of other rows"
+_BESIDE = "{where} with the padding of other rows"
 
 
 def _need_clean(ctx: Context) -> None:
-    leaks = {"future", "company", "documents", "padding", "past", "finite"}
-    if ctx.blamed & leaks:
+    if ctx.blamed & {"future", "company", "documents", "padding", "past", "finite"}:
         raise UnexaminableError("another fault moves the logits already")
 
 
 def order(ctx: Context) -> list[Finding]:
     """Rows in reverse order: the logits must follow their rows."""
     _need_clean(ctx)
-    rows = len(ctx.work.ids)
+    work, rows = ctx.work, len(ctx.work.ids)
     if rows < 2:
         raise UnexaminableError("needs a batch of two rows")
-    back = ctx.subject.look(ctx.work.rows(list(range(rows))[::-1])).logits.flip(0)
-    hit = ctx.worst(back, ctx.base.logits, ctx.counted, reshaped=True)
-    if not hit:
+    move = ctx.elsewhere(work, work.rows(list(range(rows))[::-1]))
+    if not move:
         return []
     ctx.blamed.add("order")
-    b = hit[1]
-    copies = ctx.subject.look(ctx.work.rows([b] * rows)).logits
-    counted = ctx.counted[[b] * rows]
-    if not ctx.worst(copies, copies[:1].expand_as(copies), counted, reshaped=True):
+    b = int((work.at == move.at).any(1).long().argmax())
+    if not ctx.elsewhere(work.rows([b]), work.rows([b] * rows)):
         # the row itself is not to blame, and the tokens beside it are not (`company`)
-        return [ctx.finding("pad", "order", _BESIDE, KEY_REMEDY, hit)]
-    seen = "the logits of row {row}, position {t} move by {size} when the rows change places"
-    remedy = "index positions along time, not along the batch (check batch_first)"
-    return [ctx.finding("position", "order", seen, remedy, hit)]
+        return [ctx.finding("pad", _BESIDE, "pad keys", move)]
+    return [ctx.finding("position", "{where} when the rows change places", "axis", move)]
 
 
 def alone(ctx: Context) -> list[Finding]:
@@ -52,62 +44,45 @@ def alone(ctx: Context) -> list[Finding]:
         raise UnexaminableError("logits depend on the row already")
     work, pads = ctx.work, (~ctx.work.real).sum(1)
     for b in pads.argsort(descending=True, stable=True)[:2].tolist():
-        counted = ctx.counted[b : b + 1]
-        if not bool(counted.any()):
+        if not bool(ctx.counted(work)[b].any()):
             continue
-        single = ctx.subject.look(work.rows([b])).logits
-        hit = ctx.worst(single, ctx.base.logits[b : b + 1], counted, reshaped=True)
-        if hit:
-            return [ctx.finding("pad", "alone", _BESIDE, KEY_REMEDY, (hit[0], b, hit[2]))]
-        at = work.real[b].nonzero()[:, 0]
-        start, stop = int(at[0]), int(at[-1]) + 1
-        look = ctx.subject.look(work.bare(b))
-        watch = counted[:, start:stop] & look.seen
-        hit = ctx.worst(look.logits, single[:, start:stop], watch, reshaped=True)
-        if hit:
-            seen = "row {row}: the logits at position {t} move by {size} once the row is "
-            seen += f"freed of its {int(pads[b])} PAD"
-            hit = hit[0], b, start + hit[2]
-            return [ctx.finding("position", "alone", seen, REMEDY, hit)]
+        move = ctx.elsewhere(work, work.rows([b]))
+        if move:
+            return [ctx.finding("pad", _BESIDE, "pad keys", move)]
+        move = ctx.elsewhere(work, work.bare(b))
+        if move:
+            seen = f"{{where}} once the row is freed of its {int(pads[b])} PAD"
+            return [ctx.finding("position", seen, "positions", move)]
     return []
 
 
 def packed(ctx: Context) -> list[Finding]:
     """A later document of a packed row gives the same logits as by itself; three are tried."""
     _need_clean(ctx)
-    work, tried = ctx.work, 0
-    for b in range(len(work.ids)):
-        for d in sorted(set(work.doc[b].tolist()) - {-1})[1:][-2:]:
-            at = (work.doc[b] == d).nonzero()[:, 0]
-            start, stop = int(at[0]), int(at[-1]) + 1
-            counted = ctx.counted[b : b + 1, start:stop]
-            if not 1 < len(at) == stop - start or not bool(counted.any()) or tried > 2:
-                continue
-            tried += 1
-            look = ctx.subject.look(_single(work.rows([b]).cols(start, stop), work, b))
-            here = ctx.base.logits[b : b + 1, start:stop]
-            hit = ctx.worst(look.logits, here, counted & look.seen, reshaped=True)
-            if hit:
-                seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
-                seen += "position {t}"
-                hit = hit[0], b, start + hit[2]
-                return [ctx.finding("position", "packed", seen, REMEDY, hit)]
-    if not tried:
+    work = ctx.work
+    later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
+    later = [(b, d) for b, d in later if d > int(work.doc[b][work.real[b]][0])]
+    if not later:
         raise UnexaminableError("one document a row (no document_ids)")
+    for b, d in later[:3]:
+        move = ctx.elsewhere(work, _single(work, b, work.doc[b] == d))
+        if move:
+            seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
+            return [ctx.finding("position", seen + "position {t}", "positions", move)]
     return []
 
 
-def _single(one: Frame, work: Frame, b: int) -> Frame:
+def _single(work: Frame, b: int, where: Tensor) -> Frame:
     """A document cut out of its pack, numbered and placed as the first of a row."""
-    first = int(work.real[b].nonzero()[0])
+    first = span(work.real[b])[0]
 
     def edit(name: str, v: Tensor) -> Tensor:
-        if name == "position_ids":
-            given: Tensor = work.batch[name]
-            return v - v[:, :1] + given[b, first]
-        return v - v[:, :1] + work.doc[b, first].to(v) if name in ("document_ids", "doc") else v
+        if name not in ("position_ids", "document_ids", "doc"):
+            return v
+        given = work.doc if name == "doc" else work.batch[name]
+        return v - v[:, :1] + given[b, first]
 
-    return one.each(edit)
+    return work.rows([b]).cols(*span(where)).each(edit)
 
 
 def decoding(ctx: Context) -> list[Finding]:
@@ -122,29 +97,22 @@ def decoding(ctx: Context) -> list[Finding]:
         raise UnexaminableError("the model's forward takes no cache")
     cache = "past_key_values" if "past_key_values" in caches else caches[0]
     keys = {"use_cache": True} if "use_cache" in names else {}
-    ids = ctx.work.ids[:1, ctx.work.real[0]][:, :12]
-    start = int(ctx.work.real[0].long().argmax())
+    row, model = ctx.work.bare(0).cols(0, 12), ctx.subject.model
     ctx.subject.box.rewind(ctx.seed, False)
     with torch.no_grad():
-        whole = _logits(ctx.subject.model(ids))
-        stepped = _stepped(ctx.subject.model, ids, cache, keys)
-        everywhere = torch.ones_like(ids).bool()
-        hit = ctx.worst(stepped, whole, everywhere, reshaped=True)
-        if not hit:
+        whole, stepped = _logits(model(row.ids)), _stepped(model, row.ids, cache, keys)
+        move = ctx.worst(row, stepped, whole, row.real, reshaped=True)
+        if not move:
             return []
-        t, pool = hit[2], ctx.work.ordinary
-        other = ids.clone()
-        other[:, t - 1] = pool[0] if int(ids[0, t - 1]) != int(pool[0]) else pool[-1]
-        reach = moved(_stepped(ctx.subject.model, other, cache, keys), stepped)[0, t]
-    seen, label = (
-        "decoding with the cache differs from one pass by {size} at position {t}",
-        "causal",
-    )
-    if float(reach) <= 0.01 * ctx.bound(whole, everywhere, reshaped=True):
-        seen += ", and does not see the token just before it"
-    else:
-        label = "position"
-    return [ctx.finding(label, "decoding", seen, _OFFSET, (hit[0], 0, start + t))]
+        t = int((row.at[0] == move.at).nonzero())
+        before = torch.zeros_like(row.real)
+        before[:, t - 1] = True
+        reach = moved(_stepped(model, row.swap(before, ctx.seed).ids, cache, keys), stepped)[0, t]
+    seen = "decoding with the cache differs from one pass by {size} at position {t}"
+    if float(reach) > 0.04 * ctx.bound(whole, row.real):
+        return [ctx.finding("position", seen, "cache", move)]
+    seen += ", and does not see the token just before it"
+    return [ctx.finding("causal", seen, "cache", move)]
 
 
 def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tensor:
@@ -153,25 +121,17 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
     out = model(ids[:, :half], **keys)
     steps = [_logits(out)]
     for t in range(half, ids.shape[1]):
-        out = model(ids[:, t : t + 1], **{cache: _cache(out, cache)}, **keys)
+        ways = (get(out, (k,)) for k in (cache, "past_key_values", "cache", "presents", 1))
+        kept = next((c for c in ways if c is not None), None)
+        if kept is None:
+            raise UnexaminableError(_FORM)
+        out = model(ids[:, t : t + 1], **{cache: kept}, **keys)
         steps.append(_logits(out)[:, -1:])
     return torch.cat(steps, 1)
 
 
 def _logits(out: Any) -> Tensor:
-    options = (out, *(out.values() if isinstance(out, dict) else ()))
-    options += out[:1] if isinstance(out, tuple) else (getattr(out, "logits", None),)
-    for hit in options:
-        if isinstance(hit, Tensor) and hit.ndim == 3:
-            return hit.float()
-    raise UnexaminableError(_FORM)
-
-
-def _cache(out: Any, name: str) -> Any:
-    for key in (name, "past_key_values", "cache", "present", "presents"):
-        hit = out.get(key) if isinstance(out, dict) else getattr(out, key, None)
-        if hit is not None:
-            return hit
-    if isinstance(out, tuple) and len(out) == 2:
-        return out[1]
-    raise UnexaminableError(_FORM)
+    hits = [t.float() for _, t in floats(out) if t.ndim == 3]
+    if not hits:
+        raise UnexaminableError(_FORM)
+    return hits[0]

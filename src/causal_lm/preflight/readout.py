@@ -7,36 +7,28 @@ in eval mode: some losses take another branch in each.
 import torch
 from torch import Tensor
 
-from causal_lm.preflight.context import Context, trained
-from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError
+from causal_lm.preflight.context import Context
+from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError, ahead
 from causal_lm.preflight.report import Finding
 from causal_lm.preflight.subject import Readout
 
-COUNTS = 1e-6  # share of the largest pull below which a position plays no part in the loss
-SHIFT_REMEDY = (
-    "train logits[:, t] on input_ids[:, t + 1], shifting exactly once, within each row and document"
-)
-PAD_REMEDY = (
-    "give PAD targets the label -100, tell them by mask or length, and drop them before the mean"
-)
-EOS_REMEDY = (
-    "end every document in EOS and count it; where PAD and EOS share an id, tell PAD by mask or "
-    "length, never by comparing ids"
-)
+_OF_PAD = "{} counts though its target is PAD:"
+_COUNTS = 1e-6  # share of the largest pull below which a position plays no part in the loss
 
 
 def alignment(ctx: Context) -> list[Finding]:
     """Is every counted position trained on the next token of its own document, and on no PAD?"""
     found: dict[str, Finding] = {}
     for train in (True, False):
-        for f in _alignment(ctx.full, ctx.readout(train), "" if train else "in eval mode: "):
+        for f in _alignment(ctx, ctx.readout(train), "" if train else "in eval mode: "):
             found.setdefault(f.label, f)
+    ctx.blamed |= {"pad target" if label == "pad" else label for label in found}
     return list(found.values())
 
 
 def offset_of(frame: Frame, r: Readout) -> int | None:
     """The k for which position t is mostly trained on token t + k; None where no k fits."""
-    on, width = trained(r), frame.ids.shape[1]
+    on, width = r.trained, frame.ids.shape[1]
     shares: dict[int, float] = {}
     for k in range(-2, min(5, width)):
         inside = on.clone()  # positions with a token k ahead
@@ -51,74 +43,61 @@ def offset_of(frame: Frame, r: Readout) -> int | None:
     return best if shares.get(best, 0.0) >= 0.5 else None
 
 
-def _alignment(frame: Frame, r: Readout, mode: str) -> list[Finding]:
-    on = trained(r)
+def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
+    frame, on = ctx.full, r.trained
     if not bool(on.any()):
         return []
     k = offset_of(frame, r)
     if k != 1:
-        return _shifted(frame, r, on, k, mode)
-    wrong, pad, ignored = _verdicts(frame, r, on)
-    of_pad = "counts though its target is PAD:"
-    found = []
-    if bool(wrong.any()):
-        found.append(_at(frame, r, wrong, "shift", f"{mode}{{}} is trained on", SHIFT_REMEDY))
-    if bool(pad.any()):
-        found.append(_at(frame, r, pad, "pad", f"{mode}{{}} {of_pad}", PAD_REMEDY))
-    elif bool(ignored.any()):
-        text = f"{mode}{{}} counts though its label is -100:"
-        found.append(_at(frame, r, ignored, "pad", text, PAD_REMEDY))
-    else:
-        found += _off_target(frame, r, on, mode)
-    return found
-
-
-def _verdicts(frame: Frame, r: Readout, on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) bool each: trained on a wrong token; trained on PAD; trained on an ignored label."""
-    ahead, said, ok = frame.ids.roll(-1, 1), frame.label_of_next, frame.next_ok
-    right = (r.target == ahead) | (r.target == said)
-    inside = torch.ones_like(on)
-    inside[:, -1] = False
-    to_pad = frame.real & ~frame.real.roll(-1, 1) & inside  # the last real token before PAD
-    padded = inside & (to_pad | ~frame.real)
+        return _shifted(ctx, r, on, k, mode)
+    said, after = frame.label_of_next, r.target == ahead(frame.ids, -1)
     eos = _closing_eos(frame, r)
-    pad = on & padded & ~eos & ~(to_pad & (r.target != ahead))
-    wrong = on & inside & ~padded & ~(ok & right)  # amiss, or over the edge of a document
-    wrong |= on & padded & ~pad & ~eos
-    last = on & ~inside
-    if frame.has_pad:
-        pad |= last & (r.target == (-1 if frame.pad_id is None else frame.pad_id))
-    wrong |= last & ~pad & ~_told_beyond(frame, r)
-    return wrong, pad, on & ok & (said == IGNORE)
+    right = frame.next_ok & (after | (r.target == said)) | eos
+    right[:, -1] |= _told_beyond(frame, r)
+    # PAD itself, the last real token before PAD, or the last column with PAD as its target
+    pad = ~frame.real | (~ahead(frame.real, True) & after)
+    pad[:, -1] = frame.has_pad & (r.target[:, -1] == (frame.pad_id or 0))
+    pad &= on & ~eos
+    ignored = on & frame.next_ok & (said == IGNORE)
+    found = []
+    wrong = on & ~pad & ~right
+    if bool(wrong.any()):
+        found.append(_at(ctx, r, wrong, "shift", mode + "{} is trained on"))
+    if bool(pad.any()):
+        found.append(_at(ctx, r, pad, "pad", mode + _OF_PAD))
+    elif bool(ignored.any()):
+        found.append(_at(ctx, r, ignored, "pad", mode + "{} counts though its label is -100:"))
+    else:
+        found += _off_target(ctx, r, on, mode)
+    return found
 
 
 def _closing_eos(frame: Frame, r: Readout) -> Tensor:
     """(B, T): where PAD and EOS share an id, the first PAD may stand for the EOS of its row."""
-    none = torch.zeros_like(frame.real)
     if frame.pad_id is None or frame.pad_id != frame.eos_id:
-        return none
-    none[:, :-1] = frame.real[:, :-1] & ~frame.real[:, 1:] & (frame.ids[:, :-1] != frame.eos_id)
+        return torch.zeros_like(frame.real)
+    found = frame.real & ~ahead(frame.real, True) & (frame.ids != frame.eos_id)
     if frame.labels is not None:
-        none &= frame.label_of_next == frame.eos_id
+        found &= frame.label_of_next == frame.eos_id
     # Only if it ends there: with the rest of the PAD trained as well it is no EOS but a fault.
-    return none & ~(trained(r) & ~frame.real & ~frame.left).any()
+    return found & ~(r.trained & ~frame.real & ~frame.left).any()
 
 
 def _told_beyond(frame: Frame, r: Readout) -> Tensor:
-    """(B, T): the last column, trained on a label that the batch brought along already shifted.
+    """(B,): the last column is trained on a label that the batch brought along already shifted.
 
     A label that merely repeats the row's (or the next row's) first token came out of a `roll` or of
     flattened rows: that is no knowledge of what comes next.
     """
-    told = torch.zeros_like(frame.real)
-    if frame.labels is not None and frame.labels_ahead:
-        last, first = frame.labels[:, -1], frame.ids[:, 0]
-        rolled = torch.equal(last, first) or torch.equal(last, first.roll(-1))
-        told[:, -1] = (r.target[:, -1] == last) & (not rolled)
-    return told
+    if frame.labels is None or not frame.labels_ahead:
+        return torch.zeros_like(frame.real[:, -1])
+    last, first = frame.labels[:, -1], frame.ids[:, 0]
+    rolled = torch.equal(last, first) or torch.equal(last, first.roll(-1))
+    return (r.target[:, -1] == last) & (not rolled)
 
 
-def _shifted(frame: Frame, r: Readout, on: Tensor, k: int | None, mode: str) -> list[Finding]:
+def _shifted(ctx: Context, r: Readout, on: Tensor, k: int | None, mode: str) -> list[Finding]:
+    frame = ctx.full
     what = {
         0: "the loss is not shifted: position t is trained on token t itself",
         2: "the targets are shifted twice: position t is trained on token t + 2",
@@ -126,52 +105,47 @@ def _shifted(frame: Frame, r: Readout, on: Tensor, k: int | None, mode: str) -> 
     }.get(k, f"position t is trained on token t {k or 0:+d}")
     known = on & frame.next_ok & (r.target != frame.ids.roll(-1, 1))
     hit = known if bool(known.any()) else on
-    found = [_at(frame, r, hit, "shift", f"{mode}{what}; {{}}:", SHIFT_REMEDY)]
+    found = [_at(ctx, r, hit, "shift", f"{mode}{what}; {{}}:")]
     # With another offset, PAD still must not be a target: count it only where k points.
     k = k or 0
-    gone = ~frame.real.roll(-k, 1) & ~frame.real
-    gone[:, frame.ids.shape[1] - max(0, k) :] = False
-    pad = on & gone & (r.target == frame.ids.roll(-k, 1))
+    pad = on & ~frame.real.roll(-k, 1) & ~frame.real & (r.target == frame.ids.roll(-k, 1))
+    pad[:, frame.ids.shape[1] - max(0, k) :] = False
     if bool(pad.any()):
-        text = f"{mode}{{}} counts though its target is PAD:"
-        found.append(_at(frame, r, pad, "pad", text, PAD_REMEDY))
+        found.append(_at(ctx, r, pad, "pad", mode + _OF_PAD))
     return found
 
 
-def _off_target(frame: Frame, r: Readout, on: Tensor, mode: str) -> list[Finding]:
+def _off_target(ctx: Context, r: Readout, on: Tensor, mode: str) -> list[Finding]:
     """PAD that moves the loss without a target: label smoothing's uniform term, a z-loss.
 
     A z-loss over real tokens may well include those that are not counted; its gradient sums to more
     than zero, that of smoothing sums to zero.
     """
-    plays = r.pull > COUNTS * r.pull.max()
-    smooth = r.lump.abs() < 1e-3 * r.pull
-    smooth[:, :-1] &= ~frame.real[:, 1:]
-    hit = plays & ~on & (~frame.real | smooth) & frame.has_pad
+    real, plays = ctx.full.real, r.pull > _COUNTS * r.pull.max()
+    smooth = (r.lump.abs() < 1e-3 * r.pull) & ~ahead(real, False)
+    hit = plays & ~on & (~real | smooth) & ctx.full.has_pad
     if not bool(hit.any()):
         return []
-    b, t = hit.nonzero()[0].tolist()
     share = float(r.pull[hit].sum() / r.pull.sum())
     seen = (
         f"{mode}{int(hit.sum())} positions whose target is PAD move the loss without a target "
-        f"(label smoothing or a z-loss over PAD), with {share:.1%} of the pull; first at row {b}, "
-        f"position {t}"
+        f"(label smoothing or a z-loss over PAD), with {share:.1%} of the pull; first at row "
+        "{row}, position {t}"
     )
-    return [Finding("pad", "alignment", seen, PAD_REMEDY, share, b, t, int(frame.ids[b, t]))]
+    return [ctx.first("pad", seen, "pad targets", hit, share)]
 
 
-def _at(frame: Frame, r: Readout, hit: Tensor, label: str, text: str, remedy: str) -> Finding:
+def _at(ctx: Context, r: Readout, hit: Tensor, label: str, text: str) -> Finding:
     """`text` with the first place put in, the tokens there, and how much of the loss it is."""
     b, t = hit.nonzero()[0].tolist()
     share = float(r.weight[hit].abs().sum() / r.weight.abs().sum().clamp_min(1e-300))
-    ids = frame.ids[b].tolist()
-    after = ids[t + 1] if t + 1 < len(ids) else "the end of the row"
+    ids = [*ctx.full.ids[b].tolist(), "the end of the row"]
     seen = (
         f"{text.format(f'row {b}, position {t}')} token {ids[t]} -> target {int(r.target[b, t])}, "
-        f"followed by {after}; {int(hit.sum())} such positions hold {share:.1%} of the loss's "
-        "weight"
+        f"followed by {ids[t + 1]}; {int(hit.sum())} such positions hold {share:.1%} of the "
+        "loss's weight"
     )
-    return Finding(label, "alignment", seen, remedy, share, b, t, ids[t])
+    return ctx.first(label, seen, "targets" if label == "shift" else "pad targets", hit, share)
 
 
 def ending(ctx: Context) -> list[Finding]:
@@ -187,30 +161,27 @@ def ending(ctx: Context) -> list[Finding]:
     if frame.eos_id is not None:
         at = frame.real & (frame.ids == frame.eos_id)
         at[:, 0] = False
-        if not bool(at.any()) and bool((trained(r) & _closing_eos(frame, r)).any()):
-            return []
-        if not bool(at.any()) and bool(ends.any()):
-            return [_never("no document in the batch ends in EOS", frame, ends)]
+        if not bool(at.any()):
+            if bool((r.trained & _closing_eos(frame, r)).any()):
+                return []
+            if bool(ends.any()):
+                return [_never(ctx, "no document in the batch ends in EOS", ends)]
         ends = at
     if not bool(ends.any()):
         raise UnexaminableError("no document is seen to end in this batch")
-    target, counted = torch.zeros_like(ends), torch.zeros_like(ends)
-    target[:, 1:] = frame.next_ok[:, :-1]
-    counted[:, 1:] = trained(r)[:, :-1]
-    counted &= target
-    if offset_of(frame, r) != 1 or bool((counted & ends).any()) or not bool((ends & target).any()):
+    target = frame.next_ok.roll(1, 1)  # the last column has no next: nothing comes round
+    counted = r.trained.roll(1, 1) & target
+    ends = ends & target
+    if offset_of(frame, r) != 1 or bool((counted & ends).any()) or not bool(ends.any()):
         return []
-    ends &= target
     if frame.eos_id is None:  # then all ends share a token, or all else counts and just they do not
         tokens, others = frame.ids[ends], target & ~ends
         same = bool((tokens == tokens[0]).all())
         if len(tokens) < 2 or not (same or (bool(others.any()) and bool(counted[others].all()))):
             return []
-    return [_never("the last token of a document is never a counted target", frame, ends)]
+    return [_never(ctx, "the last token of a document is never a counted target", ends)]
 
 
-def _never(what: str, frame: Frame, ends: Tensor) -> Finding:
-    b, t = ends.nonzero()[0].tolist()
-    token = int(frame.ids[b, t])
-    seen = f"{what}: row {b}, position {t}, token {token}; the model cannot learn to stop"
-    return Finding("eos", "ending", seen, EOS_REMEDY, float(ends.sum()), b, t, token)
+def _never(ctx: Context, what: str, ends: Tensor) -> Finding:
+    seen = what + ": row {row}, position {t}; the model cannot learn to stop"
+    return ctx.first("eos", seen, "eos", ends, float(ends.sum()))

@@ -5,23 +5,40 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 LABELS = ("shift", "pad", "causal", "norm", "eos", "position")
+REMEDIES = {
+    "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
+    "pad targets": "give PAD targets the label -100 by mask or length; drop them before the mean",
+    "eos": "end each document in EOS and count it; tell PAD by mask or length, not by a shared id",
+    "divide": "sum the token losses and divide once, by the targets of all micro-batches and ranks",
+    "clamp": "clamp each count that divides to at least 1, or skip rows without targets",
+    "ahead": "mask keys j > i before the softmax (sdpa: True = may attend; nn.Transformer: True = "
+    "hidden), and let no norm, pooling or convolution look ahead",
+    "rows": "no layer may mix rows: check batch_first, BatchNorm, and views that merge axes",
+    "documents": "attend only where document_ids[i] == document_ids[j]; or pack without documents",
+    "pad keys": "hide PAD keys from real queries; mind what the layer's mask means (1 = real?)",
+    "no key": "leave every query at least one key, if only itself, also at PAD",
+    "positions": "count positions 0, 1, 2, ... from the first real token of each document",
+    "length": "count positions from the first real token; let nothing depend on the padded length",
+    "axis": "index positions along time, not along the batch (check batch_first)",
+    "cache": "offset positions and masks by the length of what is cached already",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: one of LABELS, the probe that saw it, what it saw, and how to mend it.
+    """One fault: one of LABELS, what was seen, how to mend it, and the probe that saw it.
 
     `size` is in the unit that `seen` names; `row`, `position` and `token` say where.
     """
 
     label: str
-    probe: str
     seen: str
     remedy: str
     size: float = float("nan")
     row: int | None = None
     position: int | None = None
     token: int | None = None
+    probe: str = ""
 
 
 @dataclass
@@ -47,34 +64,27 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `json.dumps(report.to_dict())` works; a size that is not a number is null."""
-        found = [asdict(f) for f in self.findings]
-        for f in found:
+        plain = asdict(self)
+        del plain["pictures"]
+        for f in plain["findings"]:
             f["size"] = f["size"] if abs(f["size"]) < float("inf") else None
-        return {
-            "faults": [label for label in LABELS if label in self.faults],
-            "findings": found,
-            "skipped": dict(self.skipped),
-            "sampled": list(self.sampled),
-            "passed": list(self.passed),
-            "seconds": round(self.seconds, 3),
-            "forwards": self.forwards,
-        }
+        return {"faults": [label for label in LABELS if label in self.faults], **plain}
 
     def __str__(self) -> str:
-        if self.findings:
-            head = "preflight: FAULTS " + ", ".join(x for x in LABELS if x in self.faults)
-        else:
-            head = "preflight: no fault found"
+        faults = ", ".join(x for x in LABELS if x in self.faults)
+        head = f"preflight: FAULTS {faults}" if faults else "preflight: no fault found"
         lines = [f"{head}  ({self.forwards} passes, {self.seconds:.2f} s)"]
         for f in self.findings:
             lines += _cell(f.label.upper(), f"{f.seen} [{f.probe}]") + _cell("", f"-> {f.remedy}")
-        if self.passed:
-            lines += _cell("clean", ", ".join(self.passed))
-        for name, why in self.skipped.items():
-            lines += _cell("skipped", f"{name}: {why}")
-        for note in self.sampled:
-            lines += _cell("sampled", note)
+        for name, text in self.notes():
+            lines += _cell(name, text)
         return "\n".join(lines)
+
+    def notes(self) -> list[tuple[str, str]]:
+        """What was examined, what was not, and what in part only."""
+        notes = [("clean", ", ".join(self.passed))] if self.passed else []
+        notes += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
+        return notes + [("sampled", note) for note in self.sampled]
 
 
 def _cell(head: str, text: str) -> list[str]:

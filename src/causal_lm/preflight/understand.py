@@ -26,31 +26,26 @@ def understand(batch: dict[str, Any], pad_id: int | None, eos_id: int | None) ->
             raise ValueError(f"`{key}` must have the shape of `input_ids` {tuple(ids.shape)}")
     batch = {k: v.detach() if isinstance(v, Tensor) else v for k, v in batch.items()}
     real, pad_id = _real(batch, pad_id, eos_id)
-    return Frame(batch, real, _documents(batch, real), pad_id, eos_id)
+    slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+    return Frame(batch, _documents(batch, real), slots, pad_id, eos_id)
 
 
 def _real(
     batch: dict[str, Any], pad_id: int | None, eos_id: int | None
 ) -> tuple[Tensor, int | None]:
     """(B, T) bool, and the id at PAD slots where it can be told."""
-    ids = batch["input_ids"]
-    real = torch.ones_like(ids, dtype=torch.bool)
-    mask, docs = batch.get("attention_mask"), batch.get("document_ids")
-    told = False
-    if isinstance(mask, Tensor) and mask.shape == ids.shape:
-        real, told = real & (mask != 0), True
-    if isinstance(docs, Tensor):
-        real, told = real & (docs >= 0), True
-    if pad_id is None and not told:
-        pad_id = _pad_by_labels(batch)
-    if pad_id is not None and not told:
-        run = _edge_runs(ids == pad_id)
+    ids, mask, docs = batch["input_ids"], batch.get("attention_mask"), batch.get("document_ids")
+    marks = [mask != 0] if isinstance(mask, Tensor) and mask.shape == ids.shape else []
+    marks += [docs >= 0] if isinstance(docs, Tensor) else []
+    real = torch.stack([torch.ones_like(ids).bool(), *marks]).all(0)
+    if not marks:
+        pad_id = _pad_by_labels(batch) if pad_id is None else pad_id
+        run = _edge_runs(ids == (-1 if pad_id is None else pad_id))
         if pad_id == eos_id:  # the first of the closing run ends the document: it is real
-            run[:, 1:] &= ~(run[:, 1:] & ~run[:, :-1])
-        real = real & ~run
-    pads = ids[~real]
-    if pad_id is None and len(pads):
-        pad_id = int(pads.mode().values)
+            run[:, 1:] &= run[:, :-1].clone() | ~run[:, 1:]
+        real = ~run
+    if pad_id is None and not bool(real.all()):
+        pad_id = int(ids[~real].mode().values)
     return real, pad_id
 
 
@@ -64,27 +59,23 @@ def _edge_runs(hit: Tensor) -> Tensor:
 def _pad_by_labels(batch: dict[str, Any]) -> int | None:
     """An id that closes (or opens) rows, is ignored there, and is a label nowhere."""
     labels, ids = batch.get("labels"), batch["input_ids"]
-    if not isinstance(labels, Tensor):
+    if labels is None or bool((labels == IGNORE).all()):
         return None
     ignored = _edge_runs(labels == IGNORE)
     for edge in (-1, 0):
         candidates = ids[:, edge][ignored[:, edge]].unique()
-        if len(candidates) == 1 and ids.shape[1] > 1:
-            pad = int(candidates[0])
-            longest = int(_edge_runs(ids == pad).sum(1).max())
-            if longest > 1 and not bool((labels == pad).any()) and bool((labels != IGNORE).any()):
-                return pad
+        if len(candidates) == 1 and not bool((labels == candidates).any()):
+            pad = int(candidates)
+            return pad if int(_edge_runs(ids == pad).sum(1).max()) > 1 else None
     return None
 
 
 def _documents(batch: dict[str, Any], real: Tensor) -> Tensor:
     """(B, T): document_ids; else positions that start anew inside a row mark a new document."""
-    docs = batch.get("document_ids")
-    if isinstance(docs, Tensor):
-        return torch.where(real, docs.long(), -1)
-    doc = torch.zeros_like(real, dtype=torch.long)
-    position = batch.get("position_ids")
-    if isinstance(position, Tensor) and position.shape == real.shape and real.shape[1] > 1:
+    doc, position = torch.zeros_like(real, dtype=torch.long), batch.get("position_ids")
+    if isinstance(batch.get("document_ids"), Tensor):
+        doc = batch["document_ids"].long()
+    elif isinstance(position, Tensor) and position.shape == real.shape:
         pair = real[:, 1:] & real[:, :-1]
         on = position[:, 1:] == position[:, :-1] + 1
         anew = pair & ~on & (position[:, 1:] == position[real].min())
