@@ -11,12 +11,13 @@ import pytest
 
 from conftest import ROOT
 
-COMMANDS = [
-    line
+BLOCKS = [
+    block.splitlines()
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for line in block.splitlines()
 ]
+COMMANDS = [line for block in BLOCKS for line in block]
 SETUP = [line for line in COMMANDS if "venv" in line]
+EXTRAS = [block for block in BLOCKS if block[0].startswith("pip install")]  # and what needs them
 IN_TEST_PRESETS = [  # run there, where their figures are held against the table
     "python train.py -m experiment=fix,bug,unshifted_labels,pad_in_loss,no_causal_mask",
     "python train.py data=docstrings",
@@ -35,6 +36,12 @@ def test_the_long_ones_are_still_printed():
     assert set(IN_TEST_PRESETS) <= set(COMMANDS)
 
 
+def test_the_extras_are_those_that_ci_installs():
+    installed = [line for block in EXTRAS for line in block if line.startswith("pip install")]
+    assert set(installed) == {"pip install -e '.[huggingface,x-transformers]'"}
+    assert "pip install -q -e '.[huggingface,x-transformers]'" in (ROOT / ".ci/run").read_text()
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """A copy to run in, so that runs/ of this checkout stays as it is."""
@@ -45,8 +52,20 @@ def elsewhere(tmp_path_factory):
     return folder
 
 
+def marked(line):
+    needs = any(line in block for block in EXTRAS)
+    return pytest.param(line, marks=pytest.mark.extras) if needs else line
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [c for c in COMMANDS if c not in SETUP + IN_TEST_PRESETS])
+@pytest.mark.parametrize(
+    "line",
+    [
+        marked(c)
+        for c in COMMANDS
+        if c not in SETUP + IN_TEST_PRESETS and not c.startswith("pip install")
+    ],
+)
 def test_command_works_as_printed(line, elsewhere):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
