@@ -63,6 +63,19 @@ def test_accumulation_is_exact(sizes, loss):
     assert float(other.callback_metrics["train/loss"]) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", REDUCTIONS, ids=lambda loss: loss.reduction)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2)])
+def test_the_gradient_of_uneven_parts_is_that_of_the_whole(sizes, loss):
+    documents = make_documents((32, 2, 30, 3))
+    gradients = []
+    for batches in (micro_batches([4], documents), micro_batches(sizes, documents)):
+        module = make_module(loss=loss, max_positions=32)
+        module.window_loss(*batches).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    whole, parts = gradients
+    assert float((parts - whole).norm()) <= 1e-6 * float(whole.norm())
+
+
 def test_reductions_are_not_each_other():
     """The guard of the test above."""
     gradients = []

@@ -10,6 +10,7 @@ import torch
 from causal_lm import masks, objective, pitfalls
 from causal_lm.callbacks.preflight import audit_batch
 from causal_lm.data.collate import Batch, Collate
+from causal_lm.data.documents import Document
 from causal_lm.module import CausalLM
 from causal_lm.objective import IGNORE, Loss
 from conftest import PAD, V, make_batch, make_documents, make_model, make_module
@@ -18,7 +19,7 @@ ALL = tuple(pitfalls.PITFALLS)
 
 
 def faulty(*names):
-    return make_module(pitfalls.faulty(dict.fromkeys(names, True)))
+    return make_module(pitfalls.faulty(dict.fromkeys(names, True), PAD))
 
 
 def labels_of(module, batch):
@@ -268,6 +269,42 @@ def test_chunks_are_audited_whole_and_train_the_same(batch):
     for one, other in zip(chunked.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(chunked.token_nll(batch), whole.token_nll(batch))
+
+
+def test_faults_of_different_questions_combine():
+    """The mean over every slot, and each micro-batch's mean weighing the same."""
+    parts = [make_batch((7, 2), seed=1), make_batch((3, 3), seed=2)]
+    means = [faulty("mask_after_mean").window_loss(part) for part in parts]
+    both = faulty("mask_after_mean", "mean_of_means").window_loss(*parts)
+    torch.testing.assert_close(both, sum(means) / 2)
+
+
+def test_faults_keep_to_the_prompt_mask():
+    """One fault at a time: a prompt stays out of the loss."""
+    documents = [
+        Document(d.tokens, torch.arange(len(d.tokens)) >= 2) for d in make_documents((5, 4))
+    ]
+    batch = Collate(PAD, V, packed=12)(documents)
+    right = int((make_module().labels(batch) != IGNORE).sum())
+    assert right == 3 + 2
+    for name, more in (("label_crosses_documents", 0), ("input_mask_on_targets", 1)):
+        counted = faulty(name).counted(batch)
+        assert int((objective.make_labels(batch.input_ids, counted) != IGNORE).sum()) <= (
+            right + 1 + more
+        )
+
+
+def test_one_row_cannot_be_parted():
+    module = make_module()
+    report = audit_batch(module, make_batch((9,)), module.window_loss, parted=True, pad_id=PAD)
+    assert "one row" in report.skipped["micro-batches"]
+
+
+def test_a_head_with_a_bias_is_not_chunked():
+    model = make_model()
+    model.head = torch.nn.Linear(16, V)
+    with pytest.raises(ValueError, match="a head without bias"):
+        CausalLM(model, loss=Loss(chunk_tokens=8))
 
 
 def test_chunks_need_a_body_and_a_head():

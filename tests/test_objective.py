@@ -195,3 +195,45 @@ def test_bfloat16_chunks_report_the_float32_loss_of_their_logits():
     assert logits.dtype == torch.bfloat16
     exact = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="sum")
     assert abs(float(chunked) / 256 - float(exact) / 256) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sums_do_not_follow_the_default_dtype(dtype):
+    """Lightning sets it under bf16-true and its like."""
+    labels = torch.randint(0, 50, (2, 300))
+    documents = torch.zeros_like(labels)
+    torch.set_default_dtype(dtype)
+    try:
+        hidden, head = torch.randn(2, 300, 8), torch.randn(50, 8)
+        weights, _ = objective.weigh(labels, documents, Loss("sequence"))
+        chunked = objective.chunked_nll(hidden, head, labels, weights, 64)
+        for_evaluation = objective.chunked_token_nll(hidden, head, labels, 64)
+        whole = objective.weighted_nll(F.linear(hidden, head), labels, weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {weights.dtype, chunked.dtype, for_evaluation.dtype} == {torch.float32}
+    assert float(chunked) == pytest.approx(float(whole), abs=1e-4)
+    assert float((for_evaluation * weights).sum()) == pytest.approx(float(whole), abs=1e-4)
+
+
+def test_float16_chunks_keep_small_weights():
+    """A weight of 1/2048 does not push the gradients of unlikely tokens below float16's least."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(1, 64, 32, generator=draw), torch.randn(5000, 32, generator=draw) / 6
+    labels = torch.randint(0, 2500, (1, 64), generator=draw)
+    gradients = []
+    for kind in (torch.float32, torch.float16):
+        w = head.clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=kind == torch.float16):
+            loss = objective.chunked_nll(hidden, w, labels, torch.full((1, 64), 1 / 2048), 16)
+        (loss * 1024).backward()
+        gradients.append(w.grad[2500:])  # of tokens that are no label
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.05
+
+
+def test_any_ids_tell_documents_apart():
+    documents = torch.tensor([[5, 5, 5, 900], [0, 0, -1, -1]])
+    labels = torch.tensor([[1, 2, IGNORE, 3], [4, IGNORE, IGNORE, IGNORE]])
+    weights, over = objective.weigh(labels, documents, Loss("sequence"))
+    assert int(over) == 3
+    assert weights.tolist() == [[0.5, 0.5, 0, 1], [1, 0, 0, 0]]

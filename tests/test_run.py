@@ -291,6 +291,17 @@ def test_however_documents_are_batched_the_weights_are_the_same(tmp_path, reduct
     assert summaries["parts"]["train/pad_share"] == 0
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_low_precision_trains_and_is_audited(tmp_path, precision, reduction):
+    summary = short_run(
+        tmp_path, f"trainer.precision={precision}", f"loss.reduction={reduction}",
+        "loss.chunk_tokens=16",
+    )  # fmt: skip
+    assert summary["status"] == "finished" and summary["preflight/faults"] == []
+    assert summary["val/loss"] == pytest.approx(summary["val/loss_as_trained"], rel=0.05)
+
+
 def test_bucketed_validates_the_same(tmp_path):
     losses = [
         short_run(tmp_path / name, "trainer.max_steps=1", "optimizer.lr=1e-12",

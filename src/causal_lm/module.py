@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
@@ -16,6 +17,12 @@ from causal_lm.metrics import TokenPerplexity
 from causal_lm.objective import Loss
 
 log = logging.getLogger(__name__)
+
+
+def parts_into_body_and_head(model: nn.Module) -> bool:
+    """Are its logits ``head(body(…))``, with a linear head that has no bias?"""
+    head = getattr(model, "head", None)
+    return hasattr(model, "body") and isinstance(head, nn.Linear) and head.bias is None
 
 
 class CausalLM(L.LightningModule):
@@ -35,7 +42,7 @@ class CausalLM(L.LightningModule):
         loss: how the token losses become one number.
 
     Raises:
-        ValueError: ``loss.chunk_tokens`` is set, and the model does not part into body and head.
+        ValueError: ``loss.chunk_tokens`` is set, for a model that has no plain head.
     """
 
     def __init__(
@@ -48,18 +55,21 @@ class CausalLM(L.LightningModule):
     ) -> None:
         super().__init__()
         self.loss = loss or Loss()
-        if self.loss.chunk_tokens and not hasattr(model, "body"):
+        if self.loss.chunk_tokens and not parts_into_body_and_head(model):
             raise ValueError(
-                f"{type(model).__name__} does not part into body and head, so its loss cannot be "
-                f"computed in chunks: set loss.chunk_tokens=null"
+                f"{type(model).__name__} does not part into a body and a head without bias, so its "
+                f"loss cannot be computed in chunks: set loss.chunk_tokens=null"
             )
         self.model: Any = model
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.val = TokenPerplexity(token_bytes)
+        self.own_view = MeanMetric()
         # Of the micro-batches since the last optimizer step, on this rank: sums of losses and of
         # denominators.
         self.window: Tensor | float = 0.0
+        self.step_loss: float | None = None
+        """Of the last optimizer step; None where it was skipped."""
 
     # ---- what is trained ----
 
@@ -108,7 +118,7 @@ class CausalLM(L.LightningModule):
         over micro-batches, DDP over ranks, whatever they hold.
         """
         nats, denominator = self.loss_terms(batch)
-        self.window = self.window + torch.stack([nats.detach().double(), denominator.double()])
+        self.window = self.window + torch.stack([nats.detach().float(), denominator.float()])
         return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
 
     @property
@@ -123,9 +133,12 @@ class CausalLM(L.LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if denominator:  # DDP has averaged: times the ranks is their sum
             torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
-            self.log("train/loss", nats / denominator)
+            self.step_loss = nats / denominator
+            self.log("train/loss", self.step_loss)
             return
-        log.warning(f"step {self.trainer.global_step} is skipped: no target counts in its batches")
+        self.step_loss = None
+        if self.trainer.is_global_zero:
+            log.warning(f"step {self.trainer.global_step} is skipped: no target counts in it")
         optimizer.zero_grad(set_to_none=True)  # no gradient, no change: not even weight decay
 
     # ---- what is measured ----
@@ -161,6 +174,9 @@ class CausalLM(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val.update(self.token_nll(batch), self.labels(batch))
+        if self.has_own_view:
+            nats, denominator = self.loss_terms(batch)
+            self.own_view.update(nats / denominator.clamp(min=1), denominator)
 
     def on_validation_epoch_end(self) -> None:
         figures = self.val.compute()
@@ -169,9 +185,18 @@ class CausalLM(L.LightningModule):
             self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
         self.log("val/loss_as_trained", self.loss_as_trained(figures["loss"]).float())
 
+    @property
+    def has_own_view(self) -> bool:
+        """Does training see another number than the mean over tokens that is measured?"""
+        return self.loss.reduction != "token"
+
     def loss_as_trained(self, val_loss: Tensor) -> Tensor:
-        """The validation loss as the training objective sees it: here, the same number."""
-        return val_loss
+        """The validation loss as the training objective sees it."""
+        if not self.has_own_view:
+            return val_loss
+        value = self.own_view.compute()
+        self.own_view.reset()
+        return value
 
     # ---- how it is optimised ----
 

@@ -98,16 +98,16 @@ def weigh(labels: Tensor, document_ids: Tensor, loss: Loss) -> tuple[Tensor, Ten
     counted = labels != IGNORE
     if loss.reduction == "token":
         return counted.float(), counted.sum()
-    # One number for each document of each row; PAD (-1) is one, in which nothing counts.
-    rows, slots = labels.shape
-    owner = document_ids + 1 + (slots + 1) * torch.arange(rows, device=labels.device)[:, None]
-    lengths = torch.zeros(rows * (slots + 1), dtype=torch.int64, device=labels.device)
-    lengths.scatter_add_(0, owner.flatten(), counted.flatten().long())
+    # Documents lie side by side: each begins where the id changes. (PAD is one; nothing counts.)
+    begins = torch.ones_like(counted)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    owner = begins.flatten().cumsum(0) - 1  # (B T,)
+    lengths = torch.zeros_like(owner).scatter_add_(0, owner, counted.flatten().long())
     documents = (lengths > 0).sum()
     if loss.reduction == "padded":
         assert loss.length is not None
         return counted.float(), documents * loss.length
-    return counted / lengths[owner].clamp(min=1), documents
+    return counted.float() / lengths[owner].view_as(counted).clamp(min=1), documents
 
 
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -142,7 +142,8 @@ def chunked_nll(
 @torch.no_grad()
 def chunked_token_nll(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
     """:func:`token_nll` of the logits ``hidden @ head.T``, a chunk at a time, for evaluation."""
-    nll, counted = torch.zeros(labels.shape, device=labels.device), labels != IGNORE
+    nll = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    counted = labels != IGNORE
     chunks = zip(
         hidden[counted].split(chunk_tokens), labels[counted].split(chunk_tokens), strict=True
     )
@@ -159,7 +160,7 @@ class _ChunkedNLL(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
             matrix = head.to(dtype)
-            total = torch.zeros((), device=hidden.device)
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
             for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
@@ -170,13 +171,14 @@ class _ChunkedNLL(torch.autograd.Function):
                 sums = z.exp_().sum(dim=-1, keepdim=True)
                 total += ((sums.log() - of_label) * w).sum()
                 # d nll / d z = softmax - onehot, written over z, as the chunk's logits are large
-                z.mul_(w / sums).scatter_add_(1, y, -w)
-                grad = z.to(dtype)
-                grad_hidden[rows] = grad @ matrix
+                z.div_(sums).scatter_add_(1, y, -torch.ones_like(w))
+                grad = z.to(dtype)  # without w: float16 has no room below 1 / V
+                grad_hidden[rows] = ((grad @ matrix) * w).to(grad_hidden.dtype)
+                weighted = (x * w).to(dtype)
                 if dtype == grad_head.dtype:
-                    grad_head.addmm_(grad.T, x)
+                    grad_head.addmm_(grad.T, weighted)
                 else:
-                    grad_head += grad.T @ x
+                    grad_head += grad.T @ weighted
         ctx.save_for_backward(grad_hidden, grad_head)
         return total
 

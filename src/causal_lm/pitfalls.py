@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
@@ -22,19 +21,8 @@ class Pitfall(CausalLM):
     label: str
     """What the preflight calls the fault."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.own_view = MeanMetric()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        nats, denominator = self.loss_terms(batch)
-        self.own_view.update(nats / denominator.clamp(min=1), denominator)
-
-    def loss_as_trained(self, val_loss: Tensor) -> Tensor:
-        value = self.own_view.compute()
-        self.own_view.reset()
-        return value
+    pad_id: int
+    has_own_view = True
 
 
 # ---- which token is the target ----
@@ -78,7 +66,8 @@ class InputMaskOnTargets(Pitfall):
     label = "pad"
 
     def counted(self, batch: Batch) -> Tensor:
-        return batch.document_ids >= 0
+        right = super().counted(batch)
+        return right | ((batch.document_ids >= 0) & ~objective.has_next(batch.document_ids))
 
 
 class PadIsEosByValue(Pitfall):
@@ -87,8 +76,7 @@ class PadIsEosByValue(Pitfall):
     label = "eos"
 
     def counted(self, batch: Batch) -> Tensor:
-        pad = batch.input_ids[batch.document_ids < 0].unique()
-        return super().counted(batch) & ~torch.isin(objective.next_tokens(batch.input_ids), pad)
+        return super().counted(batch) & (objective.next_tokens(batch.input_ids) != self.pad_id)
 
 
 class LabelCrossesDocuments(Pitfall):
@@ -97,7 +85,7 @@ class LabelCrossesDocuments(Pitfall):
     label = "shift"
 
     def counted(self, batch: Batch) -> Tensor:
-        return objective.has_next((batch.document_ids >= 0).long() - 1)
+        return objective.has_next((batch.document_ids >= 0).long() - 1, batch.loss_mask)
 
 
 # ---- who may see whom ----
@@ -189,7 +177,10 @@ PITFALLS: dict[str, type[Pitfall]] = {
 }
 
 
-def faulty(switches: Mapping[str, bool]) -> type[CausalLM]:
-    """The module class with the faults that are switched on, in any combination."""
-    chosen = [PITFALLS[name] for name, on in switches.items() if on]
-    return type("Faulty" + "".join(c.__name__ for c in chosen), tuple(chosen), {})
+def faulty(switches: Mapping[str, bool], pad_id: int) -> type[CausalLM]:
+    """The module class with the faults that are switched on.
+
+    Of two that answer the same question, the one that is later in :data:`PITFALLS` has its way.
+    """
+    chosen = tuple(kind for name, kind in reversed(PITFALLS.items()) if switches.get(name))
+    return type("Faulty" + "".join(c.__name__ for c in chosen), chosen, {"pad_id": pad_id})

@@ -25,7 +25,7 @@ from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
-from causal_lm.module import CausalLM
+from causal_lm.module import CausalLM, parts_into_body_and_head
 from causal_lm.objective import Loss
 from causal_lm.preflight import Report
 from causal_lm.report import samples
@@ -35,8 +35,8 @@ from causal_lm.report.table import LEAKS_BELOW, run_table
 log = logging.getLogger(__name__)
 
 FIGURES = (
-    "experiment", "seed", "status", "error", "steps", "train/loss", "val/loss", "val/ppl",
-    "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl", "val/ppl_over_floor",
+    "experiment", "seed", "status", "error", "steps", "loss/reduction", "train/loss", "val/loss",
+    "val/ppl", "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl", "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
     "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
     "seconds/fit", "seconds/preflight",
@@ -79,11 +79,11 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     if any((cfg.get("pitfalls") or {}).values()):
         from causal_lm.pitfalls import faulty
 
-        kind = faulty(cfg.pitfalls)
+        kind = faulty(cfg.pitfalls, tokenizer.pad_id)
     model = build(cfg.model, vocab_size=tokenizer.vocab_size)
     chunk = cfg.loss.chunk_tokens
     if chunk == "auto":
-        chunk = CHUNK if tokenizer.vocab_size >= LARGE and hasattr(model, "body") else None
+        chunk = CHUNK if tokenizer.vocab_size >= LARGE and parts_into_body_and_head(model) else None
     loss = Loss(cfg.loss.reduction, cfg.loss.length, chunk)
     return kind(model, build(cfg.optimizer), build(cfg.scheduler), tokenizer.token_bytes(), loss)
 
@@ -154,7 +154,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     started = time.perf_counter()
     summary: dict[str, Any] = dict.fromkeys(FIGURES)
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
-                "preflight/faults": []}  # fmt: skip
+                "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     if _is_rank_zero():
         for name in FILES:  # of an earlier run in this directory; its checkpoints stay

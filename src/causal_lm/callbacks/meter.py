@@ -23,7 +23,7 @@ class Meter(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.losses: deque[Tensor] = deque(maxlen=WINDOW)
+        self.losses: deque[float] = deque(maxlen=WINDOW)
         self.tokens: Tensor | int = 0
         self.real: Tensor | int = 0
         self.slots = 0
@@ -38,8 +38,9 @@ class Meter(L.Callback):
     ) -> None:
         if trainer.global_step != self._step:  # an optimizer step was taken: its loss is new
             self._step = trainer.global_step
-            if "train/loss" in trainer.callback_metrics:  # a first step may have been skipped
-                self.losses.append(trainer.callback_metrics["train/loss"])
+            loss: Any = pl_module.step_loss
+            if loss is not None:  # the step was not skipped
+                self.losses.append(loss)
         self.tokens = self.tokens + objective.has_next(batch.document_ids, batch.loss_mask).sum()
         self.real = self.real + batch.lengths.sum()
         self.slots += batch.input_ids.numel()
@@ -63,7 +64,7 @@ class Meter(L.Callback):
         tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
         training = self.seconds_fit - self.seconds_validating
         return {
-            "train/loss": float(torch.stack(list(self.losses)).mean()) if self.losses else None,
+            "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "train/tokens": tokens,
             "train/tokens_per_second": tokens / training if tokens else None,
             "train/pad_share": 1 - real / slots if slots else None,

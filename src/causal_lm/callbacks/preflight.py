@@ -144,7 +144,10 @@ def audit_batch(
         return loss_of(*(kind(**part) for part in parts))
 
     with getattr(model, "whole_logits", nullcontext)():
-        return preflight(model, given, loss, **options)
+        report = preflight(model, given, loss, **options)
+    if parted and len(given["input_ids"]) == 1:
+        report.skipped["micro-batches"] = "the batch has one row, so it cannot be parted in two"
+    return report
 
 
 def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> str:

@@ -62,7 +62,8 @@ def verdict(s: dict[str, Any]) -> str:
     if trained is None:
         return f"nothing was trained; the model is at {truth:.3f} nats per token."
     against = "" if over is None else f", {over:,.4g}× the floor's perplexity"
-    if reported < 0.75 * truth:
+    other = s.get("loss/reduction", "token") != "token"  # the objective weighs tokens by its own
+    if reported < 0.75 * truth and (s["preflight/faults"] or not other):
         worth = (
             "the model is worthless"
             if truth - reported > WORTHLESS_BEYOND
@@ -74,10 +75,11 @@ def verdict(s: dict[str, Any]) -> str:
             f"do not trust {reported:.3f}: the truth is {truth:.3f} nats per token{against}; "
             f"{worth}{why}."
         )
-    if trained < 0.75 * truth:
+    unseen = reported if other else truth
+    if trained < 0.75 * unseen:
         return (
-            f"overfitted: {trained:.3f} on what it was trained on, {truth:.3f} nats per token on "
-            f"what it was not{against}."
+            f"overfitted: {trained:.3f} on what it was trained on, {unseen:.3f} on what it was not"
+            f"{against}."
         )
     if over is not None and over <= 1.03:
         return f"honest, and as good as this language allows: {over:.3f}× the floor's perplexity."
