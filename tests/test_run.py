@@ -242,7 +242,8 @@ def test_a_fault_in_the_numbers_stops_the_run(tmp_path):
         short_run(tmp_path, "optimizer.lr=1e30", "scheduler.warmup_steps=0")
 
 
-def test_two_ranks_train_what_one_does(tmp_path):
+@pytest.mark.parametrize("reduction", ["token", "sequence", "padded"])
+def test_two_ranks_train_what_one_does(tmp_path, reduction):
     """Three steps of 4 documents, on one rank and on two of 2: the same weights."""
     states = []
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -250,7 +251,7 @@ def test_two_ranks_train_what_one_does(tmp_path):
         directory = tmp_path / name
         done = command(
             "train.py", *SHORT, "data.shuffle=false", "trainer.max_steps=3", *extra,
-            "optimizer=sgd", "optimizer.lr=0.5",
+            "optimizer=sgd", "optimizer.lr=0.5", f"loss.reduction={reduction}",
             f"hydra.run.dir={directory}",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
