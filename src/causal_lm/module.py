@@ -14,6 +14,7 @@ from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
 from causal_lm.metrics import TokenPerplexity
 from causal_lm.objective import Loss
+from causal_lm.optim import Named
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class CausalLM(L.LightningModule):
 
     Args:
         model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T)) -> logits (B, T, V).
-        optimizer: parameters -> optimizer; None where nothing is trained.
+        optimizer: named parameters -> optimizer; None where nothing is trained.
         scheduler: (optimizer, total_steps) -> learning-rate schedule, stepped once per optimizer
             step; None for a constant rate.
         token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None where not text.
@@ -41,7 +42,7 @@ class CausalLM(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        optimizer: Callable[[Iterable[Named]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
         token_bytes: Tensor | None = None,
         loss: Loss | None = None,
@@ -177,7 +178,7 @@ class CausalLM(L.LightningModule):
 
     def configure_optimizers(self):
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
-        optimizer = self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer(self.named_parameters())
         if self.make_scheduler is None:
             return optimizer
         schedule = self.make_scheduler(optimizer, total_steps=self.trainer.max_steps)

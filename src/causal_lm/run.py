@@ -31,6 +31,7 @@ from causal_lm.preflight import Report
 from causal_lm.report import samples
 from causal_lm.report.files import write_json, write_text
 from causal_lm.report.table import LEAKS_BELOW, run_table
+from causal_lm.rules import is_float16
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,19 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     if chunk == "auto":
         chunk = CHUNK if tokenizer.vocab_size >= LARGE and hasattr(model, "body") else None
     loss = Loss(cfg.loss.reduction, cfg.loss.length, chunk)
-    return kind(model, build(cfg.optimizer), build(cfg.scheduler), tokenizer.token_bytes(), loss)
+    optimizer = make_optimizer(cfg)
+    return kind(model, optimizer, build(cfg.scheduler), tokenizer.token_bytes(), loss)
+
+
+def make_optimizer(cfg: DictConfig) -> Any:
+    """Named parameters -> optimizer; ``optimizer.fused=auto`` is answered by the precision.
+
+    A fused one would undo the loss scale of float16 by itself, after the gradients were clipped.
+    """
+    auto = cfg.optimizer.get("fused") == "auto"
+    return build(
+        cfg.optimizer, **({"fused": not is_float16(cfg.trainer.precision)} if auto else {})
+    )
 
 
 def restore(path: str | Path) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
