@@ -31,8 +31,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line and says what to do."""
 
 
-GROUPS = ("data", "data.source", "loss", "model", "optimizer", "preflight", "samples", "scheduler",
-          "trainer")  # fmt: skip
+GROUPS = ("data", "data.source", "gradients", "loss", "model", "optimizer", "preflight", "samples",
+          "scheduler", "trainer")  # fmt: skip
 """Parts that no run can do without. (The pitfalls can be left out.)"""
 
 

@@ -140,6 +140,9 @@ RULES: dict[str, Rule] = {
     "scheduler.every": integer(1),
     "scheduler.drop": real(above=0),
     "scheduler.decay_share": real(low=0, below=1),
+    "gradients.on_nonfinite": one_of("stop", "skip"),
+    "gradients.max_skipped": integer(0),
+    "gradients.report_every": optional(integer(1)),
     "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
     "trainer.devices": Rule(
         lambda v: v == "auto" or (_is_whole(v) and (v >= 1 or v == -1)),

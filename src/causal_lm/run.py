@@ -25,6 +25,7 @@ from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
+from causal_lm.gradients import Guard
 from causal_lm.module import CausalLM
 from causal_lm.objective import Loss
 from causal_lm.preflight import Report
@@ -86,8 +87,9 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     if chunk == "auto":
         chunk = CHUNK if tokenizer.vocab_size >= LARGE and hasattr(model, "body") else None
     loss = Loss(cfg.loss.reduction, cfg.loss.length, chunk)
-    optimizer = make_optimizer(cfg)
-    return kind(model, optimizer, build(cfg.scheduler), tokenizer.token_bytes(), loss)
+    guard = Guard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
+    optimizer, schedule = make_optimizer(cfg), build(cfg.scheduler)
+    return kind(model, optimizer, schedule, tokenizer.token_bytes(), loss, guard)
 
 
 def make_optimizer(cfg: DictConfig) -> Any:
