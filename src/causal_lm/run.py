@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from causal_lm import generation
 from causal_lm.callbacks import checkpoints
+from causal_lm.callbacks.gradients import GradientReport
 from causal_lm.callbacks.meter import Meter
 from causal_lm.callbacks.preflight import Preflight, audit_batch
 from causal_lm.callbacks.progress import StepBar
@@ -210,11 +211,13 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
     meter, best = Meter(), checkpoints.best(folder)
     last = checkpoints.last(folder, every=cfg.trainer.val_check_interval)
-    bar = [StepBar()] if cfg.trainer.enable_progress_bar else []
+    optional: list[L.Callback] = [StepBar()] if cfg.trainer.enable_progress_bar else []
+    if cfg.gradients.report_every:
+        optional.append(GradientReport(cfg.gradients.report_every))
     trainer = make_trainer(
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[preflight, meter, stop, origin, best, last, *bar],
+        callbacks=[preflight, meter, stop, origin, best, last, *optional],
     )
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
