@@ -97,7 +97,7 @@ def layer_figures(module: torch.nn.Module, before: list[Tensor]) -> dict[str, tu
     moved = torch._foreach_sub(weights, olds)
     norms = (*torch._foreach_norm(gradients, 1), *torch._foreach_norm(moved),
              *torch._foreach_norm(olds))  # fmt: skip
-    table = torch.stack([n.double() for n in norms]).view(3, -1).T.tolist()  # one wait for a device
+    table = torch.stack([n.float() for n in norms]).view(3, -1).T.tolist()  # one wait for a device
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for (layer, count), (absolute, update, weight) in zip(layers, table, strict=True):
         for i, value in enumerate((absolute, count, update**2, weight**2)):
