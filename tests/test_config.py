@@ -12,8 +12,8 @@ from conftest import ROOT, command
 PRESETS = ["fix", "bug", "unshifted_labels", "pad_in_loss", "no_causal_mask"]
 
 REFUSED = [
-    ("optimizer.lr=abc", "optimizer.lr must be a number above 0, not 'abc'"),
-    ("optimizer.lr=-1", "optimizer.lr must be a number above 0, not -1"),
+    ("optimizer.lr=abc", "optimizer.lr must be a number above 0, or auto, not 'abc'"),
+    ("optimizer.lr=-1", "optimizer.lr must be a number above 0, or auto, not -1"),
     ("optimizer.lr=nan", "optimizer.lr must be a number"),
     ("+optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
     ("optimizer.lrr=1", "did you mean 'optimizer.lr'?"),
@@ -34,7 +34,7 @@ REFUSED = [
     ("trainer.val_check_interval=0", "trainer.val_check_interval must be"),
     ("trainer.deterministic=abc", "trainer.deterministic must be true or false"),
     ("optimizer.betas=abc", "optimizer.betas must be two numbers"),
-    ("optimizer.lr={a:1}", "optimizer.lr must be a number above 0, not a group of keys"),
+    ("optimizer.lr={a:1}", "optimizer.lr must be a number above 0, or auto, not a group of keys"),
     ("data.source=null", "data.source is missing or empty"),
     ("optimizer=null", "optimizer=None: choose one among adamw"),
     ("~optimizer", "~optimizer: nothing can be taken away"),
@@ -84,7 +84,11 @@ def test_a_sweep_is_checked_before_it_starts():
         ["data=docstrings", "trainer=ddp"],
         ["data=text", "data.path=here"],
         ["data=huggingface", "data.path=here"],
-        *([f"model={path.stem}"] for path in sorted((ROOT / "configs/model").glob("*.yaml"))),
+        *(
+            [f"{group}={path.stem}"]
+            for group in ("model", "optimizer", "scheduler")
+            for path in sorted((ROOT / "configs" / group).glob("[!_]*.yaml"))
+        ),
     ],
 )
 def test_every_value_has_a_rule(options):

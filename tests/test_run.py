@@ -238,8 +238,20 @@ def test_an_unwritable_run_directory_is_named(tmp_path):
 
 
 def test_a_fault_in_the_numbers_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"gradient at step \d+ is not finite"):
-        short_run(tmp_path, "optimizer.lr=1e30", "scheduler.warmup_steps=0")
+    with pytest.raises(
+        FloatingPointError, match=r"with documents \d+, .* is not finite at step \d"
+    ):
+        short_run(
+            tmp_path,
+            "optimizer.lr=1e30",
+            "scheduler.warmup_steps=0",
+            "trainer.val_check_interval=1",
+        )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed" and "is not finite" in summary["error"]
+    kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)  # of the step before
+    assert f"at step {kept['global_step']}:" in summary["error"]
+    assert all(torch.isfinite(weight).all() for weight in kept["state_dict"].values())
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "padded"])

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from causal_lm.rules import RULES, rule_of
+from causal_lm.rules import RULES, is_float16, rule_of
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 MOST_VALUES_CHECKED = 16
@@ -31,8 +31,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line and says what to do."""
 
 
-GROUPS = ("data", "data.source", "loss", "model", "optimizer", "preflight", "samples", "scheduler",
-          "trainer")  # fmt: skip
+GROUPS = ("data", "data.source", "gradients", "loss", "model", "optimizer", "preflight", "samples",
+          "scheduler", "trainer")  # fmt: skip
 """Parts that no run can do without. (The pitfalls can be left out.)"""
 
 
@@ -84,6 +84,11 @@ def _validate_together(v: Mapping[str, Any]) -> None:
                 f"{key}={v[key]} is longer than model.max_positions={longest}: lower the first or "
                 f"raise the second"
             )
+    if v.get("optimizer.fused") is True and is_float16(v.get("trainer.precision", "")):
+        raise ConfigError(
+            "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed: set "
+            "optimizer.fused=auto"
+        )
     successors, symbols = v.get("data.source.successors"), v.get("data.source.symbols")
     if successors and symbols and successors >= symbols:
         raise ConfigError(

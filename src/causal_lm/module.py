@@ -1,6 +1,7 @@
 """The correct path from a batch to a loss, with no switches in it."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,12 +10,16 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
+from causal_lm.gradients import Guard, Seen, explain
 from causal_lm.metrics import TokenPerplexity
 from causal_lm.objective import Loss
+from causal_lm.optim import Named
+from causal_lm.schedules import Factor
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +40,12 @@ class CausalLM(L.LightningModule):
 
     Args:
         model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T)) -> logits (B, T, V).
-        optimizer: parameters -> optimizer; None where nothing is trained.
-        scheduler: (optimizer, total_steps) -> learning-rate schedule, stepped once per optimizer
-            step; None for a constant rate.
+        optimizer: named parameters -> optimizer; None where nothing is trained.
+        scheduler: total_steps -> (optimizer step -> share of the peak rate, see ``schedules``);
+            None for a constant rate.
         token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None where not text.
         loss: how the token losses become one number.
+        guard: what to do about a loss or a gradient that is not finite; None stops there.
 
     Raises:
         ValueError: ``loss.chunk_tokens`` is set, for a model that has no plain head.
@@ -48,10 +54,11 @@ class CausalLM(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-        scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
+        optimizer: Callable[[Iterable[Named]], torch.optim.Optimizer] | None = None,
+        scheduler: Callable[[int], Factor] | None = None,
         token_bytes: Tensor | None = None,
         loss: Loss | None = None,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
         self.loss = loss or Loss()
@@ -65,11 +72,13 @@ class CausalLM(L.LightningModule):
         self.make_scheduler = scheduler
         self.val = TokenPerplexity(token_bytes)
         self.own_view = MeanMetric()
+        self.guard = guard or Guard()
         # Of the micro-batches since the last optimizer step, on this rank: sums of losses and of
-        # denominators.
+        # denominators; and themselves, to name the one at fault.
         self.window: Tensor | float = 0.0
         self.step_loss: float | None = None
         """Of the last optimizer step; None where it was skipped."""
+        self.seen: list[Seen] = []
 
     # ---- what is trained ----
 
@@ -119,6 +128,7 @@ class CausalLM(L.LightningModule):
         """
         nats, denominator = self.loss_terms(batch)
         self.window = self.window + torch.stack([nats.detach().float(), denominator.float()])
+        self.seen.append(Seen(batch_idx, batch, nats.detach()))
         return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
 
     @property
@@ -129,12 +139,13 @@ class CausalLM(L.LightningModule):
     def on_before_optimizer_step(self, optimizer) -> None:
         """Gradients of the sum -> of the loss over all micro-batches and ranks, before clipping."""
         nats, denominator = self.trainer.strategy.reduce(self.window, reduce_op="sum").tolist()
-        self.window = 0.0
+        self.window, self.loss_is_finite = 0.0, math.isfinite(nats)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if denominator:  # DDP has averaged: times the ranks is their sum
             torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
-            self.step_loss = nats / denominator
-            self.log("train/loss", self.step_loss)
+            self.step_loss = nats / denominator if self.loss_is_finite else None
+            if self.loss_is_finite:
+                self.log("train/loss", self.step_loss)
             return
         self.step_loss = None
         if self.trainer.is_global_zero:
@@ -202,23 +213,30 @@ class CausalLM(L.LightningModule):
 
     def configure_optimizers(self):
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
-        optimizer = self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer(self.named_parameters())
         if self.make_scheduler is None:
             return optimizer
-        schedule = self.make_scheduler(optimizer, total_steps=self.trainer.max_steps)
+        schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clip by global norm, log the norm, and stop at NaN or inf instead of training on."""
-        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
+        """Clip by global norm and log the norm; no step is taken with what is not finite.
+
+        Loss and gradients have been summed over the ranks by now, so all ranks decide alike.
+        """
+        seen, self.seen = self.seen, []
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        # Under float16 the loss scaler meets infinities as a matter of course, and skips the step.
+        scaled = self.trainer.precision == "16-mixed"
+        if not self.loss_is_finite or not (scaled or torch.isfinite(norm)):
+            self.guard.refuse(self.trainer.global_step, explain(self, seen))
+            optimizer.zero_grad(set_to_none=True)
+            self.log("train/skipped", float(self.guard.skipped))
+            return
+        self.guard.accept()
+        if gradient_clip_val is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
-        # Under float16 the loss scaler meets infinities as a matter of course, and skips the step.
-        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
-            raise FloatingPointError(
-                f"the gradient at step {self.trainer.global_step} is not finite: lower "
-                f"optimizer.lr, or look at the batch; the weights are those before this step"
-            )

@@ -52,6 +52,10 @@ def optional(rule: Rule) -> Rule:
     return Rule(lambda v: v is None or rule.holds(v), f"{rule.words}, or null")
 
 
+def or_auto(rule: Rule) -> Rule:
+    return Rule(lambda v: v == "auto" or rule.holds(v), f"{rule.words}, or auto")
+
+
 flag = Rule(lambda v: isinstance(v, bool), "true or false")
 text = Rule(lambda v: isinstance(v, str) and v != "", "a text")
 
@@ -116,7 +120,10 @@ RULES: dict[str, Rule] = {
         lambda v: v is None or v == "auto" or (_is_whole(v) and v >= 1),
         "a whole number of at least 1, auto, or null for all tokens at once",
     ),
-    "optimizer.lr": real(above=0),
+    "optimizer.lr": or_auto(real(above=0)),
+    "optimizer.muon_lr": real(above=0),
+    "optimizer.muon_momentum": real(low=0, below=1),
+    "optimizer.fused": or_auto(flag),
     "optimizer.weight_decay": real(low=0),
     "optimizer.momentum": real(low=0, below=1),
     "optimizer.betas": Rule(
@@ -125,8 +132,17 @@ RULES: dict[str, Rule] = {
         ),
         "two numbers from 0 to 1, such as [0.9,0.95]",
     ),
-    "scheduler.warmup_steps": integer(0),
+    "scheduler.warmup_steps": or_auto(integer(0)),
+    "scheduler.warmup_cap": real(low=0, below=1),
     "scheduler.final_share": real(low=0),
+    "scheduler.period": integer(1),
+    "scheduler.peak_decay": real(above=0),
+    "scheduler.every": integer(1),
+    "scheduler.drop": real(above=0),
+    "scheduler.decay_share": real(low=0, below=1),
+    "gradients.on_nonfinite": one_of("stop", "skip"),
+    "gradients.max_skipped": integer(0),
+    "gradients.report_every": optional(integer(1)),
     "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
     "trainer.devices": Rule(
         lambda v: v == "auto" or (_is_whole(v) and (v >= 1 or v == -1)),
@@ -157,6 +173,11 @@ RULES: dict[str, Rule] = {
     "pitfalls.*": flag,
     "preflight.on_fault": one_of("error", "warn", "off"),
 }
+
+
+def is_float16(precision: str | int) -> bool:
+    """Whether ``trainer.precision`` is float16 with a loss scaler."""
+    return precision in ("16-mixed", 16)
 
 
 def rule_of(key: str) -> Rule | None:

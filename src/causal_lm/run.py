@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from causal_lm import generation
 from causal_lm.callbacks import checkpoints
+from causal_lm.callbacks.gradients import GradientReport
 from causal_lm.callbacks.meter import Meter
 from causal_lm.callbacks.preflight import Preflight, audit_batch
 from causal_lm.callbacks.progress import StepBar
@@ -25,12 +26,14 @@ from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
+from causal_lm.gradients import Guard
 from causal_lm.module import CausalLM, parts_into_body_and_head
 from causal_lm.objective import Loss
 from causal_lm.preflight import Report
 from causal_lm.report import samples
 from causal_lm.report.files import write_json, write_text
 from causal_lm.report.table import LEAKS_BELOW, run_table
+from causal_lm.rules import is_float16
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +88,20 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     if chunk == "auto":
         chunk = CHUNK if tokenizer.vocab_size >= LARGE and parts_into_body_and_head(model) else None
     loss = Loss(cfg.loss.reduction, cfg.loss.length, chunk)
-    return kind(model, build(cfg.optimizer), build(cfg.scheduler), tokenizer.token_bytes(), loss)
+    guard = Guard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
+    optimizer, schedule = make_optimizer(cfg), build(cfg.scheduler)
+    return kind(model, optimizer, schedule, tokenizer.token_bytes(), loss, guard)
+
+
+def make_optimizer(cfg: DictConfig) -> Any:
+    """Named parameters -> optimizer; ``optimizer.fused=auto`` is answered by the precision.
+
+    A fused one would undo the loss scale of float16 by itself, after the gradients were clipped.
+    """
+    auto = cfg.optimizer.get("fused") == "auto"
+    return build(
+        cfg.optimizer, **({"fused": not is_float16(cfg.trainer.precision)} if auto else {})
+    )
 
 
 def restore(path: str | Path) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
@@ -195,11 +211,13 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
     meter, best = Meter(), checkpoints.best(folder)
     last = checkpoints.last(folder, every=cfg.trainer.val_check_interval)
-    bar = [StepBar()] if cfg.trainer.enable_progress_bar else []
+    optional: list[L.Callback] = [StepBar()] if cfg.trainer.enable_progress_bar else []
+    if cfg.gradients.report_every:
+        optional.append(GradientReport(cfg.gradients.report_every))
     trainer = make_trainer(
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[preflight, meter, stop, origin, best, last, *bar],
+        callbacks=[preflight, meter, stop, origin, best, last, *optional],
     )
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)

@@ -1,0 +1,95 @@
+"""The gradient report's figures by hand, its warning, and what it costs."""
+
+import logging
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from causal_lm.callbacks.gradients import GradientReport, layer_figures
+from conftest import make_batch, make_module
+
+
+def test_figures_by_hand():
+    """Two blocks of a weight and a bias, a step of plain descent at rate 0.5."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    model.frozen = nn.Linear(1, 1)
+    before, gradients = [], [([[3.0, 0.0]], [-6.0]), ([[1.0, 1.0]], [4.0])]
+    with torch.no_grad():
+        for block, (of_weight, of_bias) in zip(model.blocks, gradients, strict=True):
+            block.weight.copy_(torch.tensor([[3.0, 4.0]]))
+            block.bias.copy_(torch.tensor([12.0]))  # the layer's norm is 13
+            block.weight.grad, block.bias.grad = torch.tensor(of_weight), torch.tensor(of_bias)
+        before = [p.clone() for p in model.parameters()]
+        for parameter in model.blocks.parameters():
+            parameter -= 0.5 * parameter.grad
+    figures = layer_figures(model, before)
+    assert figures.keys() == {"blocks.0", "blocks.1"}
+    assert figures["blocks.0"] == pytest.approx((9 / 3, 0.5 * 45**0.5 / 13))
+    assert figures["blocks.1"] == pytest.approx((6 / 3, 0.5 * 18**0.5 / 13))
+
+
+class Seen(L.Callback):
+    """Every logged figure of the report, by step."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_train_batch_end(self, trainer, *_):
+        found = {k: float(v) for k, v in trainer.logged_metrics.items() if "gradient/" in k}
+        if found:
+            self.steps[trainer.global_step] = found
+
+
+def fit(module, report, steps, accumulate=1):
+    seen = Seen()
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulate, accelerator="cpu",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, log_every_n_steps=1,
+        enable_model_summary=False, callbacks=[report, seen],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([make_batch(seed=s) for s in range(8)], batch_size=None))
+    return trainer, seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_so_many_steps_with_the_gradient_of_the_loss(accumulate):
+    module, report = make_module(), GradientReport(2)
+    _, seen = fit(module, report, 4, accumulate)
+    twin = make_module()
+    twin.window_loss(*(make_batch(seed=s) for s in range(accumulate))).backward()
+    expected = twin.model.head.weight.grad.abs().mean()
+    assert seen.steps[1]["gradient/model.head"] == pytest.approx(float(expected), rel=1e-4)
+    gradients = [step["gradient/model.head"] for _, step in sorted(seen.steps.items())]
+    assert len(set(gradients)) == 2  # of steps 1 and 3: nothing new at 2 and 4
+    assert report.before is None  # the copy is gone
+
+
+def test_a_starved_lowest_block_is_warned_about_once(caplog):
+    module = make_module()
+    module.model.blocks.layers[0].register_full_backward_pre_hook(
+        lambda layer, gradients: tuple(g * 1e-3 for g in gradients)
+    )
+    with caplog.at_level(logging.INFO, logger="causal_lm.callbacks.gradients"):
+        fit(module, GradientReport(1), 3)
+    assert caplog.text.count("the gradient of model.blocks.layers.0 is ") == 1
+    assert "tenth" in caplog.text and "hardly learn" in caplog.text
+    assert caplog.text.count("gradient  update/weight, by layer") == 1
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="causal_lm.callbacks.gradients"):
+        fit(make_module(), GradientReport(1), 3)
+    assert "hardly learn" not in caplog.text
+    assert "model.blocks.layers.1\n" in caplog.text
+
+
+def test_a_deep_model_takes_a_few_lines():
+    report = GradientReport(1)
+    report.figures = {f"blocks.{i}": (1e-3, 2e-3) for i in range(40)}
+    lines = report.table().splitlines()
+    assert len(lines) == 8
+    assert lines[1].split() == ["1.0e-03", "2.0e-03", "blocks.0"]
+    assert lines[4].split("…")[1] == " 34 more in metrics.csv"
+    assert lines[-1].endswith("blocks.39")

@@ -1,0 +1,204 @@
+"""Losses and gradients that are not finite: named, stopped at, or left out."""
+
+import logging
+import os
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.utils.data import DataLoader
+
+from causal_lm import gradients, optim
+from causal_lm.data.sampler import DocumentSampler
+from causal_lm.gradients import Guard
+from causal_lm.module import CausalLM
+from conftest import ROOT, command, make_batch, make_model
+
+MUON = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0.1}
+
+
+class Breaks(torch.autograd.Function):
+    """The identity; its output or its gradient is NaN where ``at`` says so."""
+
+    @staticmethod
+    def forward(ctx, x, at):
+        ctx.at = at
+        return x * float("nan") if at == "forward" else x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan") if ctx.at == "backward" else gradient, None
+
+
+def module_that_breaks(at, guard=None):
+    """Its first block's MLP breaks on batches of nine slots (``make_batch((9, …))``)."""
+    model = make_model()
+
+    def hook(module, inputs, output):
+        return Breaks.apply(output, at if output.shape[1] == 9 else "")
+
+    model.blocks.layers[0].linear2.register_forward_hook(hook)
+    return CausalLM(model, lambda p: optim.muon(p, **MUON), guard=guard)
+
+
+GOOD, BAD = make_batch((5, 2, 7)), make_batch((9, 4))
+
+
+def fit(module, batches, accumulate=1, plugin=None):
+    trainer = L.Trainer(
+        max_steps=len(batches) // accumulate, max_epochs=-1,
+        accumulate_grad_batches=accumulate, accelerator="cpu",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, plugins=plugin,
+        enable_model_summary=False, gradient_clip_val=1.0,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return trainer
+
+
+def state(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("at", "accumulate", "words"),
+    [
+        ("forward", 1, r"the loss \(first in model\.blocks\.layers\.0\.linear2\) of batch 2 is not "
+                       r"finite at step 2: lower optimizer\.lr"),
+        ("forward", 2, r"the loss \(first in model\.blocks\.layers\.0\.linear2\) of batch 2 is not "
+                       r"finite at step 1"),
+        # And on down to the two embeddings.
+        ("backward", 1, r"the gradient of batch 2 \(first in model\.blocks\.layers\.0, 3 layers in "
+                        r"all\) is not finite at step 2"),
+        ("backward", 2, r"the gradient of batch 2, 3 \(first in .*\.0, 3 layers .* at step 1"),
+    ],
+)  # fmt: skip
+def test_a_run_stops_and_says_where(at, accumulate, words):
+    module = module_that_breaks(at)
+    with pytest.raises(FloatingPointError, match=words):
+        fit(module, [GOOD, GOOD, BAD, GOOD], accumulate)
+    before = module_that_breaks(at)
+    fit(before, [GOOD, GOOD], accumulate)
+    for one, other in zip(state(module), state(before), strict=True):
+        assert torch.equal(one, other)  # the weights are those before the step
+
+
+@pytest.mark.parametrize("at", ["forward", "backward"])
+def test_a_skipped_step_is_no_step(at, caplog):
+    """Weights, momenta and what the optimizers count are as if the batch had not come."""
+    skipping = module_that_breaks(at, guard=Guard("skip"))
+    with caplog.at_level(logging.WARNING, logger="causal_lm.gradients"):
+        trainer = fit(skipping, [GOOD, BAD, GOOD])
+    assert trainer.global_step == 3
+    assert float(trainer.callback_metrics["train/skipped"]) == skipping.guard.skipped == 1
+    assert "step 1 is skipped, the 1. in a row" in caplog.text
+    assert f"the {'loss' if at == 'forward' else 'gradient'}" in caplog.text
+    without = module_that_breaks(at)
+    other = fit(without, [GOOD, GOOD])
+    for a, b in zip(state(skipping), state(without), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(trainer.optimizers[0].state.values(), other.optimizers[0].state.values(),
+                    strict=True):  # fmt: skip
+        assert all(torch.equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
+    loss = trainer.callback_metrics["train/loss"]
+    assert torch.equal(loss, other.callback_metrics["train/loss"])
+
+
+def test_so_many_in_a_row_and_no_more():
+    three = [BAD, BAD, GOOD, BAD, BAD, BAD]
+    with pytest.raises(FloatingPointError, match=r"step 5, after gradients\.max_skipped=2 skipped"):
+        fit(module_that_breaks("forward", guard=Guard("skip", 2)), three)
+    module = module_that_breaks("forward", guard=Guard("skip", 3))
+    fit(module, three)
+    assert module.guard.skipped == 5
+
+
+def test_float16_leaves_gradients_to_its_scaler_but_no_loss():
+    def plugin():
+        return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+
+    half = plugin()
+    module = module_that_breaks("backward")
+    before = fit(module, [GOOD, BAD], plugin=half)
+    assert before.precision == "16-mixed"
+    assert half.scaler.get_scale() == 2.0**15  # it met the NaN, skipped the step and backed off
+    assert module.guard.skipped == 0 and all(torch.isfinite(p).all() for p in module.parameters())
+    with pytest.raises(FloatingPointError, match=r"the loss \(first in .*linear2\) of batch 1"):
+        fit(module_that_breaks("forward"), [GOOD, BAD], plugin=plugin())
+
+
+def test_muon_under_the_loss_scaler_is_clipped_as_without():
+    scaler, norms = torch.amp.GradScaler("cpu"), []
+    for plugin in (None, MixedPrecision("16-mixed", "cpu", scaler=scaler)):
+        trainer = fit(module_that_breaks(""), [GOOD], plugin=plugin)
+        norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+    assert scaler.get_scale() == 2.0**16
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+TWO_RANKS = """
+import lightning as L
+from torch.utils.data import DataLoader
+from test_gradients import BAD, GOOD, Guard, module_that_breaks, state
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):  # the second batch of rank 1 alone is bad
+        return DataLoader([GOOD, (GOOD, BAD)[self.trainer.global_rank], GOOD], batch_size=None)
+
+for guard in (Guard("skip"), Guard()):
+    module = module_that_breaks("forward", guard=guard)
+    trainer = L.Trainer(
+        max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    try:
+        trainer.fit(module, Data())
+        weights = sum(float(p.double().sum()) for p in state(module))
+        said = f"{guard.skipped} skipped, weights {weights!r}"
+    except FloatingPointError as error:
+        said = str(error)
+    with open(f"rank{trainer.global_rank}.txt", "a") as file:
+        print(said, file=file)
+"""
+
+
+def test_all_ranks_decide_alike(tmp_path):
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    done = command("two.py", cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
+    assert one == two
+    skipped, stopped = one.splitlines()
+    assert skipped.startswith("1 skipped, weights ") and "nan" not in skipped
+    assert stopped.startswith(
+        "the loss (first in model.blocks.layers.0.linear2) of batch 1 of rank 1 is not finite"
+    )
+
+
+def test_weights_that_are_gone_are_named():
+    model = make_model()
+    batch = make_batch()
+    module = CausalLM(model)
+    assert gradients.first_layer(module, lambda: module(batch)) is None
+    with torch.no_grad():
+        model.blocks.layers[1].self_attn.in_proj_weight[0, 0] = float("inf")
+    found = gradients.first_layer(module, lambda: module(batch))
+    assert found == "model.blocks.layers.1.self_attn"
+    assert not any(m._forward_hooks for m in module.modules())
+
+
+def test_documents_of_a_batch():
+    sampler = DocumentSampler(10, shuffle=True, rank=1, world_size=2)
+    loader = DataLoader(range(10), batch_size=2, sampler=sampler)
+
+    class Trainer:
+        train_dataloader = loader
+
+    batches = [batch.tolist() for batch in loader]
+    assert len(batches) == 3 and sum(map(len, batches)) == 5
+    assert [gradients.documents(Trainer, n) for n in range(3)] == batches
+    Trainer.train_dataloader = DataLoader([GOOD], batch_size=None)
+    assert gradients.documents(Trainer, 0) == []
