@@ -84,7 +84,11 @@ def test_a_sweep_is_checked_before_it_starts():
         ["data=docstrings", "trainer=ddp"],
         ["data=text", "data.path=here"],
         ["data=huggingface", "data.path=here"],
-        *([f"model={path.stem}"] for path in sorted((ROOT / "configs/model").glob("*.yaml"))),
+        *(
+            [f"{group}={path.stem}"]
+            for group in ("model", "optimizer", "scheduler")
+            for path in sorted((ROOT / "configs" / group).glob("[!_]*.yaml"))
+        ),
     ],
 )
 def test_every_value_has_a_rule(options):

@@ -9,12 +9,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
 from causal_lm.metrics import TokenPerplexity
 from causal_lm.objective import Loss
 from causal_lm.optim import Named
+from causal_lm.schedules import Factor
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ class CausalLM(L.LightningModule):
         model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T) or None) -> logits
             (B, T, V).
         optimizer: named parameters -> optimizer; None where nothing is trained.
-        scheduler: (optimizer, total_steps) -> learning-rate schedule, stepped once per optimizer
-            step; None for a constant rate.
+        scheduler: total_steps -> (optimizer step -> share of the peak rate, see ``schedules``);
+            None for a constant rate.
         token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None where not text.
         loss: how the token losses become one number.
 
@@ -44,7 +46,7 @@ class CausalLM(L.LightningModule):
         self,
         model: nn.Module,
         optimizer: Callable[[Iterable[Named]], torch.optim.Optimizer] | None = None,
-        scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
+        scheduler: Callable[[int], Factor] | None = None,
         token_bytes: Tensor | None = None,
         loss: Loss | None = None,
     ) -> None:
@@ -183,7 +185,7 @@ class CausalLM(L.LightningModule):
         optimizer = self.make_optimizer(self.named_parameters())
         if self.make_scheduler is None:
             return optimizer
-        schedule = self.make_scheduler(optimizer, total_steps=self.trainer.max_steps)
+        schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def configure_gradient_clipping(

@@ -1,7 +1,6 @@
 """Optimizers: which parameters decay, which Muon takes, and the rule for the peak rate."""
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 log = logging.getLogger(__name__)
 
@@ -141,21 +139,3 @@ def muon(
     if not rest:
         return Joint(first)
     return Joint(first, torch.optim.AdamW(groups(rest, weight_decay), lr=rate, **adamw_options))
-
-
-def warmup_cosine(
-    optimizer: Optimizer, *, total_steps: int, warmup_steps: int, final_share: float
-) -> LambdaLR:
-    """Linear warm-up to the optimizer's rate, then a half cosine down to a share of it.
-
-    A run shorter than ten warm-ups warms up for a tenth of its steps, so that it still decays.
-    """
-    warmup = max(1, min(warmup_steps, total_steps // 10))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return LambdaLR(optimizer, factor)

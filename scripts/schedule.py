@@ -1,0 +1,44 @@
+"""A picture of a learning-rate schedule: in the terminal, or as a file.
+
+    python scripts/schedule.py scheduler=cosine_restarts scheduler.peak_decay=0.7
+    python scripts/schedule.py data=docstrings scheduler=step --svg schedule.svg
+
+Takes the overrides of train.py: the schedule drawn is that of the run they would start.
+"""
+
+import argparse
+from pathlib import Path
+
+from hydra.utils import instantiate
+
+from causal_lm import cli, config
+from causal_lm.report import curve
+from causal_lm.report.files import write_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="of train.py, such as scheduler=step")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the picture")
+    args = parser.parse_intermixed_args()
+
+    cfg = config.load(args.overrides)
+    total = cfg.trainer.max_steps
+    factor = instantiate(cfg.scheduler)(total)
+    name = cfg.scheduler._target_.rpartition(".")[2]
+    title = f"{name}: share of optimizer.lr={cfg.optimizer.lr} over {total} optimizer steps"
+    values = [factor(step) for step in range(total)]
+    for path, draw in ((args.svg, curve.to_svg), (args.html, curve.to_html)):
+        if path:
+            write_text(path, draw(values, title))
+            print(f"written to {path}")
+    if not (args.svg or args.html):
+        print(curve.to_text(values, title))
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors():
+        main()

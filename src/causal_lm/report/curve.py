@@ -1,0 +1,52 @@
+"""One curve over steps, drawn by hand: characters, SVG, or a page around it."""
+
+from collections.abc import Sequence
+from html import escape
+
+
+def to_text(values: Sequence[float], title: str, width: int = 72, height: int = 12) -> str:
+    """Lines of characters; each column shows the value at its first step."""
+    top = max(values) or 1.0
+    columns = min(width, len(values))
+    heights = [values[i * len(values) // columns] / top * height for i in range(columns)]
+    lines = [title]
+    for row in range(height, 0, -1):
+        label = f"{top * row / height:7.3f} |" if row in (height, height // 2) else "        |"
+        lines.append(label + "".join("#" if h > row - 0.5 else " " for h in heights).rstrip())
+    lines.append(f"{0:7.3f} +{'-' * columns}")
+    return "\n".join([*lines, f"{'':9}0{len(values) - 1:>{columns - 1}}"])
+
+
+def to_svg(values: Sequence[float], title: str) -> str:
+    """A picture that stands alone, 720 by 300."""
+    left, right, top, bottom = 60, 700, 40, 260
+    most, last = max(values) or 1.0, max(1, len(values) - 1)
+    stride = -(-len(values) // 4000)  # a picture has no more columns to show
+    points = " ".join(
+        f"{left + (right - left) * i / last:.1f},{bottom - (bottom - top) * values[i] / most:.1f}"
+        for i in sorted({*range(0, len(values), stride), len(values) - 1})
+    )
+    labels = "".join(
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>'
+        for x, y, anchor, words in (
+            (left - 8, top + 5, "end", f"{most:g}"),
+            (left - 8, bottom + 5, "end", "0"),
+            (left, bottom + 20, "middle", "0"),
+            (right, bottom + 20, "end", f"step {last}"),
+        )
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 300" width="720" height="300" '
+        'font-family="sans-serif" font-size="13">'
+        f'<rect width="720" height="300" fill="white"/><text x="{left}" y="22">{escape(title)}'
+        f'</text><path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="gray"/>{labels}'
+        f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/></svg>\n'
+    )
+
+
+def to_html(values: Sequence[float], title: str) -> str:
+    """A page with the picture and nothing else."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<body>{to_svg(values, title)}</body></html>\n"
+    )

@@ -1,0 +1,155 @@
+"""Every schedule at steps worked by hand, and its picture."""
+
+import logging
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from causal_lm import config, optim, schedules
+from causal_lm.report import curve
+from causal_lm.run import build
+from conftest import ROOT, command, make_model
+
+RISE = {"warmup_steps": 10, "warmup_cap": 0.2}
+NAMES = sorted(
+    p.stem for p in (ROOT / "configs/scheduler").glob("*.yaml") if not p.stem.startswith("_")
+)
+
+
+def half_cosine(progress, low):
+    return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ---- the warm-up ----
+
+
+@pytest.mark.parametrize(
+    ("total", "steps", "expected"),
+    [
+        (20_000, "auto", (2000, "a tenth of the run")),
+        (3000, "auto", (500, "500 at least")),
+        (750, "auto", (150, "at most 0.2 of the run")),
+        (3, "auto", (0, "at most 0.2 of the run")),
+        (1000, 200, (200, "scheduler.warmup_steps")),
+        (1000, 201, (200, "at most 0.2 of the run")),
+        (1000, 0, (0, "scheduler.warmup_steps")),
+    ],
+)
+def test_warmup(total, steps, expected):
+    assert schedules.warmup(total, steps, 0.2) == expected
+
+
+def test_the_log_says_which_rule_bound(caplog):
+    with caplog.at_level(logging.INFO, logger="causal_lm.schedules"):
+        schedules.constant(750, warmup_steps="auto", warmup_cap=0.2)
+    assert "warm-up of 150 steps out of 750: at most 0.2 of the run" in caplog.text
+
+
+# ---- the shapes: 100 steps, of which 10 rise ----
+
+SHAPES = [
+    ("constant", {}, {10: 1, 50: 1, 99: 1}),
+    # 90 steps of descent: a third of them gone at 40, half at 55.
+    (
+        "warmup_cosine",
+        {"final_share": 0.1},
+        {10: 1, 40: 0.1 + 0.9 * 0.75, 55: 0.55, 100: 0.1, 999: 0.1},
+    ),
+    (
+        "cosine_restarts",
+        {"period": 30, "peak_decay": 1.0, "final_share": 0.1},
+        {10: 1, 25: 0.55, 39: half_cosine(29 / 30, 0.1), 40: 1, 55: 0.55, 70: 1, 99: 0.1025},
+    ),
+    (
+        "cosine_restarts",
+        {"period": 30, "peak_decay": 0.5, "final_share": 0.0},
+        {10: 1, 25: 0.5, 40: 0.5, 55: 0.25, 70: 0.25, 80: 0.25 * 0.75},
+    ),
+    ("step", {"every": 30, "drop": 0.5}, {10: 1, 39: 1, 40: 0.5, 69: 0.5, 70: 0.25, 99: 0.25}),
+    # The last 20 steps fall, from 80 on.
+    (
+        "warmup_stable_decay",
+        {"decay_share": 0.2, "final_share": 0.0},
+        {10: 1, 79: 1, 80: 1, 81: 0.95, 90: 0.5, 99: 0.05, 100: 0, 500: 0},
+    ),
+    (
+        "warmup_stable_decay",
+        {"decay_share": 0.2, "final_share": 0.2},
+        {80: 1, 90: 0.6, 100: 0.2},
+    ),
+    ("warmup_stable_decay", {"decay_share": 0.0, "final_share": 0.2}, {10: 1, 99: 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "expected"), SHAPES)
+def test_at_chosen_steps(name, keys, expected):
+    factor = getattr(schedules, name)(100, **RISE, **keys)
+    rise = [factor(step) for step in range(10)]
+    assert rise == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    for step, value in expected.items():
+        assert factor(step) == pytest.approx(value, abs=1e-3 if step == 99 else 1e-9), step
+    values = [factor(step) for step in range(100)]
+    assert [factor(step) for step in reversed(range(100))] == values[::-1]  # it keeps no state
+
+
+def test_every_schedule_is_tested_here():
+    assert {name for name, *_ in SHAPES} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("total", [1, 2, 7, 400])
+def test_as_configured_it_scales_both_peaks_every_step(name, total):
+    cfg = config.load([f"scheduler={name}", f"trainer.max_steps={total}"])
+    factor = build(cfg.scheduler)(total)
+    model = make_model()
+    optimizer = optim.muon(
+        model.named_parameters(), muon_lr=0.02, muon_momentum=0.9, lr=0.01, weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for step in range(total):
+        first, *rest = (group["lr"] for group in optimizer.param_groups)
+        assert first == pytest.approx(0.02 * factor(step))
+        assert rest == pytest.approx([0.01 * factor(step)] * len(rest))
+        assert 0 < factor(step) <= 1
+        optimizer.step()
+        schedule.step()
+
+
+# ---- the picture ----
+
+
+def test_text():
+    values = [0.25, 0.5, 0.75, 1.0]
+    lines = curve.to_text(values, "title", width=4, height=4).splitlines()
+    assert lines[0] == "title"
+    assert [line.partition("|")[2] for line in lines[1:5]] == ["   #", "  ##", " ###", "####"]
+    assert lines[1].split()[0] == "1.000" and lines[-1].split() == ["0", "3"]
+
+
+def test_svg_shows_every_step_from_left_to_right():
+    root = ElementTree.fromstring(curve.to_svg([0.5, 1.0, 0.0], "a < b"))
+    (line,) = root.iter("{http://www.w3.org/2000/svg}polyline")
+    assert line.get("points") == "60.0,150.0 380.0,40.0 700.0,260.0"
+    assert "a < b" in "".join(root.itertext())
+
+
+def test_from_the_command_line(tmp_path):
+    words = ["scheduler=cosine_restarts", "scheduler.period=50", "trainer.max_steps=100"]
+    done = command("scripts/schedule.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert "cosine_restarts: share of optimizer.lr=0.008 over 100 optimizer steps" in done.stdout
+    files = [tmp_path / "a.svg", tmp_path / "a.html"]
+    done = command("scripts/schedule.py", *words, "--svg", str(files[0]), "--html", str(files[1]))
+    assert done.returncode == 0, done.stderr
+    factor = schedules.cosine_restarts(
+        100, warmup_steps="auto", warmup_cap=0.2, period=50, peak_decay=1.0, final_share=0.01
+    )
+    drawn = curve.to_svg([factor(step) for step in range(100)], "")
+    points = re.compile(r'points="[^"]+"')
+    for file in files:
+        assert points.findall(file.read_text()) == points.findall(drawn)
+    refused = command("scripts/schedule.py", "scheduler=stepp")
+    assert refused.returncode == 2 and "did you mean 'step'?" in refused.stderr
