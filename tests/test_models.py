@@ -13,6 +13,7 @@ from causal_lm.data.collate import Batch
 from causal_lm.models.external import XTransformers, huggingface
 from causal_lm.models.gru import GRU
 from causal_lm.models.llama import Llama
+from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
 from conftest import PAD, V, make_batch
 
@@ -25,9 +26,13 @@ LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 DECODER = {"rotary_pos_emb": True, "rotary_emb_dim": 8, "ff_glu": True}
 
+FAST = {"mlp": "relu2", "qk_norm": True, "zero_init_out": True}
+
 MAKE = {
+    "tiny": lambda: Tiny(V, 16, 4, 2, 32, 24),
     "llama": lambda: Llama(V, **SIZES),
     "llama_tied": lambda: Llama(V, **SIZES, tied=True),
+    "llama_fast": lambda: Llama(V, **SIZES, **FAST),
     "gru": lambda: GRU(V, 16, n_layers=2),
     "gpt2": lambda: huggingface(V, GPT2),
     "gpt2_eager": lambda: huggingface(V, GPT2 | {"attn_implementation": "eager"}),
@@ -35,9 +40,13 @@ MAKE = {
     "x_transformers": lambda: XTransformers(V, 16, 2, 2, 24, DECODER),
     "x_transformers_flash": lambda: XTransformers(V, 16, 2, 2, 24, {"attn_flash": True}),
 }
-OURS = ("llama", "llama_tied", "gru")
+OURS = ("tiny", "llama", "llama_tied", "llama_fast", "gru")
 NAMES = [name if name in OURS else pytest.param(name, marks=pytest.mark.extras) for name in MAKE]
-CACHED = [name for name in NAMES if not str(getattr(name, "values", "")).startswith("('x_")]
+CACHED = [
+    name
+    for name in NAMES
+    if name != "tiny" and not str(getattr(name, "values", "")).startswith("('x_")
+]
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -151,8 +160,10 @@ def test_the_preflight_finds_nothing(name, layout):
 
 
 REGRESSION = {
+    "tiny": (0.6929819, 24.55724, 13.88906),
     "llama": (-0.0907345, 1.726185, 1.910478),
     "llama_tied": (0.193184, 1.796200, 3.148743),
+    "llama_fast": (-0.05244905, 0.9072560, 0.7190730),
     "gru": (-2.563136, 44.65142, 1.583807),
     "gpt2": (-3.88077, 122.7292, 43.53631),
     "gpt2_eager": (-3.88077, 122.7292, 43.53631),

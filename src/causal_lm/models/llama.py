@@ -1,8 +1,8 @@
 """A modern decoder, written to be read: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 The architecture is that of Llama 2 (Touvron et al. 2023, https://arxiv.org/abs/2307.09288), so its
-weights go to and from ``transformers`` (see ``exchange.py``). No biases anywhere. Three options that
-make it learn faster, and no longer a Llama: ``mlp``, ``qk_norm`` and ``zero_init_out``.
+weights go to and from ``transformers`` (see ``exchange.py``). No biases anywhere. Three options make
+it learn faster, of which ``mlp`` and ``qk_norm`` make it another model; ``zero_init_out`` does not.
 """
 
 from collections.abc import Mapping
@@ -47,8 +47,8 @@ class KVCache:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + D/2) of the last dimension by its position's angle.
 
-    x (B, T, H, D), cos and sin (B, T, 1, D/2), all float32. Scores then depend on distances alone (RoFormer,
-    https://arxiv.org/abs/2104.09864). Real numbers: complex ones defeat ``torch.compile``.
+    x (B, T, H, D), cos and sin (B, T, 1, D/2), all float32. Scores then depend on distances alone
+    (RoFormer, https://arxiv.org/abs/2104.09864). Complex numbers would defeat ``torch.compile``.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
