@@ -181,7 +181,9 @@ def text(args: argparse.Namespace) -> None:
     from causal_lm.callbacks.meter import Meter
     from causal_lm.run import make_trainer, prepare
 
-    cfg = config.load(["experiment=text_cpu", "trainer.enable_progress_bar=false", *args.overrides])
+    cfg = config.load(
+        ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
+    )
     data, corpus, module = prepare(cfg)
     yardstick = Yardstick(corpus.train.tokens, corpus.val.tokens, args.yardstick_steps)
 

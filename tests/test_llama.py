@@ -176,6 +176,15 @@ def test_normed_queries_and_keys_bound_every_score():
     assert largest[True] <= 4**0.5 + 1e-5 < largest[False]
 
 
+def test_what_is_mixed_in_is_of_the_same_document():
+    mix = llama.MixPrevious(1, 2)
+    mix.weight.data = torch.tensor([[[10.0]], [[100.0]]])
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])[None, :, None]
+    positions = torch.tensor([[0, 1, 2, 0, 1]])  # two documents
+    expected = [1.0, 2 + 10 * 1.0, 3 + 10 * 2 + 100 * 1.0, 4.0, 5 + 10 * 4.0]
+    assert mix(x, positions, None).flatten().tolist() == expected
+
+
 def test_the_squared_relu_by_hand():
     mlp = llama.ReLU2(1, 2)
     mlp.up.weight.data = torch.tensor([[2.0], [-1.0]])

@@ -110,6 +110,7 @@ RULES: dict[str, Rule] = {
     "model.mlp": one_of("swiglu", "relu2"),
     "model.qk_norm": flag,
     "model.zero_init_out": flag,
+    "model.mix_previous": integer(0),
     "model.checkpoint_activations": flag,
     "model.init_from": optional(text),
     "model.config.*": Rule(lambda v: True, "whatever the library takes"),

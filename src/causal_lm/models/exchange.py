@@ -51,7 +51,7 @@ def check_plain(sizes: Sizes) -> None:
     Raises:
         ValueError: an option makes it another model than a Llama of theirs (named).
     """
-    for key, plain in (("mlp", "swiglu"), ("qk_norm", False)):
+    for key, plain in (("mlp", "swiglu"), ("qk_norm", False), ("mix_previous", 0)):
         if sizes[key] != plain:
             raise ValueError(
                 f"a model with model.{key}={str(sizes[key]).lower()} has no counterpart in "

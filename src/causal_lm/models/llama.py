@@ -1,8 +1,8 @@
 """A modern decoder, written to be read: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 The architecture is that of Llama 2 (Touvron et al. 2023, https://arxiv.org/abs/2307.09288), so its
-weights go to and from ``transformers`` (see ``exchange.py``). No biases anywhere. Three options make
-it learn faster, of which ``mlp`` and ``qk_norm`` make it another model; ``zero_init_out`` does not.
+weights go to and from ``transformers`` (see ``exchange.py``). No biases anywhere. Four options let
+it learn faster; with ``mlp``, ``qk_norm`` or ``mix_previous`` it is no plain Llama any more.
 """
 
 from collections.abc import Mapping
@@ -26,9 +26,11 @@ loss of ln V + LOGIT_STD² / 2."""
 
 
 class KVCache:
-    """The keys and values of every position seen so far, (B, KV, S, D) for each layer."""
+    """The keys and values of every position seen so far, (B, KV, S, D) for each layer; and the
+    last few embeddings, for :class:`MixPrevious`."""
 
     def __init__(self) -> None:
+        self.embeddings: Tensor | None = None
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -42,6 +44,34 @@ class KVCache:
             k, v = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
         self.layers[layer] = k, v
         return k, v
+
+
+class MixPrevious(nn.Module):
+    """Adds to each embedding the few before it in its document, each channel by a learned weight.
+
+    Short contexts are most of what a small model learns; this gives them without attention (So et
+    al. 2021, https://arxiv.org/abs/2109.08668, do the like to queries, keys and values).
+    """
+
+    def __init__(self, d_model: int, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+        # (reach, 1, C): nothing at first. Of three dimensions, as it is no matrix for Muon.
+        self.weight = nn.Parameter(torch.zeros(reach, 1, d_model))
+
+    def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
+        """x (B, T, C), position_ids (B, T) -> (B, T, C)."""
+        before = None if cache is None else cache.embeddings
+        if before is None:
+            before = x.new_zeros(len(x), self.reach, x.shape[2])
+        slots = torch.cat([before, x], dim=1)  # (B, reach + T, C)
+        if cache is not None:
+            cache.embeddings = slots[:, -self.reach :]
+        for back in range(1, self.reach + 1):
+            inside = (position_ids >= back)[:, :, None]  # else it is of another document, or PAD
+            earlier = slots[:, self.reach - back : slots.shape[1] - back]
+            x = x + self.weight[back - 1] * earlier.masked_fill(~inside, 0)
+        return x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -171,6 +201,7 @@ class Llama(nn.Module):
         qk_norm: norm each query and key before it is turned, without weights (Henry et al. 2020,
             https://arxiv.org/abs/2010.04245): no score is above sqrt(D), so rates can be high.
         zero_init_out: blocks begin by adding nothing to the stream.
+        mix_previous: tokens before each one whose embeddings are added to its own.
         checkpoint_activations: forget what is inside each block and compute it again in the
             backward pass: less memory, a third more time, the same gradients.
         init_from: a folder with a Llama of ``transformers`` to start from, or None. The sizes above
@@ -194,6 +225,7 @@ class Llama(nn.Module):
         mlp: str = "swiglu",
         qk_norm: bool = False,
         zero_init_out: bool = False,
+        mix_previous: int = 0,
         checkpoint_activations: bool = False,
         init_from: str | None = None,
     ) -> None:
@@ -202,11 +234,12 @@ class Llama(nn.Module):
             "vocab_size": vocab_size, "d_model": d_model, "n_heads": n_heads,
             "n_kv_heads": n_kv_heads, "n_layers": n_layers, "d_ff": d_ff,
             "rope_theta": rope_theta, "norm_eps": norm_eps, "tied": tied,
-            "mlp": mlp, "qk_norm": qk_norm,
+            "mlp": mlp, "qk_norm": qk_norm, "mix_previous": mix_previous,
         }  # fmt: skip
         self.self_contained = {"init_from": None}  # the sizes and a checkpoint's weights suffice
         self.checkpoint_activations = checkpoint_activations
         self.tokens = nn.Embedding(vocab_size, d_model)
+        self.previous = MixPrevious(d_model, mix_previous) if mix_previous else None
         self.blocks = nn.ModuleList(Block(self.sizes, layer) for layer in range(n_layers))
         self.norm = nn.RMSNorm(d_model, norm_eps)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -259,6 +292,8 @@ class Llama(nn.Module):
             may_attend = input_ids.new_ones(shape, dtype=torch.bool).tril(seen)
         mask = None if may_attend is None else may_attend[:, None]  # one for all heads
         x = self.tokens(input_ids)  # (B, T, C)
+        if self.previous is not None:
+            x = self.previous(x, position_ids, cache)
         for block in self.blocks:
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
