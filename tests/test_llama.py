@@ -1,5 +1,6 @@
 """What is Llama's own: its start, its memory, its cache with rows of different lengths."""
 
+import itertools
 import math
 
 import pytest
@@ -17,8 +18,13 @@ from test_models import SIZES, make, packed, padded
 PRESETS = ["llama", "llama_1m", "llama_10m", "llama_124m"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("preset", ["llama", "llama_1m", "llama_fast"])
+@pytest.mark.parametrize(
+    ("preset", "tied"),
+    [
+        *itertools.product(["llama", "llama_1m"], [True, False]),
+        ("llama_fast", False),  # a tied head would begin by naming the token it was given
+    ],
+)
 @pytest.mark.parametrize("vocab_size", [43, 259, 5000])
 def test_the_first_loss_is_that_of_a_uniform_guess(preset, vocab_size, tied):
     cfg = config.load([f"model={preset}", f"model.tied={tied}"])
@@ -34,7 +40,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(preset, vocab_size, tied):
     [
         ("llama", 259, 0.105),
         ("llama_1m", 259, 0.96),
-        ("llama_fast", 259, 0.821),
+        ("llama_fast", 259, 0.493),
         ("llama_10m", 259, 9.5),
         ("llama_124m", 50257, 121),
     ],

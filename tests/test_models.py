@@ -13,7 +13,6 @@ from causal_lm.data.collate import Batch
 from causal_lm.models.external import XTransformers, huggingface
 from causal_lm.models.gru import GRU
 from causal_lm.models.llama import Llama
-from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
 from conftest import PAD, V, make_batch
 
@@ -29,7 +28,6 @@ DECODER = {"rotary_pos_emb": True, "rotary_emb_dim": 8, "ff_glu": True}
 FAST = {"mlp": "relu2", "qk_norm": True, "zero_init_out": True, "mix_previous": 2}
 
 MAKE = {
-    "tiny": lambda: Tiny(V, 16, 4, 2, 32, 24),
     "llama": lambda: Llama(V, **SIZES),
     "llama_tied": lambda: Llama(V, **SIZES, tied=True),
     "llama_fast": lambda: Llama(V, **SIZES, **FAST),
@@ -40,13 +38,9 @@ MAKE = {
     "x_transformers": lambda: XTransformers(V, 16, 2, 2, 24, DECODER),
     "x_transformers_flash": lambda: XTransformers(V, 16, 2, 2, 24, {"attn_flash": True}),
 }
-OURS = ("tiny", "llama", "llama_tied", "llama_fast", "gru")
+OURS = ("llama", "llama_tied", "llama_fast", "gru")
 NAMES = [name if name in OURS else pytest.param(name, marks=pytest.mark.extras) for name in MAKE]
-CACHED = [
-    name
-    for name in NAMES
-    if name != "tiny" and not str(getattr(name, "values", "")).startswith("('x_")
-]
+CACHED = [name for name in NAMES if not str(getattr(name, "values", "")).startswith("('x_")]
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -160,7 +154,6 @@ def test_the_preflight_finds_nothing(name, layout):
 
 
 REGRESSION = {
-    "tiny": (0.6929819, 24.55724, 13.88906),
     "llama": (-0.0907345, 1.726185, 1.910478),
     "llama_tied": (0.193184, 1.796200, 3.148743),
     "llama_fast": (-0.3251886, 0.8791282, 0.6882679),
