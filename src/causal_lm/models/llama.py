@@ -20,6 +20,9 @@ Sizes = Mapping[str, Any]
 EMBEDDING_STD = 0.3
 """As in the seed model; docs/NOTES.md has what other values gave."""
 
+INTO_STREAM = ("out.weight", "down.weight")
+"""The matrices of a block whose products are added to the stream."""
+
 LOGIT_STD = 0.1
 """Spread of the first logits: above 0 so that they answer to their input, small enough for a first
 loss of ln V + LOGIT_STD² / 2."""
@@ -200,7 +203,8 @@ class Llama(nn.Module):
         mlp: ``swiglu``, or ``relu2``.
         qk_norm: norm each query and key before it is turned, without weights (Henry et al. 2020,
             https://arxiv.org/abs/2010.04245): no score is above sqrt(D), so rates can be high.
-        zero_init_out: blocks begin by adding nothing to the stream.
+        zero_init_out: blocks begin by adding nothing to the stream, and a head of its own by
+            saying next to nothing.
         mix_previous: tokens before each one whose embeddings are added to its own.
         checkpoint_activations: forget what is inside each block and compute it again in the
             backward pass: less memory, a third more time, the same gradients.
@@ -245,21 +249,32 @@ class Llama(nn.Module):
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
-        # As GPT-2: the sum of 2 n_layers contributions keeps its size, whatever the depth.
-        self._initialise(0.0 if zero_init_out else (2 * n_layers) ** -0.5)
+        self._initialise()
+        if zero_init_out:
+            self._begin_at_nothing()
         if init_from is not None:
             self.load_state_dict(exchange.read(init_from, self.sizes))
 
-    def _initialise(self, out_scale: float) -> None:
+    def _initialise(self) -> None:
         for name, parameter in self.blocks.named_parameters():
             if parameter.dim() > 1:
-                scale = out_scale if name.endswith(("out.weight", "down.weight")) else 1.0
+                # As GPT-2: the sum of 2 n_layers contributions keeps its size, whatever the depth.
+                scale = (2 * len(self.blocks)) ** -0.5 if name.endswith(INTO_STREAM) else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
         nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
         nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
         # A head of that size is loud (a tied one must be): the last norm turns it down.
         width = self.head.in_features
         nn.init.constant_(self.norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
+
+    def _begin_at_nothing(self) -> None:
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(INTO_STREAM):
+                nn.init.zeros_(parameter)
+        if not self.sizes["tied"]:  # a loud head would be in the way of high rates
+            nn.init.normal_(self.tokens.weight)
+            nn.init.normal_(self.head.weight, std=LOGIT_STD * self.head.in_features**-0.5)
+            nn.init.ones_(self.norm.weight)
 
     def forward(
         self,
