@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from causal_lm.data.documents import Mapped
+
 WIDTH, HEADS, LAYERS, BLOCK, BATCH = 128, 4, 4, 64, 12
 PEAK, LAST, WARMUP = 1e-3, 1e-4, 100
 
@@ -55,11 +57,11 @@ class Yardstick:
     """A training of that recipe that can be advanced bit by bit.
 
     Args:
-        train, val: (N,) tokens; only those that occur get a row of the embedding.
+        train, val: (N,) tokens, in memory or mapped; those that occur get an embedding.
         steps: optimizer steps of the whole.
     """
 
-    def __init__(self, train: Tensor, val: Tensor, steps: int) -> None:
+    def __init__(self, train: Tensor | Mapped, val: Tensor | Mapped, steps: int) -> None:
         used, ids = torch.cat([train[:], val[:]]).unique(return_inverse=True)
         self.train, self.val = ids[: len(train)], ids[len(train) :]
         self.steps, self.step, self.seconds = steps, 0, 0.0

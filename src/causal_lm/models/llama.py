@@ -234,7 +234,7 @@ class Llama(nn.Module):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "vocab_size": vocab_size, "d_model": d_model, "n_heads": n_heads,
             "n_kv_heads": n_kv_heads, "n_layers": n_layers, "d_ff": d_ff,
             "rope_theta": rope_theta, "norm_eps": norm_eps, "tied": tied,
@@ -249,17 +249,17 @@ class Llama(nn.Module):
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
-        self._initialise()
+        self._initialise(n_layers)
         if zero_init_out:
             self._begin_at_nothing()
         if init_from is not None:
             self.load_state_dict(exchange.read(init_from, self.sizes))
 
-    def _initialise(self) -> None:
+    def _initialise(self, n_layers: int) -> None:
         for name, parameter in self.blocks.named_parameters():
             if parameter.dim() > 1:
                 # As GPT-2: the sum of 2 n_layers contributions keeps its size, whatever the depth.
-                scale = (2 * len(self.blocks)) ** -0.5 if name.endswith(INTO_STREAM) else 1.0
+                scale = (2 * n_layers) ** -0.5 if name.endswith(INTO_STREAM) else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
         nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
         nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
@@ -273,7 +273,7 @@ class Llama(nn.Module):
                 nn.init.zeros_(parameter)
         if not self.sizes["tied"]:  # a loud head would be in the way of high rates
             nn.init.normal_(self.tokens.weight)
-            nn.init.normal_(self.head.weight, std=LOGIT_STD * self.head.in_features**-0.5)
+            nn.init.normal_(self.head.weight, std=LOGIT_STD * self.sizes["d_model"] ** -0.5)
             nn.init.ones_(self.norm.weight)
 
     def forward(
