@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py layouts    real tokens per second of each layout, on docstrings
 python scripts/benchmark.py loss       time and peak memory of head and loss, whole and in chunks
+python scripts/benchmark.py text data.path=FILE.txt    experiment=text_cpu beside nanoGPT's recipe
 """
 
 import argparse
@@ -172,6 +173,44 @@ class _Peak:
         self._thread.join()
 
 
+def text(args: argparse.Namespace) -> None:
+    """Both train to the end, taking turns; each has its own clock, which stops meanwhile."""
+    import lightning as L
+    from yardstick import Yardstick
+
+    from causal_lm.callbacks.meter import Meter
+    from causal_lm.run import make_trainer, prepare
+
+    cfg = config.load(
+        ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
+    )
+    data, corpus, module = prepare(cfg)
+    yardstick = Yardstick(corpus.train.tokens, corpus.val.tokens, args.yardstick_steps)
+
+    class Turns(L.Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            turn, rest = divmod(trainer.global_step * args.rounds, trainer.max_steps)
+            if rest < args.rounds:
+                yardstick.advance(args.yardstick_steps * turn // args.rounds)
+
+    meter = Meter()
+    trainer = make_trainer(
+        cfg, logger=False, callbacks=[meter, Turns()], enable_checkpointing=False
+    )
+    trainer.fit(module, data)
+    (figures,) = trainer.validate(module, data, verbose=False)
+    ours, theirs = meter.seconds_train - yardstick.seconds, yardstick.seconds
+    rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
+    for name, model, steps, seconds, nats in (
+        ("nanoGPT's recipe", yardstick.model, args.yardstick_steps, theirs, yardstick.loss()),
+        ("text_cpu", module.model, trainer.global_step, ours, figures["val/loss"]),
+    ):
+        size = sum(p.numel() for p in model.parameters())
+        rows.append([name, f"{size:,}", f"{steps:,}", f"{1000 * seconds / steps:.1f}",
+                     f"{seconds:.1f}", f"{nats:.3f}"])  # fmt: skip
+    print(f"{table(rows)}\n\n1/{theirs / ours:.1f} of the time, {_machine('cpu')}")
+
+
 def _machine(device: str) -> str:
     import torch
 
@@ -184,13 +223,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layouts", "loss"])
-    parser.add_argument("overrides", nargs="*", help="of train.py, for layouts")
+    parser.add_argument("what", choices=["layouts", "loss", "text"])
+    parser.add_argument("overrides", nargs="*", help="of train.py, for layouts and text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--yardstick-steps", type=int, default=2000, help="for text")
     args = parser.parse_intermixed_args()
-    {"layouts": layouts, "loss": loss}[args.what](args)
+    {"layouts": layouts, "loss": loss, "text": text}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -133,3 +133,10 @@ def test_the_traceback_is_there_for_who_asks():
     done = command("train.py", "seed=-1", HYDRA_FULL_ERROR="1")
     assert "Traceback" in done.stderr
     assert done.returncode != 0
+
+
+def test_the_preset_for_small_text_has_the_last_word():
+    cfg = config.load(["experiment=text_cpu", "data=text", "data.path=here"])
+    assert cfg.trainer.val_check_interval > cfg.trainer.max_steps
+    assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("causal_lm.optim.muon", 0.02)
+    assert cfg.model.mix_previous == 5

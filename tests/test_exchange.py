@@ -206,6 +206,11 @@ def test_from_a_run_to_transformers_and_into_another_run(transformers, tmp_path)
 def test_what_cannot_be_exported_is_said(tmp_path):
     with pytest.raises(ValueError, match="a GRU has no counterpart in transformers"):
         write_model(make("gru"), Bytes(), 24, tmp_path)
+    with pytest.raises(ValueError, match=r"model\.mlp=relu2 has no counterpart in transformers"):
+        write_model(make("llama_fast"), Bytes(), 24, tmp_path)
+    with pytest.raises(ValueError, match=r"model\.qk_norm=true has no counterpart"):
+        Llama(V, **SIZES, qk_norm=True, init_from=str(tmp_path))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         export(tmp_path / "nowhere.ckpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """What is Llama's own: its start, its memory, its cache with rows of different lengths."""
 
+import itertools
 import math
 
 import pytest
@@ -7,17 +8,23 @@ import torch
 
 from causal_lm import config, generation, masks
 from causal_lm.data.tokenizers import BOS
+from causal_lm.models import llama
 from causal_lm.models.llama import Llama
 from causal_lm.module import CausalLM
 from causal_lm.run import build
 from conftest import V
-from test_models import make, packed, padded
+from test_models import SIZES, make, packed, padded
 
 PRESETS = ["llama", "llama_1m", "llama_10m", "llama_124m"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("preset", ["llama", "llama_1m"])
+@pytest.mark.parametrize(
+    ("preset", "tied"),
+    [
+        *itertools.product(["llama", "llama_1m"], [True, False]),
+        ("llama_fast", False),  # a tied head would begin by naming the token it was given
+    ],
+)
 @pytest.mark.parametrize("vocab_size", [43, 259, 5000])
 def test_the_first_loss_is_that_of_a_uniform_guess(preset, vocab_size, tied):
     cfg = config.load([f"model={preset}", f"model.tied={tied}"])
@@ -33,6 +40,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(preset, vocab_size, tied):
     [
         ("llama", 259, 0.105),
         ("llama_1m", 259, 0.96),
+        ("llama_fast", 259, 0.383),
         ("llama_10m", 259, 9.5),
         ("llama_124m", 50257, 121),
     ],
@@ -143,6 +151,51 @@ def test_positions_are_exact_under_a_half_precision_default():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_blocks_that_begin_at_nothing_leave_the_stream_as_it_is():
+    for zero in (False, True):
+        model = Llama(V, **SIZES, zero_init_out=zero)
+        batch = padded()
+        x = model.tokens(batch.input_ids)
+        out = model.body(batch.input_ids, batch.position_ids)
+        assert torch.equal(out, model.norm(x)) == zero
+
+
+def test_normed_queries_and_keys_bound_every_score():
+    """However loud the weights: no score is above sqrt(D), and none is without the norm."""
+    largest = {}
+    for on in (False, True):
+        attention = Llama(V, **SIZES, qk_norm=on).blocks[0].attention
+        attention.qkv.weight.data.normal_(std=10.0)
+        scores = []
+
+        def spy(q, k, v, scores=scores, **_):
+            scores.append(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)
+            return v
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llama, "attend", spy)
+            rotary = Llama(V, **SIZES)._rotary(torch.arange(6)[None])
+            attention(torch.randn(1, 6, 16), rotary, torch.ones(1, 1, 6, 6, dtype=torch.bool), None)
+        largest[on] = float(scores[0].abs().max())
+    assert largest[True] <= 4**0.5 + 1e-5 < largest[False]
+
+
+def test_what_is_mixed_in_is_of_the_same_document():
+    mix = llama.MixPrevious(1, 2)
+    mix.weight.data = torch.tensor([[[10.0]], [[100.0]]])
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])[None, :, None]
+    positions = torch.tensor([[0, 1, 2, 0, 1]])  # two documents
+    expected = [1.0, 2 + 10 * 1.0, 3 + 10 * 2 + 100 * 1.0, 4.0, 5 + 10 * 4.0]
+    assert mix(x, positions, None).flatten().tolist() == expected
+
+
+def test_the_squared_relu_by_hand():
+    mlp = llama.ReLU2(1, 2)
+    mlp.up.weight.data = torch.tensor([[2.0], [-1.0]])
+    mlp.down.weight.data = torch.tensor([[1.0, 10.0]])
+    assert mlp(torch.tensor([[3.0], [-3.0]])).tolist() == [[36.0], [90.0]]
 
 
 def test_sizes_that_do_not_fit_are_refused():

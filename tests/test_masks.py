@@ -17,6 +17,23 @@ def test_rule_by_loop_and_no_row_is_empty(documents):
     assert bool(may.any(dim=1).all())
 
 
+@given(st.lists(st.lists(st.integers(-1, 1), min_size=5, max_size=5), min_size=1, max_size=3))
+def test_plain_causal_is_said_only_where_it_is_the_same(rows):
+    ids = torch.tensor(rows)
+    may, real = masks.causal(ids), ids >= 0
+    plain = torch.ones(5, 5, dtype=torch.bool).tril().expand_as(may)
+    same = torch.equal(may[real], plain[real])
+    found = masks.visible(ids)
+    assert torch.equal(found, may) if found is not None else same
+
+
+def test_what_plain_causal_covers():
+    for rows in ([[0, 0, 0]], [[0, 0, -1], [0, 0, 0]], [[-1, -1, -1], [1, -1, -1]]):
+        assert masks.visible(torch.tensor(rows)) is None
+    for rows in ([[0, 0, 1]], [[-1, 0, 0]], [[0, -1, 0]], [[0, 0, 0], [0, 1, -1]]):
+        assert masks.visible(torch.tensor(rows)) is not None
+
+
 def test_padding_on_either_side_hides_pad_from_real_tokens():
     for documents in ([0, 0, 0, -1, -1], [-1, -1, 0, 0, 0]):
         ids = torch.tensor([documents])

@@ -25,9 +25,12 @@ LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 DECODER = {"rotary_pos_emb": True, "rotary_emb_dim": 8, "ff_glu": True}
 
+FAST = {"mlp": "relu2", "qk_norm": True, "zero_init_out": True, "mix_previous": 2}
+
 MAKE = {
     "llama": lambda: Llama(V, **SIZES),
     "llama_tied": lambda: Llama(V, **SIZES, tied=True),
+    "llama_fast": lambda: Llama(V, **SIZES, **FAST),
     "gru": lambda: GRU(V, 16, n_layers=2),
     "gpt2": lambda: huggingface(V, GPT2),
     "gpt2_eager": lambda: huggingface(V, GPT2 | {"attn_implementation": "eager"}),
@@ -35,7 +38,7 @@ MAKE = {
     "x_transformers": lambda: XTransformers(V, 16, 2, 2, 24, DECODER),
     "x_transformers_flash": lambda: XTransformers(V, 16, 2, 2, 24, {"attn_flash": True}),
 }
-OURS = ("llama", "llama_tied", "gru")
+OURS = ("llama", "llama_tied", "llama_fast", "gru")
 NAMES = [name if name in OURS else pytest.param(name, marks=pytest.mark.extras) for name in MAKE]
 CACHED = [name for name in NAMES if not str(getattr(name, "values", "")).startswith("('x_")]
 every_model = pytest.mark.parametrize("name", NAMES)
@@ -153,6 +156,7 @@ def test_the_preflight_finds_nothing(name, layout):
 REGRESSION = {
     "llama": (-0.0907345, 1.726185, 1.910478),
     "llama_tied": (0.193184, 1.796200, 3.148743),
+    "llama_fast": (-3.902260, 10.54954, 2.238882),
     "gru": (-2.563136, 44.65142, 1.583807),
     "gpt2": (-3.88077, 122.7292, 43.53631),
     "gpt2_eager": (-3.88077, 122.7292, 43.53631),

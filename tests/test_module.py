@@ -315,3 +315,13 @@ def test_chunks_need_a_body_and_a_head():
 
 def test_first_loss_is_near_uniform(batch):
     assert float(make_module().window_loss(batch)) == pytest.approx(math.log(V), rel=0.15)
+
+
+def test_without_a_mask_the_seed_model_is_causal():
+    model, batch = make_model(), make_batch()
+    real = batch.document_ids >= 0
+    args = batch.input_ids, batch.position_ids
+    masked = model(*args, masks.causal(batch.document_ids))[real]
+    torch.testing.assert_close(model(*args, None)[real], masked, rtol=1e-5, atol=1e-6)
+    everything = torch.ones(3, 7, 7, dtype=torch.bool)
+    assert (model(*args, everything)[real] - masked).abs().max() > 1e-3

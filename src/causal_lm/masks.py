@@ -38,6 +38,22 @@ def causal(document_ids: Tensor) -> Tensor:
     return same_document(document_ids).tril()
 
 
+def visible(document_ids: Tensor) -> Tensor | None:
+    """:func:`causal`, or None where plain causal says the same of every real token.
+
+    That is where each row is one document with PAD, if any, on the right: all of it comes later.
+    Plain causal has the fastest kernels.
+
+    >>> visible(torch.tensor([[0, 0, 0], [0, 0, -1]])) is None
+    True
+    """
+    one_document = (document_ids == document_ids[:, :1]) | (document_ids < 0)
+    pad_comes_last = document_ids[:, 1:] <= document_ids[:, :-1]
+    if bool(one_document.all() & pad_comes_last.all()):
+        return None
+    return causal(document_ids)
+
+
 def to_masked_out(may_attend: Tensor) -> Tensor:
     """To the bool masks of ``nn.MultiheadAttention`` and friends, where True = masked out."""
     return ~may_attend

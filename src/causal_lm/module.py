@@ -39,7 +39,8 @@ class CausalLM(L.LightningModule):
     trained, and cannot change what is measured.
 
     Args:
-        model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T)) -> logits (B, T, V).
+        model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T) or None) -> logits
+            (B, T, V).
         optimizer: named parameters -> optimizer; None where nothing is trained.
         scheduler: total_steps -> (optimizer step -> share of the peak rate, see ``schedules``);
             None for a constant rate.
@@ -90,9 +91,10 @@ class CausalLM(L.LightningModule):
         """bool (B, T): the positions whose target counts in the loss."""
         return objective.has_next(batch.document_ids, batch.loss_mask)
 
-    def may_attend(self, batch: Batch) -> Tensor:
-        """bool (B, T, T): True where a position (dim 1) may look at another (dim 2)."""
-        return masks.causal(batch.document_ids)
+    def may_attend(self, batch: Batch) -> Tensor | None:
+        """bool (B, T, T): True where a position (dim 1) may look at another (dim 2). None is plain
+        causal within each row."""
+        return masks.visible(batch.document_ids)
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the weighted token losses, in nats, and the denominator it is over."""
@@ -161,7 +163,7 @@ class CausalLM(L.LightningModule):
         """
         if cache is not None:
             return self.model(batch.input_ids, batch.position_ids, None, cache)
-        return self.model(batch.input_ids, batch.position_ids, masks.causal(batch.document_ids))
+        return self.model(batch.input_ids, batch.position_ids, masks.visible(batch.document_ids))
 
     def make_cache(self) -> object:
         """What :func:`generation.sample` hands back to :meth:`forward`; None where not offered."""
@@ -179,7 +181,7 @@ class CausalLM(L.LightningModule):
         labels, chunk = self.labels(batch), self.loss.chunk_tokens
         if not chunk:
             return objective.token_nll(self(batch), labels)
-        visible = masks.causal(batch.document_ids)
+        visible = masks.visible(batch.document_ids)
         hidden = self.model.body(batch.input_ids, batch.position_ids, visible)
         return objective.chunked_token_nll(hidden, self.model.head.weight, labels, chunk)
 

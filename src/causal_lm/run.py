@@ -42,7 +42,7 @@ FIGURES = (
     "val/ppl", "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl", "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
     "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
-    "seconds/fit", "seconds/preflight",
+    "seconds/fit", "seconds/train", "seconds/preflight",
 )  # fmt: skip
 """Every key of ``summary.json``; one that does not apply is null, never absent."""
 

@@ -19,7 +19,8 @@ class Meter(L.Callback):
     """Counts the targets and the slots of every training batch on this rank, and times the fit.
 
     Counting asks ``objective``, not the module: a faulty objective does not change how much text
-    there was. The counts stay on the device until somebody asks.
+    there was. The counts stay on the device until somebody asks. Training alone begins with the
+    first batch, after the preflight, which comes before this callback; validations do not count.
     """
 
     def __init__(self) -> None:
@@ -28,10 +29,19 @@ class Meter(L.Callback):
         self.real: Tensor | int = 0
         self.slots = 0
         self.seconds_validating = 0.0
-        self.seconds_fit = 0.0
+        self.seconds_fit = self.seconds_train = 0.0
+        self._began: float | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self._step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        if self._began is not None:
+            self.seconds_train = time.perf_counter() - self._began - self.seconds_validating
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -58,15 +68,15 @@ class Meter(L.Callback):
 
     def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
         """Sums over all ranks, in the names of ``summary.json``. Tokens per second are real
-        targets over the time of the fit without its validations. Call it on every rank."""
+        targets over the time of training alone. Call it on every rank."""
         device = trainer.strategy.root_device
         own = torch.tensor([int(self.tokens), int(self.real), self.slots], device=device)
         tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
-        training = self.seconds_fit - self.seconds_validating
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "train/tokens": tokens,
-            "train/tokens_per_second": tokens / training if tokens else None,
+            "train/tokens_per_second": tokens / self.seconds_train if tokens else None,
             "train/pad_share": 1 - real / slots if slots else None,
             "seconds/fit": self.seconds_fit,
+            "seconds/train": self.seconds_train,
         }

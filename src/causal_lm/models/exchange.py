@@ -46,6 +46,19 @@ BLOCK = {
 """Our weight -> theirs; several of theirs lie one below the other in ours."""
 
 
+def check_plain(sizes: Sizes) -> None:
+    """
+    Raises:
+        ValueError: an option makes it another model than a Llama of theirs (named).
+    """
+    for key, plain in (("mlp", "swiglu"), ("qk_norm", False), ("mix_previous", 0)):
+        if sizes[key] != plain:
+            raise ValueError(
+                f"a model with model.{key}={str(sizes[key]).lower()} has no counterpart in "
+                f"transformers: only model.{key}={str(plain).lower()} goes to and from them"
+            )
+
+
 def names(n_layers: int) -> dict[str, tuple[str, ...]]:
     """Of every weight, our name -> theirs."""
     return WHOLE | {
@@ -90,7 +103,11 @@ def write(folder: Path, state: Mapping[str, Tensor], sizes: Sizes, **more: Any) 
 
     Args:
         more: further entries of ``config.json``.
+
+    Raises:
+        ValueError: it is no plain Llama.
     """
+    check_plain(sizes)
     safetensors = extras.load("safetensors.torch", "huggingface")
     weights = to_transformers(state, sizes)
     safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -104,8 +121,10 @@ def read(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it holds another kind of model, or other sizes (each named).
+        ValueError: it holds another kind of model, or other sizes (each named); or these sizes are
+            not those of a plain Llama.
     """
+    check_plain(sizes)
     folder = Path(folder)
     config = json.loads(_file(folder, "config.json").read_text(encoding="utf-8"))
     _check(folder, config, sizes)

@@ -1,5 +1,6 @@
 """The seed model: a pre-norm ``nn.TransformerEncoder`` made causal by its mask."""
 
+import torch
 from torch import Tensor, nn
 
 from causal_lm import masks
@@ -49,11 +50,18 @@ class Tiny(nn.Module):
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor) -> Tensor:
-        """(B, T) ids and positions, bool (B, T, T) True = may attend -> logits (B, T, V)."""
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) ids and positions, bool (B, T, T) True = may attend -> logits (B, T, V).
+
+        Without a mask, plain causal.
+        """
         return self.head(self.body(input_ids, position_ids, may_attend))
 
-    def body(self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor) -> Tensor:
+    def body(
+        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
+    ) -> Tensor:
         """The same inputs -> what the head reads, (B, T, C).
 
         Raises:
@@ -66,6 +74,9 @@ class Tiny(nn.Module):
                 f"raise model.max_positions or lower data.max_length"
             )
         x = self.tokens(input_ids) + self.positions(position_ids)  # (B, T, C)
-        # This layer means "masked out" by True, and wants one mask per row and head.
-        mask = masks.to_masked_out(may_attend).repeat_interleave(self.n_heads, dim=0)
+        # This layer means "masked out" by True, and wants one mask, or one per row and head.
+        if may_attend is None:
+            mask = masks.to_masked_out(masks.causal(torch.zeros_like(input_ids[:1])))[0]
+        else:
+            mask = masks.to_masked_out(may_attend).repeat_interleave(self.n_heads, dim=0)
         return self.blocks(x, mask=mask)  # (B, T, C)
