@@ -78,7 +78,7 @@ def _validate_together(v: Mapping[str, Any]) -> None:
             f"rotary positions turn pairs"
         )
     longest = v.get("model.max_positions")
-    for key in ("data.max_length", "samples.length"):
+    for key in ("data.max_length", "samples.self_check.length"):
         if longest and v.get(key, 0) > longest:
             raise ConfigError(
                 f"{key}={v[key]} is longer than model.max_positions={longest}: lower the first or "

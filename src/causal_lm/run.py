@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from causal_lm.callbacks.meter import Meter
 from causal_lm.callbacks.preflight import Preflight, audit_batch
 from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.stop import StopAfterStep
+from causal_lm.callbacks.writing import Writing
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
@@ -39,7 +41,10 @@ FIGURES = (
     "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl", "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
     "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
-    "seconds/fit", "seconds/preflight",
+    "seconds/fit", "seconds/preflight", "seconds/writing", "writing/time_share",
+    "writing/repetition_3", "writing/repetition_4", "writing/distinct_1", "writing/distinct_2",
+    "writing/repeat_share", "writing/pad_eos_share", "writing/unfinished_share",
+    "writing/legal_rate",
 )  # fmt: skip
 """Every key of ``summary.json``; one that does not apply is null, never absent."""
 
@@ -127,6 +132,15 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
     )
 
 
+def make_writing(cfg: DictConfig, corpus: Corpus, directory: Path) -> list[Writing]:
+    """What looks at the model's writing at each evaluation; nothing where no samples are wanted."""
+    if not cfg.samples.count:
+        return []
+    wanted = dict(cfg.samples, length=min(cfg.samples.length, cfg.data.max_length))
+    del wanted["self_check"]
+    return [Writing(corpus, seed=cfg.seed, directory=directory, **wanted)]
+
+
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
     """Seed, load the data, make the module."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -159,6 +173,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     if _is_rank_zero():
         for name in FILES:  # of an earlier run in this directory; its checkpoints stay
             (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / "samples", ignore_errors=True)
     try:
         with StopAfterStep() as stop:
             _run(cfg, directory, summary, stop)
@@ -195,11 +210,12 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
     meter, best = Meter(), checkpoints.best(folder)
     last = checkpoints.last(folder, every=cfg.trainer.val_check_interval)
+    writing = make_writing(cfg, corpus, directory)
     bar = [StepBar()] if cfg.trainer.enable_progress_bar else []
     trainer = make_trainer(
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[preflight, meter, stop, origin, best, last, *bar],
+        callbacks=[preflight, meter, stop, origin, *writing, best, last, *bar],
     )
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -211,6 +227,8 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
 
     (figures,) = trainer.validate(module, data, verbose=False)
     summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
+    for callback in writing:
+        summary |= callback.figures(summary["seconds/fit"])
     summary |= floor(corpus, summary["val/ppl"])
     if best.best_model_score is None or figures["val/loss"] < float(best.best_model_score):
         trainer.save_checkpoint(folder / "best.ckpt")
@@ -259,20 +277,22 @@ def self_check(
     cfg: DictConfig, module: CausalLM, corpus: Corpus, directory: Path
 ) -> dict[str, float | None]:
     """Let the trained model write, look at what it wrote, and show it."""
-    tokenizer, wanted = corpus.tokenizer, cfg.samples
+    tokenizer, wanted = corpus.tokenizer, cfg.samples.self_check
     module.eval()
-    rows = generation.sample(
+    rows = generation.write(
         module,
-        torch.full((wanted.count, 1), tokenizer.bos_id, device=module.device),
+        torch.full((wanted.count, 1), tokenizer.bos_id),
         wanted.length,
+        seed=cfg.seed,
+        batch_size=cfg.samples.batch_size,
         temperature=wanted.temperature,
         top_k=wanted.top_k,
-        generator=torch.Generator().manual_seed(cfg.seed),
-    ).cpu()
+    )
     figures = samples.measure(rows, tokenizer, corpus.language)
     write_text(directory / "samples.txt", samples.as_text(rows, tokenizer, figures))
     print("\n" + samples.as_text(rows[: wanted.shown], tokenizer, figures).partition("\n\n")[2])
-    return {f"sample/{name}": value for name, value in vars(figures).items()}
+    named = {f"sample/{name}": value for name, value in vars(figures).items()}
+    return {name: value for name, value in named.items() if name in FIGURES}
 
 
 def _verify_floor(summary: dict[str, Any]) -> None:

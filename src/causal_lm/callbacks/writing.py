@@ -1,0 +1,73 @@
+"""Lets the model write at each evaluation, looks at what it wrote, and keeps it."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from causal_lm import generation
+from causal_lm.data.documents import Corpus
+from causal_lm.report import samples
+from causal_lm.report.files import write_text
+
+
+class Writing(L.Callback):
+    """Samples of every evaluation, their figures as ``writing/*`` and their text in a file.
+
+    The same seed at each evaluation: what changes is the model. Training does not notice: the model
+    is in eval mode here anyway, and draws come from a generator of their own. Every rank writes, as
+    sharded weights would need; the figures are those of rank 0, so that all decide alike.
+
+    Args:
+        corpus: its tokenizer reads the samples; its language, if it has one, judges them.
+        count: samples.
+        length: tokens of each, BOS counted.
+        seed: of the draws.
+        directory: takes ``samples/step_….txt``, one for each evaluation; None writes nothing.
+        options: ``temperature``, ``top_k`` and ``batch_size``.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        count: int,
+        length: int,
+        seed: int,
+        directory: Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.corpus, self.directory = corpus, directory
+        self.prompts = torch.full((count, 1), corpus.tokenizer.bos_id)
+        self.options = {"length": length, "seed": seed} | options
+        self.last: dict[str, float] = {}
+        self.seconds = 0.0
+        self._step = -1
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == self._step:  # validated again after the last step
+            return
+        started, self._step = time.perf_counter(), trainer.global_step
+        figures, text = self.evaluate(pl_module)
+        self.last = trainer.strategy.broadcast(figures)
+        pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+        if trainer.is_global_zero and self.directory is not None:
+            folder = self.directory / "samples"
+            folder.mkdir(exist_ok=True)
+            write_text(folder / f"step_{trainer.global_step:08d}.txt", text)
+        self.seconds += time.perf_counter() - started
+
+    def evaluate(self, module: L.LightningModule) -> tuple[dict[str, float], str]:
+        """The figures that apply, and the samples as text."""
+        tokenizer = self.corpus.tokenizer
+        rows = generation.write(module, self.prompts, **self.options)
+        figures = samples.measure(rows, tokenizer, self.corpus.language)
+        known = {name: value for name, value in vars(figures).items() if value is not None}
+        return known, samples.as_text(rows, tokenizer, figures)
+
+    def figures(self, seconds_fit: float) -> dict[str, float]:
+        """What ``summary.json`` says of the last evaluation, and what all of them cost."""
+        cost = {"seconds/writing": self.seconds, "writing/time_share": self.seconds / seconds_fit}
+        return cost | {f"writing/{name}": value for name, value in self.last.items()}
