@@ -73,7 +73,7 @@ def sample(
 def write(
     module: Any, prompts: Tensor, length: int, *, seed: int, batch_size: int, **options: Any
 ) -> Tensor:
-    """:func:`sample` from each row of ``prompts`` (N, P), a batch at a time: (N, length) on the CPU.
+    """:func:`sample` from each row of ``prompts`` (N, P), batch by batch: (N, length) on the CPU.
 
     The global random state is not touched: the same weights and ``seed`` write the same.
 

@@ -72,6 +72,7 @@ RULES: dict[str, Rule] = {
     "data.seed": integer(0),
     "data.source.symbols": integer(2, 62),
     "data.source.successors": integer(1),
+    "data.source.copies": integer(1),
     "data.source.mean": real(low=1),
     "data.source.train_documents": integer(1),
     "data.source.val_documents": integer(1),
@@ -151,6 +152,15 @@ RULES: dict[str, Rule] = {
     "trainer.enable_progress_bar": flag,
     "samples.count": integer(0),
     "samples.batch_size": integer(1),
+    "samples.prompts": integer(1),
+    "samples.per_prompt": Rule(
+        lambda v: v == 0 or integer(2).holds(v), "a whole number of at least 2, or 0"
+    ),
+    "samples.prompt_length": integer(1),
+    "samples.embedder": Rule(
+        lambda v: v is None or (isinstance(v, str) and Path(v).is_dir()),
+        "a folder that exists, or null",
+    ),
     "samples.self_check.count": integer(1),
     "samples.self_check.shown": integer(0),
     "samples*.length": integer(2),

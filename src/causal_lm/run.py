@@ -44,7 +44,7 @@ FIGURES = (
     "seconds/fit", "seconds/preflight", "seconds/writing", "writing/time_share",
     "writing/repetition_3", "writing/repetition_4", "writing/distinct_1", "writing/distinct_2",
     "writing/repeat_share", "writing/pad_eos_share", "writing/unfinished_share",
-    "writing/legal_rate",
+    "writing/legal_rate", "writing/consistency_hidden", "writing/consistency_sentences",
 )  # fmt: skip
 """Every key of ``summary.json``; one that does not apply is null, never absent."""
 

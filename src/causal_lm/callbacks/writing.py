@@ -10,6 +10,7 @@ import torch
 from causal_lm import generation
 from causal_lm.data.documents import Corpus
 from causal_lm.report import samples
+from causal_lm.report.consistency import Embedder, Sentences, consistency, hidden, prompts_of
 from causal_lm.report.files import write_text
 
 
@@ -24,6 +25,10 @@ class Writing(L.Callback):
         corpus: its tokenizer reads the samples; its language, if it has one, judges them.
         count: samples.
         length: tokens of each, BOS counted.
+        prompts, per_prompt, prompt_length: of :func:`causal_lm.report.consistency.consistency`:
+            beginnings of validation documents, samples from each, and tokens of the beginning.
+        embedder: folder of a sentence-transformers; None takes the model's own hidden states. The
+            figure is ``writing/consistency_sentences`` or ``writing/consistency_hidden``.
         seed: of the draws.
         directory: takes ``samples/step_….txt``, one for each evaluation; None writes nothing.
         options: ``temperature``, ``top_k`` and ``batch_size``.
@@ -35,12 +40,21 @@ class Writing(L.Callback):
         *,
         count: int,
         length: int,
+        prompts: int = 8,
+        per_prompt: int = 0,
+        prompt_length: int = 8,
+        embedder: str | Path | None = None,
         seed: int,
         directory: Path | None = None,
         **options: Any,
     ) -> None:
         self.corpus, self.directory = corpus, directory
-        self.prompts = torch.full((count, 1), corpus.tokenizer.bos_id)
+        self.starts = torch.full((count, 1), corpus.tokenizer.bos_id)
+        beginnings = prompts_of(corpus.val, prompts, min(prompt_length, length // 2))
+        self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
+        self.prompt_of = torch.arange(len(beginnings)).repeat_interleave(per_prompt)
+        self.embed: Embedder = Sentences(embedder) if embedder else hidden
+        self.consistency = f"consistency_{'sentences' if embedder else 'hidden'}"
         self.options = {"length": length, "seed": seed} | options
         self.last: dict[str, float] = {}
         self.seconds = 0.0
@@ -62,10 +76,22 @@ class Writing(L.Callback):
     def evaluate(self, module: L.LightningModule) -> tuple[dict[str, float], str]:
         """The figures that apply, and the samples as text."""
         tokenizer = self.corpus.tokenizer
-        rows = generation.write(module, self.prompts, **self.options)
+        rows = generation.write(module, self.starts, **self.options)
         figures = samples.measure(rows, tokenizer, self.corpus.language)
-        known = {name: value for name, value in vars(figures).items() if value is not None}
+        named = vars(figures) | {self.consistency: self._consistency(module)}
+        known = {name: value for name, value in named.items() if value is not None}
         return known, samples.as_text(rows, tokenizer, figures)
+
+    def _consistency(self, module: Any) -> float | None:
+        """None where there is no prompt, or the model does not show its hidden states."""
+        if not len(self.prompts) or (self.embed is hidden and not hasattr(module.model, "body")):
+            return None
+        rows = generation.write(module, self.prompts, **self.options)
+        vectors = [
+            self.embed(module, part, self.prompts.shape[1], self.corpus.tokenizer)
+            for part in rows.split(self.options["batch_size"])
+        ]
+        return consistency(torch.cat(vectors), self.prompt_of)
 
     def figures(self, seconds_fit: float) -> dict[str, float]:
         """What ``summary.json`` says of the last evaluation, and what all of them cost."""
