@@ -49,13 +49,16 @@ def test_the_contract(finished):
     assert on_disk == summary
     assert tuple(on_disk) == FIGURES
     assert {k for k, v in on_disk.items() if v is None} == {
-        "error", "val/bpb", "writing/consistency_sentences",
+        "error", "stopped_because", "val/bpb", "checkpoint/steady", "writing/repetition_spread",
+        "writing/consistency_sentences",
     }  # fmt: skip
     assert [p.name for p in sorted((directory / "samples").iterdir())] == [
         "step_00000003.txt", "step_00000006.txt",
     ]  # fmt: skip
     assert on_disk["steps"] == 6
     assert on_disk["status"] == "finished"
+    assert on_disk["checkpoint/last"] == "step 6: where the run ended"
+    assert on_disk["checkpoint/best"] == f"step 6: val/loss is lowest, {on_disk['val/loss']:.4f}"
     assert on_disk["val/loss"] == on_disk["val/loss_as_trained"]
     assert on_disk["val/ppl_over_floor"] == pytest.approx(on_disk["val/ppl"] / on_disk["floor/ppl"])
     assert OmegaConf.load(directory / "config.yaml").data.max_length == 20  # resolved
@@ -160,6 +163,7 @@ def test_a_signal_saves_and_goes_on(number, tmp_path):
     assert process.returncode == 0, err
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "stopped"
+    assert summary["stopped_because"] == "a signal asked for it"
     assert 0 < summary["steps"] < 100000
     more = short_run(
         tmp_path / "more",

@@ -84,6 +84,11 @@ def _validate_together(v: Mapping[str, Any]) -> None:
                 f"{key}={v[key]} is longer than model.max_positions={longest}: lower the first or "
                 f"raise the second"
             )
+    if v.get("samples.patience") and not (v["samples.count"] and v["samples.per_prompt"]):
+        raise ConfigError(
+            "samples.patience compares repetition and consistency: set samples.count and "
+            "samples.per_prompt above 0"
+        )
     successors, symbols = v.get("data.source.successors"), v.get("data.source.symbols")
     if successors and symbols and successors >= symbols:
         raise ConfigError(

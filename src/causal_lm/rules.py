@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "data.source.symbols": integer(2, 62),
     "data.source.successors": integer(1),
     "data.source.copies": integer(1),
+    "data.source.copies_after": integer(0),
     "data.source.mean": real(low=1),
     "data.source.train_documents": integer(1),
     "data.source.val_documents": integer(1),
@@ -157,6 +158,7 @@ RULES: dict[str, Rule] = {
         lambda v: v == 0 or integer(2).holds(v), "a whole number of at least 2, or 0"
     ),
     "samples.prompt_length": integer(1),
+    "samples.patience": optional(integer(1)),
     "samples.embedder": Rule(
         lambda v: v is None or (isinstance(v, str) and Path(v).is_dir()),
         "a folder that exists, or null",

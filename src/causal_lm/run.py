@@ -22,7 +22,7 @@ from causal_lm.callbacks import checkpoints
 from causal_lm.callbacks.meter import Meter
 from causal_lm.callbacks.preflight import Preflight, audit_batch
 from causal_lm.callbacks.progress import StepBar
-from causal_lm.callbacks.stop import StopAfterStep
+from causal_lm.callbacks.stop import StopAfterStep, StopWhenWorse
 from causal_lm.callbacks.writing import Writing
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
@@ -37,12 +37,15 @@ from causal_lm.report.table import LEAKS_BELOW, run_table
 log = logging.getLogger(__name__)
 
 FIGURES = (
-    "experiment", "seed", "status", "error", "steps", "train/loss", "val/loss", "val/ppl",
-    "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl", "val/ppl_over_floor",
+    "experiment", "seed", "status", "error", "stopped_because", "steps", "train/loss",
+    "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl",
+    "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
     "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
     "seconds/fit", "seconds/preflight", "seconds/writing", "writing/time_share",
-    "writing/repetition_3", "writing/repetition_4", "writing/distinct_1", "writing/distinct_2",
+    "checkpoint/best", "checkpoint/steady", "checkpoint/last",
+    "writing/repetition_3", "writing/repetition_4", "writing/repetition_spread",
+    "writing/distinct_1", "writing/distinct_2",
     "writing/repeat_share", "writing/pad_eos_share", "writing/unfinished_share",
     "writing/legal_rate", "writing/consistency_hidden", "writing/consistency_sentences",
 )  # fmt: skip
@@ -132,13 +135,11 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
     )
 
 
-def make_writing(cfg: DictConfig, corpus: Corpus, directory: Path) -> list[Writing]:
-    """What looks at the model's writing at each evaluation; nothing where no samples are wanted."""
-    if not cfg.samples.count:
-        return []
+def make_writing(cfg: DictConfig, corpus: Corpus, directory: Path) -> Writing:
+    """What looks at the model's writing at each evaluation."""
     wanted = dict(cfg.samples, length=min(cfg.samples.length, cfg.data.max_length))
-    del wanted["self_check"]
-    return [Writing(corpus, seed=cfg.seed, directory=directory, **wanted)]
+    del wanted["self_check"], wanted["patience"]
+    return Writing(corpus, seed=cfg.seed, directory=directory, **wanted)
 
 
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
@@ -210,28 +211,32 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
     meter, best = Meter(), checkpoints.best(folder)
     last = checkpoints.last(folder, every=cfg.trainer.val_check_interval)
+    steady, worse = checkpoints.steady(folder), StopWhenWorse(cfg.samples.patience)
     writing = make_writing(cfg, corpus, directory)
     bar = [StepBar()] if cfg.trainer.enable_progress_bar else []
     trainer = make_trainer(
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[preflight, meter, stop, origin, *writing, best, last, *bar],
+        callbacks=[preflight, meter, stop, origin, writing, worse, best, steady, last, *bar],
     )
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
     finally:
         summary |= preflight.figures()
     trainer.save_checkpoint(folder / "last.ckpt")
-    summary |= {"status": "stopped" if stop.requested else "finished", "steps": trainer.global_step}
+    because = "a signal asked for it" if stop.requested else worse.because
+    summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
+    summary["steps"] = trainer.global_step
     summary |= meter.figures(trainer)
 
     (figures,) = trainer.validate(module, data, verbose=False)
     summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
-    for callback in writing:
-        summary |= callback.figures(summary["seconds/fit"])
+    summary |= writing.figures(summary["seconds/fit"])
     summary |= floor(corpus, summary["val/ppl"])
     if best.best_model_score is None or figures["val/loss"] < float(best.best_model_score):
         trainer.save_checkpoint(folder / "best.ckpt")
+        best.best_model_score = torch.tensor(figures["val/loss"])
+    summary |= checkpoints.figures(folder, best, steady)
     if trainer.is_global_zero:
         summary |= self_check(cfg, module, corpus, directory)
 

@@ -1,11 +1,18 @@
-"""Ctrl-C and SIGTERM end a run after the step in hand, with its checkpoint and its summary."""
+"""What ends a run before its last step, with its checkpoint and its summary: a signal (Ctrl-C or
+SIGTERM, after the step in hand), or writing that gets worse."""
 
+import logging
 import signal
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
+
+log = logging.getLogger(__name__)
+FIGURES = ("writing/repetition_4", "writing/consistency_")
+"""What is compared, by its name or the beginning of it (the rest says what embeds)."""
 
 
 class StopAfterStep(L.Callback):
@@ -50,3 +57,51 @@ class StopAfterStep(L.Callback):
         if stop:
             self.requested = True
             trainer.should_stop = True
+
+
+class StopWhenWorse(L.Callback):
+    """Stops a run whose writing gets worse, whatever its loss says.
+
+    An evaluation is worse when the model repeats itself more, and its samples from one prompt agree
+    less, than at the evaluation before. A healthy model does either for a while (it repeats what
+    its language repeats, and prompts come to have several answers), and seldom both for long.
+
+    Args:
+        patience: worse evaluations in a row that stop the run; None never stops it.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.because: str | None = None
+        self.seen: list[list[float]] = []
+        """Repetition and consistency of the last evaluations, each worse than the one before it."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or self.patience is None:
+            return
+        metrics = trainer.callback_metrics
+        names = [n for start in FIGURES for n in metrics if n.startswith(start)]
+        if len(names) < len(FIGURES):
+            log.warning(f"step {trainer.global_step}: samples.patience has no {FIGURES} to go by")
+            return
+        now = [float(metrics[name]) for name in names]
+        worse = self.seen and now[0] > self.seen[-1][0] and now[1] < self.seen[-1][1]
+        self.seen = [*self.seen, now] if worse else [now]
+        if len(self.seen) > self.patience:
+            trainer.should_stop = True
+            (rose, fell), (more, less) = zip(*self.seen, strict=True), names
+            self.because = (
+                f"the writing got worse at {self.patience} evaluations in a row, up to step "
+                f"{trainer.global_step}: {more} rose, {_path(rose)}, and {less} fell, {_path(fell)}"
+            )
+            log.warning(f"stopped: {self.because}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]
+
+
+def _path(figures: Iterable[float]) -> str:
+    return " → ".join(f"{figure:.4f}" for figure in figures)

@@ -1,5 +1,6 @@
 """Lets the model write at each evaluation, looks at what it wrote, and keeps it."""
 
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ from causal_lm.report import samples
 from causal_lm.report.consistency import Embedder, Sentences, consistency, hidden, prompts_of
 from causal_lm.report.files import write_text
 
+STEADY_OVER = 3
+"""Evaluations over which ``writing/repetition_spread`` is taken."""
+
 
 class Writing(L.Callback):
     """Samples of every evaluation, their figures as ``writing/*`` and their text in a file.
+
+    ``repetition_spread`` is the standard deviation of the last three ``repetition_4`` in the fit.
 
     The same seed at each evaluation: what changes is the model. Training does not notice: the model
     is in eval mode here anyway, and draws come from a generator of their own. Every rank writes, as
@@ -23,7 +29,7 @@ class Writing(L.Callback):
 
     Args:
         corpus: its tokenizer reads the samples; its language, if it has one, judges them.
-        count: samples.
+        count: samples; 0 turns it all off.
         length: tokens of each, BOS counted.
         prompts, per_prompt, prompt_length: of :func:`causal_lm.report.consistency.consistency`:
             beginnings of validation documents, samples from each, and tokens of the beginning.
@@ -58,14 +64,19 @@ class Writing(L.Callback):
         self.options = {"length": length, "seed": seed} | options
         self.last: dict[str, float] = {}
         self.seconds = 0.0
+        self.rates: list[float] = []
         self._step = -1
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == self._step:  # validated again after the last step
+        if not len(self.starts) or trainer.global_step == self._step:  # once for each step
             return
         started, self._step = time.perf_counter(), trainer.global_step
         figures, text = self.evaluate(pl_module)
         self.last = trainer.strategy.broadcast(figures)
+        if trainer.state.fn == "fit" and "repetition_4" in self.last:
+            self.rates = [*self.rates, self.last["repetition_4"]][-STEADY_OVER:]
+            if len(self.rates) == STEADY_OVER:
+                self.last["repetition_spread"] = statistics.pstdev(self.rates)
         pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
         if trainer.is_global_zero and self.directory is not None:
             folder = self.directory / "samples"
@@ -97,3 +108,9 @@ class Writing(L.Callback):
         """What ``summary.json`` says of the last evaluation, and what all of them cost."""
         cost = {"seconds/writing": self.seconds, "writing/time_share": self.seconds / seconds_fit}
         return cost | {f"writing/{name}": value for name, value in self.last.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rates": self.rates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rates = state_dict["rates"]
