@@ -3,7 +3,6 @@ SIGTERM, after the step in hand), or writing that gets worse."""
 
 import logging
 import signal
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -63,8 +62,8 @@ class StopWhenWorse(L.Callback):
     """Stops a run whose writing gets worse, whatever its loss says.
 
     An evaluation is worse when the model repeats itself more, and its samples from one prompt agree
-    less, than at the evaluation before. A healthy model does either for a while (it repeats what
-    its language repeats, and prompts come to have several answers), and seldom both for long.
+    less, than at the last evaluation that was not worse. (Than at the one just before would never
+    be true for long, as both figures bounce.) A model that begins to learn may do both for a while.
 
     Args:
         patience: worse evaluations in a row that stop the run; None never stops it.
@@ -74,7 +73,7 @@ class StopWhenWorse(L.Callback):
         self.patience = patience
         self.because: str | None = None
         self.seen: list[list[float]] = []
-        """Repetition and consistency of the last evaluations, each worse than the one before it."""
+        """Repetition and consistency of the last evaluations, all worse than the first of them."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or self.patience is None:
@@ -85,14 +84,17 @@ class StopWhenWorse(L.Callback):
             log.warning(f"step {trainer.global_step}: samples.patience has no {FIGURES} to go by")
             return
         now = [float(metrics[name]) for name in names]
-        worse = self.seen and now[0] > self.seen[-1][0] and now[1] < self.seen[-1][1]
+        worse = self.seen and now[0] > self.seen[0][0] and now[1] < self.seen[0][1]
         self.seen = [*self.seen, now] if worse else [now]
         if len(self.seen) > self.patience:
             trainer.should_stop = True
-            (rose, fell), (more, less) = zip(*self.seen, strict=True), names
+            was_then = [
+                f"{name} was {was:.4f}, then {', '.join(f'{figure:.4f}' for figure in then)}"
+                for name, (was, *then) in zip(names, zip(*self.seen, strict=True), strict=True)
+            ]
             self.because = (
-                f"the writing got worse at {self.patience} evaluations in a row, up to step "
-                f"{trainer.global_step}: {more} rose, {_path(rose)}, and {less} fell, {_path(fell)}"
+                f"the writing is worse at {self.patience} evaluations in a row, up to step "
+                f"{trainer.global_step}: {'; '.join(was_then)}"
             )
             log.warning(f"stopped: {self.because}")
 
@@ -101,7 +103,3 @@ class StopWhenWorse(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen = state_dict["seen"]
-
-
-def _path(figures: Iterable[float]) -> str:
-    return " → ".join(f"{figure:.4f}" for figure in figures)
