@@ -14,7 +14,7 @@ from conftest import command
 SHORT = [
     "trainer=cpu", "trainer.max_steps=4", "trainer.val_check_interval=4", "data.batch_size=4",
     "trainer.enable_progress_bar=false", "data.max_length=32", "model.d_model=16",
-    "model.d_ff=16", "samples.count=2", "preflight.on_fault=off",
+    "model.d_ff=16", "samples.self_check.count=2", "preflight.on_fault=off",
 ]  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def test_from_a_run_to_transformers_and_into_another_run(transformers, tmp_path)
     """Train, export, generate there; go on from the folder; the checkpoint needs no folder."""
     tiny = ["model=llama", "model.n_layers=1", "trainer=cpu", "trainer.max_steps=2",
             "data.source.train_documents=64", "data.source.val_documents=16",
-            "samples.count=2"]  # fmt: skip
+            "samples.self_check.count=2"]  # fmt: skip
     done = command("train.py", *tiny, f"hydra.run.dir={tmp_path}/one")
     assert done.returncode == 0, done.stderr
     checkpoint, folder = tmp_path / "one/checkpoints/last.ckpt", tmp_path / "exported"

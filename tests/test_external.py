@@ -87,7 +87,7 @@ def test_rows_and_requests_that_do_not_fit(make):
 def test_a_sample_that_outgrows_the_positions():
     module = CausalLM(huggingface(V, GPT2).eval())
     assert generation.sample(module, torch.ones(1, 1, dtype=torch.long), 25).shape == (1, 25)
-    with pytest.raises(ValueError, match=r"row of 25 tokens .* lower .* samples\.length"):
+    with pytest.raises(ValueError, match=r"row of 25 tokens .* lower .* samples\.self_check"):
         generation.sample(module, torch.ones(1, 1, dtype=torch.long), 26)
 
 
@@ -130,7 +130,8 @@ def test_from_a_folder(tmp_path):
 @pytest.mark.parametrize("preset", ["huggingface", "huggingface_llama", "x_transformers"])
 def test_a_run_and_its_checkpoint(preset, tmp_path):
     done = command(
-        "train.py", f"model={preset}", "trainer=cpu", "trainer.max_steps=2", "samples.count=2",
+        "train.py", f"model={preset}", "trainer=cpu", "trainer.max_steps=2",
+        "samples.self_check.count=2",
         "data.source.train_documents=64", "data.source.val_documents=16",
         f"hydra.run.dir={tmp_path}",
     )  # fmt: skip

@@ -19,7 +19,8 @@ SHORT = [
     "trainer=cpu", "trainer.max_steps=6", "trainer.val_check_interval=3",
     "trainer.enable_progress_bar=false", "data.source.train_documents=40",
     "data.source.val_documents=13", "data.batch_size=4", "data.max_length=20",
-    "model.d_model=16", "model.d_ff=16", "samples.count=3", "samples.shown=1",
+    "model.d_model=16", "model.d_ff=16", "samples.count=4",
+    "samples.self_check.count=3", "samples.self_check.shown=1",
 ]  # fmt: skip
 FILES = {
     "config.yaml",
@@ -43,13 +44,21 @@ def finished(tmp_path_factory):
 
 def test_the_contract(finished):
     directory, summary = finished
-    assert {p.name for p in directory.iterdir()} == FILES | {"checkpoints"}
+    assert {p.name for p in directory.iterdir()} == FILES | {"checkpoints", "samples"}
     on_disk = json.loads((directory / "summary.json").read_text())
     assert on_disk == summary
     assert tuple(on_disk) == FIGURES
-    assert {k for k, v in on_disk.items() if v is None} == {"error", "val/bpb"}
+    assert {k for k, v in on_disk.items() if v is None} == {
+        "error", "stopped_because", "val/bpb", "checkpoint/steady", "writing/repetition_spread",
+        "writing/consistency_sentences",
+    }  # fmt: skip
+    assert [p.name for p in sorted((directory / "samples").iterdir())] == [
+        "step_00000003.txt", "step_00000006.txt",
+    ]  # fmt: skip
     assert on_disk["steps"] == 6
     assert on_disk["status"] == "finished"
+    assert on_disk["checkpoint/last"] == "step 6: where the run ended"
+    assert on_disk["checkpoint/best"] == f"step 6: val/loss is lowest, {on_disk['val/loss']:.4f}"
     assert on_disk["val/loss"] == on_disk["val/loss_as_trained"]
     assert on_disk["val/ppl_over_floor"] == pytest.approx(on_disk["val/ppl"] / on_disk["floor/ppl"])
     assert OmegaConf.load(directory / "config.yaml").data.max_length == 20  # resolved
@@ -57,6 +66,7 @@ def test_the_contract(finished):
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row["train/loss"]]) == 6
     assert len([row for row in rows if row["val/loss"]]) >= 2
+    assert len([row for row in rows if row["writing/repetition_4"]]) == 2
     assert "--- 3" in (directory / "samples.txt").read_text()
     assert json.loads((directory / "preflight.json").read_text())["faults"] == []
 
@@ -153,6 +163,7 @@ def test_a_signal_saves_and_goes_on(number, tmp_path):
     assert process.returncode == 0, err
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "stopped"
+    assert summary["stopped_because"] == "a signal asked for it"
     assert 0 < summary["steps"] < 100000
     more = short_run(
         tmp_path / "more",

@@ -78,7 +78,7 @@ def _validate_together(v: Mapping[str, Any]) -> None:
             f"rotary positions turn pairs"
         )
     longest = v.get("model.max_positions")
-    for key in ("data.max_length", "samples.length"):
+    for key in ("data.max_length", "samples.self_check.length"):
         if longest and v.get(key, 0) > longest:
             raise ConfigError(
                 f"{key}={v[key]} is longer than model.max_positions={longest}: lower the first or "
@@ -88,6 +88,11 @@ def _validate_together(v: Mapping[str, Any]) -> None:
         raise ConfigError(
             "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed: set "
             "optimizer.fused=auto"
+        )
+    if v.get("samples.patience") and not (v["samples.count"] and v["samples.per_prompt"]):
+        raise ConfigError(
+            "samples.patience compares repetition and consistency: set samples.count and "
+            "samples.per_prompt above 0"
         )
     successors, symbols = v.get("data.source.successors"), v.get("data.source.symbols")
     if successors and symbols and successors >= symbols:

@@ -1,6 +1,7 @@
 """Sampling, one token at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,24 @@ def sample(
             token = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, token.to(ids.device)], dim=1)
     return ids
+
+
+def write(
+    module: Any, prompts: Tensor, length: int, *, seed: int, batch_size: int, **options: Any
+) -> Tensor:
+    """:func:`sample` from each row of ``prompts`` (N, P), batch by batch: (N, length) on the CPU.
+
+    The global random state is not touched: the same weights and ``seed`` write the same.
+
+    Args:
+        module: in eval mode; the prompts are brought to its ``device``.
+        options: ``temperature`` and ``top_k``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([
+        sample(module, part.to(module.device), length, generator=generator, **options).cpu()
+        for part in prompts.split(batch_size)
+    ])  # fmt: skip
 
 
 def until_eos(row: list[int], eos_id: int) -> list[int]:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from causal_lm.callbacks.gradients import GradientReport
 from causal_lm.callbacks.meter import Meter
 from causal_lm.callbacks.preflight import Preflight, audit_batch
 from causal_lm.callbacks.progress import StepBar
-from causal_lm.callbacks.stop import StopAfterStep
+from causal_lm.callbacks.stop import StopAfterStep, StopWhenWorse
+from causal_lm.callbacks.writing import Writing
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
@@ -38,11 +40,17 @@ from causal_lm.rules import is_float16
 log = logging.getLogger(__name__)
 
 FIGURES = (
-    "experiment", "seed", "status", "error", "steps", "loss/reduction", "train/loss", "val/loss",
-    "val/ppl", "val/bpb", "val/loss_as_trained", "floor/loss", "floor/ppl", "val/ppl_over_floor",
+    "experiment", "seed", "status", "error", "stopped_because", "steps", "loss/reduction",
+    "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained",
+    "floor/loss", "floor/ppl", "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
     "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
-    "seconds/fit", "seconds/train", "seconds/preflight",
+    "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing", "writing/time_share",
+    "checkpoint/best", "checkpoint/steady", "checkpoint/last",
+    "writing/repetition_3", "writing/repetition_4", "writing/repetition_spread",
+    "writing/distinct_1", "writing/distinct_2",
+    "writing/repeat_share", "writing/pad_eos_share", "writing/unfinished_share",
+    "writing/legal_rate", "writing/consistency_hidden", "writing/consistency_sentences",
 )  # fmt: skip
 """Every key of ``summary.json``; one that does not apply is null, never absent."""
 
@@ -143,6 +151,13 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
     )
 
 
+def make_writing(cfg: DictConfig, corpus: Corpus, directory: Path) -> Writing:
+    """What looks at the model's writing at each evaluation."""
+    wanted = dict(cfg.samples, length=min(cfg.samples.length, cfg.data.max_length))
+    del wanted["self_check"], wanted["patience"]
+    return Writing(corpus, seed=cfg.seed, directory=directory, **wanted)
+
+
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
     """Seed, load the data, make the module."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -175,6 +190,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     if _is_rank_zero():
         for name in FILES:  # of an earlier run in this directory; its checkpoints stay
             (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / "samples", ignore_errors=True)
     try:
         with StopAfterStep() as stop:
             _run(cfg, directory, summary, stop)
@@ -214,24 +230,31 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     optional: list[L.Callback] = [StepBar()] if cfg.trainer.enable_progress_bar else []
     if cfg.gradients.report_every:
         optional.append(GradientReport(cfg.gradients.report_every))
+    steady, worse = checkpoints.steady(folder), StopWhenWorse(cfg.samples.patience)
+    writing = make_writing(cfg, corpus, directory)
     trainer = make_trainer(
         cfg,
         logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[preflight, meter, stop, origin, best, last, *optional],
+        callbacks=[preflight, meter, stop, origin, writing, worse, best, steady, last, *optional],
     )
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
     finally:
         summary |= preflight.figures()
     trainer.save_checkpoint(folder / "last.ckpt")
-    summary |= {"status": "stopped" if stop.requested else "finished", "steps": trainer.global_step}
+    because = "a signal asked for it" if stop.requested else worse.because
+    summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
+    summary["steps"] = trainer.global_step
     summary |= meter.figures(trainer)
 
     (figures,) = trainer.validate(module, data, verbose=False)
     summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
+    summary |= writing.figures(summary["seconds/fit"])
     summary |= floor(corpus, summary["val/ppl"])
     if best.best_model_score is None or figures["val/loss"] < float(best.best_model_score):
         trainer.save_checkpoint(folder / "best.ckpt")
+        best.best_model_score = torch.tensor(figures["val/loss"])
+    summary |= checkpoints.figures(folder, best, steady)
     if trainer.is_global_zero:
         summary |= self_check(cfg, module, corpus, directory)
 
@@ -277,20 +300,22 @@ def self_check(
     cfg: DictConfig, module: CausalLM, corpus: Corpus, directory: Path
 ) -> dict[str, float | None]:
     """Let the trained model write, look at what it wrote, and show it."""
-    tokenizer, wanted = corpus.tokenizer, cfg.samples
+    tokenizer, wanted = corpus.tokenizer, cfg.samples.self_check
     module.eval()
-    rows = generation.sample(
+    rows = generation.write(
         module,
-        torch.full((wanted.count, 1), tokenizer.bos_id, device=module.device),
+        torch.full((wanted.count, 1), tokenizer.bos_id),
         wanted.length,
+        seed=cfg.seed,
+        batch_size=cfg.samples.batch_size,
         temperature=wanted.temperature,
         top_k=wanted.top_k,
-        generator=torch.Generator().manual_seed(cfg.seed),
-    ).cpu()
+    )
     figures = samples.measure(rows, tokenizer, corpus.language)
     write_text(directory / "samples.txt", samples.as_text(rows, tokenizer, figures))
     print("\n" + samples.as_text(rows[: wanted.shown], tokenizer, figures).partition("\n\n")[2])
-    return {f"sample/{name}": value for name, value in vars(figures).items()}
+    named = {f"sample/{name}": value for name, value in vars(figures).items()}
+    return {name: value for name, value in named.items() if name in FIGURES}
 
 
 def _verify_floor(summary: dict[str, Any]) -> None:

@@ -61,6 +61,41 @@ def last(folder: Path, every: int) -> ModelCheckpoint:
     )
 
 
+def steady(folder: Path) -> ModelCheckpoint:
+    """``steady.ckpt``, of the evaluation whose last three repetition rates vary least.
+
+    A loss may go on falling while the writing turns into loops. Where the rate stands still, the
+    writing is what it was. (It does so before anything is learned, too: read the samples.)
+    """
+    return Steady(
+        folder, filename="steady", monitor="writing/repetition_spread", enable_version_counter=False
+    )
+
+
+class Steady(ModelCheckpoint):
+    """Waits until its figure is there: the first evaluations have none."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
+
+def figures(folder: Path, best: ModelCheckpoint, steady: ModelCheckpoint) -> dict[str, str]:
+    """``checkpoint/*`` of ``summary.json``: of which step each one is, and why it was kept."""
+    reasons = {"last": "where the run ended"}
+    for name, kept, reason in (
+        ("best", best, "val/loss is lowest"),
+        ("steady", steady, "the last three repetition rates vary least"),
+    ):
+        if kept.best_model_score is not None:
+            reasons[name] = f"{reason}, {float(kept.best_model_score):.4f}"
+    steps = {
+        name: torch.load(folder / f"{name}.ckpt", mmap=True, weights_only=True)["global_step"]
+        for name in reasons
+    }
+    return {f"checkpoint/{name}": f"step {steps[name]}: {why}" for name, why in reasons.items()}
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this project onto the CPU, tensors and plain data only.
 

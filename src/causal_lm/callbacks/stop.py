@@ -1,11 +1,17 @@
-"""Ctrl-C and SIGTERM end a run after the step in hand, with its checkpoint and its summary."""
+"""What ends a run before its last step, with its checkpoint and its summary: a signal (Ctrl-C or
+SIGTERM, after the step in hand), or writing that gets worse."""
 
+import logging
 import signal
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
+
+log = logging.getLogger(__name__)
+FIGURES = ("writing/repetition_4", "writing/consistency_")
+"""What is compared, by its name or the beginning of it (the rest says what embeds)."""
 
 
 class StopAfterStep(L.Callback):
@@ -50,3 +56,50 @@ class StopAfterStep(L.Callback):
         if stop:
             self.requested = True
             trainer.should_stop = True
+
+
+class StopWhenWorse(L.Callback):
+    """Stops a run whose writing gets worse, whatever its loss says.
+
+    An evaluation is worse when the model repeats itself more, and its samples from one prompt agree
+    less, than at the last evaluation that was not worse. (Than at the one just before would never
+    be true for long, as both figures bounce.) A model that begins to learn may do both for a while.
+
+    Args:
+        patience: worse evaluations in a row that stop the run; None never stops it.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.because: str | None = None
+        self.seen: list[list[float]] = []
+        """Repetition and consistency of the last evaluations, all worse than the first of them."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or self.patience is None:
+            return
+        metrics = trainer.callback_metrics
+        names = [n for start in FIGURES for n in metrics if n.startswith(start)]
+        if len(names) < len(FIGURES):
+            log.warning(f"step {trainer.global_step}: samples.patience has no {FIGURES} to go by")
+            return
+        now = [float(metrics[name]) for name in names]
+        worse = self.seen and now[0] > self.seen[0][0] and now[1] < self.seen[0][1]
+        self.seen = [*self.seen, now] if worse else [now]
+        if len(self.seen) > self.patience:
+            trainer.should_stop = True
+            was_then = [
+                f"{name} was {was:.4f}, then {', '.join(f'{figure:.4f}' for figure in then)}"
+                for name, (was, *then) in zip(names, zip(*self.seen, strict=True), strict=True)
+            ]
+            self.because = (
+                f"the writing is worse at {self.patience} evaluations in a row, up to step "
+                f"{trainer.global_step}: {'; '.join(was_then)}"
+            )
+            log.warning(f"stopped: {self.because}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]

@@ -65,7 +65,7 @@ class External(nn.Module):
         if self.longest is not None and length > self.longest:
             raise ValueError(
                 f"a row of {length} tokens is longer than the model's {self.longest} positions: "
-                f"lower data.max_length or samples.length, or raise the model's"
+                f"lower data.max_length or samples.self_check.length, or raise the model's"
             )
 
     def mask(self, position_ids: Tensor, may_attend: Tensor | None) -> Tensor | None:

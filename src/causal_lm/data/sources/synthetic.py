@@ -94,6 +94,9 @@ class Synthetic:
     Args:
         train_documents, val_documents: how many to draw, from independent streams.
         max_length: tokens of the longest document, BOS and EOS counted.
+        copies: times that a document's symbols are written, one after the other, as crawled text
+            repeats its lines. With more than one the source knows neither floor nor legality.
+        copies_after: training documents, before those, that are written once.
         Others: see :class:`MarkovLanguage`.
     """
 
@@ -107,13 +110,29 @@ class Synthetic:
         train_documents: int,
         val_documents: int,
         seed: int,
+        copies: int = 1,
+        copies_after: int = 0,
     ) -> None:
-        self.language = MarkovLanguage(symbols, successors, mean, max_length - 2, seed)
+        self.language, self.short = (
+            MarkovLanguage(symbols, successors, mean, (max_length - 2) // times, seed)
+            for times in (1, copies)
+        )
         self.sizes, self.symbols, self.seed = (train_documents, val_documents), symbols, seed
+        self.copies, self.copies_after = copies, copies_after
 
     def load(self) -> Corpus:
-        train, val = (
-            self.language.sample(size, torch.Generator().manual_seed(self.seed + 1 + i))
-            for i, size in enumerate(self.sizes)
-        )
-        return Corpus(train, val, Symbols(self.symbols), self.language)
+        streams = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(2)]
+        if self.copies == 1:
+            train, val = map(self.language.sample, self.sizes, streams)
+            return Corpus(train, val, Symbols(self.symbols), self.language)
+        once = self.language.sample(self.copies_after, streams[0])
+        train, val = map(self._copied, self.sizes, streams)
+        tokens = torch.cat([once.tokens[:], train.tokens[:]])
+        offsets = torch.cat([once.offsets[:-1], train.offsets[:] + len(once.tokens)])
+        return Corpus(Documents(tokens, offsets), val, Symbols(self.symbols))
+
+    def _copied(self, size: int, stream: torch.Generator) -> Documents:
+        """BOS s EOS -> BOS s s … s EOS."""
+        documents = self.short.sample(size, stream)
+        rows = (documents[i].tokens.tolist() for i in range(size))
+        return Documents.from_lists([*row[:1], *row[1:-1] * self.copies, *row[-1:]] for row in rows)
