@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 
 from causal_lm import config
 
-# Read when torch loads: threads that wait, sleep. Spinning, the default, costs a busy machine dear:
-# on two cores a step of the seed model takes 17 ms alone but 70 to 180 beside one other process;
-# with this, 25 and 30.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch loads: threads that wait spin a little, then sleep. Spinning on, the default, is as
+# fast on an idle machine and costs a busy one dear (docs/NOTES.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 log = logging.getLogger(__name__)
 FULL, ASKED = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"

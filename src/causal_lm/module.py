@@ -147,7 +147,7 @@ class CausalLM(L.LightningModule):
             torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
             self.step_loss = nats / denominator if self.loss_is_finite else None
             if self.loss_is_finite:
-                self.log("train/loss", self.step_loss)
+                self.log("train/loss", nats / denominator)
             return
         self.step_loss = None
         if self.trainer.is_global_zero:
