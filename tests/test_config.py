@@ -36,7 +36,7 @@ REFUSED = [
     ("optimizer.betas=abc", "optimizer.betas must be two numbers"),
     ("optimizer.lr={a:1}", "optimizer.lr must be a number above 0, or auto, not a group of keys"),
     ("data.source=null", "data.source is missing or empty"),
-    ("optimizer=null", "optimizer=None: choose one among adamw"),
+    ("optimizer=null", "optimizer=None: choose one among adam, adamw"),
     ("~optimizer", "~optimizer: nothing can be taken away"),
     ("~trainer.val_check_interval", "~trainer.val_check_interval: nothing can be taken away"),
     ("ckpt_path=nowhere.ckpt", "ckpt_path must be a file that exists, auto, or null"),

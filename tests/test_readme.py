@@ -39,7 +39,10 @@ def test_the_long_ones_are_still_printed():
 def test_the_extras_are_those_that_ci_installs():
     installed = [line for block in EXTRAS for line in block if line.startswith("pip install")]
     assert set(installed) == {"pip install -e '.[huggingface,x-transformers]'"}
-    assert "pip install -q -e '.[huggingface,x-transformers]'" in (ROOT / ".ci/run").read_text()
+    assert (
+        "pip install -q -e '.[huggingface,x-transformers,sentences]'"
+        in (ROOT / ".ci/run").read_text()
+    )
 
 
 @pytest.fixture(scope="module")

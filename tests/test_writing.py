@@ -68,7 +68,7 @@ def test_training_does_not_notice(tmp_path):
     assert without["sample/legal_rate"] == with_["sample/legal_rate"]
     assert {v for k, v in without.items() if k.startswith("writing/")} == {None}
     assert with_["writing/distinct_1"] > 0
-    assert 0 < with_["writing/time_share"] < 1
+    assert 0 < with_["seconds/writing"] < with_["seconds/fit"]
     assert not (tmp_path / "0" / "samples").exists()
 
 

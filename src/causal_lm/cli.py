@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 
 from causal_lm import config
 
-# Read when torch loads: threads that wait spin a little, then sleep. Spinning on, the default, is as
-# fast on an idle machine and costs a busy one dear (docs/NOTES.md).
+# Read when torch loads: threads that wait spin a little, then sleep. To spin on, the default, is no
+# faster on an idle machine and costs a busy one dear (docs/NOTES.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 

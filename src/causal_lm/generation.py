@@ -46,6 +46,7 @@ def sample(
 
     Raises:
         ValueError: the temperature is negative, or the prompt is empty or longer than ``length``.
+        FloatingPointError: a logit is NaN or +inf.
     """
     if not temperature >= 0:  # NaN too
         raise ValueError(f"the temperature must be 0 or more, not {temperature}")
@@ -61,6 +62,8 @@ def sample(
         else:
             logits, seen = logits_of(prompt_batch(ids, seen), cache), ids.shape[1]
         last = logits[:, -1].float().cpu()  # (B, V)
+        if not (last < torch.inf).all():
+            raise FloatingPointError("the model's logits are not finite: there is no next token")
         if temperature == 0:
             token = last.argmax(dim=-1, keepdim=True)
         else:

@@ -45,7 +45,7 @@ FIGURES = (
     "floor/loss", "floor/ppl", "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
     "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
-    "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing", "writing/time_share",
+    "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
     "checkpoint/best", "checkpoint/steady", "checkpoint/last",
     "writing/repetition_3", "writing/repetition_4", "writing/repetition_spread",
     "writing/distinct_1", "writing/distinct_2",
@@ -249,7 +249,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
 
     (figures,) = trainer.validate(module, data, verbose=False)
     summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
-    summary |= writing.figures(summary["seconds/fit"])
+    summary |= writing.figures()
     summary |= floor(corpus, summary["val/ppl"])
     if best.best_model_score is None or figures["val/loss"] < float(best.best_model_score):
         trainer.save_checkpoint(folder / "best.ckpt")

@@ -1,5 +1,6 @@
 """Lets the model write at each evaluation, looks at what it wrote, and keeps it."""
 
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from causal_lm.data.documents import Corpus
 from causal_lm.report import samples
 from causal_lm.report.consistency import Embedder, Sentences, consistency, hidden, prompts_of
 from causal_lm.report.files import write_text
+
+log = logging.getLogger(__name__)
 
 STEADY_OVER = 3
 """Evaluations over which ``writing/repetition_spread`` is taken."""
@@ -71,7 +74,12 @@ class Writing(L.Callback):
         if not len(self.starts) or trainer.global_step == self._step:  # once for each step
             return
         started, self._step = time.perf_counter(), trainer.global_step
-        figures, text = self.evaluate(pl_module)
+        try:
+            figures, text = self.evaluate(pl_module)
+        except FloatingPointError as error:  # the next step says more, and decides
+            log.warning(f"step {trainer.global_step}: no samples: {error}")
+            self.last = {}
+            return
         self.last = trainer.strategy.broadcast(figures)
         if trainer.state.fn == "fit" and "repetition_4" in self.last:
             self.rates = [*self.rates, self.last["repetition_4"]][-STEADY_OVER:]
@@ -104,10 +112,10 @@ class Writing(L.Callback):
         ]
         return consistency(torch.cat(vectors), self.prompt_of)
 
-    def figures(self, seconds_fit: float) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """What ``summary.json`` says of the last evaluation, and what all of them cost."""
-        cost = {"seconds/writing": self.seconds, "writing/time_share": self.seconds / seconds_fit}
-        return cost | {f"writing/{name}": value for name, value in self.last.items()}
+        figures = {f"writing/{name}": value for name, value in self.last.items()}
+        return figures | {"seconds/writing": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
         return {"rates": self.rates}
