@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: see docs/NOTES.md
+if "OMP_WAIT_POLICY" not in os.environ:  # as the command does: see docs/NOTES.md
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 import pytest
 import torch
