@@ -11,7 +11,7 @@ from causal_lm.preflight.frame import Frame, UnexaminableError, span
 from causal_lm.preflight.outputs import floats, get
 from causal_lm.preflight.report import Finding
 
-_FORM = "the model offers a cache, but not in a form known here"
+_FORM = "the model offers a cache, but takes it or its ids in a form not known here"
 _BESIDE = "{where} with the padding of other rows"
 
 
@@ -100,7 +100,11 @@ def decoding(ctx: Context) -> list[Finding]:
     row, model = ctx.work.bare(0).cols(0, 12), ctx.subject.model
     ctx.subject.box.rewind(ctx.seed, False)
     with torch.no_grad():
-        whole, stepped = _logits(model(row.ids)), _stepped(model, row.ids, cache, keys)
+        try:
+            whole = _logits(model(row.ids))
+        except (AttributeError, TypeError):
+            raise UnexaminableError(_FORM) from None
+        stepped = _stepped(model, row.ids, cache, keys)
         move = ctx.worst(row, stepped, whole, row.real, reshaped=True)
         if not move:
             return []
