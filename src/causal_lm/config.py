@@ -99,6 +99,12 @@ def _validate_together(v: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"data.source.successors={successors} must be below data.source.symbols={symbols}"
         )
+    copies, longest_document = v.get("data.source.copies"), v.get("data.source.max_length")
+    if copies and longest_document and copies > longest_document - 2:
+        raise ConfigError(
+            f"data.source.copies={copies} of one symbol and BOS and EOS do not fit a document of "
+            f"data.source.max_length={longest_document} tokens: lower the first or raise the second"
+        )
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
