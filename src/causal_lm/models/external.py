@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm import extras, masks
+from causal_lm.models.parts import BodyAndHead
 
 SPARE = 1.02
 """How much larger than the tokenizer an embedding may be: many are padded to a round number."""
@@ -125,7 +126,7 @@ class Transformers(External):
         return extras.load("transformers", "huggingface").DynamicCache(config=self.net.config)
 
 
-class SplitTransformers(Transformers):
+class SplitTransformers(BodyAndHead, Transformers):
     """One whose logits are a plain linear map of its last hidden states, as they mostly are."""
 
     @property
@@ -142,16 +143,6 @@ class SplitTransformers(Transformers):
         """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits."""
         given = self.arguments(input_ids, position_ids, may_attend, cache)
         return self.net.base_model(**given).last_hidden_state
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        may_attend: Tensor | None = None,
-        cache: Any = None,
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend, cache))
 
 
 @torch.no_grad()
@@ -202,7 +193,7 @@ def huggingface(
     return model
 
 
-class XTransformers(External):
+class XTransformers(BodyAndHead, External):
     """A decoder of ``x-transformers``.
 
     Args:
@@ -248,9 +239,3 @@ class XTransformers(External):
         if mask is not None:  # ours says all there is to say: theirs is not laid over it
             given |= {"attn_mask": mask, "causal": False}
         return self.net(input_ids, **given)
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend))

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from causal_lm.models.parts import BodyAndHead
+
 Cache = dict[str, Tensor]
 """The hidden state after the positions seen so far, under ``state``; empty before the first."""
 
 
-class GRU(nn.Module):
+class GRU(BodyAndHead):
     """Embedding, ``nn.GRU``, linear head. Positions play no part: order is in the recurrence.
 
     A mask cannot hide the past from a recurrent state. So what the mask says is read for where
@@ -26,16 +28,6 @@ class GRU(nn.Module):
         self.tokens = nn.Embedding(vocab_size, d_model)
         self.gru = nn.GRU(d_model, d_model, n_layers, batch_first=True, dropout=dropout)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        may_attend: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend, cache))
 
     def body(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from causal_lm.models import exchange
+from causal_lm.models.parts import BodyAndHead
 
 Sizes = Mapping[str, Any]
 
@@ -187,7 +188,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Llama(nn.Module):
+class Llama(BodyAndHead):
     """Embedding, blocks, a last norm, linear head.
 
     Args:
@@ -275,16 +276,6 @@ class Llama(nn.Module):
             nn.init.normal_(self.tokens.weight)
             nn.init.normal_(self.head.weight, std=LOGIT_STD * self.sizes["d_model"] ** -0.5)
             nn.init.ones_(self.norm.weight)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        may_attend: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend, cache))
 
     def body(
         self,
