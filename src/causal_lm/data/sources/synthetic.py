@@ -67,13 +67,12 @@ class MarkovLanguage:
         """
         flat = documents.tokens[:].long()
         targets = torch.ones(len(flat), dtype=torch.bool)
-        targets[documents.starts] = False  # BOS is given
+        starts = documents.offsets[:-1]
+        targets[starts] = False  # BOS is given
         previous, following = flat[:-1][targets[1:]], flat[1:][targets[1:]]
         ending = following == EOS
         # Symbols so far, at the token before each target: BOS sits at place 0 of its document.
-        place = torch.arange(len(flat)) - torch.repeat_interleave(
-            documents.starts, documents.lengths
-        )
+        place = torch.arange(len(flat)) - starts.repeat_interleave(documents.lengths)
         place = place[:-1][targets[1:]]
         end = torch.full(place.shape, self.end, dtype=torch.float64)
         end[place == 0], end[place == self.max_symbols] = 0.0, 1.0
