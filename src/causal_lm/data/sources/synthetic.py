@@ -44,7 +44,7 @@ class MarkovLanguage:
         columns = [torch.full((documents,), BOS)]
         going = torch.ones(documents, dtype=torch.bool)
         lengths = torch.ones(documents, dtype=torch.int64)
-        for n in range(1, self.max_symbols + 1):
+        for _ in range(self.max_symbols):
             symbol = torch.full((documents,), EOS)
             symbol[going] = torch.multinomial(
                 self.chain[columns[-1][going]], 1, generator=generator
@@ -52,8 +52,6 @@ class MarkovLanguage:
             columns.append(symbol)
             lengths += going
             going &= torch.rand(documents, generator=generator) >= self.end
-            if n == self.max_symbols:
-                going[:] = False
         columns.append(torch.full((documents,), EOS))
         rows = torch.stack(columns, dim=1)  # (D, max_symbols + 2), EOS from the end on
         lengths += 1
