@@ -151,12 +151,10 @@ def has_plain_head(net: Any) -> bool:
     head = net.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
-    ids, training = torch.tensor([[0, 1]]), net.training
     net.eval()
+    ids = torch.tensor([[0, 1]])
     hidden = net.base_model(input_ids=ids).last_hidden_state
-    plain = torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or cap them
-    net.train(training)
-    return plain
+    return torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or cap them
 
 
 def huggingface(
