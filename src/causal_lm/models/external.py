@@ -140,7 +140,6 @@ class SplitTransformers(BodyAndHead, Transformers):
         may_attend: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits."""
         given = self.arguments(input_ids, position_ids, may_attend, cache)
         return self.net.base_model(**given).last_hidden_state
 
@@ -230,7 +229,6 @@ class XTransformers(BodyAndHead, External):
     def body(
         self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits."""
         self.check_length(input_ids.shape[1])
         mask = self.mask(position_ids, may_attend)
         given: dict[str, Any] = {"pos": position_ids, "return_embeddings": True}

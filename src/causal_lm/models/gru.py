@@ -36,12 +36,8 @@ class GRU(BodyAndHead):
         may_attend: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """(B, T) ids -> hidden (B, T, C), which the head turns into logits.
-
-        Args:
-            may_attend: bool (B, T, T), True = may attend; None where each row is one document.
-            cache: goes on from its state, and leaves the new one there; rows are one document each.
-        """
+        """See :class:`BodyAndHead`. Goes on from the state of a cache, and leaves the new one there;
+        rows are then one document each, as they are without ``may_attend``."""
         x = self.tokens(input_ids)  # (B, T, C)
         if cache is not None:
             x, cache["state"] = self.gru(x, cache.get("state"))

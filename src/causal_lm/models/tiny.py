@@ -54,10 +54,7 @@ class Tiny(BodyAndHead):
     def body(
         self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits.
-
-        Args:
-            may_attend: bool (B, T, T), True = may attend; None is plain causal.
+        """See :class:`BodyAndHead`.
 
         Raises:
             ValueError: a row is longer than the position table.
