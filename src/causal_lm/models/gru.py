@@ -36,8 +36,8 @@ class GRU(BodyAndHead):
         may_attend: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """See :class:`BodyAndHead`. Goes on from the state of a cache, and leaves the new one there;
-        rows are then one document each, as they are without ``may_attend``."""
+        """See :class:`BodyAndHead`. Goes on from the state of a cache, and leaves the new one
+        there; rows are then one document each, as they are without ``may_attend``."""
         x = self.tokens(input_ids)  # (B, T, C)
         if cache is not None:
             x, cache["state"] = self.gru(x, cache.get("state"))
