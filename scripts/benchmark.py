@@ -19,7 +19,7 @@ from causal_lm.report.table import table
 
 def layouts(args: argparse.Namespace) -> None:
     """Optimizer steps through the very objects that a run is made of, without a trainer."""
-    from causal_lm.run import build, prepare
+    from causal_lm.run import make_optimizer, prepare
 
     steps = {}
     for layout in ("padded", "bucketed", "packed"):
@@ -27,7 +27,7 @@ def layouts(args: argparse.Namespace) -> None:
         cfg = config.load([*overrides, f"data.layout={layout}", *args.overrides])
         data, _, module = prepare(cfg)
         module.to(args.device)
-        optimizer = build(cfg.optimizer)(module.parameters())
+        optimizer = make_optimizer(cfg)(module.named_parameters())
         steps[layout] = _epoch(module, optimizer, itertools.cycle(data.train_dataloader()), args)
     for step in steps.values():
         step()  # warm up

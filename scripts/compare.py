@@ -5,13 +5,11 @@ python scripts/compare.py runs/sweep/… --into docs/pitfalls.md   replaces the 
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from causal_lm import cli
 from causal_lm.report.files import write_text
-from causal_lm.report.sweep import job_number
+from causal_lm.report.sweep import read_summaries
 from causal_lm.report.table import markdown_table, sweep_table
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
@@ -25,10 +23,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, metavar="PAGE", help=f"between {BEGIN} and {END}")
     args = parser.parse_args()
     found = {path for folder in args.folders for path in folder.rglob("summary.json")}
-    summaries: list[dict[str, Any]] = [
-        {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(found, key=job_number)
-    ]
+    summaries = read_summaries(found)
     if not summaries:
         raise FileNotFoundError(
             f"there is no summary.json below {' or '.join(map(str, args.folders))}"

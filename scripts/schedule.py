@@ -22,7 +22,6 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="of train.py, such as scheduler=step")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the picture")
     args = parser.parse_intermixed_args()
 
     cfg = config.load(args.overrides)
@@ -31,11 +30,10 @@ def main() -> None:
     name = cfg.scheduler._target_.rpartition(".")[2]
     title = f"{name}: share of optimizer.lr={cfg.optimizer.lr} over {total} optimizer steps"
     values = [factor(step) for step in range(total)]
-    for path, draw in ((args.svg, curve.to_svg), (args.html, curve.to_html)):
-        if path:
-            write_text(path, draw(values, title))
-            print(f"written to {path}")
-    if not (args.svg or args.html):
+    if args.svg:
+        write_text(args.svg, curve.to_svg(values, title))
+        print(f"written to {args.svg}")
+    else:
         print(curve.to_text(values, title))
 
 

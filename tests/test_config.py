@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from causal_lm import config
 from causal_lm.rules import rule_of
+from causal_lm.run import build
 from conftest import ROOT, command
 
 PRESETS = ["fix", "bug", "unshifted_labels", "pad_in_loss", "no_causal_mask"]
@@ -28,6 +29,7 @@ REFUSED = [
     ("model.n_heads=5", "model.d_model=64 must be a multiple of model.n_heads=5"),
     ("model.max_positions=8", "data.max_length=64 is longer than model.max_positions=8"),
     ("data.source.successors=40", "must be below data.source.symbols=40"),
+    ("data.source.copies=63", "do not fit a document of data.source.max_length=64 tokens"),
     ("fix", "'fix' is no override"),
     ("trainer.devices=0", "trainer.devices must be a whole number of at least 1"),
     ("trainer.precision=foo", "trainer.precision must be one of 32-true"),
@@ -140,3 +142,10 @@ def test_the_preset_for_small_text_has_the_last_word():
     assert cfg.trainer.val_check_interval > cfg.trainer.max_steps
     assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("causal_lm.optim.muon", 0.02)
     assert cfg.model.mix_previous == 5
+
+
+def test_as_many_copies_as_fit():
+    """62 of one symbol, beside BOS and EOS."""
+    cfg = config.load(["data.source.copies=62", "data.source.train_documents=2"])
+    corpus = build(cfg.data).load()
+    assert corpus.train.lengths.tolist() == [64, 64]

@@ -105,11 +105,11 @@ def test_windows_keep_every_target_once(documents, max_length):
     whole = Documents.from_lists(documents)
     rows = whole.windows(max_length)
     pairs = [
-        (int(start) + t, int(row[t + 1]))
-        for start, row in zip(rows.starts, (rows[i].tokens for i in range(len(rows))), strict=True)
-        for t in range(len(row) - 1)
+        (rows.span(i).start + t, int(rows[i].tokens[t + 1]))
+        for i in range(len(rows))
+        for t in range(len(rows[i].tokens) - 1)
     ]
-    assert all(len(rows[i]) <= max_length for i in range(len(rows)))
+    assert all(len(rows[i].tokens) <= max_length for i in range(len(rows)))
     assert len(pairs) == sum(len(d) - 1 for d in documents) == len(set(pairs))
 
 

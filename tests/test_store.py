@@ -257,7 +257,7 @@ def test_windows_by_loop(lengths, max_length):
             begin = end - 1
     rows = whole.windows(max_length)
     found = [rows[i].tokens.tolist() for i in range(len(rows))]
-    starts, sizes = rows.starts.tolist(), rows.lengths.tolist()
+    starts, sizes = [rows.span(i).start for i in range(len(rows))], rows.lengths.tolist()
     assert list(zip(starts, sizes, found, strict=True)) == expected
 
 

@@ -45,7 +45,7 @@ def test_samples_follow_the_stated_probabilities():
     documents = made.sample(20_000, torch.Generator().manual_seed(1))
     flat = documents.tokens.long()
     inside = torch.ones(len(flat), dtype=torch.bool)
-    inside[documents.starts] = False
+    inside[documents.offsets[:-1]] = False
     previous, following = flat[:-1][inside[1:]], flat[1:][inside[1:]]
     after_symbol = previous != BOS
     ends = (following[after_symbol] == EOS).double().mean()

@@ -60,19 +60,16 @@ def validate(cfg: DictConfig) -> None:
 
 
 def _validate_together(v: Mapping[str, Any]) -> None:
+    for whole, part, why in (
+        ("model.d_model", "model.n_heads", "each head gets an equal share"),
+        ("model.n_heads", "model.n_kv_heads", "each key and value head serves as many query heads"),
+    ):
+        if v.get(whole) and v.get(part) and v[whole] % v[part]:
+            raise ConfigError(
+                f"{whole}={v[whole]} must be a multiple of {part}={v[part]}, as {why}"
+            )
     d_model, n_heads = v.get("model.d_model"), v.get("model.n_heads")
-    if d_model and n_heads and d_model % n_heads:
-        raise ConfigError(
-            f"model.d_model={d_model} must be a multiple of model.n_heads={n_heads}, "
-            f"as each head gets an equal share"
-        )
-    n_kv_heads = v.get("model.n_kv_heads")
-    if n_kv_heads and n_heads and n_heads % n_kv_heads:
-        raise ConfigError(
-            f"model.n_heads={n_heads} must be a multiple of model.n_kv_heads={n_kv_heads}, as each "
-            f"key and value head serves as many query heads"
-        )
-    if n_kv_heads and d_model and n_heads and d_model // n_heads % 2:
+    if v.get("model.n_kv_heads") and d_model and n_heads and d_model // n_heads % 2:
         raise ConfigError(
             f"model.d_model={d_model} gives each of model.n_heads={n_heads} an odd width, but "
             f"rotary positions turn pairs"
@@ -98,6 +95,12 @@ def _validate_together(v: Mapping[str, Any]) -> None:
     if successors and symbols and successors >= symbols:
         raise ConfigError(
             f"data.source.successors={successors} must be below data.source.symbols={symbols}"
+        )
+    copies, longest_document = v.get("data.source.copies"), v.get("data.source.max_length")
+    if copies and longest_document and copies > longest_document - 2:
+        raise ConfigError(
+            f"data.source.copies={copies} of one symbol and BOS and EOS do not fit a document of "
+            f"data.source.max_length={longest_document} tokens: lower the first or raise the second"
         )
 
 

@@ -11,8 +11,6 @@ from causal_lm import config
 from causal_lm.data.datamodule import DataModule
 from causal_lm.run import build, restore
 
-SPLITS = ("val", "train", "all")
-
 
 def evaluate(
     checkpoint: str, overrides: Sequence[str], *, split: str = "val", device: str = "cpu"

@@ -65,12 +65,8 @@ class TokenPerplexity(Metric):
         """Follow the module's device, never its dtype. (MPS has no float64: float32 there.)"""
         device = fn(self.tokens).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        nats = (
-            self.nats.to(device, dtype) if device.type != "mps" else self.nats.to(dtype).to(device)
-        )
-        self.nats = self.nats.to(dtype)
-        self._defaults["nats"] = torch.zeros((), dtype=dtype)
+        nats, zero = self.nats.cpu().to(dtype), torch.zeros((), dtype=dtype)
+        self.nats, self._defaults["nats"] = nats, zero  # which ``fn`` may move, and cast
         super()._apply(fn, exclude_state)
-        self.nats = nats
-        self._defaults["nats"] = torch.zeros((), dtype=dtype, device=device)
+        self.nats, self._defaults["nats"] = nats.to(device), zero.to(device)
         return self

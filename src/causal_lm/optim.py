@@ -136,6 +136,4 @@ def muon(
         matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay
     )
     rate = peak_rate(lr, parameters)
-    if not rest:
-        return Joint(first)
     return Joint(first, torch.optim.AdamW(groups(rest, weight_decay), lr=rate, **adamw_options))

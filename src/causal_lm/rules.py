@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from fnmatch import fnmatch
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,27 +22,15 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def integer(low: int, high: int | None = None) -> Rule:
-    words = f"of at least {low}" if high is None else f"from {low} to {high}"
-    return Rule(
-        lambda v: _is_whole(v) and v >= low and (high is None or v <= high),
-        f"a whole number {words}",
-    )
+def integer(low: int, high: float = inf) -> Rule:
+    words = f"of at least {low}" if high == inf else f"from {low} to {high}"
+    return Rule(lambda v: _is_whole(v) and low <= v <= high, f"a whole number {words}")
 
 
-def real(above: float | None = None, low: float | None = None, below: float | None = None) -> Rule:
+def real(above: float = -inf, low: float = -inf, below: float = inf) -> Rule:
     bounds = [("above", above), ("at least", low), ("below", below)]
-    words = " and ".join(f"{name} {value:g}" for name, value in bounds if value is not None)
-    return Rule(
-        lambda v: (
-            _is_number(v)
-            and float("-inf") < v < float("inf")
-            and (above is None or v > above)
-            and (low is None or v >= low)
-            and (below is None or v < below)
-        ),
-        f"a number {words}",
-    )
+    words = " and ".join(f"{name} {value:g}" for name, value in bounds if isfinite(value))
+    return Rule(lambda v: _is_number(v) and above < v < below and v >= low, f"a number {words}")
 
 
 def one_of(*options: Any) -> Rule:
@@ -56,6 +45,7 @@ def or_auto(rule: Rule) -> Rule:
     return Rule(lambda v: v == "auto" or rule.holds(v), f"{rule.words}, or auto")
 
 
+anything = Rule(lambda v: True, "whatever the library takes")
 flag = Rule(lambda v: isinstance(v, bool), "true or false")
 text = Rule(lambda v: isinstance(v, str) and v != "", "a text")
 
@@ -115,17 +105,14 @@ RULES: dict[str, Rule] = {
     "model.mix_previous": integer(0),
     "model.checkpoint_activations": flag,
     "model.init_from": optional(text),
-    "model.config.*": Rule(lambda v: True, "whatever the library takes"),
-    "model.decoder.*": Rule(lambda v: True, "whatever the library takes"),
+    "model.config.*": anything,
+    "model.decoder.*": anything,
     "model.d_ff": integer(1),
     "model.max_positions": integer(2),
     "model.dropout": real(low=0, below=1),
     "loss.reduction": one_of("token", "sequence", "padded"),
     "loss.length": integer(1),
-    "loss.chunk_tokens": Rule(
-        lambda v: v is None or v == "auto" or (_is_whole(v) and v >= 1),
-        "a whole number of at least 1, auto, or null for all tokens at once",
-    ),
+    "loss.chunk_tokens": optional(or_auto(integer(1))),
     "optimizer.lr": or_auto(real(above=0)),
     "optimizer.muon_lr": real(above=0),
     "optimizer.muon_momentum": real(low=0, below=1),

@@ -1,12 +1,14 @@
 """Learning-rate schedules: pure functions of the optimizer step. Imports nothing slow to load.
 
 Each takes the steps of the run and gives ``factor(step)``, the share of the peak rate at which the
-optimizer takes that step (0, 1, …). All rise in a line first, ``1/n, 2/n … 1`` over n steps.
+optimizer takes that step (0, 1, …). All rise in a line first, ``1/n, 2/n … 1`` over n steps,
+and what comes down is down at the last step of the run.
 """
 
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +31,23 @@ def warmup(total_steps: int, steps: int | str, cap: float) -> tuple[int, str]:
     return (wanted, rule) if wanted <= most else (most, f"at most {cap:g} of the run")
 
 
-def _after_warmup(total_steps: int, steps: int | str, cap: float) -> Callable[..., Factor]:
-    """A decorator: ``shape(since, rest)`` of the steps since and after the warm-up -> factor."""
-    rise, rule = warmup(total_steps, steps, cap)
-    log.info(f"warm-up of {rise} steps out of {total_steps}: {rule}")
+def _schedule(
+    shape: Callable[..., float],
+    total_steps: int,
+    *,
+    warmup_steps: int | str,
+    warmup_cap: float,
+    **keys: float,
+) -> Factor:
+    """The warm-up and, from step ``rise`` on, ``shape(step, rise, total_steps, **keys)``."""
+    rise, rule = warmup(total_steps, warmup_steps, warmup_cap)
 
-    def decorate(shape: Callable[[int, int], float]) -> Factor:
-        def factor(step: int) -> float:
-            return (step + 1) / rise if step < rise else shape(step - rise, total_steps - rise)
+    def factor(step: int) -> float:
+        return (step + 1) / rise if step < rise else shape(step, rise, total_steps, **keys)
 
-        return factor
-
-    return decorate
+    last = factor(total_steps - 1)
+    log.info(f"warm-up of {rise} steps out of {total_steps}: {rule}; the last step at {last:.3g}")
+    return factor
 
 
 def _half_cosine(progress: float, final_share: float) -> float:
@@ -48,78 +55,46 @@ def _half_cosine(progress: float, final_share: float) -> float:
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def constant(total_steps: int, *, warmup_steps: int | str, warmup_cap: float) -> Factor:
+def _constant(step: int, rise: int, total: int) -> float:
     """The peak rate throughout."""
-
-    @_after_warmup(total_steps, warmup_steps, warmup_cap)
-    def factor(since: int, rest: int) -> float:
-        return 1.0
-
-    return factor
+    return 1.0
 
 
-def warmup_cosine(
-    total_steps: int, *, warmup_steps: int | str, warmup_cap: float, final_share: float
-) -> Factor:
-    """A half cosine from the peak to ``final_share`` of it, where the run ends."""
-
-    @_after_warmup(total_steps, warmup_steps, warmup_cap)
-    def factor(since: int, rest: int) -> float:
-        return _half_cosine(since / rest, final_share)
-
-    return factor
+def _warmup_cosine(step: int, rise: int, total: int, final_share: float) -> float:
+    """A half cosine from the peak to ``final_share`` of it, at the last step."""
+    return _half_cosine((step + 1 - rise) / (total - rise), final_share)
 
 
-def cosine_restarts(
-    total_steps: int,
-    *,
-    warmup_steps: int | str,
-    warmup_cap: float,
-    period: int,
-    peak_decay: float,
-    final_share: float,
-) -> Factor:
+def _cosine_restarts(
+    step: int, rise: int, total: int, period: int, peak_decay: float, final_share: float
+) -> float:
     """A half cosine every ``period`` steps (SGDR, https://arxiv.org/abs/1608.03983).
 
-    Each starts at ``peak_decay`` times the start of the one before, and ends at ``final_share`` of
-    its own.
+    Each starts at ``peak_decay`` times the start of the one before, and its last step is at
+    ``final_share`` of its own.
     """
-
-    @_after_warmup(total_steps, warmup_steps, warmup_cap)
-    def factor(since: int, rest: int) -> float:
-        cycle, within = divmod(since, period)
-        return peak_decay**cycle * _half_cosine(within / period, final_share)
-
-    return factor
+    cycle, within = divmod(step - rise, period)
+    return peak_decay**cycle * _half_cosine(within / max(1, period - 1), final_share)
 
 
-def step(
-    total_steps: int, *, warmup_steps: int | str, warmup_cap: float, every: int, drop: float
-) -> Factor:
+def _step(step: int, rise: int, total: int, every: int, drop: float) -> float:
     """Times ``drop`` every so many steps."""
-
-    @_after_warmup(total_steps, warmup_steps, warmup_cap)
-    def factor(since: int, rest: int) -> float:
-        return drop ** (since // every)
-
-    return factor
+    return drop ** ((step - rise) // every)
 
 
-def warmup_stable_decay(
-    total_steps: int,
-    *,
-    warmup_steps: int | str,
-    warmup_cap: float,
-    decay_share: float,
-    final_share: float,
-) -> Factor:
+def _warmup_stable_decay(
+    step: int, rise: int, total: int, decay_share: float, final_share: float
+) -> float:
     """The peak rate, then a line down to ``final_share`` of it over the last ``decay_share`` of the
-    run (MiniCPM, https://arxiv.org/abs/2404.06395): how long to train can be said late."""
-    decay = round(decay_share * total_steps)
+    run, or what the warm-up leaves of it (MiniCPM, https://arxiv.org/abs/2404.06395): how long to
+    train can be said late."""
+    decay = min(round(decay_share * total), total - rise)
+    gone = max(0, step + 1 - (total - decay))
+    return 1 - (1 - final_share) * min(1.0, gone / max(1, decay))
 
-    @_after_warmup(total_steps, warmup_steps, warmup_cap)
-    def factor(since: int, rest: int) -> float:
-        gone = max(0, since - (rest - decay))
-        return 1 - (1 - final_share) * min(1.0, gone / max(1, decay))
 
-    return factor
+constant = partial(_schedule, _constant)
+warmup_cosine = partial(_schedule, _warmup_cosine)
+cosine_restarts = partial(_schedule, _cosine_restarts)
+step = partial(_schedule, _step)
+warmup_stable_decay = partial(_schedule, _warmup_stable_decay)

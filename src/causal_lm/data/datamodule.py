@@ -12,7 +12,6 @@ from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler
 
 log = logging.getLogger(__name__)
-LAYOUTS = ("padded", "bucketed", "packed")
 
 
 class DataModule(L.LightningDataModule):

@@ -116,16 +116,6 @@ class Documents(Dataset[Document]):
             lengths[start : start + STRETCH] = here.diff()
         return lengths
 
-    @property
-    def starts(self) -> Tensor:
-        """(D,) where in ``tokens`` each document begins."""
-        return self.offsets[:-1]
-
-    @property
-    def ends(self) -> Tensor:
-        """(D,) where in ``tokens`` each document ends, exclusively."""
-        return self.starts + self.lengths
-
     def windows(self, max_length: int) -> "Documents":
         """Cut documents longer than ``max_length`` into windows that together keep every target.
 
@@ -170,22 +160,11 @@ class Windows(Documents):
     def lengths(self) -> Tensor:
         """(R,) tokens of each window: ``max_length``, but for the last one of each document."""
         last = self.documents.lengths.numpy()
-        last -= (self.counts - 1) * (self.max_length - 1)
+        counts = np.diff(self.rows, prepend=self.rows.dtype.type(0))  # windows of each document
+        last -= (counts - 1) * (self.max_length - 1)
         lengths = torch.full((len(self),), self.max_length, dtype=torch.from_numpy(last).dtype)
         lengths[torch.from_numpy(self.rows) - 1] = torch.from_numpy(last)
         return lengths
-
-    @property
-    def starts(self) -> Tensor:
-        """(R,) where in ``tokens`` each window begins."""
-        owner = np.repeat(np.arange(len(self.rows)), self.counts)
-        rank = np.arange(len(self)) - (self.rows - self.counts)[owner]
-        return self.documents.starts[owner] + torch.from_numpy(rank * (self.max_length - 1))
-
-    @property
-    def counts(self) -> np.ndarray:
-        """(D,) windows of each document."""
-        return np.diff(self.rows, prepend=self.rows.dtype.type(0))
 
 
 class Language(Protocol):

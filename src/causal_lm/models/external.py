@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm import extras, masks
+from causal_lm.models.parts import BodyAndHead
 
 SPARE = 1.02
 """How much larger than the tokenizer an embedding may be: many are padded to a round number."""
@@ -125,7 +126,7 @@ class Transformers(External):
         return extras.load("transformers", "huggingface").DynamicCache(config=self.net.config)
 
 
-class SplitTransformers(Transformers):
+class SplitTransformers(BodyAndHead, Transformers):
     """One whose logits are a plain linear map of its last hidden states, as they mostly are."""
 
     @property
@@ -139,19 +140,8 @@ class SplitTransformers(Transformers):
         may_attend: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits."""
         given = self.arguments(input_ids, position_ids, may_attend, cache)
         return self.net.base_model(**given).last_hidden_state
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        may_attend: Tensor | None = None,
-        cache: Any = None,
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend, cache))
 
 
 @torch.no_grad()
@@ -160,12 +150,10 @@ def has_plain_head(net: Any) -> bool:
     head = net.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
-    ids, training = torch.tensor([[0, 1]]), net.training
     net.eval()
+    ids = torch.tensor([[0, 1]])
     hidden = net.base_model(input_ids=ids).last_hidden_state
-    plain = torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or cap them
-    net.train(training)
-    return plain
+    return torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or cap them
 
 
 def huggingface(
@@ -202,7 +190,7 @@ def huggingface(
     return model
 
 
-class XTransformers(External):
+class XTransformers(BodyAndHead, External):
     """A decoder of ``x-transformers``.
 
     Args:
@@ -241,16 +229,9 @@ class XTransformers(External):
     def body(
         self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits."""
         self.check_length(input_ids.shape[1])
         mask = self.mask(position_ids, may_attend)
         given: dict[str, Any] = {"pos": position_ids, "return_embeddings": True}
         if mask is not None:  # ours says all there is to say: theirs is not laid over it
             given |= {"attn_mask": mask, "causal": False}
         return self.net(input_ids, **given)
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend))

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from causal_lm.models.parts import BodyAndHead
+
 Cache = dict[str, Tensor]
 """The hidden state after the positions seen so far, under ``state``; empty before the first."""
 
 
-class GRU(nn.Module):
+class GRU(BodyAndHead):
     """Embedding, ``nn.GRU``, linear head. Positions play no part: order is in the recurrence.
 
     A mask cannot hide the past from a recurrent state. So what the mask says is read for where
@@ -27,16 +29,6 @@ class GRU(nn.Module):
         self.gru = nn.GRU(d_model, d_model, n_layers, batch_first=True, dropout=dropout)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        may_attend: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend, cache))
-
     def body(
         self,
         input_ids: Tensor,
@@ -44,12 +36,8 @@ class GRU(nn.Module):
         may_attend: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """(B, T) ids -> hidden (B, T, C), which the head turns into logits.
-
-        Args:
-            may_attend: bool (B, T, T), True = may attend; None where each row is one document.
-            cache: goes on from its state, and leaves the new one there; rows are one document each.
-        """
+        """See :class:`BodyAndHead`. Goes on from the state of a cache, and leaves the new one
+        there; rows are then one document each, as they are without ``may_attend``."""
         x = self.tokens(input_ids)  # (B, T, C)
         if cache is not None:
             x, cache["state"] = self.gru(x, cache.get("state"))

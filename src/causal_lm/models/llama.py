@@ -5,7 +5,6 @@ weights go to and from ``transformers`` (see ``exchange.py``). No biases anywher
 it learn faster; with ``mlp``, ``qk_norm`` or ``mix_previous`` it is no plain Llama any more.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from causal_lm.models import exchange
-
-Sizes = Mapping[str, Any]
+from causal_lm.models.parts import BodyAndHead
 
 EMBEDDING_STD = 0.3
 """As in the seed model; docs/NOTES.md has what other values gave."""
@@ -168,7 +166,7 @@ MLPS = {"swiglu": SwiGLU, "relu2": ReLU2}
 class Block(nn.Module):
     """Attention, then MLP, each on a normed copy of the stream and added to it."""
 
-    def __init__(self, sizes: Sizes, layer: int) -> None:
+    def __init__(self, sizes: exchange.Sizes, layer: int) -> None:
         super().__init__()
         d_model, heads = sizes["d_model"], (sizes["n_heads"], sizes["n_kv_heads"])
         self.attention_norm = nn.RMSNorm(d_model, sizes["norm_eps"])
@@ -187,7 +185,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Llama(nn.Module):
+class Llama(BodyAndHead):
     """Embedding, blocks, a last norm, linear head.
 
     Args:
@@ -276,16 +274,6 @@ class Llama(nn.Module):
             nn.init.normal_(self.head.weight, std=LOGIT_STD * self.sizes["d_model"] ** -0.5)
             nn.init.ones_(self.norm.weight)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        may_attend: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """As :meth:`body`, and on to logits (B, T, V)."""
-        return self.head(self.body(input_ids, position_ids, may_attend, cache))
-
     def body(
         self,
         input_ids: Tensor,
@@ -293,13 +281,8 @@ class Llama(nn.Module):
         may_attend: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T) ids and positions -> hidden (B, T, C), which the head turns into logits.
-
-        Args:
-            may_attend: bool (B, T, T), True = may attend; None is plain causal within each row,
-                which has the fastest kernel. With a cache of S positions, (B, T, S + T).
-            cache: takes in the T new positions, and lets them look at those before.
-        """
+        """See :class:`BodyAndHead`. A cache takes in the T new positions, and lets them look at the
+        S before: may_attend is then (B, T, S + T). None, plain causal, has the fastest kernel."""
         rotary = self._rotary(position_ids)
         seen = 0 if cache is None else len(cache)
         if may_attend is None and seen:  # is_causal would let the first query see key 0 alone

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm import masks
+from causal_lm.models.parts import BodyAndHead
 
 
-class Tiny(nn.Module):
+class Tiny(BodyAndHead):
     """Token and learned position embeddings, pre-norm transformer blocks, linear head.
 
     Args:
@@ -50,19 +51,10 @@ class Tiny(nn.Module):
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
-    ) -> Tensor:
-        """(B, T) ids and positions, bool (B, T, T) True = may attend -> logits (B, T, V).
-
-        Without a mask, plain causal.
-        """
-        return self.head(self.body(input_ids, position_ids, may_attend))
-
     def body(
         self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
     ) -> Tensor:
-        """The same inputs -> what the head reads, (B, T, C).
+        """See :class:`BodyAndHead`.
 
         Raises:
             ValueError: a row is longer than the position table.

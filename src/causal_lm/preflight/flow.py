@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm.preflight.context import Context, Move, moved
-from causal_lm.preflight.frame import Frame, UnexaminableError
+from causal_lm.preflight.frame import Frame, UnexaminableError, need
 from causal_lm.preflight.readout import offset_of
 from causal_lm.preflight.report import Finding
 
@@ -65,12 +65,13 @@ def future(ctx: Context) -> list[Finding]:
     To try every pair (token j moves logit i < j) in few runs, all tokens from a cut on are swapped
     at once, with a cut of its own in each row: nothing before the cut may move.
     """
-    if "company" in ctx.blamed:
-        raise UnexaminableError("rows see each other, so the future cannot be told from company")
+    need(
+        "company" not in ctx.blamed,
+        "rows see each other, so the future cannot be told from company",
+    )
     work = ctx.work
     rows, width = work.ids.shape
-    if width < 2:
-        raise UnexaminableError("needs rows of two tokens")
+    need(width > 1, "needs rows of two tokens")
     runs = min(width - 1, max(6, min(12, 256 // width)))
     parts, few = _cuts(work, runs), _cuts(work, max(2, runs // 3))
     settings = [  # from likely to unlikely
@@ -130,10 +131,8 @@ def documents(ctx: Context) -> list[Finding]:
     are watched, and the other way round, so that every pair of documents is tried.
     """
     work, doc = ctx.work, ctx.work.doc
-    if int(doc.max()) < 1:
-        raise UnexaminableError("one document a row (no document_ids)")
-    if ctx.blamed & {"future", "company"}:
-        raise UnexaminableError("a leak is known already")
+    need(doc.max() > 0, "one document a row (no document_ids)")
+    need(not ctx.blamed & {"future", "company"}, "a leak is known already")
     index = torch.zeros_like(doc)  # 0, 1, 2, ... by order of appearance in the row
     index[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long().cumsum(1)
     bits = [index >> k & 1 for k in range(int(index.max()).bit_length())]
@@ -154,10 +153,8 @@ def past(ctx: Context) -> list[Finding]:
     logit may be meant so (a bigram); it is called blind only if a part of its weights can have no
     effect, as queries and keys do when a mask leaves one key to see.
     """
-    if "finite" in ctx.blamed:
-        raise UnexaminableError("the logits are not finite")
-    if "future" in ctx.blamed:
-        raise UnexaminableError("a mask that shows the future is at fault already")
+    need("finite" not in ctx.blamed, "the logits are not finite")
+    need("future" not in ctx.blamed, "a mask that shows the future is at fault already")
     with ctx.weights(True):
         own, blind, older, move = _sight(ctx, ctx.work)
         hidden = _hidden_by_padding(ctx) if blind >= _BLIND else None
@@ -214,8 +211,7 @@ def _sight(ctx: Context, frame: Frame) -> tuple[float, float, float, Move]:
         tried, own = tried + int(one.sum()), own + int((one & seen).sum())
         blind += int(unseen.sum())
         older += int((seen & same & beyond).any(1).sum())
-    if not tried:
-        raise UnexaminableError("no position with a swappable token before it")
+    need(tried, "no position with a swappable token before it")
     return own / tried, blind / tried, older / tried, Move(blind / tried, last)
 
 

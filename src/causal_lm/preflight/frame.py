@@ -19,6 +19,12 @@ class UnexaminableError(Exception):
     """A probe has nothing to look at here; the reason lands in `Report.skipped`."""
 
 
+def need(condition: object, otherwise: str) -> None:
+    """Raises UnexaminableError, which says `otherwise`, unless the condition holds."""
+    if not condition:
+        raise UnexaminableError(otherwise)
+
+
 @dataclass(frozen=True)
 class Frame:
     """A batch and what is known of it.
@@ -163,8 +169,7 @@ class Frame:
     def swap(self, where: Tensor, seed: int) -> "Frame":
         """Other ordinary tokens at `where` (B, T); special ids stay."""
         pool = self.ordinary
-        if len(pool) < 2:
-            raise UnexaminableError("fewer than two ordinary tokens to swap among")
+        need(len(pool) > 1, "fewer than two ordinary tokens to swap among")
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(pool), self.ids.shape, generator=gen).to(self.ids.device)
         new = torch.where(pool[pick] == self.ids, pool[(pick + 1) % len(pool)], pool[pick])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, Move
-from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError, ahead
+from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError, ahead, need
 from causal_lm.preflight.report import Finding
 
 
@@ -22,8 +22,7 @@ def labels(ctx: Context) -> list[Finding]:
     if given is None:
         raise UnexaminableError("no logits were found and the batch has no labels to perturb")
     places = (frame.next_ok & frame.swappable & ahead(frame.swappable, False)).nonzero()
-    if len(places) < 3:
-        raise UnexaminableError("rows too short to perturb labels")
+    need(len(places) > 2, "rows too short to perturb labels")
     b, t = places[len(places) // 2].tolist()  # its target is the token at t + 1
 
     def run(edited: Frame, labels: Tensor) -> float:
@@ -46,8 +45,7 @@ def labels(ctx: Context) -> list[Finding]:
             seen = f"the loss goes from {loss:.4g} to {clean:.4g} once the labels at PAD are -100"
             return [ctx.finding("pad", seen, "pad targets", Move(abs(loss - clean)))]
         plain, own, before = share(None), share(t + 1), share(t)
-    if plain == 0.0:
-        raise UnexaminableError("the loss does not depend on the labels of the batch")
+    need(plain != 0.0, "the loss does not depend on the labels of the batch")
     if abs(own - plain) > 1e-3 * abs(plain):
         what = "depends on that token as input"
     elif abs(before - plain) <= 1e-3 * abs(plain):

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, Move
-from causal_lm.preflight.frame import IGNORE, UnexaminableError
+from causal_lm.preflight.frame import IGNORE, UnexaminableError, need
 from causal_lm.preflight.report import Finding
 from causal_lm.preflight.subject import Readout
 
 
 def reduction(ctx: Context) -> list[Finding]:
     """Weights of the training loss on this batch; where one batch leaves doubt, on a second one."""
-    if "pad target" in ctx.blamed:
-        raise UnexaminableError("PAD is trained, so the weights say nothing more")
+    need("pad target" not in ctx.blamed, "PAD is trained, so the weights say nothing more")
     r, frame = ctx.readout(True), ctx.full
     on = r.trained
-    if not bool(on.any()) or r.loss != r.loss:
-        raise UnexaminableError("no finite, counted position")
+    need(bool(on.any()) and r.loss == r.loss, "no finite, counted position")
     tol = max(2e-3, 3 * r.residual)
     w = r.weight[on]
     if _near(w, w.mean(), tol):
@@ -67,8 +65,7 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     cut = frame.cols(width - half, width) if bool(frame.left.any()) else frame.cols(0, half)
     r2 = ctx.subject.readout(cut, True)
     w, w2 = r.weight[r.trained], r2.weight[r2.trained]
-    if not len(w2) or half >= width:
-        raise UnexaminableError("the batch is too short to see how the loss is scaled")
+    need(len(w2) and half < width, "the batch is too short to see how the loss is scaled")
     if _near(w2.mean(), w.mean(), tol):
         return []
     slots = any(_near(w.mean() * k, 1, tol) for k in (frame.ids.numel(), frame.ids[:, 1:].numel()))
@@ -113,8 +110,7 @@ def emptied(ctx: Context) -> list[Finding]:
 
     Asked only where the labels leave out real tokens, as prompts: there a cut row can hold none.
     """
-    if "finite" in ctx.blamed:
-        raise UnexaminableError("the loss is not finite on the plain batch")
+    need("finite" not in ctx.blamed, "the loss is not finite on the plain batch")
     frame = ctx.work
     if frame.labels is None or not bool((frame.next_ok & (frame.label_of_next == IGNORE)).any()):
         raise UnexaminableError("every real token has a target: no row can come to hold none")

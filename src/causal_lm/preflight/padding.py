@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from causal_lm.preflight.context import Context, Move
-from causal_lm.preflight.frame import Frame, UnexaminableError
+from causal_lm.preflight.frame import Frame, need
 from causal_lm.preflight.locate import integers, locate
 from causal_lm.preflight.report import Finding
 
@@ -19,8 +19,8 @@ def finite(ctx: Context) -> list[Finding]:
     only the loss is not, its reduction is (0/0). Else a causal mask leaves a query nothing.
     """
     subject, frame = ctx.subject, ctx.work
-    if not all(bool(torch.isfinite(p).all()) for p in subject.box.params):
-        raise UnexaminableError("the parameters themselves are not finite")
+    sound = all(bool(torch.isfinite(p).all()) for p in subject.box.params)
+    need(sound, "the parameters themselves are not finite")
     nan = torch.isnan(ctx.base.logits).any(-1) & ctx.base.seen
     broken = nan & frame.real
     losses = float(subject.run(ctx.full, True).detach()), ctx.base.loss
@@ -31,8 +31,7 @@ def finite(ctx: Context) -> list[Finding]:
             return []
     ctx.blamed.add("finite")
     if bad_loss and not bool(nan.any()):
-        if not bool(ctx.full.next_ok.any()):
-            raise UnexaminableError("no position of the batch has a next token")
+        need(ctx.full.next_ok.any(), "no position of the batch has a next token")
         text = "the loss is NaN though every logit is finite: a mean over no targets"
         return [ctx.finding("norm", text, "clamp", Move(float("nan")))]
     move = Move(float("nan"), int(frame.at.flatten()[broken.long().argmax()]))
@@ -76,8 +75,7 @@ class _Nudge(TorchFunctionMode):
 def embedding(ctx: Context) -> list[Finding]:
     """Nudge the embedding of PAD: the logits of real tokens must not move."""
     work = ctx.work
-    if not work.has_pad:
-        raise UnexaminableError("no PAD in the batch")
+    need(work.has_pad, "no PAD in the batch")
     sides = [work.left]
     if not ctx.blamed & {"future", "company"}:  # else a look ahead explains it
         sides.append(~work.real & ~work.left)
@@ -87,8 +85,7 @@ def embedding(ctx: Context) -> list[Finding]:
             for where in (s for s in sides if bool(s.any())):
                 with _Nudge(work, where, ctx.seed) as nudge:
                     new = ctx.subject.look(work, train).logits
-                if not nudge.hits:
-                    raise UnexaminableError("the lookup of the embeddings was not found")
+                need(nudge.hits, "the lookup of the embeddings was not found")
                 move = ctx.worst(work, new, base, ctx.counted(work))
                 if move:
                     ctx.blamed.add("padding")
@@ -104,12 +101,10 @@ def extension(ctx: Context) -> list[Finding]:
     weights stay, of an auxiliary term that does. The loss is taken with the logits replaced
     (`Subject.readout`), so that rounding in the logits does not blur it.
     """
-    if not ctx.work.has_pad:
-        raise UnexaminableError("no PAD in the batch")
+    need(ctx.work.has_pad, "no PAD in the batch")
     work, width = ctx.work, ctx.work.ids.shape[1]
     left, more = bool(work.left.any()) and bool(work.real[:, -1].all()), max(2, width // 4)
-    if width <= more + 2:
-        raise UnexaminableError("needs rows of five tokens")
+    need(width > more + 2, "needs rows of five tokens")
     # Cut by as much first: a table of positions may end where the batch does.
     base = work.cols(0, width - more)
     base = base.rows(base.real.any(1).nonzero()[:, 0])

@@ -99,9 +99,7 @@ def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> 
         return _td("·" if kind == "none" else name(c["target"]), kind)
 
     for b, row in enumerate(rows):
-        inputs = (
-            f'<td class="{"" if c["real"] else "pad"}">{escape(name(c["input"]))}</td>' for c in row
-        )
+        inputs = (_td(name(c["input"]), "" if c["real"] else "pad") for c in row)
         weights = (_shade(abs(c["weight"]) / top, f"{c['weight']:.3g}") for c in row)
         lines = ((f"row {b}", inputs), ("trained on", map(target, row)), ("weight", weights))
         table = "".join(f"<tr><th>{head}</th>{''.join(cells)}</tr>" for head, cells in lines)

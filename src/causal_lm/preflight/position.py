@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, moved
-from causal_lm.preflight.frame import Frame, UnexaminableError, span
+from causal_lm.preflight.frame import Frame, need, span
 from causal_lm.preflight.outputs import floats, get
 from causal_lm.preflight.report import Finding
 
@@ -16,16 +16,17 @@ _BESIDE = "{where} with the padding of other rows"
 
 
 def _need_clean(ctx: Context) -> None:
-    if ctx.blamed & {"future", "company", "documents", "padding", "past", "finite"}:
-        raise UnexaminableError("another fault moves the logits already")
+    need(
+        not ctx.blamed & {"future", "company", "documents", "padding", "past", "finite"},
+        "another fault moves the logits already",
+    )
 
 
 def order(ctx: Context) -> list[Finding]:
     """Rows in reverse order: the logits must follow their rows."""
     _need_clean(ctx)
     work, rows = ctx.work, len(ctx.work.ids)
-    if rows < 2:
-        raise UnexaminableError("needs a batch of two rows")
+    need(rows > 1, "needs a batch of two rows")
     move = ctx.elsewhere(work, work.rows(list(range(rows))[::-1]))
     if not move:
         return []
@@ -40,8 +41,7 @@ def order(ctx: Context) -> list[Finding]:
 def alone(ctx: Context) -> list[Finding]:
     """A row in company, by itself, and by itself without its PAD: three times the same logits."""
     _need_clean(ctx)
-    if "order" in ctx.blamed:
-        raise UnexaminableError("logits depend on the row already")
+    need("order" not in ctx.blamed, "logits depend on the row already")
     work, pads = ctx.work, (~ctx.work.real).sum(1)
     for b in pads.argsort(descending=True, stable=True)[:2].tolist():
         if not bool(ctx.counted(work)[b].any()):
@@ -62,8 +62,7 @@ def packed(ctx: Context) -> list[Finding]:
     work = ctx.work
     later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
     later = [(b, d) for b, d in later if d > int(work.doc[b][work.real[b]][0])]
-    if not later:
-        raise UnexaminableError("one document a row (no document_ids)")
+    need(later, "one document a row (no document_ids)")
     for b, d in later[:3]:
         move = ctx.elsewhere(work, _single(work, b, work.doc[b] == d))
         if move:
@@ -93,8 +92,7 @@ def decoding(ctx: Context) -> list[Finding]:
     _need_clean(ctx)
     names = list(inspect.signature(ctx.subject.model.forward).parameters)
     caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]
-    if not caches:
-        raise UnexaminableError("the model's forward takes no cache")
+    need(caches, "the model's forward takes no cache")
     cache = "past_key_values" if "past_key_values" in caches else caches[0]
     keys = {"use_cache": True} if "use_cache" in names else {}
     row, model = ctx.work.bare(0).cols(0, 12), ctx.subject.model
@@ -127,8 +125,7 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
     for t in range(half, ids.shape[1]):
         ways = (get(out, (k,)) for k in (cache, "past_key_values", "cache", "presents", 1))
         kept = next((c for c in ways if c is not None), None)
-        if kept is None:
-            raise UnexaminableError(_FORM)
+        need(kept is not None, _FORM)
         out = model(ids[:, t : t + 1], **{cache: kept}, **keys)
         steps.append(_logits(out)[:, -1:])
     return torch.cat(steps, 1)
@@ -136,6 +133,5 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
 
 def _logits(out: Any) -> Tensor:
     hits = [t.float() for _, t in floats(out) if t.ndim == 3]
-    if not hits:
-        raise UnexaminableError(_FORM)
+    need(hits, _FORM)
     return hits[0]

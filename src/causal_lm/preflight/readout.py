@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context
-from causal_lm.preflight.frame import IGNORE, Frame, UnexaminableError, ahead
+from causal_lm.preflight.frame import IGNORE, Frame, ahead, need
 from causal_lm.preflight.report import Finding
 from causal_lm.preflight.subject import Readout
 
@@ -155,8 +155,7 @@ def ending(ctx: Context) -> list[Finding]:
     With an EOS in hand, the whole batch is scanned for it as well.
     """
     frame, r = ctx.full, ctx.readout(True)
-    if "shift" in ctx.blamed:
-        raise UnexaminableError("the targets are shifted, so none is where it should be")
+    need("shift" not in ctx.blamed, "the targets are shifted, so none is where it should be")
     ends = frame.ends
     if frame.eos_id is not None:
         at = frame.real & (frame.ids == frame.eos_id)
@@ -167,8 +166,7 @@ def ending(ctx: Context) -> list[Finding]:
             if bool(ends.any()):
                 return [_never(ctx, "no document in the batch ends in EOS", ends)]
         ends = at
-    if not bool(ends.any()):
-        raise UnexaminableError("no document is seen to end in this batch")
+    need(ends.any(), "no document is seen to end in this batch")
     target = frame.next_ok.roll(1, 1)  # the last column has no next: nothing comes round
     counted = r.trained.roll(1, 1) & target
     ends = ends & target

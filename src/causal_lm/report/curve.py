@@ -1,4 +1,4 @@
-"""One curve over steps, drawn by hand: characters, SVG, or a page around it."""
+"""One curve over steps, drawn by hand: characters or SVG."""
 
 from collections.abc import Sequence
 from html import escape
@@ -41,12 +41,4 @@ def to_svg(values: Sequence[float], title: str) -> str:
         f'<rect width="720" height="300" fill="white"/><text x="{left}" y="22">{escape(title)}'
         f'</text><path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="gray"/>{labels}'
         f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/></svg>\n'
-    )
-
-
-def to_html(values: Sequence[float], title: str) -> str:
-    """A page with the picture and nothing else."""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<body>{to_svg(values, title)}</body></html>\n"
     )

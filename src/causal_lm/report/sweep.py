@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Exits with code 1 where a job failed, now that the others have run."""
         folder = Path(config.hydra.sweep.dir)
-        summaries = [
-            {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
-            for path in sorted(folder.glob("*/summary.json"), key=job_number)
-        ]
+        summaries = read_summaries(folder.glob("*/summary.json"))
         if summaries:
             print(f"\n{sweep_table(summaries)}\n\nwritten below {folder}")
         if any(s["status"] == "failed" for s in summaries):
             sys.exit(1)
+
+
+def read_summaries(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Of jobs as they were launched, each with its folder's name."""
+    return [
+        {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(paths, key=job_number)
+    ]
 
 
 def job_number(path: Path) -> tuple[int, str]:

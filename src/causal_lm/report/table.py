@@ -86,50 +86,34 @@ def verdict(s: dict[str, Any]) -> str:
     return f"honest: reported {trained:.3f}, true {truth:.3f} nats per token{against}."
 
 
+def _findings(s: dict[str, Any]) -> list[str]:
+    """What a run said, what was true, what it wrote, and what the preflight said."""
+    return [
+        number(s["train/loss"]),
+        number(s["val/loss"]),
+        number(s["val/ppl_over_floor"]),
+        percent(s["sample/legal_rate"]),
+        percent(s["sample/pad_eos_share"]),
+        ", ".join(s["preflight/faults"]) or "clean",
+    ]
+
+
 def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
     """One row per run."""
-    head = [
-        "run",
-        "train/loss",
-        "val/loss",
-        "over floor",
-        "legal",
-        "PAD+EOS",
-        "preflight",
-        "seconds",
-    ]
-    rows = [head]
+    rows = [["run", "train/loss", "val/loss", "over floor", "legal", "PAD+EOS", "preflight",
+             "seconds"]]  # fmt: skip
     for s in summaries:
         if s.get("val/loss") is None:
-            rows.append([s["name"], s.get("status", "no summary"), *["–"] * (len(head) - 2)])
-            continue
-        rows.append([
-            s["name"],
-            number(s["train/loss"]),
-            number(s["val/loss"]),
-            number(s["val/ppl_over_floor"]),
-            percent(s["sample/legal_rate"]),
-            percent(s["sample/pad_eos_share"]),
-            ",".join(s["preflight/faults"]) or "clean",
-            number(s["seconds/total"], ".0f"),
-        ])  # fmt: skip
+            figures = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - 2)]
+        else:
+            figures = [*_findings(s), number(s["seconds/total"], ".0f")]
+        rows.append([s["name"], *figures])
     return table(rows)
 
 
 def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """One row per run, for a page: what it said, what was true, and who noticed."""
+    """One row per run, for a page."""
     head = ["preset", "reported, nats", "the truth, nats", "× floor's perplexity",
             "legal transitions", "PAD or EOS written", "preflight"]  # fmt: skip
-    rows = [
-        [
-            f"`{s['experiment']}`",
-            number(s["train/loss"]),
-            number(s["val/loss"]),
-            number(s["val/ppl_over_floor"]),
-            percent(s["sample/legal_rate"]),
-            percent(s["sample/pad_eos_share"]),
-            ", ".join(s["preflight/faults"]) or "clean",
-        ]
-        for s in summaries
-    ]
+    rows = [[f"`{s['experiment']}`", *_findings(s)] for s in summaries]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

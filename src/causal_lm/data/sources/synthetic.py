@@ -44,7 +44,7 @@ class MarkovLanguage:
         columns = [torch.full((documents,), BOS)]
         going = torch.ones(documents, dtype=torch.bool)
         lengths = torch.ones(documents, dtype=torch.int64)
-        for n in range(1, self.max_symbols + 1):
+        for _ in range(self.max_symbols):
             symbol = torch.full((documents,), EOS)
             symbol[going] = torch.multinomial(
                 self.chain[columns[-1][going]], 1, generator=generator
@@ -52,8 +52,6 @@ class MarkovLanguage:
             columns.append(symbol)
             lengths += going
             going &= torch.rand(documents, generator=generator) >= self.end
-            if n == self.max_symbols:
-                going[:] = False
         columns.append(torch.full((documents,), EOS))
         rows = torch.stack(columns, dim=1)  # (D, max_symbols + 2), EOS from the end on
         lengths += 1
@@ -67,13 +65,12 @@ class MarkovLanguage:
         """
         flat = documents.tokens[:].long()
         targets = torch.ones(len(flat), dtype=torch.bool)
-        targets[documents.starts] = False  # BOS is given
+        starts = documents.offsets[:-1]
+        targets[starts] = False  # BOS is given
         previous, following = flat[:-1][targets[1:]], flat[1:][targets[1:]]
         ending = following == EOS
         # Symbols so far, at the token before each target: BOS sits at place 0 of its document.
-        place = torch.arange(len(flat)) - torch.repeat_interleave(
-            documents.starts, documents.lengths
-        )
+        place = torch.arange(len(flat)) - starts.repeat_interleave(documents.lengths)
         place = place[:-1][targets[1:]]
         end = torch.full(place.shape, self.end, dtype=torch.float64)
         end[place == 0], end[place == self.max_symbols] = 0.0, 1.0
