@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from causal_lm.preflight.context import Context, moved
-from causal_lm.preflight.frame import Frame, need, span
+from causal_lm.preflight.frame import Frame, UnexaminableError, need, span
 from causal_lm.preflight.outputs import floats, get
 from causal_lm.preflight.report import Finding
 
