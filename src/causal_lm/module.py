@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
-from causal_lm.gradients import Guard, Seen, explain
+from causal_lm.guard import Guard, Seen, explain
 from causal_lm.metrics import TokenPerplexity
 from causal_lm.objective import Loss
 from causal_lm.optim import Named

@@ -28,7 +28,7 @@ from causal_lm.callbacks.writing import Writing
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
-from causal_lm.gradients import Guard
+from causal_lm.guard import Guard
 from causal_lm.module import CausalLM, parts_into_body_and_head
 from causal_lm.objective import Loss
 from causal_lm.preflight import Report

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
-from causal_lm import gradients, optim
+from causal_lm import guard, optim
 from causal_lm.data.sampler import DocumentSampler
-from causal_lm.gradients import Guard
+from causal_lm.guard import Guard
 from causal_lm.module import CausalLM
 from conftest import ROOT, command, make_batch, make_model
 
@@ -87,7 +87,7 @@ def test_a_run_stops_and_says_where(at, accumulate, words):
 def test_a_skipped_step_is_no_step(at, caplog):
     """Weights, momenta and what the optimizers count are as if the batch had not come."""
     skipping = module_that_breaks(at, guard=Guard("skip"))
-    with caplog.at_level(logging.WARNING, logger="causal_lm.gradients"):
+    with caplog.at_level(logging.WARNING, logger="causal_lm.guard"):
         trainer = fit(skipping, [GOOD, BAD, GOOD])
     assert trainer.global_step == 3
     assert float(trainer.callback_metrics["train/skipped"]) == skipping.guard.skipped == 1
@@ -140,7 +140,7 @@ def test_muon_under_the_loss_scaler_is_clipped_as_without():
 TWO_RANKS = """
 import lightning as L
 from torch.utils.data import DataLoader
-from test_gradients import BAD, GOOD, Guard, module_that_breaks, state
+from test_guard import BAD, GOOD, Guard, module_that_breaks, state
 
 class Data(L.LightningDataModule):
     def train_dataloader(self):  # the second batch of rank 1 alone is bad
@@ -182,10 +182,10 @@ def test_weights_that_are_gone_are_named():
     model = make_model()
     batch = make_batch()
     module = CausalLM(model)
-    assert gradients.first_layer(module, lambda: module(batch)) is None
+    assert guard.first_layer(module, lambda: module(batch)) is None
     with torch.no_grad():
         model.blocks.layers[1].self_attn.in_proj_weight[0, 0] = float("inf")
-    found = gradients.first_layer(module, lambda: module(batch))
+    found = guard.first_layer(module, lambda: module(batch))
     assert found == "model.blocks.layers.1.self_attn"
     assert not any(m._forward_hooks for m in module.modules())
 
@@ -199,6 +199,6 @@ def test_documents_of_a_batch():
 
     batches = [batch.tolist() for batch in loader]
     assert len(batches) == 3 and sum(map(len, batches)) == 5
-    assert [gradients.documents(Trainer, n) for n in range(3)] == batches
+    assert [guard.documents(Trainer, n) for n in range(3)] == batches
     Trainer.train_dataloader = DataLoader([GOOD], batch_size=None)
-    assert gradients.documents(Trainer, 0) == []
+    assert guard.documents(Trainer, 0) == []
