@@ -2,48 +2,48 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from causal_lm.data.collate import Batch
+from causal_lm.data.sampler import DocumentSampler
+from causal_lm.preflight.outputs import floats
 
 log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Stops a run at such a step, or leaves the step out.
+    """Leaves such a step out, so many times in a row; the next one stops the run.
 
     Args:
-        on_nonfinite: ``stop`` or ``skip``.
-        max_skipped: so many skipped steps in a row, and the next one stops the run.
+        on_nonfinite: ``stop`` at the first, or ``skip``.
+        max_skipped: how many in a row, with ``skip`` or where float16's loss scaler skips.
     """
 
     def __init__(self, on_nonfinite: str = "stop", max_skipped: int = 10) -> None:
         self.skip, self.max_skipped = on_nonfinite == "skip", max_skipped
         self.skipped = self.in_a_row = 0
 
-    def refuse(self, step: int, finding: str) -> None:
-        """Count and log a step that is to be skipped.
+    def refuse(self, step: int, finding: str, scaled: bool = False) -> None:
+        """Count and log a step that is skipped; ``scaled``: by a loss scaler, whose trade it is.
 
         Raises:
-            FloatingPointError: it is to stop the run.
+            FloatingPointError: there were too many.
         """
-        kept = "the weights are those before this step, and the checkpoints are kept"
-        if not self.skip:
+        limit = self.max_skipped if self.skip or scaled else 0
+        if self.in_a_row >= limit:
+            after = f", after gradients.max_skipped={limit} skipped steps in a row" if limit else ""
             raise FloatingPointError(
-                f"{finding} is not finite at step {step}: lower optimizer.lr, look at the batch, "
-                f"or set gradients.on_nonfinite=skip; {kept}"
+                f"{finding} is not finite at step {step}{after}: lower optimizer.lr, look at the "
+                f"batch{'' if limit else ', or set gradients.on_nonfinite=skip'}; the weights are "
+                f"those before this step, and the checkpoints are kept"
             )
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row > self.max_skipped:
-            raise FloatingPointError(
-                f"{finding} is not finite at step {step}, after gradients.max_skipped="
-                f"{self.max_skipped} skipped steps in a row: lower optimizer.lr; {kept}"
-            )
         log.warning(
             f"step {step} is skipped, the {self.in_a_row}. in a row: {finding} is not finite"
         )
@@ -54,45 +54,48 @@ class Guard:
 
 
 class Seen(NamedTuple):
-    """A micro-batch of the optimizer step in hand, its number in the epoch, its summed loss."""
+    """A micro-batch of the optimizer step in hand, its number in the epoch, and what it adds to the
+    step's loss: (2,) float32, the sum in nats and the denominator."""
 
     number: int
     batch: Batch
-    nats: Tensor
+    sums: Tensor
 
 
 def explain(module: Any, seen: Sequence[Seen]) -> str:
-    """What is not finite, and where it began: batch, documents and layer. The same on every rank.
+    """What is not finite, and where it began: batch, rows and layer. The same on every rank.
 
     Args:
         module: a LightningModule with ``loss_terms(batch)``, after its backward pass and before
             anything has been clipped.
         seen: the micro-batches of this step, on this rank.
     """
-    trainer = module.trainer
-    own = next((_of_loss(module, part) for part in seen if not torch.isfinite(part.nats)), None)
+    ranks = module.trainer.world_size
+    lost = next((part for part in seen if not part.sums.isfinite().all()), None)
+    own: Any = (_of_loss(module, lost) if lost else None), affected(module)
     every = [own]
-    if trainer.world_size > 1:  # each has batches of its own
-        every = [None] * trainer.world_size
+    if ranks > 1:  # each has batches of its own, and may have parameters of its own
+        every = [None] * ranks
         torch.distributed.all_gather_object(every, own)
-    for rank, finding in enumerate(every):
+    for rank, (finding, _) in enumerate(every):
         if finding:
-            return finding + (f" of rank {rank}" if len(every) > 1 else "")
+            return finding + (f" of rank {rank}" if ranks > 1 else "")
     # The loss was finite. A backward pass starts at the last layer.
-    layers = affected(module)
+    layers = max((layers for _, layers in every), key=len)
     numbers = ", ".join(str(part.number) for part in seen)
     where = f"first in {layers[-1]}, {len(layers)} layers in all" if layers else "in its norm"
     return f"the gradient of batch {numbers} ({where})"
 
 
 def _of_loss(module: Any, part: Seen) -> str:
-    with torch.no_grad(), module.trainer.precision_plugin.train_step_context():
-        layer = first_layer(module, lambda: module.loss_terms(part.batch))
-    rows = ", ".join(map(str, documents(module.trainer, part.number)))
-    where = f"first in {layer}" if layer else "in no layer's output"
-    return f"the loss ({where}) of batch {part.number}" + (
-        f" with documents {rows}" if rows else ""
-    )
+    trainer, where = module.trainer, ""
+    if trainer.world_size == 1 or type(trainer.strategy) is DDPStrategy:
+        with torch.no_grad(), trainer.precision_plugin.train_step_context():
+            layer = first_layer(module, lambda: module.loss_terms(part.batch))
+        where = f" (first in {layer})" if layer else " (in no layer's output)"
+    # else: parameters are spread over the ranks, and those without a fault would not join in
+    named = ", ".join(map(str, rows(trainer, part.number)))
+    return f"the loss{where} of batch {part.number}" + (f" with rows {named}" if named else "")
 
 
 def first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
@@ -101,7 +104,7 @@ def first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
 
     def watch(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(torch.isfinite(x).all() for x in _tensors(output)):
+            if not found and not all(torch.isfinite(x).all() for _, x in floats(output)):
                 found.append(name)
 
         return look
@@ -113,14 +116,6 @@ def first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(part)
 
 
 def layer_of(name: str) -> str:
@@ -143,8 +138,12 @@ def affected(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def documents(trainer: Any, number: int) -> list[int]:
-    """Which rows of the training set this rank's batch of that number holds, if that is known."""
-    loader = trainer.train_dataloader
-    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-    return list(islice(sampler, number * size, (number + 1) * size)) if sampler and size else []
+def rows(trainer: Any, number: int) -> list[int]:
+    """Which rows of the training set this rank's batch of that number in the epoch holds, if that
+    is known: whole documents, or windows of those that were cut."""
+    loader, loop = trainer.train_dataloader, trainer.fit_loop
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DocumentSampler):
+        return []
+    done = loop.total_batch_idx - loop.batch_idx + number
+    return [i for i in islice(sampler.rest(done), loader.batch_size) if i >= 0]

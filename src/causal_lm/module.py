@@ -19,6 +19,7 @@ from causal_lm.guard import Guard, Seen, explain
 from causal_lm.metrics import TokenPerplexity
 from causal_lm.objective import Loss
 from causal_lm.optim import Named
+from causal_lm.rules import is_float16
 from causal_lm.schedules import Factor
 
 log = logging.getLogger(__name__)
@@ -74,12 +75,10 @@ class CausalLM(L.LightningModule):
         self.val = TokenPerplexity(token_bytes)
         self.own_view = MeanMetric()
         self.guard = guard or Guard()
-        # Of the micro-batches since the last optimizer step, on this rank: sums of losses and of
-        # denominators; and themselves, to name the one at fault.
-        self.window: Tensor | float = 0.0
         self.step_loss: float | None = None
         """Of the last optimizer step; None where it was skipped."""
         self.seen: list[Seen] = []
+        """The micro-batches since then, on this rank."""
 
     # ---- what is trained ----
 
@@ -129,19 +128,20 @@ class CausalLM(L.LightningModule):
         over micro-batches, DDP over ranks, whatever they hold.
         """
         nats, denominator = self.loss_terms(batch)
-        self.window = self.window + torch.stack([nats.detach().float(), denominator.float()])
-        self.seen.append(Seen(batch_idx, batch, nats.detach()))
+        sums = torch.stack([nats.detach().float(), denominator.float()])
+        self.seen.append(Seen(batch_idx, batch, sums))
         return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
 
     @property
     def unit(self) -> float:
         """A sum has large gradients, and float16 ends at 65,504: there, a power of two smaller."""
-        return 2.0**-10 if self.trainer.precision == "16-mixed" else 1.0
+        return 2.0**-10 if is_float16(self.trainer.precision) else 1.0
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """Gradients of the sum -> of the loss over all micro-batches and ranks, before clipping."""
-        nats, denominator = self.trainer.strategy.reduce(self.window, reduce_op="sum").tolist()
-        self.window, self.loss_is_finite = 0.0, math.isfinite(nats)
+        sums: Any = sum(part.sums for part in self.seen)
+        nats, denominator = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        self.loss_is_finite = math.isfinite(nats)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if denominator:  # DDP has averaged: times the ranks is their sum
             torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
@@ -224,16 +224,13 @@ class CausalLM(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clip by global norm and log the norm; no step is taken with what is not finite.
-
-        Loss and gradients have been summed over the ranks by now, so all ranks decide alike.
-        """
+        """Clip by global norm and log the norm; no step is taken with what is not finite."""
         seen, self.seen = self.seen, []
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        # Under float16 the loss scaler meets infinities as a matter of course, and skips the step.
-        scaled = self.trainer.precision == "16-mixed"
-        if not self.loss_is_finite or not (scaled or torch.isfinite(norm)):
-            self.guard.refuse(self.trainer.global_step, explain(self, seen))
+        finite = self.loss_is_finite and bool(torch.isfinite(norm))
+        if not self.trainer.strategy.reduce_boolean_decision(finite):  # sharded norms may differ
+            scaled = self.loss_is_finite and is_float16(self.trainer.precision)
+            self.guard.refuse(self.trainer.global_step, explain(self, seen), scaled)
             optimizer.zero_grad(set_to_none=True)
             self.log("train/skipped", float(self.guard.skipped))
             return
