@@ -116,6 +116,16 @@ def test_so_many_in_a_row_and_no_more():
     assert module.guard.skipped == 5
 
 
+def test_a_run_that_goes_on_goes_on_counting(tmp_path):
+    fit(module_that_breaks("forward", Guard("skip", 3)), [GOOD, BAD, BAD]).save_checkpoint(
+        tmp_path / "last.ckpt"
+    )
+    module = module_that_breaks("forward", Guard("skip", 3))
+    with pytest.raises(FloatingPointError, match=r"step 4, after gradients\.max_skipped=3 skipped"):
+        fit(module, [BAD] * 9, ckpt_path=tmp_path / "last.ckpt")
+    assert module.guard.skipped == 3
+
+
 def test_float16_leaves_gradients_to_its_scaler_but_no_loss():
     def plugin():
         return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))

@@ -23,12 +23,20 @@ from causal_lm.rules import is_float16
 from causal_lm.schedules import Factor
 
 log = logging.getLogger(__name__)
+TRAINING = "causal_lm_training"
+"""Key of a checkpoint for what :meth:`CausalLM.on_save_checkpoint` adds."""
 
 
 def parts_into_body_and_head(model: nn.Module) -> bool:
     """Are its logits ``head(body(…))``, with a linear head that has no bias?"""
     head = getattr(model, "head", None)
     return hasattr(model, "body") and isinstance(head, nn.Linear) and head.bias is None
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
 class CausalLM(L.LightningModule):
@@ -78,7 +86,8 @@ class CausalLM(L.LightningModule):
         self.step_loss: float | None = None
         """Of the last optimizer step; None where it was skipped."""
         self.seen: list[Seen] = []
-        """The micro-batches since then, on this rank."""
+        """The micro-batches since then, on this rank; and what dropout drew from at the first."""
+        self.random: dict[str, Tensor] = {}
 
     # ---- what is trained ----
 
@@ -127,6 +136,8 @@ class CausalLM(L.LightningModule):
         A mean per micro-batch would weigh a token by the company it came in: Lightning averages
         over micro-batches, DDP over ranks, whatever they hold.
         """
+        if not self.seen:
+            self.random = random_state(self.device)
         nats, denominator = self.loss_terms(batch)
         sums = torch.stack([nats.detach().float(), denominator.float()])
         self.seen.append(Seen(batch_idx, batch, sums))
@@ -212,6 +223,30 @@ class CausalLM(L.LightningModule):
         return value
 
     # ---- how it is optimised ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a run that goes on from the last optimizer step counts and draws from."""
+        checkpoint[TRAINING] = {
+            "guard": [self.guard.skipped, self.guard.in_a_row],
+            "random": self.random if self.seen else random_state(self.device),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go back to the last optimizer step: micro-batches after it left nothing but a count."""
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if not batches["is_last_batch"]:
+            part = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
+            for name in ("total", "current"):
+                batches[name] = {k: n - part for k, n in batches[name].items()}
+        if state := checkpoint.get(TRAINING):
+            (self.guard.skipped, self.guard.in_a_row), self.random = state["guard"], state["random"]
+
+    def on_train_start(self) -> None:
+        """Take up dropout's draws, now that the first pass over the data has made its own draw."""
+        if "cpu" in self.random:
+            torch.set_rng_state(self.random["cpu"])
+        if "cuda" in self.random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random["cuda"], self.device)
 
     def configure_optimizers(self):
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
