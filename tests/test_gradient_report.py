@@ -1,10 +1,12 @@
 """The gradient report's figures by hand, its warning, and what it costs."""
 
 import logging
+import math
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -44,12 +46,13 @@ class Seen(L.Callback):
             self.steps[trainer.global_step] = found
 
 
-def fit(module, report, steps, accumulate=1):
+def fit(module, report, steps, accumulate=1, plugins=None):
     seen = Seen()
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulate, accelerator="cpu",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, log_every_n_steps=1,
         enable_model_summary=False, callbacks=[report, seen],
+        plugins=plugins,
     )  # fmt: skip
     trainer.fit(module, DataLoader([make_batch(seed=s) for s in range(8)], batch_size=None))
     return trainer, seen
@@ -83,6 +86,21 @@ def test_a_starved_lowest_block_is_warned_about_once(caplog):
         fit(make_module(), GradientReport(1), 3)
     assert "hardly learn" not in caplog.text
     assert "model.blocks.layers.1\n" in caplog.text
+
+
+def test_a_step_that_the_loss_scaler_skips_is_not_looked_at():
+    module, report, calls = make_module(), GradientReport(1), []
+
+    def spoil(layer, gradients):
+        calls.append(len(calls))
+        return tuple(g * float("nan") for g in gradients) if len(calls) == 2 else None
+
+    module.model.head.register_full_backward_pre_hook(spoil)
+    scaler = torch.amp.GradScaler("cpu")
+    _, seen = fit(module, report, 2, plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
+    assert len(calls) == 2 and scaler.get_scale() == 2.0**15
+    assert all(math.isfinite(value) for pair in report.figures.values() for value in pair)
+    assert seen.steps[2] == seen.steps[1]
 
 
 def test_a_deep_model_takes_a_few_lines():

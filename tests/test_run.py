@@ -249,9 +249,7 @@ def test_an_unwritable_run_directory_is_named(tmp_path):
 
 
 def test_a_fault_in_the_numbers_stops_the_run(tmp_path):
-    with pytest.raises(
-        FloatingPointError, match=r"with documents \d+, .* is not finite at step \d"
-    ):
+    with pytest.raises(FloatingPointError, match=r"with rows \d+, .* is not finite at step \d"):
         short_run(
             tmp_path,
             "optimizer.lr=1e30",

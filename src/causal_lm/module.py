@@ -15,19 +15,28 @@ from torchmetrics import MeanMetric
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
-from causal_lm.gradients import Guard, Seen, explain
+from causal_lm.guard import Guard, Seen, explain
 from causal_lm.metrics import TokenPerplexity
 from causal_lm.objective import Loss
 from causal_lm.optim import Named
+from causal_lm.rules import is_float16
 from causal_lm.schedules import Factor
 
 log = logging.getLogger(__name__)
+TRAINING = "causal_lm_training"
+"""Key of a checkpoint for what :meth:`CausalLM.on_save_checkpoint` adds."""
 
 
 def parts_into_body_and_head(model: nn.Module) -> bool:
     """Are its logits ``head(body(…))``, with a linear head that has no bias?"""
     head = getattr(model, "head", None)
     return hasattr(model, "body") and isinstance(head, nn.Linear) and head.bias is None
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
 class CausalLM(L.LightningModule):
@@ -74,12 +83,11 @@ class CausalLM(L.LightningModule):
         self.val = TokenPerplexity(token_bytes)
         self.own_view = MeanMetric()
         self.guard = guard or Guard()
-        # Of the micro-batches since the last optimizer step, on this rank: sums of losses and of
-        # denominators; and themselves, to name the one at fault.
-        self.window: Tensor | float = 0.0
         self.step_loss: float | None = None
         """Of the last optimizer step; None where it was skipped."""
         self.seen: list[Seen] = []
+        """The micro-batches since then, on this rank; and what dropout drew from at the first."""
+        self.random: dict[str, Tensor] = {}
 
     # ---- what is trained ----
 
@@ -128,20 +136,23 @@ class CausalLM(L.LightningModule):
         A mean per micro-batch would weigh a token by the company it came in: Lightning averages
         over micro-batches, DDP over ranks, whatever they hold.
         """
+        if not self.seen:
+            self.random = random_state(self.device)
         nats, denominator = self.loss_terms(batch)
-        self.window = self.window + torch.stack([nats.detach().float(), denominator.float()])
-        self.seen.append(Seen(batch_idx, batch, nats.detach()))
+        sums = torch.stack([nats.detach().float(), denominator.float()])
+        self.seen.append(Seen(batch_idx, batch, sums))
         return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
 
     @property
     def unit(self) -> float:
         """A sum has large gradients, and float16 ends at 65,504: there, a power of two smaller."""
-        return 2.0**-10 if self.trainer.precision == "16-mixed" else 1.0
+        return 2.0**-10 if is_float16(self.trainer.precision) else 1.0
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """Gradients of the sum -> of the loss over all micro-batches and ranks, before clipping."""
-        nats, denominator = self.trainer.strategy.reduce(self.window, reduce_op="sum").tolist()
-        self.window, self.loss_is_finite = 0.0, math.isfinite(nats)
+        sums: Any = sum(part.sums for part in self.seen)
+        nats, denominator = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        self.loss_is_finite = math.isfinite(nats)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if denominator:  # DDP has averaged: times the ranks is their sum
             torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
@@ -213,6 +224,30 @@ class CausalLM(L.LightningModule):
 
     # ---- how it is optimised ----
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a run that goes on from the last optimizer step counts and draws from."""
+        checkpoint[TRAINING] = {
+            "guard": [self.guard.skipped, self.guard.in_a_row],
+            "random": self.random if self.seen else random_state(self.device),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go back to the last optimizer step: micro-batches after it left nothing but a count."""
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if not batches["is_last_batch"]:
+            part = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
+            for name in ("total", "current"):
+                batches[name] = {k: n - part for k, n in batches[name].items()}
+        if state := checkpoint.get(TRAINING):
+            (self.guard.skipped, self.guard.in_a_row), self.random = state["guard"], state["random"]
+
+    def on_train_start(self) -> None:
+        """Take up dropout's draws, now that the first pass over the data has made its own draw."""
+        if "cpu" in self.random:
+            torch.set_rng_state(self.random["cpu"])
+        if "cuda" in self.random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random["cuda"], self.device)
+
     def configure_optimizers(self):
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
         optimizer = self.make_optimizer(self.named_parameters())
@@ -224,16 +259,13 @@ class CausalLM(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clip by global norm and log the norm; no step is taken with what is not finite.
-
-        Loss and gradients have been summed over the ranks by now, so all ranks decide alike.
-        """
+        """Clip by global norm and log the norm; no step is taken with what is not finite."""
         seen, self.seen = self.seen, []
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        # Under float16 the loss scaler meets infinities as a matter of course, and skips the step.
-        scaled = self.trainer.precision == "16-mixed"
-        if not self.loss_is_finite or not (scaled or torch.isfinite(norm)):
-            self.guard.refuse(self.trainer.global_step, explain(self, seen))
+        finite = self.loss_is_finite and bool(torch.isfinite(norm))
+        if not self.trainer.strategy.reduce_boolean_decision(finite):  # sharded norms may differ
+            scaled = self.loss_is_finite and is_float16(self.trainer.precision)
+            self.guard.refuse(self.trainer.global_step, explain(self, seen), scaled)
             optimizer.zero_grad(set_to_none=True)
             self.log("train/skipped", float(self.guard.skipped))
             return

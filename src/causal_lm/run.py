@@ -28,7 +28,7 @@ from causal_lm.callbacks.writing import Writing
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
-from causal_lm.gradients import Guard
+from causal_lm.guard import Guard
 from causal_lm.module import CausalLM, parts_into_body_and_head
 from causal_lm.objective import Loss
 from causal_lm.preflight import Report
@@ -44,8 +44,8 @@ FIGURES = (
     "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained",
     "floor/loss", "floor/ppl", "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
-    "train/tokens_per_second", "train/pad_share", "preflight/faults", "seconds/total",
-    "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
+    "train/tokens_per_second", "train/pad_share", "train/skipped", "preflight/faults",
+    "seconds/total", "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
     "checkpoint/best", "checkpoint/steady", "checkpoint/last",
     "writing/repetition_3", "writing/repetition_4", "writing/repetition_spread",
     "writing/distinct_1", "writing/distinct_2",

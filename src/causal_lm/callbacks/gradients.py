@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from causal_lm.gradients import layer_of
+from causal_lm.guard import layer_of
 
 log = logging.getLogger(__name__)
 

@@ -71,12 +71,14 @@ class Meter(L.Callback):
         targets over the time of training alone. Call it on every rank."""
         device = trainer.strategy.root_device
         own = torch.tensor([int(self.tokens), int(self.real), self.slots], device=device)
+        module: Any = trainer.lightning_module
         tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "train/tokens": tokens,
             "train/tokens_per_second": tokens / self.seconds_train if tokens else None,
             "train/pad_share": 1 - real / slots if slots else None,
+            "train/skipped": module.guard.skipped,
             "seconds/fit": self.seconds_fit,
             "seconds/train": self.seconds_train,
         }

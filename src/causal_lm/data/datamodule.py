@@ -84,24 +84,29 @@ class DataModule(L.LightningDataModule):
         return rows
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_rows, shuffle=self.shuffle)
+        return self._loader(self.train_rows, shuffle=self.shuffle, done=self._done)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.val_rows, shuffle=False)
 
-    def _loader(self, rows: Documents, *, shuffle: bool) -> DataLoader[Batch]:
+    def _done(self) -> int:
+        """Micro-batches trained on, over all epochs. Lightning's number of the epoch would not do:
+        it counts one that the run ended in the middle of."""
+        return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
+
+    def _loader(self, rows: Documents, **order: Any) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
         return DataLoader(
             rows,  # type: ignore[arg-type]  # collate turns documents into a Batch
             batch_size=self.batch_size,
             sampler=DocumentSampler(
                 len(rows),
-                shuffle=shuffle,
                 seed=self.seed,
                 rank=self.trainer.global_rank if self.trainer else 0,
                 world_size=self.trainer.world_size if self.trainer else 1,
                 lengths=rows.lengths.numpy() if self.layout == "bucketed" else None,
                 batch_size=self.batch_size,
+                **order,
             ),
             collate_fn=Collate(
                 tokenizer.pad_id,

@@ -1,6 +1,6 @@
 """Which document comes when: a function of (seed, epoch, rank), with nothing to lose on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -18,6 +18,8 @@ class DocumentSampler(Sampler[int]):
     repeating documents, which then count twice in the evaluation. Here the gap is filled with
     index -1, which collates to a row of PAD and counts nothing.
 
+    Where it begins is asked each time, so a run that is continued goes on inside its epoch.
+
     Args:
         size: number of documents.
         shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
@@ -26,32 +28,33 @@ class DocumentSampler(Sampler[int]):
         lengths: (size,) of the documents; put those of like length together (see
             :func:`bucketed`). None leaves the order as drawn.
         batch_size: documents per batch and rank, which a bucket is made of.
+        done: how many batches of this rank are behind, over all epochs.
     """
 
     def __init__(
         self, size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-        lengths: np.ndarray | None = None, batch_size: int = 1,
+        lengths: np.ndarray | None = None, batch_size: int = 1, done: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         self.size, self.shuffle, self.seed = size, shuffle, seed
         self.rank, self.world_size = rank, world_size
-        self.lengths, self.batch_size = lengths, batch_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
-        self.epoch = epoch
+        self.lengths, self.batch_size, self.done = lengths, batch_size, done
 
     def __len__(self) -> int:
         return -(-self.size // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        draw = np.random.default_rng([self.seed, self.epoch])  # the pair: no two runs share one
+        return self.rest(self.done())
+
+    def rest(self, done: int) -> Iterator[int]:
+        """What is left of an epoch when so many batches are behind, over all epochs."""
+        epoch, begun = divmod(done, -(-len(self) // self.batch_size))
+        draw = np.random.default_rng([self.seed, epoch])  # the pair: no two runs share one
         order = draw.permutation(self.size) if self.shuffle else np.arange(self.size)
         if self.lengths is not None:
             group = self.batch_size * self.world_size
             order = bucketed(order, self.lengths, group, draw if self.shuffle else None)
         mine = order[self.rank :: self.world_size]
-        for start in range(0, len(mine), STRETCH):  # Python's numbers are large
+        for start in range(begun * self.batch_size, len(mine), STRETCH):  # Python's are large
             yield from mine[start : start + STRETCH].tolist()
         yield from [-1] * (len(self) - len(mine))
 

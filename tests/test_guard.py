@@ -2,6 +2,7 @@
 
 import logging
 import os
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -9,9 +10,10 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
-from causal_lm import gradients, optim
+from causal_lm import guard, optim
+from causal_lm.callbacks.meter import Meter
 from causal_lm.data.sampler import DocumentSampler
-from causal_lm.gradients import Guard
+from causal_lm.guard import Guard, Seen
 from causal_lm.module import CausalLM
 from conftest import ROOT, command, make_batch, make_model
 
@@ -45,14 +47,14 @@ def module_that_breaks(at, guard=None):
 GOOD, BAD = make_batch((5, 2, 7)), make_batch((9, 4))
 
 
-def fit(module, batches, accumulate=1, plugin=None):
+def fit(module, batches, accumulate=1, plugin=None, ckpt_path=None):
     trainer = L.Trainer(
         max_steps=len(batches) // accumulate, max_epochs=-1,
         accumulate_grad_batches=accumulate, accelerator="cpu",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, plugins=plugin,
         enable_model_summary=False, gradient_clip_val=1.0,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -87,10 +89,11 @@ def test_a_run_stops_and_says_where(at, accumulate, words):
 def test_a_skipped_step_is_no_step(at, caplog):
     """Weights, momenta and what the optimizers count are as if the batch had not come."""
     skipping = module_that_breaks(at, guard=Guard("skip"))
-    with caplog.at_level(logging.WARNING, logger="causal_lm.gradients"):
+    with caplog.at_level(logging.WARNING, logger="causal_lm.guard"):
         trainer = fit(skipping, [GOOD, BAD, GOOD])
     assert trainer.global_step == 3
     assert float(trainer.callback_metrics["train/skipped"]) == skipping.guard.skipped == 1
+    assert Meter().figures(trainer)["train/skipped"] == 1
     assert "step 1 is skipped, the 1. in a row" in caplog.text
     assert f"the {'loss' if at == 'forward' else 'gradient'}" in caplog.text
     without = module_that_breaks(at)
@@ -113,6 +116,16 @@ def test_so_many_in_a_row_and_no_more():
     assert module.guard.skipped == 5
 
 
+def test_a_run_that_goes_on_goes_on_counting(tmp_path):
+    fit(module_that_breaks("forward", Guard("skip", 3)), [GOOD, BAD, BAD]).save_checkpoint(
+        tmp_path / "last.ckpt"
+    )
+    module = module_that_breaks("forward", Guard("skip", 3))
+    with pytest.raises(FloatingPointError, match=r"step 4, after gradients\.max_skipped=3 skipped"):
+        fit(module, [BAD] * 9, ckpt_path=tmp_path / "last.ckpt")
+    assert module.guard.skipped == 3
+
+
 def test_float16_leaves_gradients_to_its_scaler_but_no_loss():
     def plugin():
         return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
@@ -122,9 +135,11 @@ def test_float16_leaves_gradients_to_its_scaler_but_no_loss():
     before = fit(module, [GOOD, BAD], plugin=half)
     assert before.precision == "16-mixed"
     assert half.scaler.get_scale() == 2.0**15  # it met the NaN, skipped the step and backed off
-    assert module.guard.skipped == 0 and all(torch.isfinite(p).all() for p in module.parameters())
+    assert module.guard.skipped == 1 and all(torch.isfinite(p).all() for p in module.parameters())
     with pytest.raises(FloatingPointError, match=r"the loss \(first in .*linear2\) of batch 1"):
         fit(module_that_breaks("forward"), [GOOD, BAD], plugin=plugin())
+    with pytest.raises(FloatingPointError, match=r"the gradient .* step 4, after .*max_skipped=3"):
+        fit(module_that_breaks("backward", Guard("stop", 3)), [GOOD, *[BAD] * 5], plugin=plugin())
 
 
 def test_muon_under_the_loss_scaler_is_clipped_as_without():
@@ -140,14 +155,20 @@ def test_muon_under_the_loss_scaler_is_clipped_as_without():
 TWO_RANKS = """
 import lightning as L
 from torch.utils.data import DataLoader
-from test_gradients import BAD, GOOD, Guard, module_that_breaks, state
+from test_guard import BAD, GOOD, Guard, module_that_breaks, state
 
 class Data(L.LightningDataModule):
     def train_dataloader(self):  # the second batch of rank 1 alone is bad
         return DataLoader([GOOD, (GOOD, BAD)[self.trainer.global_rank], GOOD], batch_size=None)
 
-for guard in (Guard("skip"), Guard()):
-    module = module_that_breaks("forward", guard=guard)
+for guard, at in ((Guard("skip"), "forward"), (Guard(), "forward"), (Guard("skip"), "")):
+    module = module_that_breaks(at, guard=guard)
+    if not at:  # a gradient that is NaN on rank 1 alone, as where parameters are sharded
+        def clip(*args, of=module, clip=module.configure_gradient_clipping, **kwargs):
+            if of.trainer.global_rank == of.trainer.global_step == 1:
+                next(of.parameters()).grad.fill_(float("nan"))
+            clip(*args, **kwargs)
+        module.configure_gradient_clipping = clip
     trainer = L.Trainer(
         max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -171,8 +192,9 @@ def test_all_ranks_decide_alike(tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert one == two
-    skipped, stopped = one.splitlines()
-    assert skipped.startswith("1 skipped, weights ") and "nan" not in skipped
+    skipped, stopped, on_one = one.splitlines()
+    for said in (skipped, on_one):
+        assert said.startswith("1 skipped, weights ") and "nan" not in said
     assert stopped.startswith(
         "the loss (first in model.blocks.layers.0.linear2) of batch 1 of rank 1 is not finite"
     )
@@ -182,23 +204,42 @@ def test_weights_that_are_gone_are_named():
     model = make_model()
     batch = make_batch()
     module = CausalLM(model)
-    assert gradients.first_layer(module, lambda: module(batch)) is None
+    assert guard.first_layer(module, lambda: module(batch)) is None
     with torch.no_grad():
         model.blocks.layers[1].self_attn.in_proj_weight[0, 0] = float("inf")
-    found = gradients.first_layer(module, lambda: module(batch))
+    found = guard.first_layer(module, lambda: module(batch))
     assert found == "model.blocks.layers.1.self_attn"
     assert not any(m._forward_hooks for m in module.modules())
 
 
-def test_documents_of_a_batch():
-    sampler = DocumentSampler(10, shuffle=True, rank=1, world_size=2)
+def test_sharded_parameters_are_not_asked_for_by_one_rank(monkeypatch):
+    """The loss is computed again only where every rank can do so alone."""
+    module = module_that_breaks("")
+    module.loss_terms = None  # not to be called
+    module.trainer = SimpleNamespace(
+        world_size=2, strategy=object(), train_dataloader=None, fit_loop=None
+    )
+    lost = Seen(5, BAD, torch.tensor([float("nan"), 1.0]))
+    fine = Seen(5, GOOD, torch.tensor([1.0, 1.0]))
+
+    def gather(every, own):  # rank 1 has nothing to say of the loss, but of layers
+        every[:] = [own, (None, ["head", "blocks.1"])]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert guard.explain(module, [fine, lost]) == "the loss of batch 5 of rank 0"
+    found = guard.explain(module, [fine])
+    assert found == "the gradient of batch 5 (first in blocks.1, 2 layers in all)"
+
+
+def test_rows_of_a_batch():
+    sampler = DocumentSampler(10, shuffle=True, rank=1, world_size=2, batch_size=2)
     loader = DataLoader(range(10), batch_size=2, sampler=sampler)
 
-    class Trainer:
-        train_dataloader = loader
-
+    loop = SimpleNamespace(total_batch_idx=4, batch_idx=1)  # the second batch of the second epoch
+    trainer = SimpleNamespace(train_dataloader=loader, fit_loop=loop)
+    sampler.done = lambda: 3
     batches = [batch.tolist() for batch in loader]
     assert len(batches) == 3 and sum(map(len, batches)) == 5
-    assert [gradients.documents(Trainer, n) for n in range(3)] == batches
-    Trainer.train_dataloader = DataLoader([GOOD], batch_size=None)
-    assert gradients.documents(Trainer, 0) == []
+    assert [guard.rows(trainer, n) for n in range(3)] == batches
+    trainer.train_dataloader = DataLoader([GOOD], batch_size=None)
+    assert guard.rows(trainer, 0) == []
