@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from causal_lm import extras, masks
+from causal_lm import extras
 from causal_lm.data.documents import Documents
 from causal_lm.data.tokenizers import Tokenizer
 from causal_lm.generation import prompt_batch
@@ -59,8 +59,7 @@ def hidden(module: Any, rows: Tensor, prompt: int, tokenizer: Tokenizer) -> Tens
     places = torch.arange(rows.shape[1]) - prompt
     text = (places >= 0) & (places < torch.tensor(lengths)[:, None])  # (N, T)
     batch = prompt_batch(rows.to(module.device))
-    may_attend = masks.causal(batch.document_ids)
-    states = module.model.body(batch.input_ids, batch.position_ids, may_attend).float().cpu()
+    states = module.model.body(batch.input_ids, batch.position_ids, None).float().cpu()
     return (states * text[..., None]).sum(dim=1) / text.sum(dim=1, keepdim=True).clamp(min=1)
 
 
