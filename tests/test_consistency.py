@@ -47,6 +47,12 @@ def test_greedy_samples_agree_wholly(tmp_path):
     assert short_run(tmp_path / "0", "samples.per_prompt=0")["writing/consistency_hidden"] is None
 
 
+def test_what_is_not_measured_is_not_loaded(tmp_path):
+    """An empty folder: with samples to embed it would be refused."""
+    for none in ("samples.count=0", "samples.per_prompt=0"):
+        short_run(tmp_path / none, f"samples.embedder={tmp_path}", none, "trainer.max_steps=1")
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     pytest.importorskip("sentence_transformers")
     with pytest.raises(ValueError, match=r"samples\.embedder=.* no modules\.json in it"):

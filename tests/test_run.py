@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from causal_lm import config
+from causal_lm.module import CausalLM
 from causal_lm.run import FIGURES, restore, run
 from conftest import ROOT, command
 
@@ -258,9 +260,27 @@ def test_a_fault_in_the_numbers_stops_the_run(tmp_path):
         )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed" and "is not finite" in summary["error"]
-    kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)  # of the step before
-    assert f"at step {kept['global_step']}:" in summary["error"]
-    assert all(torch.isfinite(weight).all() for weight in kept["state_dict"].values())
+    assert not (tmp_path / "checkpoints").exists()  # no evaluation was finite
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, 6), (3, 4)])
+def test_the_last_good_checkpoint_is_kept(every, steps, tmp_path, monkeypatch):
+    """Step 4 breaks the weights (they stay finite): before an evaluation, or as the last step."""
+    good = {}
+
+    def break_weights(self, *_):
+        if self.trainer.global_step == 3:
+            good.update({name: w.clone() for name, w in self.state_dict().items()})
+        if self.trainer.global_step == 4:
+            torch._foreach_mul_([p.data for p in self.parameters()], 1e30)
+
+    monkeypatch.setattr(CausalLM, "on_train_batch_end", break_weights)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        short_run(tmp_path, f"trainer.val_check_interval={every}", f"trainer.max_steps={steps}")
+    for name in ("last", "best"):
+        kept = torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)
+        assert kept["global_step"] == 3
+        assert all(torch.equal(kept["state_dict"][key], weight) for key, weight in good.items())
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "padded"])
@@ -351,6 +371,38 @@ def test_auto_goes_on_where_there_is_something(tmp_path):
     more = short_run(tmp_path, "ckpt_path=auto", "trainer.max_steps=8")
     assert more["steps"] == 8
     assert more["train/tokens"] < 8 * 4 * 19
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from causal_lm.callbacks.writing import Writing
+from test_run import short_run
+evaluate = Writing.evaluate
+def at_four(self, module):
+    return os._exit(9) if module.trainer.global_step == 4 else evaluate(self, module)
+Writing.evaluate = at_four
+short_run(Path(sys.argv[1]), "trainer.val_check_interval=2", "trainer.max_steps=8")
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was_evaluated(tmp_path):
+    """Killed while it evaluates step 4: it goes on from step 2, and nothing is lost or twice."""
+    done = command("-c", KILLED, str(tmp_path), PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 9, done.stderr
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    kept = tmp_path / "samples/step_00000002.txt"
+    written = kept.stat().st_mtime_ns
+    short_run(tmp_path, "trainer.val_check_interval=2", "trainer.max_steps=8", "ckpt_path=auto")
+    assert kept.stat().st_mtime_ns == written
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(8))
+    assert [int(row["step"]) for row in rows if row["writing/distinct_1"]] == [1, 3, 5, 7]
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert len(last["callbacks"]["Writing"]["rates"]) <= 3
+    short_run(tmp_path, "trainer.max_steps=1")  # from the start: nothing of the old run is left
+    assert not kept.exists()
 
 
 def test_a_failing_rank_says_one_line(tmp_path):

@@ -1,8 +1,12 @@
 """A run whose writing is scripted: when it stops, why, and which weights it keeps."""
 
+import logging
+import math
+
 import pytest
 import torch
 
+from causal_lm.callbacks.stop import Decline
 from causal_lm.callbacks.writing import Writing
 from test_run import short_run
 
@@ -13,13 +17,26 @@ and 4, and than after step 5 from step 6 on, though step 7 is better than step 6
 EACH = ["trainer.val_check_interval=1", "trainer.max_steps=9"]
 
 
-@pytest.fixture(autouse=True)
-def _script(monkeypatch):
-    def evaluate(self, module):
-        n = module.trainer.global_step - 1
-        return {"repetition_4": REPETITION[n], "consistency_hidden": CONSISTENCY[n]}, ""
+@pytest.fixture
+def script(monkeypatch):
+    """Evaluations by the optimizer step; None: the model cannot write."""
 
-    monkeypatch.setattr(Writing, "evaluate", evaluate)
+    def play(repetition, consistency, error=0.001):
+        def evaluate(self, module):
+            rate = repetition[module.trainer.global_step]
+            if rate is None:
+                raise FloatingPointError("logits")
+            agree = consistency[module.trainer.global_step]
+            figures = {"repetition_4": rate, "repetition_error": error}
+            return figures | {"consistency_hidden": agree}, ""
+
+        monkeypatch.setattr(Writing, "evaluate", evaluate)
+
+    play([math.nan, *REPETITION], [math.nan, *CONSISTENCY])
+    return play
+
+
+pytestmark = pytest.mark.usefixtures("script")
 
 
 def steady_step(directory):
@@ -32,18 +49,18 @@ def test_stops_and_says_why(tmp_path):
     assert summary["status"] == "stopped"
     assert summary["stopped_because"] == (
         "the writing is worse at 3 evaluations in a row, up to step 8: "
-        "writing/repetition_4 was 0.2100, then 0.5000, 0.4000, 0.6000; "
-        "writing/consistency_hidden was 0.9500, then 0.7000, 0.8000, 0.6000"
+        "repetition was 0.2100, then 0.5000, 0.4000, 0.6000; "
+        "consistency was 0.9500, then 0.7000, 0.8000, 0.6000"
     )
 
 
 def test_keeps_where_three_rates_vary_least(tmp_path):
-    """0.20, 0.20 and 0.21 after steps 3 to 5: their standard deviation is 0.01 √2 / 3."""
+    """0.20, 0.20 and 0.21 after steps 3 to 5: a standard deviation of 0.01 √2 / 3, or 0.0047."""
     summary = short_run(tmp_path, *EACH)
     assert summary["status"] == "finished"
     assert steady_step(tmp_path) == 5
     assert summary["checkpoint/steady"] == (
-        "step 5: the last three repetition rates vary least, 0.0047"
+        "step 5: the last three repetition rates vary least, 0.2000, 0.2000, 0.2100"
     )
     mean = (0.4 + 0.6 + 0.7) / 3
     spread = (sum((rate - mean) ** 2 for rate in (0.4, 0.6, 0.7)) / 3) ** 0.5
@@ -66,3 +83,54 @@ def test_going_on_remembers(tmp_path):
 
 def test_without_patience_nothing_stops(tmp_path):
     assert short_run(tmp_path, *EACH)["stopped_because"] is None
+
+
+def test_of_what_samples_cannot_tell_apart_the_later_is_kept(tmp_path, script):
+    """0, 0, 0 of a model that knows nothing yet is not steadier than 0.050, 0.051, 0.050; 0.05,
+    0.08, 0.09 is less steady than both."""
+    rates = [math.nan, 0.0, 0.0, 0.0, 0.050, 0.051, 0.050, 0.08, 0.09]
+    script(rates, [0.9] * 9, error=0.005)
+    summary = short_run(tmp_path, *EACH, "trainer.max_steps=8")
+    assert summary["checkpoint/steady"].endswith("vary least, 0.0500, 0.0510, 0.0500")
+    assert steady_step(tmp_path) == 6
+
+
+def test_an_evaluation_is_judged_once_and_by_its_own_figures(tmp_path, script):
+    """Two evaluations within each optimizer step, all worse than the first."""
+    script([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    every = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=2"]
+    summary = short_run(tmp_path, *every, "samples.patience=4", "trainer.max_steps=5")
+    assert summary["steps"] == 4
+    assert (
+        "repetition was 0.1000, then 0.2000, 0.3000, 0.4000, 0.5000;"
+        in (summary["stopped_because"])
+    )
+
+
+def test_without_samples_nothing_is_judged(tmp_path, script):
+    """The steadiest three are those up to step 3; step 4 has none, and the old spread is past."""
+    script([math.nan, 0.1, 0.2, 0.2, None, None, 0.4], [math.nan, 0.9, 0.8, 0.7, 0, 0, 0.6])
+    summary = short_run(tmp_path, *EACH, "samples.patience=3", "trainer.max_steps=6")
+    assert steady_step(tmp_path) == 3
+    assert (summary["steps"], summary["status"]) == (6, "stopped")
+    assert "repetition was 0.1000, then 0.2000, 0.2000, 0.4000" in summary["stopped_because"]
+
+
+def judged(rates, error):
+    decline = Decline(2)
+    return [decline.judge(i, rate, error, 0.9 - 0.1 * i) for i, rate in enumerate(rates)]
+
+
+def test_a_handful_of_n_grams_stops_nothing():
+    """As measured on a run that learned. The margin is three errors of a difference: 0.0042."""
+    assert judged([0.0013, 0.0047, 0.0030], error=0.001) == [False] * 3
+    assert judged([0.0013, 0.0057, 0.0056], error=0.001) == [False, False, True]
+    assert judged([0.0013, 0.0057, 0.0054], error=0.001) == [False] * 3
+
+
+def test_what_cannot_be_told_is_said_once(caplog):
+    decline = Decline(1)
+    with caplog.at_level(logging.WARNING):
+        assert [decline.judge(step, 0.1, 0.01, None) for step in range(3)] == [False] * 3
+    (record,) = caplog.records
+    assert "there is no consistency" in record.getMessage()

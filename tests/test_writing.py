@@ -29,6 +29,9 @@ def test_figures_by_hand():
     figures = measure(ROWS, Symbols(4), None)
     assert figures.repetition_3 == pytest.approx(3 / 7)
     assert figures.repetition_4 == pytest.approx(2 / 5)
+    assert figures.repetition_error == pytest.approx(
+        (0.4**2 + 0.4**2) ** 0.5 / 5
+    )  # 2 - 1.6, 0 - 0.4
     assert figures.distinct_1 == pytest.approx(3 / 11)
     assert figures.distinct_2 == pytest.approx(4 / 9)
     assert figures.unfinished_share == pytest.approx(1 / 3)

@@ -1,10 +1,13 @@
 """Configuration -> objects -> fit, validate, samples, summary."""
 
+import csv
 import logging
 import math
 import os
 import shutil
 import time
+from copy import deepcopy
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm import generation
 from causal_lm.callbacks import checkpoints
+from causal_lm.callbacks.checkpoints import Kept
 from causal_lm.callbacks.gradients import GradientReport
 from causal_lm.callbacks.meter import Meter
 from causal_lm.callbacks.preflight import Preflight, audit_batch
 from causal_lm.callbacks.progress import StepBar
-from causal_lm.callbacks.stop import StopAfterStep, StopWhenWorse
-from causal_lm.callbacks.writing import Writing
+from causal_lm.callbacks.stop import StopAfterStep
+from causal_lm.callbacks.writing import Writing, freely
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
@@ -47,10 +50,8 @@ FIGURES = (
     "train/tokens_per_second", "train/pad_share", "train/skipped", "preflight/faults",
     "seconds/total", "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
     "checkpoint/best", "checkpoint/steady", "checkpoint/last",
-    "writing/repetition_3", "writing/repetition_4", "writing/repetition_spread",
-    "writing/distinct_1", "writing/distinct_2",
-    "writing/repeat_share", "writing/pad_eos_share", "writing/unfinished_share",
-    "writing/legal_rate", "writing/consistency_hidden", "writing/consistency_sentences",
+    *(f"writing/{field.name}" for field in fields(samples.SampleFigures)),
+    "writing/repetition_spread", "writing/consistency_hidden", "writing/consistency_sentences",
 )  # fmt: skip
 """Every key of ``summary.json``; one that does not apply is null, never absent."""
 
@@ -67,7 +68,7 @@ CHANGE = {
 
 
 FILES = (
-    "config.yaml", "summary.json", "metrics.csv", "preflight.json", "preflight.html", "samples.txt",
+    "metrics.csv", "config.yaml", "summary.json", "preflight.json", "preflight.html", "samples.txt",
 )  # fmt: skip
 """What a run writes beside its checkpoints."""
 
@@ -154,7 +155,7 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
 def make_writing(cfg: DictConfig, corpus: Corpus, directory: Path) -> Writing:
     """What looks at the model's writing at each evaluation."""
     wanted = dict(cfg.samples, length=min(cfg.samples.length, cfg.data.max_length))
-    del wanted["self_check"], wanted["patience"]
+    del wanted["self_check"]
     return Writing(corpus, seed=cfg.seed, directory=directory, **wanted)
 
 
@@ -187,10 +188,14 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
-    if _is_rank_zero():
-        for name in FILES:  # of an earlier run in this directory; its checkpoints stay
+    if cfg.ckpt_path == "auto":
+        cfg, last = deepcopy(cfg), directory / "checkpoints" / "last.ckpt"
+        cfg.ckpt_path = str(last) if last.exists() else None
+    if _is_rank_zero():  # of an earlier run in this directory its checkpoints stay, and its history
+        for name in FILES[1:] if cfg.ckpt_path else FILES:  # where this one goes on with it
             (directory / name).unlink(missing_ok=True)
-        shutil.rmtree(directory / "samples", ignore_errors=True)
+        if not cfg.ckpt_path:
+            shutil.rmtree(directory / "samples", ignore_errors=True)
     try:
         with StopAfterStep() as stop:
             _run(cfg, directory, summary, stop)
@@ -218,31 +223,28 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     config["model"] |= getattr(module.model, "self_contained", {})
     origin = checkpoints.Provenance(config, corpus.tokenizer.state())
     folder = directory / "checkpoints"
-    ckpt_path = cfg.ckpt_path
-    if ckpt_path == "auto":
-        ckpt_path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None
-    if ckpt_path:
-        origin.check_continues(ckpt_path)
+    step = origin.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0
 
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
-    meter, best = Meter(), checkpoints.best(folder)
-    last = checkpoints.last(folder, every=cfg.trainer.val_check_interval)
+    meter, best = Meter(), Kept(folder, "best", "val/loss")
+    steady = Kept(folder, "steady", "writing/repetition_spread")
+    last = Kept(folder, "last", "val/loss", latest=True)
     optional: list[L.Callback] = [StepBar()] if cfg.trainer.enable_progress_bar else []
     if cfg.gradients.report_every:
         optional.append(GradientReport(cfg.gradients.report_every))
-    steady, worse = checkpoints.steady(folder), StopWhenWorse(cfg.samples.patience)
     writing = make_writing(cfg, corpus, directory)
     trainer = make_trainer(
         cfg,
-        logger=CSVLogger(directory, name="", version="", flush_logs_every_n_steps=50),
-        callbacks=[preflight, meter, stop, origin, writing, worse, best, steady, last, *optional],
+        logger=make_logger(directory, step),
+        callbacks=[preflight, meter, stop, origin, writing, best, steady, last, *optional],
     )
     try:
-        trainer.fit(module, data, ckpt_path=ckpt_path)
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
     finally:
         summary |= preflight.figures()
-    trainer.save_checkpoint(folder / "last.ckpt")
-    because = "a signal asked for it" if stop.requested else worse.because
+    if stop.requested:  # whoever sent the signal may not wait for an evaluation
+        trainer.save_checkpoint(folder / "last.ckpt")
+    because = "a signal asked for it" if stop.requested else writing.decline.because
     summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
     summary["steps"] = trainer.global_step
     summary |= meter.figures(trainer)
@@ -250,13 +252,32 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     (figures,) = trainer.validate(module, data, verbose=False)
     summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
     summary |= writing.figures()
+    if not math.isfinite(figures["val/loss"]):
+        raise FloatingPointError(
+            "val/loss is not finite after the last step: lower optimizer.lr; the checkpoints are "
+            "of evaluations before"
+        )
     summary |= floor(corpus, summary["val/ppl"])
-    if best.best_model_score is None or figures["val/loss"] < float(best.best_model_score):
+    lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
+    if figures["val/loss"] < lowest:
+        lowest = figures["val/loss"]
+        best.best_model_score = torch.tensor(lowest)
         trainer.save_checkpoint(folder / "best.ckpt")
-        best.best_model_score = torch.tensor(figures["val/loss"])
-    summary |= checkpoints.figures(folder, best, steady)
+    trainer.save_checkpoint(folder / "last.ckpt")
     if trainer.is_global_zero:
+        summary |= checkpoints.figures(folder, lowest, steady.best_model_score is not None)
         summary |= self_check(cfg, module, corpus, directory)
+
+
+def make_logger(directory: Path, step: int) -> CSVLogger:
+    """Of ``metrics.csv``: it keeps the rows of its first steps, which Lightning would delete."""
+    logger, path = CSVLogger(directory, name="", version=""), directory / "metrics.csv"
+    if _is_rank_zero() and path.exists():
+        with path.open(newline="") as file:
+            rows: list[Any] = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+        logger.experiment.metrics = rows
+        logger.save()
+    return logger
 
 
 NO_ACCELERATOR = ("can not run on your system", "No supported gpu backend")
@@ -300,20 +321,11 @@ def self_check(
     cfg: DictConfig, module: CausalLM, corpus: Corpus, directory: Path
 ) -> dict[str, float | None]:
     """Let the trained model write, look at what it wrote, and show it."""
-    tokenizer, wanted = corpus.tokenizer, cfg.samples.self_check
-    module.eval()
-    rows = generation.write(
-        module,
-        torch.full((wanted.count, 1), tokenizer.bos_id),
-        wanted.length,
-        seed=cfg.seed,
-        batch_size=cfg.samples.batch_size,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-    )
-    figures = samples.measure(rows, tokenizer, corpus.language)
-    write_text(directory / "samples.txt", samples.as_text(rows, tokenizer, figures))
-    print("\n" + samples.as_text(rows[: wanted.shown], tokenizer, figures).partition("\n\n")[2])
+    options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
+    shown = options.pop("shown")
+    rows, figures = freely(module.eval(), corpus, **options)
+    write_text(directory / "samples.txt", samples.as_text(rows, corpus.tokenizer, figures))
+    print("\n" + samples.as_text(rows[:shown], corpus.tokenizer, figures).partition("\n\n")[2])
     named = {f"sample/{name}": value for name, value in vars(figures).items()}
     return {name: value for name, value in named.items() if name in FIGURES}
 

@@ -1,5 +1,6 @@
 """What a checkpoint carries, which ones are kept, and which may be continued."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ class Provenance(L.Callback):
         checkpoint[CONFIG] = self.config
         checkpoint[TOKENIZER] = self.tokenizer
 
-    def check_continues(self, path: str) -> None:
-        """Refuse to go on from weights that would mean something else here.
+    def check_continues(self, path: str) -> int:
+        """The step of a checkpoint, unless its weights would mean something else here.
 
         Raises:
             ValueError: naming the first key of model or tokenizer that differs.
@@ -39,6 +40,7 @@ class Provenance(L.Callback):
                         f"{path} was written with {part}.{key}={_short(before.get(key))}, but this "
                         f"run has {_short(here.get(key))}: set it back, or start without ckpt_path"
                     )
+        return saved["global_step"]
 
 
 def _short(value: Any) -> str:
@@ -47,53 +49,42 @@ def _short(value: Any) -> str:
     return text if len(text) < 100 else f"{text[:100]}…"
 
 
-def best(folder: Path) -> ModelCheckpoint:
-    """``best.ckpt``, by ``val/loss``."""
-    return ModelCheckpoint(
-        folder, filename="best", monitor="val/loss", enable_version_counter=False
-    )
+class Kept(ModelCheckpoint):
+    """``best.ckpt`` or ``steady.ckpt``, of the evaluation with the lowest ``figure`` (of two equal
+    ones the later), or ``last.ckpt``, of the latest.
 
+    It is written when the evaluation is over, with what the callbacks made of it. An evaluation
+    whose figure is missing or not finite leaves the file as it was.
 
-def last(folder: Path, every: int) -> ModelCheckpoint:
-    """``last.ckpt``, every so many optimizer steps."""
-    return ModelCheckpoint(
-        folder, filename="last", every_n_train_steps=every, enable_version_counter=False
-    )
-
-
-def steady(folder: Path) -> ModelCheckpoint:
-    """``steady.ckpt``, of the evaluation whose last three repetition rates vary least.
-
-    A loss may go on falling while the writing turns into loops. Where the rate stands still, the
-    writing is what it was. (It does so before anything is learned, too: read the samples.)
+    ``steady`` goes by ``writing/repetition_spread``: a loss may go on falling while the writing
+    turns into loops, but where the rate stands still, the writing is what it was. It does so before
+    anything is learned, too, and where all is loops: ``checkpoint/steady`` names the rates.
     """
-    return Steady(
-        folder, filename="steady", monitor="writing/repetition_spread", enable_version_counter=False
-    )
 
-
-class Steady(ModelCheckpoint):
-    """Waits until its figure is there: the first evaluations have none."""
+    def __init__(self, folder: Path, name: str, figure: str, *, latest: bool = False) -> None:
+        self.figure, monitor = figure, None if latest else figure
+        super().__init__(folder, filename=name, monitor=monitor, enable_version_counter=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.monitor in trainer.callback_metrics:
+        if math.isfinite(trainer.callback_metrics.get(self.figure, math.nan)):
             super().on_validation_end(trainer, pl_module)
 
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Any = None) -> bool:
+        return self.best_model_score is None or bool(current <= self.best_model_score)
 
-def figures(folder: Path, best: ModelCheckpoint, steady: ModelCheckpoint) -> dict[str, str]:
+
+def figures(folder: Path, lowest: float, has_steady: bool) -> dict[str, str]:
     """``checkpoint/*`` of ``summary.json``: of which step each one is, and why it was kept."""
-    reasons = {"last": "where the run ended"}
-    for name, kept, reason in (
-        ("best", best, "val/loss is lowest"),
-        ("steady", steady, "the last three repetition rates vary least"),
-    ):
-        if kept.best_model_score is not None:
-            reasons[name] = f"{reason}, {float(kept.best_model_score):.4f}"
-    steps = {
-        name: torch.load(folder / f"{name}.ckpt", mmap=True, weights_only=True)["global_step"]
-        for name in reasons
-    }
-    return {f"checkpoint/{name}": f"step {steps[name]}: {why}" for name, why in reasons.items()}
+    reasons = {"best": f"val/loss is lowest, {lowest:.4f}", "last": "where the run ended"}
+    if has_steady:
+        reasons["steady"] = "the last three repetition rates vary least, "
+    figures = {}
+    for name, reason in reasons.items():
+        saved = torch.load(folder / f"{name}.ckpt", mmap=True, weights_only=True)
+        if name == "steady":
+            reason += ", ".join(f"{rate:.4f}" for rate in saved["callbacks"]["Writing"]["rates"])
+        figures[f"checkpoint/{name}"] = f"step {saved['global_step']}: {reason}"
+    return figures
 
 
 def read(path: str | Path) -> dict[str, Any]:

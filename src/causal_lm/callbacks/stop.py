@@ -2,6 +2,7 @@
 SIGTERM, after the step in hand), or writing that gets worse."""
 
 import logging
+import math
 import signal
 from types import FrameType
 from typing import Any
@@ -10,8 +11,9 @@ import lightning as L
 import torch
 
 log = logging.getLogger(__name__)
-FIGURES = ("writing/repetition_4", "writing/consistency_")
-"""What is compared, by its name or the beginning of it (the rest says what embeds)."""
+
+ERRORS = 3
+"""Standard errors by which a rate must rise, before it is the model and not the draw."""
 
 
 class StopAfterStep(L.Callback):
@@ -58,48 +60,48 @@ class StopAfterStep(L.Callback):
             trainer.should_stop = True
 
 
-class StopWhenWorse(L.Callback):
-    """Stops a run whose writing gets worse, whatever its loss says.
+class Decline:
+    """Tells when the writing gets worse, whatever the loss says.
 
-    An evaluation is worse when the model repeats itself more, and its samples from one prompt agree
-    less, than at the last evaluation that was not worse. (Than at the one just before would never
-    be true for long, as both figures bounce.) A model that begins to learn may do both for a while.
+    An evaluation is worse when the model repeats itself more, by :data:`ERRORS`, and its samples
+    from one prompt agree less, than at the last evaluation that was not worse. (Than at the one
+    just before would never be true for long, as both figures bounce.) A model that begins to
+    learn may do both for a while.
 
     Args:
-        patience: worse evaluations in a row that stop the run; None never stops it.
+        patience: worse evaluations in a row that are too many; None: none are.
     """
 
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
         self.because: str | None = None
+        self.warned = False
         self.seen: list[list[float]] = []
-        """Repetition and consistency of the last evaluations, all worse than the first of them."""
+        """What the last evaluations were judged by, all worse than the first of them."""
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit" or self.patience is None:
-            return
-        metrics = trainer.callback_metrics
-        names = [n for start in FIGURES for n in metrics if n.startswith(start)]
-        if len(names) < len(FIGURES):
-            log.warning(f"step {trainer.global_step}: samples.patience has no {FIGURES} to go by")
-            return
-        now = [float(metrics[name]) for name in names]
-        worse = self.seen and now[0] > self.seen[0][0] and now[1] < self.seen[0][1]
-        self.seen = [*self.seen, now] if worse else [now]
-        if len(self.seen) > self.patience:
-            trainer.should_stop = True
-            was_then = [
-                f"{name} was {was:.4f}, then {', '.join(f'{figure:.4f}' for figure in then)}"
-                for name, (was, *then) in zip(names, zip(*self.seen, strict=True), strict=True)
-            ]
-            self.because = (
-                f"the writing is worse at {self.patience} evaluations in a row, up to step "
-                f"{trainer.global_step}: {'; '.join(was_then)}"
-            )
-            log.warning(f"stopped: {self.because}")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seen = state_dict["seen"]
+    def judge(
+        self, step: int, repetition: float | None, error: float, consistency: float | None
+    ) -> bool:
+        """Is the run to stop? To be asked once for each evaluation; ``because`` says why."""
+        if self.patience is None:
+            return False
+        if repetition is None or consistency is None:
+            if not self.warned:
+                missing = "repetition" if repetition is None else "consistency"
+                log.warning(f"step {step}: samples.patience cannot tell: there is no {missing}")
+            self.warned = True
+            return False
+        now = [repetition, error, consistency]
+        was, its_error, agreed = (self.seen or [now])[0]
+        more = repetition - was > ERRORS * math.hypot(error, its_error)
+        self.seen = [*self.seen, now] if more and consistency < agreed else [now]
+        if len(self.seen) <= self.patience:
+            return False
+        rates, _, agreements = ([f"{x:.4f}" for x in each] for each in zip(*self.seen, strict=True))
+        self.because = (
+            f"the writing is worse at {self.patience} evaluations in a row, up to step {step}: "
+            f"repetition was {rates[0]}, then {', '.join(rates[1:])}; "
+            f"consistency was {agreements[0]}, then {', '.join(agreements[1:])}"
+        )
+        log.warning(f"stopped: {self.because}")
+        return True

@@ -1,6 +1,7 @@
 """Lets the model write at each evaluation, looks at what it wrote, and keeps it."""
 
 import logging
+import math
 import statistics
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 
 from causal_lm import generation
+from causal_lm.callbacks.stop import Decline
 from causal_lm.data.documents import Corpus
 from causal_lm.report import samples
 from causal_lm.report.consistency import Embedder, Sentences, consistency, hidden, prompts_of
@@ -21,10 +23,20 @@ STEADY_OVER = 3
 """Evaluations over which ``writing/repetition_spread`` is taken."""
 
 
+def freely(
+    module: L.LightningModule, corpus: Corpus, count: int, **options: Any
+) -> tuple[torch.Tensor, samples.SampleFigures]:
+    """Samples from nothing but BOS, and their figures. options: of :func:`generation.write`."""
+    starts = torch.full((count, 1), corpus.tokenizer.bos_id)
+    rows = generation.write(module, starts, **options)
+    return rows, samples.measure(rows, corpus.tokenizer, corpus.language)
+
+
 class Writing(L.Callback):
     """Samples of every evaluation, their figures as ``writing/*`` and their text in a file.
 
-    ``repetition_spread`` is the standard deviation of the last three ``repetition_4`` in the fit.
+    ``repetition_spread`` is the standard deviation of the last three ``repetition_4`` in the fit,
+    or 0 where that is less than ``repetition_error``: the draw, not the model.
 
     The same seed at each evaluation: what changes is the model. Training does not notice: the model
     is in eval mode here anyway, and draws come from a generator of their own. Every rank writes, as
@@ -38,6 +50,7 @@ class Writing(L.Callback):
             beginnings of validation documents, samples from each, and tokens of the beginning.
         embedder: folder of a sentence-transformers; None takes the model's own hidden states. The
             figure is ``writing/consistency_sentences`` or ``writing/consistency_hidden``.
+        patience: of :class:`causal_lm.callbacks.stop.Decline`, which may stop the fit.
         seed: of the draws.
         directory: takes ``samples/step_….txt``, one for each evaluation; None writes nothing.
         options: ``temperature``, ``top_k`` and ``batch_size``.
@@ -53,53 +66,62 @@ class Writing(L.Callback):
         per_prompt: int = 0,
         prompt_length: int = 8,
         embedder: str | Path | None = None,
+        patience: int | None = None,
         seed: int,
         directory: Path | None = None,
         **options: Any,
     ) -> None:
-        self.corpus, self.directory = corpus, directory
-        self.starts = torch.full((count, 1), corpus.tokenizer.bos_id)
+        self.corpus, self.count, self.directory = corpus, count, directory
         beginnings = prompts_of(corpus.val, prompts, min(prompt_length, length // 2))
         self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
         self.prompt_of = torch.arange(len(beginnings)).repeat_interleave(per_prompt)
-        self.embed: Embedder = Sentences(embedder) if embedder else hidden
+        self.embed: Embedder = Sentences(embedder) if embedder and count and per_prompt else hidden
         self.consistency = f"consistency_{'sentences' if embedder else 'hidden'}"
         self.options = {"length": length, "seed": seed} | options
         self.last: dict[str, float] = {}
         self.seconds = 0.0
         self.rates: list[float] = []
+        self.decline = Decline(patience)
         self._step = -1
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not len(self.starts) or trainer.global_step == self._step:  # once for each step
+        if not self.count or trainer.global_step == self._step:  # once for each step
             return
         started, self._step = time.perf_counter(), trainer.global_step
         try:
             figures, text = self.evaluate(pl_module)
         except FloatingPointError as error:  # the next step says more, and decides
-            log.warning(f"step {trainer.global_step}: no samples: {error}")
-            self.last = {}
-            return
-        self.last = trainer.strategy.broadcast(figures)
-        if trainer.state.fn == "fit" and "repetition_4" in self.last:
-            self.rates = [*self.rates, self.last["repetition_4"]][-STEADY_OVER:]
-            if len(self.rates) == STEADY_OVER:
-                self.last["repetition_spread"] = statistics.pstdev(self.rates)
+            figures, text = {}, ""
+            log.warning(f"step {self._step}: no samples: {error}")
+        figures = trainer.strategy.broadcast(figures)
+        # NaN: what is not known now must not be taken for the figure of before.
+        self.last = {"repetition_spread": math.nan} | figures
+        if trainer.state.fn == "fit" and figures:
+            self._follow(trainer)
         pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
-        if trainer.is_global_zero and self.directory is not None:
+        if trainer.is_global_zero and self.directory is not None and text:
             folder = self.directory / "samples"
             folder.mkdir(exist_ok=True)
-            write_text(folder / f"step_{trainer.global_step:08d}.txt", text)
+            write_text(folder / f"step_{self._step:08d}.txt", text)
         self.seconds += time.perf_counter() - started
+
+    def _follow(self, trainer: L.Trainer) -> None:
+        """Hold this evaluation against those before it."""
+        rate, error = self.last.get("repetition_4"), self.last.get("repetition_error", 0.0)
+        if rate is not None:
+            self.rates = [*self.rates, rate][-STEADY_OVER:]
+            if len(self.rates) == STEADY_OVER:
+                spread = statistics.pstdev(self.rates)
+                self.last["repetition_spread"] = spread if spread > error else 0.0
+        if self.decline.judge(self._step, rate, error, self.last.get(self.consistency)):
+            trainer.should_stop = True
 
     def evaluate(self, module: L.LightningModule) -> tuple[dict[str, float], str]:
         """The figures that apply, and the samples as text."""
-        tokenizer = self.corpus.tokenizer
-        rows = generation.write(module, self.starts, **self.options)
-        figures = samples.measure(rows, tokenizer, self.corpus.language)
+        rows, figures = freely(module, self.corpus, self.count, **self.options)
         named = vars(figures) | {self.consistency: self._consistency(module)}
         known = {name: value for name, value in named.items() if value is not None}
-        return known, samples.as_text(rows, tokenizer, figures)
+        return known, samples.as_text(rows, self.corpus.tokenizer, figures)
 
     def _consistency(self, module: Any) -> float | None:
         """None where there is no prompt, or the model does not show its hidden states."""
@@ -114,11 +136,11 @@ class Writing(L.Callback):
 
     def figures(self) -> dict[str, float]:
         """What ``summary.json`` says of the last evaluation, and what all of them cost."""
-        figures = {f"writing/{name}": value for name, value in self.last.items()}
-        return figures | {"seconds/writing": self.seconds}
+        known = {f"writing/{n}": value for n, value in self.last.items() if math.isfinite(value)}
+        return known | {"seconds/writing": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rates": self.rates}
+        return {"rates": self.rates, "seen": self.decline.seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rates = state_dict["rates"]
+        self.rates, self.decline.seen = state_dict["rates"], state_dict["seen"]

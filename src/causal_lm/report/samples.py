@@ -1,5 +1,6 @@
 """What the model writes, in figures and in text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -26,6 +27,7 @@ class SampleFigures:
         trained without the shift repeats its input.
     unfinished_share: of the samples, those without an EOS.
     repetition_3, repetition_4: see :func:`repetition`.
+    repetition_error: of repetition_4, see :func:`error`.
     distinct_1, distinct_2: see :func:`distinct`.
     legal_rate: of the transitions up to the first EOS, those that the language allows; None where
         the source does not know.
@@ -36,6 +38,7 @@ class SampleFigures:
     unfinished_share: float
     repetition_3: float | None
     repetition_4: float | None
+    repetition_error: float | None
     distinct_1: float | None
     distinct_2: float | None
     legal_rate: float | None
@@ -57,6 +60,17 @@ def repetition(texts: Texts, n: int) -> float | None:
     rows = [n_grams(text, n) for text in texts]
     total = sum(map(len, rows))
     return sum(len(row) - len(set(row)) for row in rows) / total if total else None
+
+
+def error(texts: Texts, n: int) -> float | None:
+    """The standard error of :func:`repetition`. N-grams of one sample come together, so it is the
+    samples that are independent: the error of a ratio of two sums over them."""
+    share = repetition(texts, n)
+    if share is None:
+        return None
+    rows = [n_grams(text, n) for text in texts]
+    off = [len(row) - len(set(row)) - share * len(row) for row in rows]
+    return math.hypot(*off) / sum(map(len, rows))
 
 
 def distinct(texts: Texts, n: int) -> float | None:
@@ -91,6 +105,7 @@ def measure(rows: Tensor, tokenizer: Tokenizer, language: Language | None) -> Sa
         unfinished_share=1 - float(ends.any(dim=1).double().mean()),
         repetition_3=repetition(texts, 3),
         repetition_4=repetition(texts, 4),
+        repetition_error=error(texts, 4),
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),
         legal_rate=legal_rate,
