@@ -7,6 +7,8 @@ from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:  # as the command does: see docs/NOTES.md
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, so each makes do with one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
