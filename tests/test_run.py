@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -281,6 +282,63 @@ def test_the_last_good_checkpoint_is_kept(every, steps, tmp_path, monkeypatch):
         kept = torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)
         assert kept["global_step"] == 3
         assert all(torch.equal(kept["state_dict"][key], weight) for key, weight in good.items())
+
+
+def test_before_any_evaluation_the_weights_in_hand_are_kept(tmp_path, monkeypatch):
+    def break_gradients(self, *_):
+        if self.trainer.global_step == 2:
+            next(p for p in self.parameters() if p.grad is not None).grad.fill_(math.nan)
+
+    monkeypatch.setattr(CausalLM, "on_after_backward", break_gradients)
+    with pytest.raises(
+        FloatingPointError, match=r"gradient of batch 2 with rows \d+, .* at step 2"
+    ):
+        short_run(tmp_path, "trainer.val_check_interval=100", "trainer.max_steps=5")
+    kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert kept["global_step"] == 2
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["steps"], summary["train/skipped"]) == (2, 0)
+
+
+EVEN = ("scheduler=constant", "model.dropout=0.2")
+
+
+def test_a_run_made_longer_ends_as_one_that_was_long_from_the_start(tmp_path):
+    """With dropout, whose draws the evaluation after the last step must not move."""
+    short_run(tmp_path / "long", *EVEN, "trainer.max_steps=6")
+    for steps in (3, 6):
+        short_run(tmp_path / "twice", *EVEN, f"trainer.max_steps={steps}", "ckpt_path=auto")
+    long, twice = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("long", "twice")
+    )
+    assert all(torch.equal(long[name], weight) for name, weight in twice.items())
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    summary = short_run(tmp_path, "trainer.max_steps=3")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert short_run(tmp_path, "trainer.max_steps=3", "ckpt_path=auto") == summary
+    with pytest.raises(ValueError, match=r"was written with model.d_model"):
+        short_run(tmp_path, "trainer.max_steps=6", "ckpt_path=auto", "model.d_model=32")
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_was_moved_knows_its_best(tmp_path):
+    short_run(tmp_path / "a", "trainer.max_steps=6")
+    last = tmp_path / "a/checkpoints/last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    (key,) = (name for name in saved["callbacks"] if "'val/loss'" in name)
+    saved["callbacks"][key]["best_model_score"] = torch.tensor(0.5)  # nothing here is as good
+    torch.save(saved, last)
+    (tmp_path / "a").rename(tmp_path / "b")
+    best = tmp_path / "b/checkpoints/best.ckpt"
+    before = best.read_bytes()
+    summary = short_run(tmp_path / "b", "trainer.max_steps=9", "ckpt_path=auto")
+    assert summary["steps"] == 9
+    assert best.read_bytes() == before
+    assert summary["checkpoint/best"] == "step 6: val/loss is lowest, 0.5000"
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "padded"])

@@ -82,7 +82,7 @@ def explain(module: Any, seen: Sequence[Seen]) -> str:
             return finding + (f" of rank {rank}" if ranks > 1 else "")
     # The loss was finite. A backward pass starts at the last layer.
     layers = max((layers for _, layers in every), key=len)
-    numbers = ", ".join(str(part.number) for part in seen)
+    numbers = ", ".join(_named(module.trainer, part) for part in seen)
     where = f"first in {layers[-1]}, {len(layers)} layers in all" if layers else "in its norm"
     return f"the gradient of batch {numbers} ({where})"
 
@@ -94,8 +94,12 @@ def _of_loss(module: Any, part: Seen) -> str:
             layer = first_layer(module, lambda: module.loss_terms(part.batch))
         where = f" (first in {layer})" if layer else " (in no layer's output)"
     # else: parameters are spread over the ranks, and those without a fault would not join in
-    named = ", ".join(map(str, rows(trainer, part.number)))
-    return f"the loss{where} of batch {part.number}" + (f" with rows {named}" if named else "")
+    return f"the loss{where} of batch {_named(trainer, part)}"
+
+
+def _named(trainer: Any, part: Seen) -> str:
+    known = ", ".join(map(str, rows(trainer, part.number)))
+    return f"{part.number}" + (f" with rows {known}" if known else "")
 
 
 def first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:

@@ -156,9 +156,7 @@ class CausalLM(L.LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if denominator:  # DDP has averaged: times the ranks is their sum
             torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
-            self.step_loss = nats / denominator if self.loss_is_finite else None
-            if self.loss_is_finite:
-                self.log("train/loss", nats / denominator)
+            self.step_loss = nats / denominator
             return
         self.step_loss = None
         if self.trainer.is_global_zero:
@@ -267,9 +265,12 @@ class CausalLM(L.LightningModule):
             scaled = self.loss_is_finite and is_float16(self.trainer.precision)
             self.guard.refuse(self.trainer.global_step, explain(self, seen), scaled)
             optimizer.zero_grad(set_to_none=True)
+            self.step_loss = None
             self.log("train/skipped", float(self.guard.skipped))
             return
         self.guard.accept()
+        if self.step_loss is not None:
+            self.log("train/loss", self.step_loss)
         if gradient_clip_val is not None:
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
         self.log("train/grad_norm", norm)

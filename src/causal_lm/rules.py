@@ -128,7 +128,7 @@ RULES: dict[str, Rule] = {
     "scheduler.warmup_steps": or_auto(integer(0)),
     "scheduler.warmup_cap": real(low=0, below=1),
     "scheduler.final_share": real(low=0),
-    "scheduler.period": integer(1),
+    "scheduler.period": integer(2),
     "scheduler.peak_decay": real(above=0),
     "scheduler.every": integer(1),
     "scheduler.drop": real(above=0),

@@ -1,10 +1,10 @@
 """Configuration -> objects -> fit, validate, samples, summary."""
 
 import csv
+import json
 import logging
 import math
 import os
-import shutil
 import time
 from copy import deepcopy
 from dataclasses import fields
@@ -18,10 +18,10 @@ import torch
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 
 from causal_lm.callbacks import checkpoints
-from causal_lm.callbacks.checkpoints import Kept
 from causal_lm.callbacks.gradients import GradientReport
 from causal_lm.callbacks.meter import Meter
 from causal_lm.callbacks.preflight import Preflight, audit_batch
@@ -181,31 +181,36 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 
     Returns:
         The summary, as written to ``summary.json``. A run that fails leaves one too, with
-        ``status: failed`` and the error, before it raises.
+        ``status: failed`` and the error, before it raises. Where the run in ``directory`` is
+        finished already, its summary, and nothing is done.
+
+    Raises:
+        RefusedError: ``ckpt_path`` is of another model or tokenizer; nothing is touched.
     """
     started = time.perf_counter()
     summary: dict[str, Any] = dict.fromkeys(FIGURES)
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
+    untouched = False
     if cfg.ckpt_path == "auto":
         cfg, last = deepcopy(cfg), directory / "checkpoints" / "last.ckpt"
         cfg.ckpt_path = str(last) if last.exists() else None
-    if _is_rank_zero():  # of an earlier run in this directory its checkpoints stay, and its history
-        for name in FILES[1:] if cfg.ckpt_path else FILES:  # where this one goes on with it
-            (directory / name).unlink(missing_ok=True)
-        if not cfg.ckpt_path:
-            shutil.rmtree(directory / "samples", ignore_errors=True)
+        before = _finished(directory, cfg.trainer.max_steps)
+        if cfg.ckpt_path and before:
+            log.info(f"{directory} is finished at step {before['steps']}: there is nothing to do")
+            return before
     try:
         with StopAfterStep() as stop:
             _run(cfg, directory, summary, stop)
         _verify_floor(summary)
     except BaseException as error:
+        untouched = isinstance(error, checkpoints.RefusedError)
         summary["status"], summary["error"] = "failed", str(error) or type(error).__name__
         raise
     finally:
         summary["seconds/total"] = time.perf_counter() - started
-        if _is_rank_zero():
+        if _is_rank_zero() and not untouched:
             write_json(directory / "summary.json", summary)
     if _is_rank_zero():
         print(f"\n{run_table(summary)}\nwritten to {directory}\n")
@@ -215,8 +220,6 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAfterStep) -> None:
     """Fit, validate, sample; ``summary`` is filled on the way, so that a failure keeps its part."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no adverts
-    if _is_rank_zero():
-        write_text(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     data, corpus, module = prepare(cfg)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     # A checkpoint is to be read without the files that its model started from.
@@ -224,11 +227,15 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     origin = checkpoints.Provenance(config, corpus.tokenizer.state())
     folder = directory / "checkpoints"
     step = origin.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0
+    goes_on = Path(cfg.ckpt_path or "/").resolve().is_relative_to(directory.resolve())
+    if _is_rank_zero():
+        clear(directory, step if goes_on else 0)
+        write_text(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
-    meter, best = Meter(), Kept(folder, "best", "val/loss")
-    steady = Kept(folder, "steady", "writing/repetition_spread")
-    last = Kept(folder, "last", "val/loss", latest=True)
+    kept = partial(checkpoints.Kept, folder, goes_on=goes_on)
+    best, last = kept("best", "val/loss"), kept("last", "val/loss", latest=True)
+    steady, meter = kept("steady", "writing/repetition_spread"), Meter()
     optional: list[L.Callback] = [StepBar()] if cfg.trainer.enable_progress_bar else []
     if cfg.gradients.report_every:
         optional.append(GradientReport(cfg.gradients.report_every))
@@ -242,22 +249,23 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
     finally:
         summary |= preflight.figures()
+        summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
     if stop.requested:  # whoever sent the signal may not wait for an evaluation
         trainer.save_checkpoint(folder / "last.ckpt")
     because = "a signal asked for it" if stop.requested else writing.decline.because
     summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
-    summary["steps"] = trainer.global_step
     summary |= meter.figures(trainer)
 
-    (figures,) = trainer.validate(module, data, verbose=False)
+    with isolate_rng():  # who goes on from here draws as if there had been no end
+        (figures,) = trainer.validate(module, data, verbose=False)
     summary |= {k: v if math.isfinite(v) else None for k, v in figures.items() if k in FIGURES}
     summary |= writing.figures()
     if not math.isfinite(figures["val/loss"]):
         raise FloatingPointError(
-            "val/loss is not finite after the last step: lower optimizer.lr; the checkpoints are "
-            "of evaluations before"
+            "val/loss is not finite after the last step: lower optimizer.lr, and go on from "
+            "best.ckpt, if there is one"
         )
-    summary |= floor(corpus, summary["val/ppl"])
+    summary |= floor(corpus, figures["val/ppl"])
     lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
     if figures["val/loss"] < lowest:
         lowest = figures["val/loss"]
@@ -267,6 +275,23 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     if trainer.is_global_zero:
         summary |= checkpoints.figures(folder, lowest, steady.best_model_score is not None)
         summary |= self_check(cfg, module, corpus, directory)
+
+
+def _finished(directory: Path, max_steps: int) -> dict[str, Any] | None:
+    """The summary of a run of so many steps that ended here, if there is one."""
+    path = directory / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    over = summary.get("status") == "finished" and summary["steps"] >= max_steps
+    return summary if over else None
+
+
+def clear(directory: Path, step: int) -> None:
+    """Away with what an earlier run left but its checkpoints, and its history up to ``step``."""
+    for name in FILES[1:] if step else FILES:
+        (directory / name).unlink(missing_ok=True)
+    for path in (directory / "samples").glob("step_*.txt"):
+        if not step or int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
 
 
 def make_logger(directory: Path, step: int) -> CSVLogger:

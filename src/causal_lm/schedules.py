@@ -1,8 +1,8 @@
 """Learning-rate schedules: pure functions of the optimizer step. Imports nothing slow to load.
 
 Each takes the steps of the run and gives ``factor(step)``, the share of the peak rate at which the
-optimizer takes that step (0, 1, …). All rise in a line first, ``1/n, 2/n … 1`` over n steps,
-and what comes down is down at the last step of the run.
+optimizer takes that step (0, 1, …). All rise in a line first, ``1/n, 2/n … 1`` over n steps;
+``warmup_cosine`` and ``warmup_stable_decay`` are down at the last step of the run.
 """
 
 import logging

@@ -27,7 +27,7 @@ class Provenance(L.Callback):
         """The step of a checkpoint, unless its weights would mean something else here.
 
         Raises:
-            ValueError: naming the first key of model or tokenizer that differs.
+            RefusedError: naming the first key of model or tokenizer that differs.
         """
         saved = read(path)
         for part, before, here in (
@@ -36,11 +36,15 @@ class Provenance(L.Callback):
         ):
             for key in sorted(before.keys() | here.keys()):
                 if before.get(key) != here.get(key):
-                    raise ValueError(
+                    raise RefusedError(
                         f"{path} was written with {part}.{key}={_short(before.get(key))}, but this "
                         f"run has {_short(here.get(key))}: set it back, or start without ckpt_path"
                     )
         return saved["global_step"]
+
+
+class RefusedError(ValueError):
+    """A run cannot go on from there; what an earlier run left is not touched."""
 
 
 def _short(value: Any) -> str:
@@ -59,11 +63,31 @@ class Kept(ModelCheckpoint):
     ``steady`` goes by ``writing/repetition_spread``: a loss may go on falling while the writing
     turns into loops, but where the rate stands still, the writing is what it was. It does so before
     anything is learned, too, and where all is loops: ``checkpoint/steady`` names the rates.
+
+    ``goes_on``: the files in ``folder`` are of the run that is continued.
     """
 
-    def __init__(self, folder: Path, name: str, figure: str, *, latest: bool = False) -> None:
-        self.figure, monitor = figure, None if latest else figure
+    def __init__(
+        self, folder: Path, name: str, figure: str, *, goes_on: bool, latest: bool = False
+    ) -> None:
+        self.folder, self.figure, self.goes_on = folder, figure, goes_on
+        monitor = None if latest else figure
         super().__init__(folder, filename=name, monitor=monitor, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A directory that was moved or copied is as good: Lightning would forget the score."""
+        if self.goes_on:
+            paths = dict.fromkeys(("best_model_path", "last_model_path", "kth_best_model_path"), "")
+            state_dict = state_dict | paths | {"dirpath": self.dirpath, "best_k_models": {}}
+        super().load_state_dict(state_dict)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """A step was refused before any evaluation was due: the weights in hand are the last."""
+        never = "val/loss" not in trainer.callback_metrics
+        if self.monitor is None and never and isinstance(exception, FloatingPointError):
+            trainer.save_checkpoint(self.folder / f"{self.filename}.ckpt")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if math.isfinite(trainer.callback_metrics.get(self.figure, math.nan)):

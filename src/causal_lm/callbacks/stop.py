@@ -99,7 +99,7 @@ class Decline:
             return False
         rates, _, agreements = ([f"{x:.4f}" for x in each] for each in zip(*self.seen, strict=True))
         self.because = (
-            f"the writing is worse at {self.patience} evaluations in a row, up to step {step}: "
+            f"the writing is worse at {len(rates) - 1} evaluations in a row, up to step {step}: "
             f"repetition was {rates[0]}, then {', '.join(rates[1:])}; "
             f"consistency was {agreements[0]}, then {', '.join(agreements[1:])}"
         )
