@@ -38,7 +38,8 @@ def peak(folder: Path, size: int, args: argparse.Namespace) -> float:
             f"trainer.max_steps={args.steps}", f"trainer.val_check_interval={args.steps}",
             "data.val_share=0.0001", "trainer.enable_progress_bar=false",
             # These have peaks of their own, whatever the corpus.
-            "samples.count=1", "preflight.on_fault=off", *args.overrides,
+            "samples.count=0", "samples.self_check.count=1", "preflight.on_fault=off",
+            *args.overrides,
         ]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)

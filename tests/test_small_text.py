@@ -17,8 +17,8 @@ def test_text_cpu_learns_in_250_steps_what_the_yardstick_does_in_2000(tmp_path):
     text = text.encode("ascii", "ignore").decode()[:1_100_000]  # one byte is one character
     parts = {"path": text[:1_000_000], "val_path": text[1_000_000:]}
     for name, part in parts.items():
-        (tmp_path / name).write_text(part)
-    data = [f"data.{name}={tmp_path / name}" for name in parts]
+        (tmp_path / f"{name}.txt").write_text(part)
+    data = [f"data.{name}={tmp_path / name}.txt" for name in parts]
     done = command("scripts/benchmark.py", "text", *data, "--rounds", "2", timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = re.findall(r"^(nanoGPT|text_cpu)\D+([\d,]+) +([\d,]+) .* ([\d.]+)$", done.stdout, re.M)
