@@ -54,10 +54,10 @@ def _epoch(module, optimizer, batches, args) -> Callable[[], tuple[int, int]]:
     def go() -> tuple[int, int]:
         real = slots = 0
         for batch in itertools.islice(batches, args.steps):
-            real += int(objective.has_next(batch.document_ids).sum())
+            real += int(objective.has_target(batch.document_ids).sum())
             slots += batch.input_ids.numel()
             moved = type(batch)(*(part if part is None else part.to(args.device) for part in batch))
-            module.window_loss(moved).backward()
+            module.accumulated_loss(moved).backward()
             optimizer.step()
             optimizer.zero_grad()
         return real, slots
@@ -178,7 +178,7 @@ def text(args: argparse.Namespace) -> None:
     import lightning as L
     from yardstick import Yardstick
 
-    from causal_lm.callbacks.meter import Meter
+    from causal_lm.callbacks.run_statistics import RunStatistics
     from causal_lm.run import make_trainer, prepare
 
     cfg = config.load(
@@ -193,7 +193,7 @@ def text(args: argparse.Namespace) -> None:
             if rest < args.rounds:
                 yardstick.advance(args.yardstick_steps * turn // args.rounds)
 
-    meter = Meter()
+    meter = RunStatistics()
     trainer = make_trainer(
         cfg, logger=False, callbacks=[meter, Turns()], enable_checkpointing=False
     )

@@ -27,11 +27,11 @@ def main() -> None:
 
 
 def peak(folder: Path, size: int, args: argparse.Namespace) -> float:
-    """Most megabytes resident in a run that tokenises the text and one that finds it tokenised."""
+    """Most megabytes resident in a run that tokenizes the text and one that finds it tokenized."""
     path = folder / f"{size}.txt"
     write(path, size * 10**6)
     most = []
-    for start in ("tokenising", "cached"):
+    for start in ("tokenizing", "cached"):
         command = [
             sys.executable, ROOT / "train.py", "data=text", f"data.path={path}", "data.unit=line",
             f"data.cache_dir={folder}", f"hydra.run.dir={folder}/run", "trainer=cpu",

@@ -33,8 +33,8 @@ def main() -> int:
     with contextlib.redirect_stdout(sys.stderr):  # whatever their code prints, --json is JSON alone
         report = _audit(args)
     if args.html:
-        from causal_lm.preflight import to_html
         from causal_lm.report.files import write_text
+        from causal_preflight import to_html
 
         write_text(args.html, to_html(report))
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
@@ -49,7 +49,7 @@ def _audit(args: argparse.Namespace):
 
 
 def _audit_function(file: str, function: str, args: argparse.Namespace):
-    from causal_lm.preflight import preflight
+    from causal_preflight import preflight
 
     path = Path(file).resolve()
     spec = importlib.util.spec_from_file_location(path.stem, path)

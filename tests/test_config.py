@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from causal_lm import config
-from causal_lm.rules import rule_of
 from causal_lm.run import build
-from conftest import ROOT, command
+from causal_lm.schema import rule_of
+from support import ROOT, command
 
 PRESETS = ["fix", "bug", "unshifted_labels", "pad_in_loss", "no_causal_mask"]
 
@@ -107,7 +107,12 @@ def test_seed_zero_is_a_seed():
 
 
 @settings(max_examples=20)
-@given(st.floats(1e-6, 1), st.integers(1, 512), st.integers(0, 2**32 - 1), st.sampled_from(PRESETS))
+@given(
+    st.floats(1e-6, 1),
+    st.integers(1, 512),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(PRESETS),
+)
 def test_what_is_valid_is_accepted_as_given(lr, batch_size, seed, preset):
     cfg = config.load(
         [f"experiment={preset}", f"optimizer.lr={lr}", f"data.batch_size={batch_size}",
@@ -140,8 +145,8 @@ def test_the_traceback_is_there_for_who_asks():
 def test_the_preset_for_small_text_has_the_last_word():
     cfg = config.load(["experiment=text_cpu", "data=text", "data.path=here"])
     assert cfg.trainer.val_check_interval > cfg.trainer.max_steps
-    assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("causal_lm.optim.muon", 0.02)
-    assert cfg.model.mix_previous == 5
+    assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("causal_lm.optim.optimizers.muon", 0.02)
+    assert cfg.model.token_smear == 5
 
 
 def test_as_many_copies_as_fit():

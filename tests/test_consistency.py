@@ -6,8 +6,8 @@ import torch
 from causal_lm.data.documents import Documents
 from causal_lm.data.tokenizers import BOS, EOS, Bytes
 from causal_lm.report.consistency import Sentences, consistency, hidden, prompts_of
-from conftest import make_module
-from test_run import short_run
+from support import make_module
+from support.runs import short_run
 
 
 def test_by_hand():

@@ -9,7 +9,7 @@ import pytest
 from causal_lm import config
 from causal_lm.evaluate import evaluate
 from causal_lm.run import run
-from conftest import command
+from support import command
 
 SHORT = [
     "trainer=cpu", "trainer.max_steps=4", "trainer.val_check_interval=4", "data.batch_size=4",

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from causal_lm import objective
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Document
-from causal_lm.objective import Loss
-from conftest import PAD, V, make_batch, make_documents, make_module
+from causal_lm.objective import LossConfig
+from support import PAD, V, make_batch, make_documents, make_module
 
 LENGTHS = (12, 2, 11, 3)
-REDUCTIONS = [Loss("token"), Loss("sequence"), Loss("padded", 16)]
+REDUCTIONS = [LossConfig("token"), LossConfig("sequence"), LossConfig("padded", 16)]
 
 
 def micro_batches(sizes, documents=None, **layout):
@@ -70,7 +70,7 @@ def test_the_gradient_of_uneven_parts_is_that_of_the_whole(sizes, loss):
     gradients = []
     for batches in (micro_batches([4], documents), micro_batches(sizes, documents)):
         module = make_module(loss=loss, max_positions=32)
-        module.window_loss(*batches).backward()
+        module.accumulated_loss(*batches).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
     whole, parts = gradients
     assert float((parts - whole).norm()) <= 1e-6 * float(whole.norm())
@@ -81,7 +81,7 @@ def test_reductions_are_not_each_other():
     gradients = []
     for loss in REDUCTIONS:
         module = make_module(loss=loss)
-        module.window_loss(make_batch(LENGTHS)).backward()
+        module.accumulated_loss(make_batch(LENGTHS)).backward()
         gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
         gradients.append(gradient / gradient.norm())
     token, sequence, padded = gradients
@@ -96,7 +96,7 @@ def test_a_last_window_that_is_shorter_is_not_scaled_down():
     documents = make_documents(LENGTHS)
     for window in (documents[:3], documents[3:]):
         module.zero_grad()
-        module.window_loss(Collate(PAD, V)(window)).backward()
+        module.accumulated_loss(Collate(PAD, V)(window)).backward()
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter -= 0.1 * parameter.grad
@@ -106,8 +106,8 @@ def test_a_last_window_that_is_shorter_is_not_scaled_down():
 def test_a_mean_of_means_would_differ():
     """The guard of the tests above: what they exclude is not what they would see anyway."""
     module = make_module()
-    of_all = module.window_loss(make_batch(LENGTHS))
-    means = [module.window_loss(part) for part in micro_batches((1, 1, 1, 1))]
+    of_all = module.accumulated_loss(make_batch(LENGTHS))
+    means = [module.accumulated_loss(part) for part in micro_batches((1, 1, 1, 1))]
     assert abs(float((sum(means) / 4 - of_all).detach())) > 1e-3
 
 
@@ -155,7 +155,7 @@ def test_packed_is_padded(lengths, loss, side, capacity):
     for layout in ({}, {"packed": capacity, "padding_side": side}):
         batch = make_batch(lengths, **layout)
         module = make_module(loss=loss).double()
-        value = module.window_loss(batch)
+        value = module.accumulated_loss(batch)
         value.backward()
         losses.append(float(value.detach()))
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
@@ -198,9 +198,9 @@ def test_prompts_are_context_and_not_learned():
     for layout in ({}, {"packed": 16}, {"padding_side": "left"}):
         (batch,) = micro_batches([4], documents, **layout)
         assert int((module.labels(batch) != objective.IGNORE).sum()) == 7 + 1 + 8 + 2
-        losses.append(float(module.window_loss(batch).detach()))
+        losses.append(float(module.accumulated_loss(batch).detach()))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     free = Batch(*micro_batches([4])[0][:3])
     labels = module.labels(free)
     assert int((labels != objective.IGNORE).sum()) == sum(LENGTHS) - 4
-    assert losses[0] != pytest.approx(float(module.window_loss(free).detach()), rel=1e-3)
+    assert losses[0] != pytest.approx(float(module.accumulated_loss(free).detach()), rel=1e-3)

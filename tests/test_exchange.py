@@ -11,11 +11,11 @@ from causal_lm import masks
 from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import Bytes, Symbols
 from causal_lm.export import export, write_model, write_tokenizer
-from causal_lm.models import exchange
+from causal_lm.models import hf_conversion
+from causal_lm.models.decoder import Llama
 from causal_lm.models.external import huggingface
-from causal_lm.models.llama import Llama
-from conftest import V, command
-from test_models import GPT2, LLAMA, SIZES, make, packed
+from support import V, command
+from support.models import GPT2, LLAMA, SIZES, make, packed
 
 pytestmark = pytest.mark.extras
 
@@ -40,7 +40,7 @@ def same_logits(ours, theirs):
 def test_ours_to_theirs_and_back(transformers, tmp_path, tied):
     ours = make("llama_tied" if tied else "llama")
     ours.norm.weight.data.fill_(1.0)
-    exchange.write(tmp_path, ours.state_dict(), ours.sizes, max_position_embeddings=32)
+    hf_conversion.write(tmp_path, ours.state_dict(), ours.sizes, max_position_embeddings=32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"
     same_logits(ours, theirs)
@@ -73,7 +73,7 @@ def change(folder, **entries):
 
 def test_what_does_not_fit_is_named(tmp_path):
     ours = make("llama")
-    exchange.write(tmp_path, ours.state_dict(), ours.sizes)
+    hf_conversion.write(tmp_path, ours.state_dict(), ours.sizes)
     with pytest.raises(
         ValueError, match=r"needs model\.n_layers=2 model\.tied=false, but .* 3, true"
     ):
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         ({"model_type": "mistral"}, "its model_type"),
         ({"head_dim": 8}, "heads of width 8"),
     ):
-        exchange.write(tmp_path, ours.state_dict(), ours.sizes)
+        hf_conversion.write(tmp_path, ours.state_dict(), ours.sizes)
         change(tmp_path, **entries)
         with pytest.raises(ValueError, match=words):
             Llama(V, **SIZES, init_from=str(tmp_path))

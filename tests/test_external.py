@@ -9,8 +9,8 @@ from causal_lm import config, extras, generation, masks
 from causal_lm.models.external import SplitTransformers, Transformers, XTransformers, huggingface
 from causal_lm.module import CausalLM
 from causal_lm.run import build
-from conftest import V, command, make_batch
-from test_models import GPT2, LLAMA, by_document, logits_of, packed, padded
+from support import V, command, make_batch
+from support.models import GPT2, LLAMA, by_document, logits_of, packed, padded
 
 GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 4, "final_logit_softcapping": 0.01}
 MAMBA = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1}

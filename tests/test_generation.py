@@ -5,7 +5,7 @@ from causal_lm import generation
 from causal_lm.data.sources.synthetic import MarkovLanguage
 from causal_lm.data.tokenizers import BOS, EOS, PAD, Symbols
 from causal_lm.report.samples import as_text, measure
-from conftest import V, make_module
+from support import V, make_module
 
 
 def scripted(batch):

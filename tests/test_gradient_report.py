@@ -10,8 +10,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from causal_lm.callbacks.gradients import GradientReport, layer_figures
-from conftest import make_batch, make_module
+from causal_lm.callbacks.gradient_report import GradientReport, layer_figures
+from support import make_batch, make_module
 
 
 def test_figures_by_hand():
@@ -34,7 +34,7 @@ def test_figures_by_hand():
     assert figures["blocks.1"] == pytest.approx((6 / 3, 0.5 * 18**0.5 / 13))
 
 
-class Seen(L.Callback):
+class MicroBatch(L.Callback):
     """Every logged figure of the report, by step."""
 
     def __init__(self):
@@ -47,7 +47,7 @@ class Seen(L.Callback):
 
 
 def fit(module, report, steps, accumulate=1, plugins=None):
-    seen = Seen()
+    seen = MicroBatch()
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulate, accelerator="cpu",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, log_every_n_steps=1,
@@ -63,7 +63,7 @@ def test_every_so_many_steps_with_the_gradient_of_the_loss(accumulate):
     module, report = make_module(), GradientReport(2)
     _, seen = fit(module, report, 4, accumulate)
     twin = make_module()
-    twin.window_loss(*(make_batch(seed=s) for s in range(accumulate))).backward()
+    twin.accumulated_loss(*(make_batch(seed=s) for s in range(accumulate))).backward()
     expected = twin.model.head.weight.grad.abs().mean()
     assert seen.steps[1]["gradient/model.head"] == pytest.approx(float(expected), rel=1e-4)
     gradients = [step["gradient/model.head"] for _, step in sorted(seen.steps.items())]
@@ -76,13 +76,13 @@ def test_a_starved_lowest_block_is_warned_about_once(caplog):
     module.model.blocks.layers[0].register_full_backward_pre_hook(
         lambda layer, gradients: tuple(g * 1e-3 for g in gradients)
     )
-    with caplog.at_level(logging.INFO, logger="causal_lm.callbacks.gradients"):
+    with caplog.at_level(logging.INFO, logger="causal_lm.callbacks.gradient_report"):
         fit(module, GradientReport(1), 3)
     assert caplog.text.count("the gradient of model.blocks.layers.0 is ") == 1
     assert "tenth" in caplog.text and "hardly learn" in caplog.text
     assert caplog.text.count("gradient  update/weight, by layer") == 1
     caplog.clear()
-    with caplog.at_level(logging.INFO, logger="causal_lm.callbacks.gradients"):
+    with caplog.at_level(logging.INFO, logger="causal_lm.callbacks.gradient_report"):
         fit(make_module(), GradientReport(1), 3)
     assert "hardly learn" not in caplog.text
     assert "model.blocks.layers.1\n" in caplog.text

@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
-from causal_lm import guard, optim
-from causal_lm.callbacks.meter import Meter
+from causal_lm import nonfinite
+from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.data.sampler import DocumentSampler
-from causal_lm.guard import Guard, Seen
 from causal_lm.module import CausalLM
-from conftest import ROOT, command, make_batch, make_model
+from causal_lm.nonfinite import Guard, MicroBatch
+from causal_lm.optim import optimizers
+from support import ROOT, command, make_batch, make_model
 
 MUON = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0.1}
 
@@ -41,7 +42,7 @@ def module_that_breaks(at, guard=None):
         return Breaks.apply(output, at if output.shape[1] == 9 else "")
 
     model.blocks.layers[0].linear2.register_forward_hook(hook)
-    return CausalLM(model, lambda p: optim.muon(p, **MUON), guard=guard)
+    return CausalLM(model, lambda p: optimizers.muon(p, **MUON), guard=guard)
 
 
 GOOD, BAD = make_batch((5, 2, 7)), make_batch((9, 4))
@@ -89,11 +90,11 @@ def test_a_run_stops_and_says_where(at, accumulate, words):
 def test_a_skipped_step_is_no_step(at, caplog):
     """Weights, momenta and what the optimizers count are as if the batch had not come."""
     skipping = module_that_breaks(at, guard=Guard("skip"))
-    with caplog.at_level(logging.WARNING, logger="causal_lm.guard"):
+    with caplog.at_level(logging.WARNING, logger="causal_lm.nonfinite"):
         trainer = fit(skipping, [GOOD, BAD, GOOD])
     assert trainer.global_step == 3
     assert float(trainer.callback_metrics["train/skipped"]) == skipping.guard.skipped == 1
-    assert Meter().figures(trainer)["train/skipped"] == 1
+    assert RunStatistics().figures(trainer)["train/skipped"] == 1
     assert "step 1 is skipped, the 1. in a row" in caplog.text
     assert f"the {'loss' if at == 'forward' else 'gradient'}" in caplog.text
     without = module_that_breaks(at)
@@ -204,10 +205,10 @@ def test_weights_that_are_gone_are_named():
     model = make_model()
     batch = make_batch()
     module = CausalLM(model)
-    assert guard.first_layer(module, lambda: module(batch)) is None
+    assert nonfinite.first_layer(module, lambda: module(batch)) is None
     with torch.no_grad():
         model.blocks.layers[1].self_attn.in_proj_weight[0, 0] = float("inf")
-    found = guard.first_layer(module, lambda: module(batch))
+    found = nonfinite.first_layer(module, lambda: module(batch))
     assert found == "model.blocks.layers.1.self_attn"
     assert not any(m._forward_hooks for m in module.modules())
 
@@ -219,15 +220,15 @@ def test_sharded_parameters_are_not_asked_for_by_one_rank(monkeypatch):
     module.trainer = SimpleNamespace(
         world_size=2, strategy=object(), train_dataloader=None, fit_loop=None
     )
-    lost = Seen(5, BAD, torch.tensor([float("nan"), 1.0]))
-    fine = Seen(5, GOOD, torch.tensor([1.0, 1.0]))
+    lost = MicroBatch(5, BAD, torch.tensor([float("nan"), 1.0]))
+    fine = MicroBatch(5, GOOD, torch.tensor([1.0, 1.0]))
 
     def gather(every, own):  # rank 1 has nothing to say of the loss, but of layers
         every[:] = [own, (None, ["head", "blocks.1"])]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert guard.explain(module, [fine, lost]) == "the loss of batch 5 of rank 0"
-    found = guard.explain(module, [fine])
+    assert nonfinite.explain(module, [fine, lost]) == "the loss of batch 5 of rank 0"
+    found = nonfinite.explain(module, [fine])
     assert found == "the gradient of batch 5 (first in blocks.1, 2 layers in all)"
 
 
@@ -240,6 +241,6 @@ def test_rows_of_a_batch():
     sampler.done = lambda: 3
     batches = [batch.tolist() for batch in loader]
     assert len(batches) == 3 and sum(map(len, batches)) == 5
-    assert [guard.rows(trainer, n) for n in range(3)] == batches
+    assert [nonfinite.rows(trainer, n) for n in range(3)] == batches
     trainer.train_dataloader = DataLoader([GOOD], batch_size=None)
-    assert guard.rows(trainer, 0) == []
+    assert nonfinite.rows(trainer, 0) == []

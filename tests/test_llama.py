@@ -8,12 +8,12 @@ import torch
 
 from causal_lm import config, generation, masks
 from causal_lm.data.tokenizers import BOS
-from causal_lm.models import llama
-from causal_lm.models.llama import Llama
+from causal_lm.models import decoder
+from causal_lm.models.decoder import Llama
 from causal_lm.module import CausalLM
 from causal_lm.run import build
-from conftest import V
-from test_models import SIZES, make, packed, padded
+from support import V
+from support.models import SIZES, make, packed, padded
 
 PRESETS = ["llama", "llama_1m", "llama_10m", "llama_124m"]
 
@@ -30,7 +30,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(preset, vocab_size, tied):
     cfg = config.load([f"model={preset}", f"model.tied={tied}"])
     torch.manual_seed(0)
     module = CausalLM(build(cfg.model, vocab_size=vocab_size))
-    loss = float(module.window_loss(padded()).detach())
+    loss = float(module.accumulated_loss(padded()).detach())
     assert loss == pytest.approx(math.log(vocab_size), rel=0.02)
     assert loss != pytest.approx(math.log(vocab_size), rel=1e-6)  # and not by being deaf
 
@@ -71,7 +71,7 @@ def test_checkpointed_activations_change_no_gradient(layout):
         model = make("llama")
         model.checkpoint_activations = on
         calls = count_calls(model.blocks[0])
-        CausalLM(model).window_loss(layout()).backward()
+        CausalLM(model).accumulated_loss(layout()).backward()
         assert len(calls) == (2 if on else 1)  # once more, in the backward pass
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -155,7 +155,7 @@ def test_positions_are_exact_under_a_half_precision_default():
 
 def test_blocks_that_begin_at_nothing_leave_the_stream_as_it_is():
     for zero in (False, True):
-        model = Llama(V, **SIZES, zero_init_out=zero)
+        model = Llama(V, **SIZES, zero_init_residual=zero)
         batch = padded()
         x = model.tokens(batch.input_ids)
         out = model.body(batch.input_ids, batch.position_ids)
@@ -175,7 +175,7 @@ def test_normed_queries_and_keys_bound_every_score():
             return v
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(llama, "attend", spy)
+            patch.setattr(decoder, "attend", spy)
             rotary = Llama(V, **SIZES)._rotary(torch.arange(6)[None])
             attention(torch.randn(1, 6, 16), rotary, torch.ones(1, 1, 6, 6, dtype=torch.bool), None)
         largest[on] = float(scores[0].abs().max())
@@ -183,7 +183,7 @@ def test_normed_queries_and_keys_bound_every_score():
 
 
 def test_what_is_mixed_in_is_of_the_same_document():
-    mix = llama.MixPrevious(1, 2)
+    mix = decoder.TokenSmear(1, 2)
     mix.weight.data = torch.tensor([[[10.0]], [[100.0]]])
     x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])[None, :, None]
     positions = torch.tensor([[0, 1, 2, 0, 1]])  # two documents
@@ -192,7 +192,7 @@ def test_what_is_mixed_in_is_of_the_same_document():
 
 
 def test_the_squared_relu_by_hand():
-    mlp = llama.ReLU2(1, 2)
+    mlp = decoder.ReLU2(1, 2)
     mlp.up.weight.data = torch.tensor([[2.0], [-1.0]])
     mlp.down.weight.data = torch.tensor([[1.0, 10.0]])
     assert mlp(torch.tensor([[3.0], [-3.0]])).tolist() == [[36.0], [90.0]]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from conftest import command
+from support import command
 
 
 @pytest.mark.slow

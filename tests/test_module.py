@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from causal_lm import masks, objective, pitfalls
-from causal_lm.callbacks.preflight import audit_batch
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Document
 from causal_lm.module import CausalLM
-from causal_lm.objective import IGNORE, Loss
-from conftest import PAD, V, make_batch, make_documents, make_model, make_module
+from causal_lm.objective import IGNORE, LossConfig
+from causal_preflight.lightning import audit_batch
+from support import PAD, V, make_batch, make_documents, make_model, make_module
 
 ALL = tuple(pitfalls.PITFALLS)
 
@@ -83,7 +83,7 @@ def test_the_loss_is_the_mean_over_next_tokens(batch):
         for t in range(n - 1)
     ]
     assert len(terms) == 4 + 1 + 6
-    loss = float(module.window_loss(batch).detach())
+    loss = float(module.accumulated_loss(batch).detach())
     assert loss == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
@@ -93,15 +93,15 @@ def test_more_padding_moves_nothing(batch):
         torch.nn.functional.pad(part, (0, 3), value=value)
         for part, value in zip(batch[:3], (PAD, 0, -1), strict=True)
     ))  # fmt: skip
-    torch.testing.assert_close(module.window_loss(wider), module.window_loss(batch))
+    torch.testing.assert_close(module.accumulated_loss(wider), module.accumulated_loss(batch))
 
 
 def test_an_all_pad_row_counts_nothing_and_makes_no_nan(batch):
     module = make_module()
     with_empty = make_batch((5, 2, 7, 0))
     assert (with_empty.document_ids[3] == -1).all()
-    loss = module.window_loss(with_empty)
-    torch.testing.assert_close(loss, module.window_loss(batch))
+    loss = module.accumulated_loss(with_empty)
+    torch.testing.assert_close(loss, module.accumulated_loss(batch))
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
@@ -188,16 +188,16 @@ def test_leaky_packing():
 def test_mask_after_mean_is_a_mean_over_every_slot(batch):
     wrong = faulty("mask_after_mean")
     nll = objective.token_nll(wrong(batch)[:, :-1], batch.input_ids[:, 1:])
-    torch.testing.assert_close(wrong.window_loss(batch), nll.mean())
-    assert abs(float(nll.mean() - make_module().window_loss(batch))) > 1e-3
+    torch.testing.assert_close(wrong.accumulated_loss(batch), nll.mean())
+    assert abs(float(nll.mean() - make_module().accumulated_loss(batch))) > 1e-3
 
 
 def test_mean_of_means():
     parts = [make_batch((7, 6), seed=1), make_batch((2, 3), seed=2)]
     wrong, right = faulty("mean_of_means"), make_module()
-    means = [right.window_loss(part) for part in parts]
-    torch.testing.assert_close(wrong.window_loss(*parts), sum(means) / 2)
-    assert abs(float(wrong.window_loss(*parts) - right.window_loss(*parts))) > 1e-3
+    means = [right.accumulated_loss(part) for part in parts]
+    torch.testing.assert_close(wrong.accumulated_loss(*parts), sum(means) / 2)
+    assert abs(float(wrong.accumulated_loss(*parts) - right.accumulated_loss(*parts))) > 1e-3
 
 
 LAYOUT = {
@@ -229,7 +229,7 @@ def test_what_is_measured_is_the_same_whatever_is_trained(names):
     measured = [module.val.compute()["loss"] for module in (right, wrong)]
     assert torch.equal(*measured)
     own = wrong.loss_as_trained(measured[0])
-    assert float(own) == pytest.approx(float(wrong.window_loss(*parts)), rel=1e-6)
+    assert float(own) == pytest.approx(float(wrong.accumulated_loss(*parts)), rel=1e-6)
     assert abs(float(own) - float(measured[0])) > 1e-4
     assert right.loss_as_trained(measured[0]) is measured[0]
 
@@ -240,7 +240,7 @@ def test_the_preflight_names_each_fault_and_no_other(names):
     module = faulty(*names) if names else make_module()
     options = {"pad_id": PAD, "eos_id": PAD if "pad_is_eos_by_value" in names else None}
     report = audit_batch(
-        module, batch, module.window_loss, parted="mean_of_means" in names, **options
+        module, batch, module.accumulated_loss, parted="mean_of_means" in names, **options
     )
     assert report.faults == {pitfalls.PITFALLS[name].label for name in names}
 
@@ -249,23 +249,23 @@ def test_the_preflight_names_each_fault_and_no_other(names):
 def test_the_preflight_is_silent_on_the_right_twin(name):
     """The same batches, parted or not, without the fault."""
     eos_id = PAD if name == "pad_is_eos_by_value" else None
-    for loss in (Loss("token"), Loss("sequence"), Loss("padded", 16)):
+    for loss in (LossConfig("token"), LossConfig("sequence"), LossConfig("padded", 16)):
         module = make_module(loss=loss)
         for parted in (False, True):
             report = audit_batch(
-                module, where_it_shows(name), module.window_loss,
+                module, where_it_shows(name), module.accumulated_loss,
                 parted=parted, pad_id=PAD, eos_id=eos_id,
             )  # fmt: skip
             assert not report.faults, (loss, parted, str(report))
 
 
 def test_chunks_are_audited_whole_and_train_the_same(batch):
-    chunked, whole = make_module(loss=Loss(chunk_tokens=3)), make_module()
-    report = audit_batch(chunked, make_batch((5, 3, 7, 6)), chunked.window_loss, pad_id=PAD)
+    chunked, whole = make_module(loss=LossConfig(chunk_tokens=3)), make_module()
+    report = audit_batch(chunked, make_batch((5, 3, 7, 6)), chunked.accumulated_loss, pad_id=PAD)
     assert not report.faults and "alignment" in report.pictures
     assert chunked.loss.chunk_tokens == 3
     for module in (chunked, whole):
-        module.window_loss(batch).backward()
+        module.accumulated_loss(batch).backward()
     for one, other in zip(chunked.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(chunked.token_nll(batch), whole.token_nll(batch))
@@ -274,8 +274,8 @@ def test_chunks_are_audited_whole_and_train_the_same(batch):
 def test_faults_of_different_questions_combine():
     """The mean over every slot, and each micro-batch's mean weighing the same."""
     parts = [make_batch((7, 2), seed=1), make_batch((3, 3), seed=2)]
-    means = [faulty("mask_after_mean").window_loss(part) for part in parts]
-    both = faulty("mask_after_mean", "mean_of_means").window_loss(*parts)
+    means = [faulty("mask_after_mean").accumulated_loss(part) for part in parts]
+    both = faulty("mask_after_mean", "mean_of_means").accumulated_loss(*parts)
     torch.testing.assert_close(both, sum(means) / 2)
 
 
@@ -297,7 +297,7 @@ def test_faults_keep_to_the_prompt_mask():
 
 def test_one_row_cannot_be_parted():
     module = make_module()
-    report = audit_batch(module, make_batch((9,)), module.window_loss, parted=True, pad_id=PAD)
+    report = audit_batch(module, make_batch((9,)), module.accumulated_loss, parted=True, pad_id=PAD)
     assert "one row" in report.skipped["micro-batches"]
 
 
@@ -305,16 +305,16 @@ def test_a_head_with_a_bias_is_not_chunked():
     model = make_model()
     model.head = torch.nn.Linear(16, V)
     with pytest.raises(ValueError, match="a head without bias"):
-        CausalLM(model, loss=Loss(chunk_tokens=8))
+        CausalLM(model, loss=LossConfig(chunk_tokens=8))
 
 
 def test_chunks_need_a_body_and_a_head():
     with pytest.raises(ValueError, match=r"Linear does not part .*loss\.chunk_tokens=null"):
-        CausalLM(torch.nn.Linear(2, 2), loss=Loss(chunk_tokens=8))
+        CausalLM(torch.nn.Linear(2, 2), loss=LossConfig(chunk_tokens=8))
 
 
 def test_first_loss_is_near_uniform(batch):
-    assert float(make_module().window_loss(batch)) == pytest.approx(math.log(V), rel=0.15)
+    assert float(make_module().accumulated_loss(batch)) == pytest.approx(math.log(V), rel=0.15)
 
 
 def test_without_a_mask_the_seed_model_is_causal():

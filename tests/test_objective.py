@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from causal_lm import objective
-from causal_lm.objective import IGNORE, Loss
+from causal_lm.objective import IGNORE, LossConfig
 
 
-def mean_nll(logits, labels, loss=Loss(), document_ids=None):  # noqa: B008
+def mean_nll(logits, labels, loss=LossConfig(), document_ids=None):  # noqa: B008
     documents = torch.zeros_like(labels) if document_ids is None else document_ids
-    weights, over = objective.weigh(labels, documents, loss)
+    weights, over = objective.token_weights(labels, documents, loss)
     return objective.weighted_nll(logits, labels, weights) / over.clamp(min=1)
 
 
@@ -21,7 +21,7 @@ def test_worked_example_seven_tokens_count():
     pad = 0
     ids = torch.tensor([[9, 1, 5, 4, 2, pad], [9, 3, 8, 7, pad, pad]])
     documents = torch.tensor([[0, 0, 0, 0, 0, -1], [0, 0, 0, 0, -1, -1]])
-    labels = objective.make_labels(objective.next_tokens(ids), objective.has_next(documents))
+    labels = objective.make_labels(objective.next_tokens(ids), objective.has_target(documents))
     assert labels[:, :5].tolist() == [[1, 5, 4, 2, IGNORE], [3, 8, 7, IGNORE, IGNORE]]
     assert int((labels != IGNORE).sum()) == 7
 
@@ -47,7 +47,7 @@ def test_labels_by_loop(lengths, left, right):
     documents = [-1] * left + [d for d, n in enumerate(lengths) for _ in range(n)] + [-1] * right
     ids = torch.arange(1, len(documents) + 1)
     labels = objective.make_labels(
-        objective.next_tokens(ids[None]), objective.has_next(torch.tensor([documents]))
+        objective.next_tokens(ids[None]), objective.has_target(torch.tensor([documents]))
     )[0].tolist()
     for t, label in enumerate(labels):
         follows = t + 1 < len(documents) and documents[t] == documents[t + 1] >= 0
@@ -59,7 +59,7 @@ def test_pad_may_be_eos():
     """Token values play no part: EOS = PAD = 0 is still the last counted target."""
     ids = torch.tensor([[5, 6, 0, 0, 0]])
     documents = torch.tensor([[0, 0, 0, -1, -1]])
-    labels = objective.make_labels(objective.next_tokens(ids), objective.has_next(documents))
+    labels = objective.make_labels(objective.next_tokens(ids), objective.has_target(documents))
     assert labels.tolist() == [[6, 0, IGNORE, IGNORE, IGNORE]]
 
 
@@ -86,9 +86,9 @@ def test_low_precision_logits_are_read_in_float32():
 @pytest.mark.parametrize(
     ("loss", "shares"),
     [
-        (Loss("token"), [[1 / 4] * 3, [1 / 4]]),
-        (Loss("sequence"), [[1 / 6] * 3, [1 / 2]]),
-        (Loss("padded", 3), [[1 / 6] * 3, [1 / 6]]),
+        (LossConfig("token"), [[1 / 4] * 3, [1 / 4]]),
+        (LossConfig("sequence"), [[1 / 6] * 3, [1 / 2]]),
+        (LossConfig("padded", 3), [[1 / 6] * 3, [1 / 6]]),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
@@ -102,7 +102,7 @@ def test_worked_example_of_three_weights_and_one(loss, shares, packed):
         documents = torch.tensor([[0, 0, 0], [0, -1, -1]])
         labels = torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]])
         expected = torch.tensor([shares[0], [*shares[1], 0, 0]])
-    weights, over = objective.weigh(labels, documents, loss)
+    weights, over = objective.token_weights(labels, documents, loss)
     torch.testing.assert_close(weights / over, expected)
 
 
@@ -121,7 +121,7 @@ def test_weights_by_loop(rows, reduction, seed):
     labels = torch.ones_like(documents)
     labels[documents < 0] = IGNORE
     labels[torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = IGNORE
-    weights, over = objective.weigh(labels, documents, Loss(reduction, 7))
+    weights, over = objective.token_weights(labels, documents, LossConfig(reduction, 7))
 
     groups = {}  # document -> its counted slots
     for row, slot in (labels != IGNORE).nonzero().tolist():
@@ -139,16 +139,18 @@ def test_weights_by_loop(rows, reduction, seed):
 
 def test_a_loss_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"loss\.reduction must be one of token, .*not 'mean'"):
-        Loss("mean")
+        LossConfig("mean")
     with pytest.raises(ValueError, match=r"padded needs loss\.length"):
-        Loss("padded")
+        LossConfig("padded")
 
 
 def test_a_loss_mask_speaks_of_targets():
     """Prompt a b, answer c EOS: b predicts c, and a is not asked for b."""
     documents = torch.tensor([[0, 0, 0, 0, -1]])
     loss_mask = torch.tensor([[False, False, True, True, False]])
-    assert objective.has_next(documents, loss_mask).tolist() == [[False, True, True, False, False]]
+    assert objective.has_target(documents, loss_mask).tolist() == [
+        [False, True, True, False, False]
+    ]
 
 
 # ---- without the full logits ----
@@ -205,7 +207,7 @@ def test_sums_do_not_follow_the_default_dtype(dtype):
     torch.set_default_dtype(dtype)
     try:
         hidden, head = torch.randn(2, 300, 8), torch.randn(50, 8)
-        weights, _ = objective.weigh(labels, documents, Loss("sequence"))
+        weights, _ = objective.token_weights(labels, documents, LossConfig("sequence"))
         chunked = objective.chunked_nll(hidden, head, labels, weights, 64)
         for_evaluation = objective.chunked_token_nll(hidden, head, labels, 64)
         whole = objective.weighted_nll(F.linear(hidden, head), labels, weights)
@@ -234,6 +236,6 @@ def test_float16_chunks_keep_small_weights():
 def test_any_ids_tell_documents_apart():
     documents = torch.tensor([[5, 5, 5, 900], [0, 0, -1, -1]])
     labels = torch.tensor([[1, 2, IGNORE, 3], [4, IGNORE, IGNORE, IGNORE]])
-    weights, over = objective.weigh(labels, documents, Loss("sequence"))
+    weights, over = objective.token_weights(labels, documents, LossConfig("sequence"))
     assert int(over) == 3
     assert weights.tolist() == [[0.5, 0.5, 0, 1], [1, 0, 0, 0]]

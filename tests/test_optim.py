@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from causal_lm import config, optim
+from causal_lm import config
+from causal_lm.models.decoder import Llama
 from causal_lm.models.gru import GRU
-from causal_lm.models.llama import Llama
+from causal_lm.optim import optimizers
 from causal_lm.run import make_optimizer
-from conftest import V, make_batch, make_model, make_module
+from support import V, make_batch, make_model, make_module
 
 OPTIONS = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0.1}
 
@@ -44,7 +45,7 @@ def names(optimizer, **wanted):
 def test_nothing_twice_and_nothing_left_out(make, kind):
     model = make()
     options = OPTIONS if kind == "muon" else {"lr": 0.01, "weight_decay": 0.1}
-    optimizer = getattr(optim, kind)(model.named_parameters(), **options)
+    optimizer = getattr(optimizers, kind)(model.named_parameters(), **options)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     assert set(held) == {id(p) for p in model.parameters()}
@@ -57,7 +58,7 @@ def test_matrices_decay_and_norms_biases_and_embeddings_do_not(make):
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     expected = {n for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in tables}
     assert expected and tables
-    optimizer = optim.adamw(model.named_parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = optimizers.adamw(model.named_parameters(), lr=0.01, weight_decay=0.1)
     assert names(optimizer, weight_decay=0.1) == expected
 
 
@@ -65,7 +66,7 @@ def test_muon_has_the_matrices_between_embedding_and_head():
     both = [f"blocks.{i}.{n}.weight" for i in (0, 1)
             for n in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")]  # fmt: skip
     for tied in (False, True):
-        optimizer = optim.muon(llama(tied=tied).named_parameters(), **OPTIONS)
+        optimizer = optimizers.muon(llama(tied=tied).named_parameters(), **OPTIONS)
         assert names(optimizer, momentum=0.95) == set(both)
         assert names(optimizer, lr=0.02) == set(both)
 
@@ -86,15 +87,15 @@ def test_muon_has_the_matrices_between_embedding_and_head():
 )
 def test_names_in_other_libraries(name, role):
     named = name, nn.Parameter(torch.zeros(2, 2))
-    assert optim.is_hidden_matrix(named) == (role == "hidden")
-    assert optim.decays(named) == (role != "embedding")
+    assert optimizers.is_hidden_matrix(named) == (role == "hidden")
+    assert optimizers.decays(named) == (role != "embedding")
 
 
 def test_frozen_parameters_are_left_alone():
     model = make_model()
     model.tokens.weight.requires_grad_(False)
-    for optimizer in (optim.adamw(model.named_parameters(), lr=0.01, weight_decay=0.1),
-                      optim.muon(model.named_parameters(), **OPTIONS)):  # fmt: skip
+    for optimizer in (optimizers.adamw(model.named_parameters(), lr=0.01, weight_decay=0.1),
+                      optimizers.muon(model.named_parameters(), **OPTIONS)):  # fmt: skip
         assert "positions.weight" in names(optimizer)
         assert "tokens.weight" not in names(optimizer)
 
@@ -102,12 +103,12 @@ def test_frozen_parameters_are_left_alone():
 def test_peak_rate(caplog):
     with caplog.at_level(logging.INFO, logger="causal_lm.optim"):
         wide = [("tokens.weight", nn.Parameter(torch.zeros(3, 768)))]
-        assert optim.peak_rate("auto", wide) == pytest.approx(2.165e-4, rel=1e-3)
+        assert optimizers.peak_rate("auto", wide) == pytest.approx(2.165e-4, rel=1e-3)
     assert "6e-3 / sqrt(768) = 0.00022" in caplog.text
-    assert optim.peak_rate("auto", make_module().named_parameters()) == pytest.approx(1.5e-3)
-    assert optim.peak_rate(0.3, wide) == 0.3
+    assert optimizers.peak_rate("auto", make_module().named_parameters()) == pytest.approx(1.5e-3)
+    assert optimizers.peak_rate(0.3, wide) == 0.3
     with pytest.raises(ValueError, match=r"optimizer\.lr=auto follows .* set optimizer\.lr"):
-        optim.peak_rate("auto", nn.Linear(2, 2).named_parameters())
+        optimizers.peak_rate("auto", nn.Linear(2, 2).named_parameters())
 
 
 # ---- Muon and AdamW as one ----
@@ -117,13 +118,13 @@ def train(module, optimizer, steps, start=0):
     """Steps on batches that are a function of the step."""
     for step in range(start, start + steps):
         optimizer.zero_grad()
-        module.window_loss(make_batch(seed=step)).backward()
+        module.accumulated_loss(make_batch(seed=step)).backward()
         optimizer.step()
 
 
 def test_joint_is_both_of_torch():
     joint, apart = make_module(), make_module()
-    train(joint, optim.muon(joint.named_parameters(), **OPTIONS, betas=(0.9, 0.95)), 5)
+    train(joint, optimizers.muon(joint.named_parameters(), **OPTIONS, betas=(0.9, 0.95)), 5)
 
     named = list(apart.named_parameters())
     hidden = [p for n, p in named if "blocks" in n and p.dim() == 2]
@@ -137,7 +138,7 @@ def test_joint_is_both_of_torch():
     for step in range(5):
         for optimizer in both:
             optimizer.zero_grad()
-        apart.window_loss(make_batch(seed=step)).backward()
+        apart.accumulated_loss(make_batch(seed=step)).backward()
         for optimizer in both:
             optimizer.step()
     for one, other in zip(joint.parameters(), apart.parameters(), strict=True):
@@ -149,7 +150,7 @@ def test_joint_resumes_as_if_never_stopped(fused):
     """Through a file that holds plain data alone, with a schedule over both peaks."""
 
     def make(module):
-        optimizer = optim.muon(module.named_parameters(), **OPTIONS, fused=fused)
+        optimizer = optimizers.muon(module.named_parameters(), **OPTIONS, fused=fused)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
     def steps(module, optimizer, schedule, few):
@@ -179,11 +180,11 @@ def test_joint_resumes_as_if_never_stopped(fused):
 
 def test_a_closure_runs_once_and_gradients_go():
     module, calls = make_module(), []
-    optimizer = optim.muon(module.named_parameters(), **OPTIONS)
+    optimizer = optimizers.muon(module.named_parameters(), **OPTIONS)
 
     def closure():
         calls.append(1)
-        loss = module.window_loss(make_batch())
+        loss = module.accumulated_loss(make_batch())
         loss.backward()
         return loss
 
@@ -197,7 +198,7 @@ def test_a_closure_runs_once_and_gradients_go():
 def test_muon_needs_a_matrix():
     model = nn.ModuleDict({"tokens": nn.Embedding(3, 2)})
     with pytest.raises(ValueError, match=r"no hidden matrix .* optimizer=adamw"):
-        optim.muon(model.named_parameters(), **OPTIONS)
+        optimizers.muon(model.named_parameters(), **OPTIONS)
 
 
 # ---- from the configuration ----

@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from causal_lm import objective
-from causal_lm.objective import IGNORE, Loss
-from conftest import V, make_batch
+from causal_lm.objective import IGNORE, LossConfig
+from support import V, make_batch
 
 pytestmark = pytest.mark.extras
 
 
 def ours(logits, batch, loss):
     labels = objective.make_labels(
-        objective.next_tokens(batch.input_ids), objective.has_next(batch.document_ids)
+        objective.next_tokens(batch.input_ids), objective.has_target(batch.document_ids)
     )
-    weights, over = objective.weigh(labels, batch.document_ids, loss)
+    weights, over = objective.token_weights(labels, batch.document_ids, loss)
     return objective.weighted_nll(logits, labels, weights) / over
 
 
@@ -32,7 +32,9 @@ def test_transformers_causal_loss():
         input_ids=batch.input_ids, attention_mask=real.long(),
         labels=batch.input_ids.masked_fill(~real, IGNORE),
     )  # fmt: skip
-    torch.testing.assert_close(ours(out.logits, batch, Loss()), out.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours(out.logits, batch, LossConfig()), out.loss, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_x_transformers_autoregressive_loss():
@@ -45,7 +47,7 @@ def test_x_transformers_autoregressive_loss():
     ids = batch.input_ids.masked_fill(batch.document_ids < 0, IGNORE)
     theirs = x.AutoregressiveWrapper(net)(ids)
     logits = net(batch.input_ids)
-    torch.testing.assert_close(ours(logits, batch, Loss()), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours(logits, batch, LossConfig()), theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_x_transformers_equal_loss_weight_batch():
@@ -63,7 +65,7 @@ def test_x_transformers_equal_loss_weight_batch():
     def nll(out, target):
         return F.cross_entropy(out.transpose(1, 2), target, reduction="none")[..., None]
 
-    for equal, loss in ((True, Loss("sequence")), (False, Loss("token"))):
+    for equal, loss in ((True, LossConfig("sequence")), (False, LossConfig("token"))):
         wrapper = x.ContinuousAutoregressiveWrapper(Net(), nll, equal_loss_weight_batch=equal)
         theirs = wrapper(batch.input_ids, lens=batch.lengths - 1)
         torch.testing.assert_close(ours(logits, batch, loss), theirs, rtol=1e-6, atol=1e-6)

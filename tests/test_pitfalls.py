@@ -4,7 +4,7 @@ import pytest
 
 from causal_lm import config, run
 from causal_lm.pitfalls import PITFALLS
-from conftest import ROOT
+from support import ROOT
 
 SMALL = ("data.source.train_documents=300", "data.source.val_documents=20")
 

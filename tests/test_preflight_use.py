@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from causal_lm.callbacks.preflight import Preflight, PreflightError
-from conftest import ROOT, command
+from causal_preflight.lightning import Preflight, PreflightError
+from support import ROOT, command
 
 V = 12
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import command
+from support import command
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus, Documents
 from causal_lm.data.tokenizers import Symbols
-from causal_lm.guard import rows
 from causal_lm.module import CausalLM
-from conftest import ROOT, command, make_model
+from causal_lm.nonfinite import rows
+from support import ROOT, command, make_model
 
 STEPS = 12
 PADDED = {"accumulate": 2}  # evaluated at every third micro-batch: also between optimizer steps

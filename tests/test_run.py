@@ -15,28 +15,9 @@ from omegaconf import OmegaConf
 
 from causal_lm import config
 from causal_lm.module import CausalLM
-from causal_lm.run import FIGURES, restore, run
-from conftest import ROOT, command
-
-SHORT = [
-    "trainer=cpu", "trainer.max_steps=6", "trainer.val_check_interval=3",
-    "trainer.enable_progress_bar=false", "data.source.train_documents=40",
-    "data.source.val_documents=13", "data.batch_size=4", "data.max_length=20",
-    "model.d_model=16", "model.d_ff=16", "samples.count=4",
-    "samples.self_check.count=3", "samples.self_check.shown=1",
-]  # fmt: skip
-FILES = {
-    "config.yaml",
-    "summary.json",
-    "metrics.csv",
-    "preflight.json",
-    "preflight.html",
-    "samples.txt",
-}
-
-
-def short_run(directory, *overrides):
-    return run(config.load([*SHORT, *overrides]), directory)
+from causal_lm.run import FIGURES, restore
+from support import ROOT, command
+from support.runs import FILES, SHORT, short_run
 
 
 @pytest.fixture(scope="module")
@@ -434,12 +415,12 @@ def test_auto_goes_on_where_there_is_something(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from causal_lm.callbacks.writing import Writing
-from test_run import short_run
-evaluate = Writing.evaluate
+from causal_lm.callbacks.sample_monitor import SampleMonitor
+from support.runs import short_run
+evaluate = SampleMonitor.evaluate
 def at_four(self, module):
     return os._exit(9) if module.trainer.global_step == 4 else evaluate(self, module)
-Writing.evaluate = at_four
+SampleMonitor.evaluate = at_four
 short_run(Path(sys.argv[1]), "trainer.val_check_interval=2", "trainer.max_steps=8")
 """
 
@@ -458,7 +439,7 @@ def test_a_killed_run_goes_on_where_it_was_evaluated(tmp_path):
     assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(8))
     assert [int(row["step"]) for row in rows if row["writing/distinct_1"]] == [1, 3, 5, 7]
     last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
-    assert len(last["callbacks"]["Writing"]["rates"]) <= 3
+    assert len(last["callbacks"]["SampleMonitor"]["rates"]) <= 3
     short_run(tmp_path, "trainer.max_steps=1")  # from the start: nothing of the old run is left
     assert not kept.exists()
 

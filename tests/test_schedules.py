@@ -7,10 +7,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from causal_lm import config, optim, schedules
+from causal_lm import config
+from causal_lm.optim import optimizers, schedules
 from causal_lm.report import curve
 from causal_lm.run import build
-from conftest import ROOT, command, make_model
+from support import ROOT, command, make_model
 
 RISE = {"warmup_steps": 10, "warmup_cap": 0.2}
 NAMES = sorted(
@@ -38,7 +39,7 @@ def test_warmup(total, steps, expected):
 
 
 def test_the_log_says_which_rule_bound(caplog):
-    with caplog.at_level(logging.INFO, logger="causal_lm.schedules"):
+    with caplog.at_level(logging.INFO, logger="causal_lm.optim.schedules"):
         schedules.constant(750, warmup_steps="auto", warmup_cap=0.2)
     assert "warm-up of 150 steps out of 750: at most 0.2 of the run" in caplog.text
 
@@ -111,7 +112,7 @@ def test_as_configured_it_scales_both_peaks_every_step(name, total):
     cfg = config.load([f"scheduler={name}", f"trainer.max_steps={total}"])
     factor = build(cfg.scheduler)(total)
     model = make_model()
-    optimizer = optim.muon(
+    optimizer = optimizers.muon(
         model.named_parameters(), muon_lr=0.02, muon_momentum=0.9, lr=0.01, weight_decay=0.0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

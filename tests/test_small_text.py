@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from causal_lm.data.sources.docstrings import docstrings
-from conftest import command
+from support import command
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from causal_lm.callbacks.stop import Decline
-from causal_lm.callbacks.writing import Writing
-from test_run import short_run
+from causal_lm.callbacks.sample_monitor import SampleMonitor
+from causal_lm.callbacks.stop import DegenerationStopper
+from support.runs import short_run
 
 REPETITION = [0.50, 0.10, 0.20, 0.20, 0.21, 0.50, 0.40, 0.60, 0.70]
 CONSISTENCY = [0.90, 0.90, 0.80, 0.70, 0.95, 0.70, 0.80, 0.60, 0.50]
@@ -30,7 +30,7 @@ def script(monkeypatch):
             figures = {"repetition_4": rate, "repetition_error": error}
             return figures | {"consistency_hidden": agree}, ""
 
-        monkeypatch.setattr(Writing, "evaluate", evaluate)
+        monkeypatch.setattr(SampleMonitor, "evaluate", evaluate)
 
     play([math.nan, *REPETITION], [math.nan, *CONSISTENCY])
     return play
@@ -117,7 +117,7 @@ def test_without_samples_nothing_is_judged(tmp_path, script):
 
 
 def judged(rates, error):
-    decline = Decline(2)
+    decline = DegenerationStopper(2)
     return [decline.judge(i, rate, error, 0.9 - 0.1 * i) for i, rate in enumerate(rates)]
 
 
@@ -129,7 +129,7 @@ def test_a_handful_of_n_grams_stops_nothing():
 
 
 def test_what_cannot_be_told_is_said_once(caplog):
-    decline = Decline(1)
+    decline = DegenerationStopper(1)
     with caplog.at_level(logging.WARNING):
         assert [decline.judge(step, 0.1, 0.01, None) for step in range(3)] == [False] * 3
     (record,) = caplog.records

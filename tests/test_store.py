@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from causal_lm import config
-from causal_lm.data import documents, store
+from causal_lm.data import documents, token_cache
 from causal_lm.data.documents import Documents, Mapped
-from causal_lm.data.sources import texts
+from causal_lm.data.sources import base
 from causal_lm.data.sources.docstrings import Docstrings
-from causal_lm.data.sources.text import Text
+from causal_lm.data.sources.text_files import Text
 from causal_lm.run import build
 
 
@@ -49,13 +49,13 @@ def make(path, tmp_path):
 def built(monkeypatch):
     """The folders that were built, not taken as they were."""
     folders = []
-    build_ = texts.TextSource._build
+    build_ = base.TextSource._build
 
     def count(self, folder):
         folders.append(folder)
         build_(self, folder)
 
-    monkeypatch.setattr(texts.TextSource, "_build", count)
+    monkeypatch.setattr(base.TextSource, "_build", count)
     return folders
 
 
@@ -93,15 +93,15 @@ def test_a_changed_file_is_read_again(make, built, path):
 
 def test_a_change_in_the_middle_of_a_large_file_is_seen(tmp_path):
     path = tmp_path / "large"
-    content = bytearray(b"a" * 4 * store.SAMPLE)
+    content = bytearray(b"a" * 4 * token_cache.SAMPLE)
     path.write_bytes(content)
-    before, stat = store.identity(path), path.stat()
-    assert store.identity(path) == before
+    before, stat = token_cache.identity(path), path.stat()
+    assert token_cache.identity(path) == before
     time.sleep(0.05)  # the clock of a file system has ticks
-    content[2 * store.SAMPLE] = ord("b")
+    content[2 * token_cache.SAMPLE] = ord("b")
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert store.identity(path) != before
+    assert token_cache.identity(path) != before
 
 
 @pytest.mark.extras
@@ -156,7 +156,7 @@ def build_slowly(folder):
 
 
 def start(folder):
-    store.cached(folder, build_slowly)
+    token_cache.cached(folder, build_slowly)
     return (folder / "whole").exists()
 
 
@@ -172,8 +172,8 @@ def test_of_several_processes_one_builds_and_the_others_wait(tmp_path):
 def test_several_processes_make_the_same_tokens(make, path, tmp_path, monkeypatch):
     path.write_text("\n".join(f"line {i} " * 20 for i in range(3000)))
     alone = make(num_proc=1).load()
-    monkeypatch.setattr(texts, "ALONE_BELOW", 0)
-    monkeypatch.setattr(texts, "CHUNK", 10_000)  # 50 chunks
+    monkeypatch.setattr(base, "SINGLE_PROCESS_BYTES", 0)
+    monkeypatch.setattr(base, "CHUNK", 10_000)  # 50 chunks
     several = make(num_proc=2, cache_dir=str(tmp_path / "other")).load()
     for one, other in ((alone.train, several.train), (alone.val, several.val)):
         assert torch.equal(one.tokens[:], other.tokens[:])

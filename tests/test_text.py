@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from causal_lm import config
-from causal_lm.data.sources import text
-from causal_lm.data.sources.text import Text
+from causal_lm.data.sources import text_files
+from causal_lm.data.sources.text_files import Text
 
 
 def texts(documents, tokenizer):
@@ -127,7 +127,7 @@ FAULTS = [
 def test_a_fault_is_named_by_file_and_line_or_left_out(
     name, unit, content, words, kind, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(text, "LONGEST", 2000)
+    monkeypatch.setattr(text_files, "MAX_UNIT_BYTES", 2000)
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"data\.on_error=skip") as error:
@@ -215,7 +215,7 @@ def test_validation_of_its_own(lines, tmp_path):
 
 @pytest.mark.parametrize("content", ["".join(f"é {i}\n" for i in range(3000)), "é" * 30_000])
 def test_of_one_long_document_the_last_part_is_held_out(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "CHUNK", 1000)  # so that it comes in many parts
+    monkeypatch.setattr(text_files, "CHUNK", 1000)  # so that it comes in many parts
     path = tmp_path / "book.txt"
     path.write_text(content)
     corpus = source(path, tmp_path, val_share=0.1).load()
@@ -238,7 +238,7 @@ def test_no_document_for_validation_is_said(tmp_path):
 
 def test_windows_hold_every_byte_of_every_document(tmp_path, monkeypatch):
     """Long documents come in parts and are cut into rows; together these are the text again."""
-    monkeypatch.setattr(text, "CHUNK", 4096)
+    monkeypatch.setattr(text_files, "CHUNK", 4096)
     contents = {f"{i}.txt": f"{i} – ∂é\n" * (400 * i + 1) for i in range(9)}
     for name, content in contents.items():
         (tmp_path / name).write_text(content)

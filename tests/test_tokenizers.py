@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causal_lm.data.sources import texts
-from causal_lm.data.sources.text import Text
+from causal_lm.data.sources import base
+from causal_lm.data.sources.text_files import Text
 from causal_lm.data.tokenizers import Bytes, from_state
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -55,7 +55,7 @@ def test_any_text_comes_back_and_its_bytes_add_up(batch):
             assert tokenizer.decode(document) == text
 
 
-CODE = Path(texts.__file__).read_text(encoding="utf-8")
+CODE = Path(base.__file__).read_text(encoding="utf-8")
 BPE = Subwords.train([[SENTENCE * 9, CODE]], vocab_size=1000)
 GPT2 = Subwords.resolve(gpt2(), {})
 RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, Bytes())]

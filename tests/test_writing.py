@@ -6,8 +6,8 @@ import torch
 from causal_lm import generation
 from causal_lm.data.tokenizers import BOS, EOS, PAD, Symbols
 from causal_lm.report.samples import distinct, measure, n_grams, repetition, texts_of
-from conftest import make_module
-from test_run import short_run
+from support import make_module
+from support.runs import short_run
 
 A, B, C = 3, 4, 5
 ROWS = torch.tensor([

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from causal_lm.rules import RULES, is_float16, rule_of
+from causal_lm.schema import RULES, is_float16, rule_of
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 MOST_VALUES_CHECKED = 16

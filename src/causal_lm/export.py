@@ -7,9 +7,9 @@ from typing import Any
 from causal_lm import extras
 from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
-from causal_lm.models import exchange
+from causal_lm.models import hf_conversion
+from causal_lm.models.decoder import Llama
 from causal_lm.models.external import Transformers
-from causal_lm.models.llama import Llama
 from causal_lm.report.files import write_json
 from causal_lm.run import restore
 
@@ -46,7 +46,7 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL_ROLES}
     if isinstance(model, Llama):
         more = ids | {"max_position_embeddings": max_length}
-        exchange.write(folder, model.state_dict(), model.sizes, **more)
+        hf_conversion.write(folder, model.state_dict(), model.sizes, **more)
     elif isinstance(model, Transformers):
         model.net.config.update(ids)
         model.net.generation_config.update(**ids)

@@ -15,12 +15,12 @@ from torchmetrics import MeanMetric
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
-from causal_lm.guard import Guard, Seen, explain
 from causal_lm.metrics import TokenPerplexity
-from causal_lm.objective import Loss
-from causal_lm.optim import Named
-from causal_lm.rules import is_float16
-from causal_lm.schedules import Factor
+from causal_lm.nonfinite import Guard, MicroBatch, explain
+from causal_lm.objective import LossConfig
+from causal_lm.optim.optimizers import Named
+from causal_lm.optim.schedules import Factor
+from causal_lm.schema import is_float16
 
 log = logging.getLogger(__name__)
 TRAINING = "causal_lm_training"
@@ -67,11 +67,11 @@ class CausalLM(L.LightningModule):
         optimizer: Callable[[Iterable[Named]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[int], Factor] | None = None,
         token_bytes: Tensor | None = None,
-        loss: Loss | None = None,
+        loss: LossConfig | None = None,
         guard: Guard | None = None,
     ) -> None:
         super().__init__()
-        self.loss = loss or Loss()
+        self.loss = loss or LossConfig()
         if self.loss.chunk_tokens and not parts_into_body_and_head(model):
             raise ValueError(
                 f"{type(model).__name__} does not part into a body and a head without bias, so its "
@@ -85,7 +85,7 @@ class CausalLM(L.LightningModule):
         self.guard = guard or Guard()
         self.step_loss: float | None = None
         """Of the last optimizer step; None where it was skipped."""
-        self.seen: list[Seen] = []
+        self.seen: list[MicroBatch] = []
         """The micro-batches since then, on this rank; and what dropout drew from at the first."""
         self.random: dict[str, Tensor] = {}
 
@@ -97,7 +97,7 @@ class CausalLM(L.LightningModule):
 
     def counted(self, batch: Batch) -> Tensor:
         """bool (B, T): the positions whose target counts in the loss."""
-        return objective.has_next(batch.document_ids, batch.loss_mask)
+        return objective.has_target(batch.document_ids, batch.loss_mask)
 
     def may_attend(self, batch: Batch) -> Tensor | None:
         """bool (B, T, T): True where a position (dim 1) may look at another (dim 2). None is plain
@@ -107,7 +107,7 @@ class CausalLM(L.LightningModule):
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the weighted token losses, in nats, and the denominator it is over."""
         labels = objective.make_labels(self.targets(batch), self.counted(batch))
-        weights, denominator = objective.weigh(labels, batch.document_ids, self.loss)
+        weights, denominator = objective.token_weights(labels, batch.document_ids, self.loss)
         inputs = batch.input_ids, batch.position_ids, self.may_attend(batch)
         if self.loss.chunk_tokens:
             hidden, head = self.model.body(*inputs), self.model.head.weight
@@ -125,7 +125,7 @@ class CausalLM(L.LightningModule):
         finally:
             self.loss = before
 
-    def window_loss(self, *micro_batches: Batch) -> Tensor:
+    def accumulated_loss(self, *micro_batches: Batch) -> Tensor:
         """The loss of one optimizer step over these micro-batches, a scalar, in nats."""
         nats, denominators = zip(*map(self.loss_terms, micro_batches), strict=True)
         return torch.stack(nats).sum() / torch.stack(denominators).sum().clamp(min=1)
@@ -140,7 +140,7 @@ class CausalLM(L.LightningModule):
             self.random = random_state(self.device)
         nats, denominator = self.loss_terms(batch)
         sums = torch.stack([nats.detach().float(), denominator.float()])
-        self.seen.append(Seen(batch_idx, batch, sums))
+        self.seen.append(MicroBatch(batch_idx, batch, sums))
         return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
 
     @property
@@ -182,7 +182,7 @@ class CausalLM(L.LightningModule):
     @staticmethod
     def labels(batch: Batch) -> Tensor:
         """(B, T): the next token of the same document, IGNORE where there is none."""
-        counted = objective.has_next(batch.document_ids, batch.loss_mask)
+        counted = objective.has_target(batch.document_ids, batch.loss_mask)
         return objective.make_labels(objective.next_tokens(batch.input_ids), counted)
 
     def token_nll(self, batch: Batch) -> Tensor:
@@ -220,7 +220,7 @@ class CausalLM(L.LightningModule):
         self.own_view.reset()
         return value
 
-    # ---- how it is optimised ----
+    # ---- how it is optimized ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a run that goes on from the last optimizer step counts and draws from."""

@@ -25,7 +25,7 @@ REDUCTIONS = ("token", "sequence", "padded")
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossConfig:
     """How the token losses become one number.
 
     reduction: ``token``, each counted token weighs the same; ``sequence``, each document (or window
@@ -53,7 +53,7 @@ def next_tokens(input_ids: Tensor) -> Tensor:
     return F.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
 
 
-def has_next(document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+def has_target(document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """True where the next position holds the same document: (B, T) -> bool (B, T).
 
     Document ids are >= 0, and -1 at PAD. The last token of a document (its EOS) predicts nothing,
@@ -82,7 +82,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     ).view_as(labels)
 
 
-def weigh(labels: Tensor, document_ids: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:
     """The weight of each token's loss, (B, T), and the denominator, a scalar.
 
     Two rows of three slots, of which three and one count (x marks a target that counts):

@@ -67,7 +67,7 @@ class InputMaskOnTargets(Pitfall):
 
     def counted(self, batch: Batch) -> Tensor:
         right = super().counted(batch)
-        return right | ((batch.document_ids >= 0) & ~objective.has_next(batch.document_ids))
+        return right | ((batch.document_ids >= 0) & ~objective.has_target(batch.document_ids))
 
 
 class PadIsEosByValue(Pitfall):
@@ -85,7 +85,7 @@ class LabelCrossesDocuments(Pitfall):
     label = "shift"
 
     def counted(self, batch: Batch) -> Tensor:
-        return objective.has_next((batch.document_ids >= 0).long() - 1, batch.loss_mask)
+        return objective.has_target((batch.document_ids >= 0).long() - 1, batch.loss_mask)
 
 
 # ---- who may see whom ----

@@ -21,24 +21,24 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm.callbacks import checkpoints
-from causal_lm.callbacks.gradients import GradientReport
-from causal_lm.callbacks.meter import Meter
-from causal_lm.callbacks.preflight import Preflight, audit_batch
+from causal_lm.callbacks import checkpoint
+from causal_lm.callbacks.gradient_report import GradientReport
 from causal_lm.callbacks.progress import StepBar
+from causal_lm.callbacks.run_statistics import RunStatistics
+from causal_lm.callbacks.sample_monitor import SampleMonitor, sample_unconditional
 from causal_lm.callbacks.stop import StopAfterStep
-from causal_lm.callbacks.writing import Writing, freely
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
-from causal_lm.guard import Guard
 from causal_lm.module import CausalLM, parts_into_body_and_head
-from causal_lm.objective import Loss
-from causal_lm.preflight import Report
+from causal_lm.nonfinite import Guard
+from causal_lm.objective import LossConfig
 from causal_lm.report import samples
 from causal_lm.report.files import write_json, write_text
 from causal_lm.report.table import LEAKS_BELOW, run_table
-from causal_lm.rules import is_float16
+from causal_lm.schema import is_float16
+from causal_preflight import Report
+from causal_preflight.lightning import Preflight, audit_batch
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     chunk = cfg.loss.chunk_tokens
     if chunk == "auto":
         chunk = CHUNK if tokenizer.vocab_size >= LARGE and parts_into_body_and_head(model) else None
-    loss = Loss(cfg.loss.reduction, cfg.loss.length, chunk)
+    loss = LossConfig(cfg.loss.reduction, cfg.loss.length, chunk)
     guard = Guard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
     optimizer, schedule = make_optimizer(cfg), build(cfg.scheduler)
     return kind(model, optimizer, schedule, tokenizer.token_bytes(), loss, guard)
@@ -119,17 +119,17 @@ def restore(path: str | Path) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
     The correct class carries it, whatever it was trained with: pitfalls are about training.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`causal_lm.callbacks.checkpoints.read`.
+        FileNotFoundError, ValueError: see :func:`causal_lm.callbacks.checkpoint.read`.
     """
-    checkpoint = checkpoints.read(path)
-    config = checkpoint[checkpoints.CONFIG]
+    saved = checkpoint.read(path)
+    config = saved[checkpoint.CONFIG]
     target = config["model"]["_target_"]
     if not target.startswith("causal_lm.models."):  # a file may not say what code to run
         raise ValueError(f"{path} names {target}, which is no model of this project")
-    tokenizer = from_state(checkpoint[checkpoints.TOKENIZER])
+    tokenizer = from_state(saved[checkpoint.TOKENIZER])
     model = build(OmegaConf.create(config["model"]), vocab_size=tokenizer.vocab_size)
     module = CausalLM(model, token_bytes=tokenizer.token_bytes())
-    module.load_state_dict(checkpoint["state_dict"], strict=True)
+    module.load_state_dict(saved["state_dict"], strict=True)
     return module.eval(), tokenizer, config
 
 
@@ -152,11 +152,11 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
     )
 
 
-def make_writing(cfg: DictConfig, corpus: Corpus, directory: Path) -> Writing:
+def make_writing(cfg: DictConfig, corpus: Corpus, directory: Path) -> SampleMonitor:
     """What looks at the model's writing at each evaluation."""
     wanted = dict(cfg.samples, length=min(cfg.samples.length, cfg.data.max_length))
     del wanted["self_check"]
-    return Writing(corpus, seed=cfg.seed, directory=directory, **wanted)
+    return SampleMonitor(corpus, seed=cfg.seed, directory=directory, **wanted)
 
 
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
@@ -173,7 +173,7 @@ def audit(cfg: DictConfig, **options: Any) -> Report:
     ids = {"pad_id": corpus.tokenizer.pad_id, "eos_id": corpus.tokenizer.eos_id}
     batch = next(iter(data.train_dataloader()))
     parted = cfg.trainer.accumulate_grad_batches > 1
-    return audit_batch(module, batch, module.window_loss, parted=parted, **ids, **options)
+    return audit_batch(module, batch, module.accumulated_loss, parted=parted, **ids, **options)
 
 
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
             _run(cfg, directory, summary, stop)
         _verify_floor(summary)
     except BaseException as error:
-        untouched = isinstance(error, checkpoints.RefusedError)
+        untouched = isinstance(error, checkpoint.RefusedError)
         summary["status"], summary["error"] = "failed", str(error) or type(error).__name__
         raise
     finally:
@@ -224,7 +224,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     # A checkpoint is to be read without the files that its model started from.
     config["model"] |= getattr(module.model, "self_contained", {})
-    origin = checkpoints.Provenance(config, corpus.tokenizer.state())
+    origin = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
     folder = directory / "checkpoints"
     step = origin.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0
     goes_on = Path(cfg.ckpt_path or "/").resolve().is_relative_to(directory.resolve())
@@ -233,9 +233,9 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
         write_text(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     preflight = make_preflight(cfg, corpus.tokenizer, directory)
-    kept = partial(checkpoints.Kept, folder, goes_on=goes_on)
+    kept = partial(checkpoint.EvalCheckpoint, folder, goes_on=goes_on)
     best, last = kept("best", "val/loss"), kept("last", "val/loss", latest=True)
-    steady, meter = kept("steady", "writing/repetition_spread"), Meter()
+    steady, meter = kept("steady", "writing/repetition_spread"), RunStatistics()
     optional: list[L.Callback] = [StepBar()] if cfg.trainer.enable_progress_bar else []
     if cfg.gradients.report_every:
         optional.append(GradientReport(cfg.gradients.report_every))
@@ -273,7 +273,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
         trainer.save_checkpoint(folder / "best.ckpt")
     trainer.save_checkpoint(folder / "last.ckpt")
     if trainer.is_global_zero:
-        summary |= checkpoints.figures(folder, lowest, steady.best_model_score is not None)
+        summary |= checkpoint.figures(folder, lowest, steady.best_model_score is not None)
         summary |= self_check(cfg, module, corpus, directory)
 
 
@@ -348,7 +348,7 @@ def self_check(
     """Let the trained model write, look at what it wrote, and show it."""
     options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
     shown = options.pop("shown")
-    rows, figures = freely(module.eval(), corpus, **options)
+    rows, figures = sample_unconditional(module.eval(), corpus, **options)
     write_text(directory / "samples.txt", samples.as_text(rows, corpus.tokenizer, figures))
     print("\n" + samples.as_text(rows[:shown], corpus.tokenizer, figures).partition("\n\n")[2])
     named = {f"sample/{name}": value for name, value in vars(figures).items()}

@@ -60,7 +60,7 @@ class StopAfterStep(L.Callback):
             trainer.should_stop = True
 
 
-class Decline:
+class DegenerationStopper:
     """Tells when the writing gets worse, whatever the loss says.
 
     An evaluation is worse when the model repeats itself more, by :data:`ERRORS`, and its samples

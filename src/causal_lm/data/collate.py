@@ -130,7 +130,7 @@ class Collate:
             raise ValueError(
                 f"document {number} of the batch holds token id {int(flat[at])}, outside the "
                 f"vocabulary of {self.vocab_size} (ids 0 to {self.vocab_size - 1}): "
-                f"was this data tokenised with another tokenizer?"
+                f"was this data tokenized with another tokenizer?"
             )
 
 

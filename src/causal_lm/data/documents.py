@@ -15,7 +15,7 @@ from causal_lm.data.tokenizers import Tokenizer
 
 READS_KEPT, VALUES_KEPT = 64, 2**20
 """Reads, and values of one read, after which a mapped file's pages are handed back."""
-STRETCH = 2**20
+CHUNK_DOCUMENTS = 2**20
 """Documents whose lengths are worked out at a time."""
 
 
@@ -111,9 +111,9 @@ class Documents(Dataset[Document]):
         """(D,) tokens of each document; int32 where that is wide enough."""
         narrow = len(self.tokens) < 2**31
         lengths = torch.empty(len(self), dtype=torch.int32 if narrow else torch.int64)
-        for start in range(0, len(self), STRETCH):
-            here = self.offsets[start : start + STRETCH + 1]
-            lengths[start : start + STRETCH] = here.diff()
+        for start in range(0, len(self), CHUNK_DOCUMENTS):
+            here = self.offsets[start : start + CHUNK_DOCUMENTS + 1]
+            lengths[start : start + CHUNK_DOCUMENTS] = here.diff()
         return lengths
 
     def windows(self, max_length: int) -> "Documents":

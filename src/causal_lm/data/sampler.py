@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 POOL = 100
 """Batches among which documents are sorted by length."""
-STRETCH = 2**16
+CHUNK_DOCUMENTS = 2**16
 """Documents that are Python numbers at a time."""
 
 
@@ -54,8 +54,10 @@ class DocumentSampler(Sampler[int]):
             group = self.batch_size * self.world_size
             order = bucketed(order, self.lengths, group, draw if self.shuffle else None)
         mine = order[self.rank :: self.world_size]
-        for start in range(begun * self.batch_size, len(mine), STRETCH):  # Python's are large
-            yield from mine[start : start + STRETCH].tolist()
+        for start in range(
+            begun * self.batch_size, len(mine), CHUNK_DOCUMENTS
+        ):  # Python's are large
+            yield from mine[start : start + CHUNK_DOCUMENTS].tolist()
         yield from [-1] * (len(self) - len(mine))
 
 

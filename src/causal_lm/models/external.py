@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm import extras, masks
-from causal_lm.models.parts import BodyAndHead
+from causal_lm.models.base import BaseCausalModel
 
 SPARE = 1.02
 """How much larger than the tokenizer an embedding may be: many are padded to a round number."""
@@ -126,7 +126,7 @@ class Transformers(External):
         return extras.load("transformers", "huggingface").DynamicCache(config=self.net.config)
 
 
-class SplitTransformers(BodyAndHead, Transformers):
+class SplitTransformers(BaseCausalModel, Transformers):
     """One whose logits are a plain linear map of its last hidden states, as they mostly are."""
 
     @property
@@ -190,7 +190,7 @@ def huggingface(
     return model
 
 
-class XTransformers(BodyAndHead, External):
+class XTransformers(BaseCausalModel, External):
     """A decoder of ``x-transformers``.
 
     Args:

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from causal_lm.models.parts import BodyAndHead
+from causal_lm.models.base import BaseCausalModel
 
 Cache = dict[str, Tensor]
 """The hidden state after the positions seen so far, under ``state``; empty before the first."""
 
 
-class GRU(BodyAndHead):
+class GRU(BaseCausalModel):
     """Embedding, ``nn.GRU``, linear head. Positions play no part: order is in the recurrence.
 
     A mask cannot hide the past from a recurrent state. So what the mask says is read for where
@@ -36,7 +36,7 @@ class GRU(BodyAndHead):
         may_attend: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """See :class:`BodyAndHead`. Goes on from the state of a cache, and leaves the new one
+        """See :class:`BaseCausalModel`. Goes on from the state of a cache, and leaves the new one
         there; rows are then one document each, as they are without ``may_attend``."""
         x = self.tokens(input_ids)  # (B, T, C)
         if cache is not None:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm import masks
-from causal_lm.models.parts import BodyAndHead
+from causal_lm.models.base import BaseCausalModel
 
 
-class Tiny(BodyAndHead):
+class Tiny(BaseCausalModel):
     """Token and learned position embeddings, pre-norm transformer blocks, linear head.
 
     Args:
@@ -54,7 +54,7 @@ class Tiny(BodyAndHead):
     def body(
         self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
     ) -> Tensor:
-        """See :class:`BodyAndHead`.
+        """See :class:`BaseCausalModel`.
 
         Raises:
             ValueError: a row is longer than the position table.

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from causal_lm.data import store
-from causal_lm.data.sources.texts import Chunk, TextSource
+from causal_lm.data import token_cache
+from causal_lm.data.sources.base import Chunk, TextSource
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Docstrings(TextSource):
 
     Args:
         root: folder to read instead of the standard library.
-        options: see :class:`causal_lm.data.sources.texts.TextSource`.
+        options: see :class:`causal_lm.data.sources.base.TextSource`.
     """
 
     def __init__(self, *, root: str | None = None, **options: Any) -> None:
@@ -63,7 +63,7 @@ class Docstrings(TextSource):
         return texts
 
     def identity(self) -> dict[str, Any]:
-        return {"files": [store.identity(path) for path in files(self.root)]}
+        return {"files": [token_cache.identity(path) for path in files(self.root)]}
 
     def size(self) -> int:
         return sum(map(len, self.texts))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
-from causal_lm.data import store
+from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
-from causal_lm.data.sources.texts import TextSource
-from causal_lm.data.tokenise import Chunk, Segments
+from causal_lm.data.sources.base import TextSource
+from causal_lm.data.tokenize_corpus import Chunk, Segments
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 """Suffix of a local file -> what reads it."""
@@ -20,7 +20,7 @@ ROWS = 256
 class HuggingFace(TextSource):
     """Source of a data set's text column; a row is a document, and blank ones are none.
 
-    Rows stay in memory-mapped Arrow files and are tokenised once.
+    Rows stay in memory-mapped Arrow files and are tokenized once.
 
     Args:
         path: a name on the hub; a folder that ``save_to_disk`` wrote; or a local file.
@@ -30,7 +30,7 @@ class HuggingFace(TextSource):
         val_path: a data set to validate on, of which ``split`` is taken too.
         field: the column of the text.
         prompt_field: the column of a prompt, which comes before the text and is no target.
-        options: see :class:`causal_lm.data.sources.texts.TextSource`.
+        options: see :class:`causal_lm.data.sources.base.TextSource`.
     """
 
     def __init__(
@@ -70,9 +70,11 @@ class HuggingFace(TextSource):
         """Of local data the files', which need not be loaded for it."""
         local = Path(path).expanduser()
         if local.is_file():
-            return store.identity(local)
+            return token_cache.identity(local)
         if local.is_dir():
-            return [store.identity(file) for file in sorted(local.rglob("*")) if file.is_file()]
+            return [
+                token_cache.identity(file) for file in sorted(local.rglob("*")) if file.is_file()
+            ]
         return [path, self._dataset(path, split)._fingerprint]
 
     def _dataset(self, path: str, split: str) -> Any:

@@ -1,0 +1,160 @@
+"""The audit itself: understand the batch, find the logits, run every probe, leave no trace."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from causal_preflight import fused, html_page, padding, position, readout, reduction, visibility
+from causal_preflight.audit_batch import AuditBatch, UnexaminableError
+from causal_preflight.context import Context, Probe
+from causal_preflight.instrumented_model import InstrumentedModel, LossFn
+from causal_preflight.parse_batch import parse_batch
+from causal_preflight.report import Report
+from causal_preflight.sandbox import Sandbox
+
+_ROWS = 4  # rows that the flow probes run on
+_COLS = 512  # columns, likewise
+_SLOTS = 2**27  # logits of the whole batch that are read in one go
+
+# In this order: what an earlier probe has explained, a later one does not report again.
+PROBES: tuple[Probe, ...] = (
+    padding.finite,
+    readout.alignment,
+    readout.ending,
+    reduction.reduction,
+    reduction.emptied,
+    visibility.company,
+    visibility.future,
+    visibility.documents,
+    visibility.past,
+    padding.embedding,
+    padding.extension,
+    position.order,
+    position.alone,
+    position.packed,
+    position.decoding,
+    html_page.pictures,
+)
+
+
+def preflight(
+    model: nn.Module,
+    batch: dict[str, Any],
+    loss_fn: LossFn | None = None,
+    *,
+    pad_id: int | None = None,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> Report:
+    """Prove the alignments of a causal language model by behaviour.
+
+    Args:
+        model: any module; it may return a tensor, a tuple, a dict or an object with `.logits`.
+        batch: `input_ids` (B, T) and, where there are any, `attention_mask` (1 = real), `labels`
+            (not shifted, -100 = ignore), `position_ids`, `document_ids` (-1 at PAD), each (B, T).
+        loss_fn: `loss_fn(model, batch)` -> scalar training loss; may call the model several times.
+            Without it, `model(**batch).loss`.
+        pad_id: the id of PAD; told from the batch where it can be.
+        eos_id: the id that ends a document.
+        seed: of the swapped tokens and of the dropout in train mode.
+
+    Returns:
+        A `Report`; `report.faults` is a set of "shift", "pad", "causal", "norm", "eos", "position".
+
+    Raises:
+        ValueError: the batch cannot be audited, or the model raises on it as it stands.
+
+    Parameters, buffers, gradients, modes and random state are left exactly as they were.
+    """
+    started = time.perf_counter()
+    frame = parse_batch(batch, pad_id, eos_id)
+    _check_range(model, frame)
+    report = Report()
+    full, work = _sampled(frame, report)
+    box = Sandbox(model)
+    subject = InstrumentedModel(model, loss_fn, box, seed)
+    ctx = Context(subject, full, work, seed, report)
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(cuda):
+        try:
+            _start(ctx)
+            for probe in PROBES if subject.site is not None else (fused.labels,):
+                _run(probe, ctx)
+        finally:
+            box.restore()
+    if "lag" in ctx.blamed:  # inputs shifted inside the model: offset 0 is the right one
+        report.findings[:] = [f for f in report.findings if f.label != "shift"]
+        report.passed.append("alignment")
+    report.forwards, report.seconds = subject.forwards, time.perf_counter() - started
+    return report
+
+
+def _start(ctx: Context) -> None:
+    """Find the logits, on a few rows; on all of them where the loss insists on its batch."""
+    subject = ctx.subject
+    for part in (ctx.work, ctx.full):
+        try:
+            subject.discover(part)
+            break
+        except Exception as raised:
+            problem, ctx.work = raised, ctx.full
+    else:
+        why = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        if isinstance(problem, IndexError):
+            why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
+        raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
+    try:
+        if subject.site is not None:
+            ctx.readout(True)
+    except RuntimeError:  # logits of slots that cannot be told: as good as none
+        subject.site = None
+    if subject.site is None:
+        ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
+
+
+def _run(probe: Probe, ctx: Context) -> None:
+    name = getattr(probe, "__name__", str(probe))
+    try:
+        found = probe(ctx)
+    except Exception as problem:  # a probe must never take the audit down
+        why = (str(problem).splitlines() or [""])[0]
+        why = why if isinstance(problem, UnexaminableError) else f"{type(problem).__name__}: {why}"
+        ctx.report.skipped[name] = why[:200]
+        return
+    ctx.report.findings += [replace(f, probe=name) for f in found]
+    if not found and name != "pictures":
+        ctx.report.passed.append(name)
+
+
+def _check_range(model: nn.Module, frame: AuditBatch) -> None:
+    """Ids beyond the embedding crash late and, on a GPU, without a word."""
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    top = int(frame.ids.max())
+    if sizes and top >= max(sizes):
+        raise ValueError(
+            f"input_ids hold id {top}, but the largest embedding has {max(sizes)} rows: "
+            "enlarge the embedding or check the tokenizer"
+        )
+
+
+def _sampled(frame: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:
+    """As much of the batch as is read, and a part for the flow: a few rows of unlike length."""
+    rows, width = frame.ids.shape
+    most = max(2, _SLOTS // max(1, width * (int(frame.ids.max()) + 1)))
+    if rows > most:
+        report.sampled.append(f"loss: the first {most} of {rows} rows")
+        frame, rows = frame.rows(list(range(most))), most
+    part = frame
+    if rows > _ROWS:
+        by_length = frame.real.sum(1).argsort(stable=True).tolist()
+        index = [by_length[round(i * (rows - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+        part = frame.rows(index)
+        report.sampled.append(f"flow: rows {', '.join(map(str, index))} of {rows}")
+    if width > _COLS:
+        start = width - _COLS if bool(frame.left.any()) else 0
+        part = part.cols(start, start + _COLS)
+        report.sampled.append(f"flow: columns {start} to {start + _COLS - 1} of {width}")
+    return frame, part

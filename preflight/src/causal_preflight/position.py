@@ -1,0 +1,137 @@
+"""Probes of positions: the same content gives the same logits in any row, slot and padding."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causal_preflight.audit_batch import AuditBatch, UnexaminableError, need, span
+from causal_preflight.context import Context, moved
+from causal_preflight.nested_outputs import get, iter_float_tensors
+from causal_preflight.report import Finding
+
+_FORM = "the model offers a cache, but takes it or its ids in a form not known here"
+_BESIDE = "{where} with the padding of other rows"
+
+
+def _need_clean(ctx: Context) -> None:
+    need(
+        not ctx.blamed & {"future", "company", "documents", "padding", "past", "finite"},
+        "another fault moves the logits already",
+    )
+
+
+def order(ctx: Context) -> list[Finding]:
+    """Rows in reverse order: the logits must follow their rows."""
+    _need_clean(ctx)
+    work, rows = ctx.work, len(ctx.work.ids)
+    need(rows > 1, "needs a batch of two rows")
+    move = ctx.elsewhere(work, work.rows(list(range(rows))[::-1]))
+    if not move:
+        return []
+    ctx.blamed.add("order")
+    b = int((work.at == move.at).any(1).long().argmax())
+    if not ctx.elsewhere(work.rows([b]), work.rows([b] * rows)):
+        # the row itself is not to blame, and the tokens beside it are not (`company`)
+        return [ctx.finding("pad", _BESIDE, "pad keys", move)]
+    return [ctx.finding("position", "{where} when the rows change places", "axis", move)]
+
+
+def alone(ctx: Context) -> list[Finding]:
+    """A row in company, by itself, and by itself without its PAD: three times the same logits."""
+    _need_clean(ctx)
+    need("order" not in ctx.blamed, "logits depend on the row already")
+    work, pads = ctx.work, (~ctx.work.real).sum(1)
+    for b in pads.argsort(descending=True, stable=True)[:2].tolist():
+        if not bool(ctx.counted(work)[b].any()):
+            continue
+        move = ctx.elsewhere(work, work.rows([b]))
+        if move:
+            return [ctx.finding("pad", _BESIDE, "pad keys", move)]
+        move = ctx.elsewhere(work, work.bare(b))
+        if move:
+            seen = f"{{where}} once the row is freed of its {int(pads[b])} PAD"
+            return [ctx.finding("position", seen, "positions", move)]
+    return []
+
+
+def packed(ctx: Context) -> list[Finding]:
+    """A later document of a packed row gives the same logits as by itself; three are tried."""
+    _need_clean(ctx)
+    work = ctx.work
+    later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
+    later = [(b, d) for b, d in later if d > int(work.doc[b][work.real[b]][0])]
+    need(later, "one document a row (no document_ids)")
+    for b, d in later[:3]:
+        move = ctx.elsewhere(work, _single(work, b, work.doc[b] == d))
+        if move:
+            seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
+            return [ctx.finding("position", seen + "position {t}", "positions", move)]
+    return []
+
+
+def _single(work: AuditBatch, b: int, where: Tensor) -> AuditBatch:
+    """A document cut out of its pack, numbered and placed as the first of a row."""
+    first = span(work.real[b])[0]
+
+    def edit(name: str, v: Tensor) -> Tensor:
+        if name not in ("position_ids", "document_ids", "doc"):
+            return v
+        given = work.doc if name == "doc" else work.batch[name]
+        return v - v[:, :1] + given[b, first]
+
+    return work.rows([b]).cols(*span(where)).each(edit)
+
+
+def decoding(ctx: Context) -> list[Finding]:
+    """Token by token with a cache, if the model offers one, must give the logits of one pass.
+
+    Caches are tried in the form that transformers uses, or as the second of two outputs.
+    """
+    _need_clean(ctx)
+    names = list(inspect.signature(ctx.subject.model.forward).parameters)
+    caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]
+    need(caches, "the model's forward takes no cache")
+    cache = "past_key_values" if "past_key_values" in caches else caches[0]
+    keys = {"use_cache": True} if "use_cache" in names else {}
+    row, model = ctx.work.bare(0).cols(0, 12), ctx.subject.model
+    ctx.subject.box.rewind(ctx.seed, False)
+    with torch.no_grad():
+        try:
+            whole = _logits(model(row.ids))
+        except (AttributeError, TypeError):
+            raise UnexaminableError(_FORM) from None
+        stepped = _stepped(model, row.ids, cache, keys)
+        move = ctx.worst(row, stepped, whole, row.real, reshaped=True)
+        if not move:
+            return []
+        t = int((row.at[0] == move.at).nonzero())
+        before = torch.zeros_like(row.real)
+        before[:, t - 1] = True
+        reach = moved(_stepped(model, row.swap(before, ctx.seed).ids, cache, keys), stepped)[0, t]
+    seen = "decoding with the cache differs from one pass by {size} at position {t}"
+    if float(reach) > 0.04 * ctx.bound(whole, row.real):
+        return [ctx.finding("position", seen, "cache", move)]
+    seen += ", and does not see the token just before it"
+    return [ctx.finding("causal", seen, "cache", move)]
+
+
+def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tensor:
+    """Logits (1, T, V): the first half in one pass, the rest token by token with the cache."""
+    half = ids.shape[1] // 2
+    out = model(ids[:, :half], **keys)
+    steps = [_logits(out)]
+    for t in range(half, ids.shape[1]):
+        ways = (get(out, (k,)) for k in (cache, "past_key_values", "cache", "presents", 1))
+        kept = next((c for c in ways if c is not None), None)
+        need(kept is not None, _FORM)
+        out = model(ids[:, t : t + 1], **{cache: kept}, **keys)
+        steps.append(_logits(out)[:, -1:])
+    return torch.cat(steps, 1)
+
+
+def _logits(out: Any) -> Tensor:
+    hits = [t.float() for _, t in iter_float_tensors(out) if t.ndim == 3]
+    need(hits, _FORM)
+    return hits[0]

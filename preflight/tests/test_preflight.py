@@ -1,0 +1,239 @@
+"""The promises of the interface: no trace left, clear words on bad input, any shape of batch."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from audit_cases.cases import BatchNormed, Open, Recurrent, unshifted
+from audit_cases.parts import (
+    EOS,
+    PAD,
+    Batch,
+    Tiny,
+    V,
+    ce,
+    feed,
+    full,
+    left,
+    packed,
+    padded,
+    targets,
+    token_mean,
+)
+from causal_preflight import audit, preflight, to_html
+
+torch.set_num_threads(1)
+KNOWN = {"pad_id": PAD, "eos_id": EOS}
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    state = [p.detach().clone() for p in model.parameters()]
+    state += [b.detach().clone() for b in model.buffers()]
+    state += [torch.zeros(0) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return [
+        *state,
+        torch.get_rng_state(),
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        getattr(model, "state", None),
+    ]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x is y or x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """Mixed modes, a frozen part, and gradients on some parameters only."""
+    params = list(model.parameters())
+    params[0].requires_grad_(False)
+    params[1].grad = torch.randn_like(params[1])
+    list(model.children())[-1].eval()
+    return model
+
+
+@pytest.mark.parametrize("make", [Tiny, BatchNormed, lambda: Recurrent(stateful=True)])
+def test_leaves_no_trace(make: Any) -> None:
+    model = prepared(make())
+    batch = padded(0)
+    kept = {k: v.clone() for k, v in batch.items()}
+    before = fingerprint(model)
+    preflight(model, batch, token_mean, **KNOWN)
+    assert same(before, fingerprint(model))
+    assert all(torch.equal(batch[k], kept[k]) for k in kept)
+
+
+def test_leaves_no_trace_when_a_probe_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(ctx: Any) -> Any:
+        ctx.subject.box.params[0].data.add_(1)
+        raise KeyError("its own reasons")
+
+    monkeypatch.setattr(audit, "PROBES", (*audit.PROBES, broken))
+    model = prepared(Tiny())
+    before = fingerprint(model)
+    report = preflight(model, padded(0), token_mean, **KNOWN)
+    assert same(before, fingerprint(model))
+    assert not report.faults and "its own reasons" in report.skipped["broken"]
+
+
+def test_leaves_no_trace_when_the_model_raises() -> None:
+    model = prepared(Tiny())
+    before = fingerprint(model)
+
+    def fails(model: nn.Module, batch: Batch) -> Tensor:
+        torch.rand(3)
+        raise RuntimeError("size mismatch\nand more")
+
+    with pytest.raises(ValueError, match=r"plain batch: RuntimeError: size mismatch$"):
+        preflight(model, padded(0), fails)
+    assert same(before, fingerprint(model))
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({}, "needs `input_ids`"),
+        ({"input_ids": torch.zeros(3, 4)}, "must be integers"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, "must be integers"),
+        ({"input_ids": torch.full((2, 4), V)}, "ids reach 29"),
+        ({"input_ids": torch.full((2, 4), 64)}, "largest embedding has 64"),
+        ({"input_ids": torch.full((2, 4), -1)}, "negative"),
+        ({"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 3)}, "shape"),
+    ],
+)
+def test_bad_batches_are_refused_in_one_line(batch: Batch, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as raised:
+        preflight(Tiny(), batch, token_mean)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_without_loss_is_told_what_to_pass() -> None:
+    with pytest.raises(ValueError, match="pass loss_fn"):
+        preflight(Tiny(), padded(0))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_small_batches(rows: int, width: int) -> None:
+    report = preflight(Tiny(), full(0, rows, width), token_mean, **KNOWN)
+    assert not report.faults
+    assert report.skipped["embedding"] == "no PAD in the batch"
+
+
+def test_one_row_is_still_kept_apart_from_others() -> None:
+    report = preflight(BatchNormed(), full(0, 1), token_mean)
+    assert "causal" in report.faults
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.integers(1, 6), width=st.integers(9, 20), seed=st.integers(0, 999),
+    side=st.sampled_from(["right", "left", "both"]), hints=st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_side(rows: int, width: int, seed: int, side: str, hints: bool) -> None:
+    torch.manual_seed(seed)
+    batch = padded(seed, side, rows, width)
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    known = KNOWN if hints else {}
+    report = preflight(Tiny(), batch, token_mean, seed=seed, **known)
+    assert not report.faults, str(report)
+    report = preflight(Open(), batch, unshifted, seed=seed, **known)
+    assert {"shift", "causal"} <= report.faults, str(report)
+
+
+def test_fused_loss_falls_back_to_labels() -> None:
+    """No logits leave the model: the loss comes out of one function of hidden states."""
+
+    class Fused(Tiny):
+        ahead = 1
+
+        def forward(self, input_ids: Tensor, labels: Tensor, **k: Any) -> Tensor:
+            head, self.head = self.head, nn.Identity()
+            x = super().forward(input_ids, **k)
+            self.head = head
+            z = torch.nn.functional.linear(x, head.weight, head.bias)
+            return ce(z[:, : z.shape[1] - self.ahead], labels[:, self.ahead :])
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch)
+
+    raw = {**padded(0), "labels": padded(0)["input_ids"].clone()}
+    for ahead, batch, faults in ((1, padded(0), set()), (0, padded(0), {"shift"}),
+                                 (2, padded(0), {"shift"}), (1, raw, {"pad"})):  # fmt: skip
+        model = Fused()
+        model.ahead = ahead
+        report = preflight(model, batch, loss, **KNOWN)
+        assert report.faults == faults, str(report)
+        assert "labels perturbed" in report.skipped["logits"]
+
+
+def test_a_faint_leak_is_seen_and_rounding_is_not() -> None:
+    class Leak(Tiny):
+        size = 0.0
+
+        def forward(self, *a: Any, **k: Any) -> Tensor:
+            z = super().forward(*a, **k)
+            return z + self.size * z.roll(-1, 1)
+
+    for size, faults in ((1e-4, {"causal"}), (1e-3, {"causal"}), (1e-8, set())):
+        torch.manual_seed(0)
+        model = Leak(layers=4)
+        model.size = size
+        assert preflight(model, padded(0), token_mean, **KNOWN).faults == faults
+
+
+def test_report_prints_and_serialises() -> None:
+    for model, batch in ((Tiny(), packed(0)), (Open(), padded(0)), (Tiny(), left(0))):
+        report = preflight(model, batch, token_mean, **KNOWN)
+        plain = json.loads(json.dumps(report.to_dict()))
+        assert set(plain["faults"]) == report.faults
+        html = to_html(report, name=lambda i: f"<{i}>")
+        assert "&lt;1&gt;" in html
+        assert "Which input moves which logit" in html and "http" not in html
+        assert max(map(len, str(report).splitlines())) <= 100
+
+
+def test_evidence_names_row_position_and_token() -> None:
+    report = preflight(Open(), padded(0), unshifted, **KNOWN)
+    for f in report.findings:
+        assert f.row is not None and f.position is not None
+        assert f.remedy and f.seen
+    shift = next(f for f in report.findings if f.label == "shift")
+    assert shift.token == int(padded(0)["input_ids"][shift.row, shift.position])
+
+
+def test_several_calls_may_take_rows_in_any_order() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        order = torch.argsort(batch["attention_mask"].sum(1))
+        parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in order]
+        total = (targets(batch) != -100).sum()
+        return sum(ce(feed(model, p), targets(p), reduction="sum") for p in parts) / total
+
+    assert not preflight(Tiny(), padded(0), loss, **KNOWN).faults
+
+
+def test_large_batches_are_sampled_and_the_report_says_so() -> None:
+    report = preflight(Tiny(), padded(0, rows=9), token_mean, **KNOWN)
+    assert any(note.startswith("flow: rows") for note in report.sampled)
+
+
+def test_needs_torch_alone() -> None:
+    code = (
+        "import sys, causal_preflight;"
+        "bad = {'lightning', 'hydra', 'omegaconf', 'transformers'} & set(sys.modules);"
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=env).returncode == 0

@@ -1,0 +1,84 @@
+"""What a run is asked about afterwards: its own loss, how much it read, and how fast."""
+
+import time
+from collections import deque
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from causal_lm import objective
+from causal_lm.data.collate import Batch
+
+WINDOW = 20
+"""Optimizer steps over which ``train/loss`` is averaged for the summary."""
+
+
+class RunStatistics(L.Callback):
+    """Counts the targets and the slots of every training batch on this rank, and times the fit.
+
+    Counting asks ``objective``, not the module: a faulty objective does not change how much text
+    there was. The counts stay on the device until somebody asks. Training alone begins with the
+    first batch, after the preflight, which comes before this callback; validations do not count.
+    """
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.tokens: Tensor | int = 0
+        self.real: Tensor | int = 0
+        self.slots = 0
+        self.seconds_validating = 0.0
+        self.seconds_fit = self.seconds_train = 0.0
+        self._began: float | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started, self._step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        if self._began is not None:
+            self.seconds_train = time.perf_counter() - self._began - self.seconds_validating
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        if trainer.global_step != self._step:  # an optimizer step was taken: its loss is new
+            self._step = trainer.global_step
+            loss: Any = pl_module.step_loss
+            if loss is not None:  # the step was not skipped
+                self.losses.append(loss)
+        self.tokens = self.tokens + objective.has_target(batch.document_ids, batch.loss_mask).sum()
+        self.real = self.real + batch.lengths.sum()
+        self.slots += batch.input_ids.numel()
+        pl_module.log("train/pad_share", (batch.document_ids < 0).float().mean())
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.seconds_validating += time.perf_counter() - self._validating
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds_fit = time.perf_counter() - self._started
+
+    def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
+        """Sums over all ranks, in the names of ``summary.json``. Tokens per second are real
+        targets over the time of training alone. Call it on every rank."""
+        device = trainer.strategy.root_device
+        own = torch.tensor([int(self.tokens), int(self.real), self.slots], device=device)
+        module: Any = trainer.lightning_module
+        tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        return {
+            "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            "train/tokens": tokens,
+            "train/tokens_per_second": tokens / self.seconds_train if tokens else None,
+            "train/pad_share": 1 - real / slots if slots else None,
+            "train/skipped": module.guard.skipped,
+            "seconds/fit": self.seconds_fit,
+            "seconds/train": self.seconds_train,
+        }
