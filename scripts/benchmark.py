@@ -56,7 +56,7 @@ def _epoch(module, optimizer, batches, args) -> Callable[[], tuple[int, int]]:
         for batch in itertools.islice(batches, args.steps):
             real += int(objective.has_target(batch.document_ids).sum())
             slots += batch.input_ids.numel()
-            moved = type(batch)(*(part if part is None else part.to(args.device) for part in batch))
+            moved = batch.to(args.device)
             module.accumulated_loss(moved).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -203,7 +203,7 @@ def text(args: argparse.Namespace) -> None:
     rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
     for name, model, steps, seconds, nats in (
         ("nanoGPT's recipe", yardstick.model, args.yardstick_steps, theirs, yardstick.loss()),
-        ("text_cpu", module.model, trainer.global_step, ours, figures["val/loss"]),
+        ("text_cpu", module, trainer.global_step, ours, figures["val/loss"]),
     ):
         size = sum(p.numel() for p in model.parameters())
         rows.append([name, f"{size:,}", f"{steps:,}", f"{1000 * seconds / steps:.1f}",

@@ -41,7 +41,10 @@ def test_packing_loses_nothing_and_mixes_nothing(documents, capacity, side):
     )
     assert batch.input_ids.shape[1] <= capacity
     found = []
-    for ids, positions, numbers in zip(*(part.tolist() for part in batch[:3]), strict=True):
+    for ids, positions, numbers in zip(
+        *(part.tolist() for part in (batch.input_ids, batch.position_ids, batch.document_ids)),
+        strict=True,
+    ):
         real = [n for n in numbers if n >= 0]
         assert real == sorted(real)
         assert (numbers[-1] if side == "left" else numbers[0]) >= 0  # PAD is on the other side

@@ -12,7 +12,7 @@ from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import Bytes, Symbols
 from causal_lm.export import export, write_model, write_tokenizer
 from causal_lm.models import hf_conversion
-from causal_lm.models.decoder import Llama
+from causal_lm.models.decoder import Decoder
 from causal_lm.models.external import huggingface
 from support import V, command
 from support.models import GPT2, LLAMA, SIZES, make, packed
@@ -44,7 +44,7 @@ def test_ours_to_theirs_and_back(transformers, tmp_path, tied):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"
     same_logits(ours, theirs)
-    back = Llama(V, **SIZES, tied=tied, init_from=str(tmp_path))
+    back = Decoder(V, **SIZES, tied=tied, init_from=str(tmp_path))
     assert torch.equal(back.head.weight, ours.head.weight)
     same_logits(back, theirs)
 
@@ -63,7 +63,7 @@ def test_theirs_to_ours(transformers, tmp_path, tied, shard):
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "8KB")
     sizes = SIZES | {"tied": tied, "rope_theta": 500.0, "norm_eps": 1e-6}
-    same_logits(Llama(V, **sizes, init_from=str(tmp_path)), theirs)
+    same_logits(Decoder(V, **sizes, init_from=str(tmp_path)), theirs)
 
 
 def change(folder, **entries):
@@ -77,11 +77,11 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"needs model\.n_layers=2 model\.tied=false, but .* 3, true"
     ):
-        Llama(V, **SIZES | {"n_layers": 3, "tied": True}, init_from=str(tmp_path))
+        Decoder(V, **SIZES | {"n_layers": 3, "tied": True}, init_from=str(tmp_path))
     with pytest.raises(ValueError, match=r"vocabulary of 11 tokens, but the tokenizer .* has 12"):
-        Llama(V + 1, **SIZES, init_from=str(tmp_path))
+        Decoder(V + 1, **SIZES, init_from=str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"model\.init_from=.*nowhere.* no config\.json"):
-        Llama(V, **SIZES, init_from=str(tmp_path / "nowhere"))
+        Decoder(V, **SIZES, init_from=str(tmp_path / "nowhere"))
     for entries, words in (
         ({"attention_bias": True}, "its attention_bias"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "its rope_type"),
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         hf_conversion.write(tmp_path, ours.state_dict(), ours.sizes)
         change(tmp_path, **entries)
         with pytest.raises(ValueError, match=words):
-            Llama(V, **SIZES, init_from=str(tmp_path))
+            Decoder(V, **SIZES, init_from=str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"model\.mlp=relu2 has no counterpart in transformers"):
         write_model(make("llama_fast"), Bytes(), 24, tmp_path)
     with pytest.raises(ValueError, match=r"model\.qk_norm=true has no counterpart"):
-        Llama(V, **SIZES, qk_norm=True, init_from=str(tmp_path))
+        Decoder(V, **SIZES, qk_norm=True, init_from=str(tmp_path))
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         export(tmp_path / "nowhere.ckpt", tmp_path / "out")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from causal_lm import config, extras, generation, masks
-from causal_lm.models.external import SplitTransformers, Transformers, XTransformers, huggingface
+from causal_lm.models.external import XTransformers, huggingface
 from causal_lm.module import CausalLM
 from causal_lm.run import build
 from support import V, command, make_batch
@@ -38,19 +38,18 @@ def test_a_library_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
 
 @pytest.mark.extras
 @pytest.mark.parametrize(
-    ("changes", "kind"),
+    ("changes", "plain"),
     [
-        (GPT2, SplitTransformers),
-        (LLAMA, SplitTransformers),
-        (GEMMA2, Transformers),
-        (LLAMA | {"model_type": "granite", "logits_scaling": 8.0}, Transformers),
+        (GPT2, True),
+        (LLAMA, True),
+        (GEMMA2, False),
+        (LLAMA | {"model_type": "granite", "logits_scaling": 8.0}, False),
     ],
 )
-def test_the_head_is_split_off_only_where_it_is_all_there_is(changes, kind):
+def test_the_head_is_split_off_only_where_it_is_all_there_is(changes, plain):
     torch.manual_seed(0)
     model = huggingface(V, changes)
-    assert type(model) is kind
-    assert hasattr(model, "body") == hasattr(model, "head") == (kind is SplitTransformers)
+    assert (model.lm_head is not None) == plain
     assert model.training
     assert logits_of(model, packed()).shape == (2, 14, V)
 
@@ -67,11 +66,14 @@ def test_the_head_is_split_off_only_where_it_is_all_there_is(changes, kind):
 def test_a_model_that_mixes_documents_gets_one_a_row_or_is_refused(make):
     model, batch = make().eval(), padded()
     plain = by_document(logits_of(model, batch, dense=False), batch)
-    torch.testing.assert_close(by_document(logits_of(model, batch), batch), plain)
-    with pytest.raises(ValueError, match=r"mixes what is in a row.*data\.layout=padded"):
+    inputs = batch.input_ids, batch.position_ids
+    close = torch.testing.assert_close
+    close(by_document(model(*inputs, batch.attention_mask), batch), plain)
+    with pytest.raises(ValueError, match=r"data\.layout=padded"):
         logits_of(model, packed())
-    with pytest.raises(ValueError, match="mixes what is in a row"):
-        model(batch.input_ids, batch.position_ids, masks.same_document(batch.document_ids))
+    everything = masks.same_document(batch.document_ids)
+    with pytest.raises(ValueError, match=r"data\.layout=padded"):
+        model(*inputs, batch.attention_mask.replaced_by(everything))
 
 
 @pytest.mark.extras
@@ -95,10 +97,10 @@ def test_a_sample_that_outgrows_the_positions():
 def test_a_mask_that_is_not_causal_is_honoured_too():
     """The pitfall of no causal mask shows on every model, as nothing is laid over our mask."""
     batch = padded()
-    may_attend = masks.same_document(batch.document_ids)
+    open_mask = batch.attention_mask.replaced_by(masks.same_document(batch.document_ids))
     for model in (huggingface(V, GPT2), XTransformers(V, 16, 2, 2, 24)):
         model.eval()
-        seen = model(batch.input_ids, batch.position_ids, may_attend)
+        seen = model(batch.input_ids, batch.position_ids, open_mask)
         assert (seen - logits_of(model, batch))[:, 0].abs().max() > 1e-4
 
 
@@ -111,14 +113,14 @@ def test_from_a_folder(tmp_path):
     assert all(part.training for part in second.modules())  # its dropout is on in training
     copy.deepcopy(second.eval())
     assert torch.equal(logits_of(first, packed()), logits_of(second, packed()))
-    rebuilt = huggingface(V, **second.self_contained)  # what a checkpoint is read with
+    rebuilt = huggingface(V, **second.standalone_config())  # what a checkpoint is read with
     rebuilt.load_state_dict(second.state_dict())
     assert torch.equal(logits_of(first, packed()), logits_of(rebuilt.eval(), packed()))
-    assert huggingface(V, GPT2).self_contained == {}  # its configuration says it all
+    assert huggingface(V, GPT2).standalone_config() == {}  # its configuration says it all
     padded_up = huggingface(100, GPT2 | {"vocab_size": 102})
     padded_up.net.save_pretrained(tmp_path / "more")
     third = huggingface(100, init_from=str(tmp_path / "more"))
-    huggingface(100, **third.self_contained).load_state_dict(padded_up.state_dict())
+    huggingface(100, **third.standalone_config()).load_state_dict(padded_up.state_dict())
     with pytest.raises(ValueError, match=r"vocabulary of 11 tokens, but the tokenizer .* has 259"):
         huggingface(259, init_from=str(tmp_path))
     with pytest.raises(ValueError, match=r"either model\.config.* or model\.init_from"):

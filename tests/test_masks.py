@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from causal_lm import masks
+from causal_lm.masks import AttentionMask
 
 
 @given(st.lists(st.integers(-1, 3), min_size=1, max_size=12))
@@ -23,15 +26,20 @@ def test_plain_causal_is_said_only_where_it_is_the_same(rows):
     may, real = masks.causal(ids), ids >= 0
     plain = torch.ones(5, 5, dtype=torch.bool).tril().expand_as(may)
     same = torch.equal(may[real], plain[real])
-    found = masks.visible(ids)
-    assert torch.equal(found, may) if found is not None else same
+    mask = AttentionMask.from_document_ids(ids)
+    assert same or not mask.plain_causal
+    assert torch.equal(mask.to_dense(), may)
+    starts = torch.tensor((0, *mask.segment_lengths)).cumsum(0)
+    assert starts[-1] == ids.numel()
+    for start, end in itertools.pairwise(starts.tolist()):  # each within a row, of one document
+        assert start // 5 == (end - 1) // 5 and len(ids.flatten()[start:end].unique()) == 1
 
 
 def test_what_plain_causal_covers():
     for rows in ([[0, 0, 0]], [[0, 0, -1], [0, 0, 0]], [[-1, -1, -1], [1, -1, -1]]):
-        assert masks.visible(torch.tensor(rows)) is None
+        assert AttentionMask.from_document_ids(torch.tensor(rows)).plain_causal
     for rows in ([[0, 0, 1]], [[-1, 0, 0]], [[0, -1, 0]], [[0, 0, 0], [0, 1, -1]]):
-        assert masks.visible(torch.tensor(rows)) is not None
+        assert not AttentionMask.from_document_ids(torch.tensor(rows)).plain_causal
 
 
 def test_padding_on_either_side_hides_pad_from_real_tokens():
@@ -63,13 +71,30 @@ def reference(attention, x, may):
 def test_both_conventions_of_torch_layers(attention, convention):
     """True = masked out, or 0 / -inf added: each is right, and mixed up is not."""
     layer, x = attention
-    may = masks.causal(torch.tensor([[0, 0, 0, -1, -1], [0, 0, 1, 1, 1]]))
-    mask = masks.to_masked_out(may) if convention == "bool" else masks.to_additive(may)
+    attention_mask = AttentionMask.from_document_ids(
+        ids := torch.tensor([[0, 0, 0, -1, -1], [0, 0, 1, 1, 1]])
+    )
+    may, additive = masks.causal(ids), attention_mask.to_additive()
+    mask = attention_mask.to_masked_out() if convention == "bool" else additive
     mask = mask.repeat_interleave(2, dim=0)
     expected = reference(layer, x, may)
     out = layer(x, x, x, attn_mask=mask, need_weights=False)[0]
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert (~may).any()
-    mistaken = may if convention == "bool" else masks.to_additive(may).exp()  # 0 / 1 added
+    mistaken = may if convention == "bool" else additive.exp()  # 0 / 1 added
     wrong = layer(x, x, x, attn_mask=mistaken.repeat_interleave(2, dim=0), need_weights=False)[0]
     assert not torch.allclose(wrong.nan_to_num(), expected, atol=1e-3)
+
+
+def test_sequence_lengths_of_a_packed_batch():
+    mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]]))
+    cumulative, longest = mask.cu_seqlens()
+    assert cumulative.tolist() == [0, 2, 5, 9, 10] and longest == 4
+    assert cumulative.dtype == torch.int32
+
+
+def test_an_explicit_mask_replaces_the_rule():
+    everything = torch.ones(1, 3, 3, dtype=torch.bool)
+    mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 0]])).replaced_by(everything)
+    assert not mask.plain_causal and torch.equal(mask.to_dense(), everything)
+    assert torch.equal(mask.to("cpu").to_dense(), everything)

@@ -1,15 +1,15 @@
 """What every model must do, on padded and on packed rows, with and without a mask."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from causal_lm import masks
 from causal_lm.module import CausalLM
 from causal_preflight.lightning import audit_batch
-from support import PAD, V
+from support import PAD, V, explicit_mask
 from support.models import CACHED, by_document, close, every_model, logits_of, make, packed, padded
 
 
@@ -36,19 +36,18 @@ def test_without_a_mask_rows_are_causal_documents(name):
 @pytest.mark.parametrize("layout", [padded, packed])
 def test_what_stands_in_pad_is_never_seen(name, layout):
     model, batch = make(name), layout()
-    other = batch._replace(input_ids=batch.input_ids.where(batch.document_ids >= 0, 7))
+    other = replace(batch, input_ids=batch.input_ids.where(batch.document_ids >= 0, 7))
     assert not torch.equal(other.input_ids, batch.input_ids)
     expected = by_document(logits_of(model, batch), batch)
     close(by_document(logits_of(model, other), other), expected, name)
 
 
 @every_model
-def test_body_and_head_are_the_model(name):
+def test_logits_are_the_head_of_the_hidden_states(name):
     model, batch = make(name), padded()
-    may_attend = masks.causal(batch.document_ids)
-    assert isinstance(model.head, nn.Linear) and model.head.bias is None
-    body = model.body(batch.input_ids, batch.position_ids, may_attend)
-    torch.testing.assert_close(model.head(body), logits_of(model, batch), rtol=0, atol=0)
+    assert isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None
+    hidden = model.hidden_states(batch.input_ids, batch.position_ids, explicit_mask(batch))
+    torch.testing.assert_close(model.lm_head(hidden), logits_of(model, batch), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", CACHED)

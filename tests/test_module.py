@@ -1,4 +1,4 @@
-"""The seed model, the correct path, and each pitfall beside it."""
+"""The smallest model, the correct path, and each pitfall beside it."""
 
 import inspect
 import math
@@ -13,17 +13,13 @@ from causal_lm.data.documents import Document
 from causal_lm.module import CausalLM
 from causal_lm.objective import IGNORE, LossConfig
 from causal_preflight.lightning import audit_batch
-from support import PAD, V, make_batch, make_documents, make_model, make_module
+from support import PAD, V, explicit_mask, make_batch, make_documents, make_model, make_module
 
 ALL = tuple(pitfalls.PITFALLS)
 
 
 def faulty(*names):
-    return make_module(pitfalls.faulty(dict.fromkeys(names, True), PAD))
-
-
-def labels_of(module, batch):
-    return objective.make_labels(module.targets(batch), module.counted(batch))
+    return make_module(pitfalls.faulty_module(dict.fromkeys(names, True), PAD))
 
 
 # ---- the seed model ----
@@ -33,30 +29,31 @@ def labels_of(module, batch):
 def test_no_logit_sees_its_future_or_pad(batch, training):
     """For every token: a changed one moves its own and later logits of its row, and no others."""
     model = make_model().train(training)
-    may = masks.causal(batch.document_ids)
+    mask = explicit_mask(batch)
+    may = mask.to_dense()
     with torch.no_grad():
-        before = model(batch.input_ids, batch.position_ids, may)
+        before = model(batch.input_ids, batch.position_ids, mask)
         for row in range(3):
             for t in range(batch.input_ids.shape[1]):
                 changed = batch.input_ids.clone()
                 changed[row, t] = (changed[row, t] + 1) % V
-                moved = (model(changed, batch.position_ids, may) - before).abs().amax(-1) > 1e-5
+                moved = (model(changed, batch.position_ids, mask) - before).abs().amax(-1) > 1e-5
                 assert torch.equal(moved, moved & torch.eye(3, dtype=torch.bool)[row][:, None])
                 assert torch.equal(moved[row], may[row, :, t]), (row, t)
 
 
 def test_a_row_alone_and_in_padded_company_agree(batch):
     model = make_model().eval()
-    together = model(batch.input_ids, batch.position_ids, masks.causal(batch.document_ids))
+    together = model(batch.input_ids, batch.position_ids, explicit_mask(batch))
     for row, n in enumerate(batch.lengths.tolist()):
         ids = batch.input_ids[row : row + 1, :n]
-        alone = model(ids, torch.arange(n)[None], masks.causal(torch.zeros(1, n)))
+        alone = model(ids, torch.arange(n)[None])
         torch.testing.assert_close(together[row : row + 1, :n], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_train_and_eval_mode_agree_without_dropout(batch):
     model = make_model()
-    args = (batch.input_ids, batch.position_ids, masks.causal(batch.document_ids))
+    args = (batch.input_ids, batch.position_ids, explicit_mask(batch))
     with torch.no_grad():
         torch.testing.assert_close(model.train()(*args), model.eval()(*args), rtol=1e-5, atol=1e-6)
 
@@ -91,7 +88,9 @@ def test_more_padding_moves_nothing(batch):
     module = make_module()
     wider = Batch(*(
         torch.nn.functional.pad(part, (0, 3), value=value)
-        for part, value in zip(batch[:3], (PAD, 0, -1), strict=True)
+        for part, value in (
+            (batch.input_ids, PAD), (batch.position_ids, 0), (batch.document_ids, -1),
+        )
     ))  # fmt: skip
     torch.testing.assert_close(module.accumulated_loss(wider), module.accumulated_loss(batch))
 
@@ -115,46 +114,46 @@ def test_the_correct_class_has_no_switch_and_no_pitfalls():
 
 
 def test_unshifted_labels(batch):
-    labels = labels_of(faulty("unshifted_labels"), batch)
+    labels = faulty("unshifted_labels").training_labels(batch)
     counted = labels != IGNORE
     assert torch.equal(labels[counted], batch.input_ids[counted])
 
 
 def test_pad_in_loss(batch):
-    labels = labels_of(faulty("pad_in_loss"), batch)
+    labels = faulty("pad_in_loss").training_labels(batch)
     assert int((labels == PAD).sum()) == 2 + 5  # each row's PAD slots, all of them targets
     assert int((labels != IGNORE).sum()) == 3 * 6
 
 
 def test_no_causal_mask(batch):
-    may = faulty("no_causal_mask").may_attend(batch)
+    may = faulty("no_causal_mask").training_mask(batch).to_dense()
     real = batch.document_ids >= 0
     assert torch.equal(may, real[:, :, None] == real[:, None, :])
 
 
 def test_shifted_twice(batch):
-    labels = labels_of(faulty("shifted_twice"), batch)
+    labels = faulty("shifted_twice").training_labels(batch)
     for row, n in enumerate(batch.lengths.tolist()):
         ids = batch.input_ids[row, :n].tolist()
         assert labels[row].tolist() == ids[2:] + [IGNORE] * (7 - len(ids[2:]))
 
 
 def test_input_mask_on_targets(batch):
-    labels = labels_of(faulty("input_mask_on_targets"), batch)
+    labels = faulty("input_mask_on_targets").training_labels(batch)
     assert (labels == PAD).sum(dim=1).tolist() == [1, 1, 0]  # one PAD a row, where there is one
 
 
 def test_pad_is_eos_by_value():
     batch = where_it_shows("pad_is_eos_by_value")
-    right = labels_of(make_module(), batch)
+    right = make_module().training_labels(batch)
     assert (right == PAD).sum(dim=1).tolist() == [1, 1, 1, 1]  # EOS, once in each row
-    wrong = labels_of(faulty("pad_is_eos_by_value"), batch)
+    wrong = faulty("pad_is_eos_by_value").training_labels(batch)
     assert torch.equal(wrong, right.masked_fill(right == PAD, IGNORE))
 
 
 def test_label_crosses_documents():
     batch = where_it_shows("label_crosses_documents")
-    wrong, right = labels_of(faulty("label_crosses_documents"), batch), make_module().labels(batch)
+    wrong, right = faulty("label_crosses_documents").training_labels(batch), batch.labels
     crossing = (wrong != IGNORE) & (right == IGNORE)
     ids, documents = batch.input_ids, batch.document_ids
     assert int(crossing.sum()) == 4 - len(ids)  # one at each seam within a row
@@ -163,7 +162,7 @@ def test_label_crosses_documents():
 
 
 def test_inverted_mask(batch):
-    wrong = faulty("inverted_mask").may_attend(batch)
+    wrong = faulty("inverted_mask").training_mask(batch).to_dense()
     assert wrong[2, 0].tolist() == [False] + [True] * 6  # the first token: all but itself
     assert wrong[2, 6].tolist() == [False] * 6 + [True]  # the last: nothing, hence itself
     assert wrong[0, 4].tolist() == [False] * 5 + [True] * 2  # PAD instead of its document
@@ -171,7 +170,9 @@ def test_inverted_mask(batch):
 
 def test_padding_attended():
     batch = where_it_shows("padding_attended")
-    extra = faulty("padding_attended").may_attend(batch) & ~masks.causal(batch.document_ids)
+    extra = faulty("padding_attended").training_mask(batch).to_dense() & ~masks.causal(
+        batch.document_ids
+    )
     real, pad = batch.document_ids[:, :, None] >= 0, batch.document_ids[:, None, :] < 0
     assert torch.equal(extra, real & pad)  # left padding: all PAD comes before all that is real
     assert extra.any()
@@ -179,7 +180,7 @@ def test_padding_attended():
 
 def test_leaky_packing():
     batch = where_it_shows("leaky_packing")
-    may = faulty("leaky_packing").may_attend(batch)
+    may = faulty("leaky_packing").training_mask(batch).to_dense()
     for row, n in enumerate(batch.lengths.tolist()):
         assert torch.equal(may[row, :n, :n], torch.ones(n, n, dtype=torch.bool).tril())
         assert not may[row, :n, n:].any() and not may[row, n:, :n].any()
@@ -226,12 +227,12 @@ def test_what_is_measured_is_the_same_whatever_is_trained(names):
     for module in (right, wrong):
         for i, part in enumerate(parts):
             module.validation_step(part, i)
-    measured = [module.val.compute()["loss"] for module in (right, wrong)]
+    measured = [module.val_metric.compute()["loss"] for module in (right, wrong)]
     assert torch.equal(*measured)
-    own = wrong.loss_as_trained(measured[0])
+    own = wrong.val_objective.compute()
     assert float(own) == pytest.approx(float(wrong.accumulated_loss(*parts)), rel=1e-6)
     assert abs(float(own) - float(measured[0])) > 1e-4
-    assert right.loss_as_trained(measured[0]) is measured[0]
+    assert not right.has_own_objective and wrong.has_own_objective
 
 
 @pytest.mark.parametrize("names", [(), *((n,) for n in ALL), CLASSIC])
@@ -285,14 +286,14 @@ def test_faults_keep_to_the_prompt_mask():
         Document(d.tokens, torch.arange(len(d.tokens)) >= 2) for d in make_documents((5, 4))
     ]
     batch = Collate(PAD, V, packed=12)(documents)
-    right = int((make_module().labels(batch) != IGNORE).sum())
+    right = int((batch.labels != IGNORE).sum())
     assert right == 3 + 2
     # The other document's first token is masked as well; the last slot of each asks for PAD.
     for name, expected in (
         ("label_crosses_documents", right),
         ("input_mask_on_targets", right + 2),
     ):
-        assert int(faulty(name).counted(batch).sum()) == expected
+        assert int(faulty(name).has_target(batch).sum()) == expected
 
 
 def test_one_row_cannot_be_parted():
@@ -303,14 +304,21 @@ def test_one_row_cannot_be_parted():
 
 def test_a_head_with_a_bias_is_not_chunked():
     model = make_model()
-    model.head = torch.nn.Linear(16, V)
-    with pytest.raises(ValueError, match="a head without bias"):
+    model.lm_head = torch.nn.Linear(16, V)
+    with pytest.raises(ValueError, match=r"lm_head .* bias"):
         CausalLM(model, loss=LossConfig(chunk_tokens=8))
 
 
-def test_chunks_need_a_body_and_a_head():
-    with pytest.raises(ValueError, match=r"Linear does not part .*loss\.chunk_tokens=null"):
-        CausalLM(torch.nn.Linear(2, 2), loss=LossConfig(chunk_tokens=8))
+def test_chunks_need_a_plain_head():
+    model = make_model()
+    model.lm_head = None
+    with pytest.raises(ValueError, match=r"Tiny .*loss\.chunk_tokens=null"):
+        CausalLM(model, loss=LossConfig(chunk_tokens=8))
+
+
+def test_a_module_that_is_no_causal_model_is_refused():
+    with pytest.raises(TypeError, match=r"Linear is not a CausalModel.*BaseCausalModel"):
+        CausalLM(torch.nn.Linear(2, 2))
 
 
 def test_first_loss_is_near_uniform(batch):
@@ -321,7 +329,8 @@ def test_without_a_mask_the_seed_model_is_causal():
     model, batch = make_model(), make_batch()
     real = batch.document_ids >= 0
     args = batch.input_ids, batch.position_ids
-    masked = model(*args, masks.causal(batch.document_ids))[real]
+    masked = model(*args, explicit_mask(batch))[real]
     torch.testing.assert_close(model(*args, None)[real], masked, rtol=1e-5, atol=1e-6)
     everything = torch.ones(3, 7, 7, dtype=torch.bool)
-    assert (model(*args, everything)[real] - masked).abs().max() > 1e-3
+    open_mask = batch.attention_mask.replaced_by(everything)
+    assert (model(*args, open_mask)[real] - masked).abs().max() > 1e-3

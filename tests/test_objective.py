@@ -21,7 +21,7 @@ def test_worked_example_seven_tokens_count():
     pad = 0
     ids = torch.tensor([[9, 1, 5, 4, 2, pad], [9, 3, 8, 7, pad, pad]])
     documents = torch.tensor([[0, 0, 0, 0, 0, -1], [0, 0, 0, 0, -1, -1]])
-    labels = objective.make_labels(objective.next_tokens(ids), objective.has_target(documents))
+    labels = objective.make_labels(ids, documents)
     assert labels[:, :5].tolist() == [[1, 5, 4, 2, IGNORE], [3, 8, 7, IGNORE, IGNORE]]
     assert int((labels != IGNORE).sum()) == 7
 
@@ -46,9 +46,7 @@ def test_labels_by_loop(lengths, left, right):
     """Against the definition, written as a loop, with PAD on both sides and packed documents."""
     documents = [-1] * left + [d for d, n in enumerate(lengths) for _ in range(n)] + [-1] * right
     ids = torch.arange(1, len(documents) + 1)
-    labels = objective.make_labels(
-        objective.next_tokens(ids[None]), objective.has_target(torch.tensor([documents]))
-    )[0].tolist()
+    labels = objective.make_labels(ids[None], torch.tensor([documents]))[0].tolist()
     for t, label in enumerate(labels):
         follows = t + 1 < len(documents) and documents[t] == documents[t + 1] >= 0
         assert label == (ids[t + 1] if follows else IGNORE)
@@ -59,7 +57,7 @@ def test_pad_may_be_eos():
     """Token values play no part: EOS = PAD = 0 is still the last counted target."""
     ids = torch.tensor([[5, 6, 0, 0, 0]])
     documents = torch.tensor([[0, 0, 0, -1, -1]])
-    labels = objective.make_labels(objective.next_tokens(ids), objective.has_target(documents))
+    labels = objective.make_labels(ids, documents)
     assert labels.tolist() == [[6, 0, IGNORE, IGNORE, IGNORE]]
 
 

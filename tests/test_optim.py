@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from causal_lm import config
-from causal_lm.models.decoder import Llama
+from causal_lm.models.decoder import Decoder
 from causal_lm.models.gru import GRU
 from causal_lm.optim import optimizers
 from causal_lm.run import make_optimizer
@@ -20,7 +20,7 @@ OPTIONS = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0
 def llama(**changes):
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2, "d_ff": 24}
-    return Llama(V, **(sizes | changes))
+    return Decoder(V, **(sizes | changes))
 
 
 MODELS = {

@@ -48,6 +48,6 @@ def evaluate(
     with torch.inference_mode():
         for n, batch in enumerate(chain.from_iterable(loader() for loader in loaders[split])):
             module.validation_step(move_data_to_device(batch, torch.device(device)), n)
-    figures = {name: float(value) for name, value in module.val.compute().items()}
-    counts = {"tokens": int(module.val.tokens), "bytes": int(module.val.bytes)}
+    figures = {name: float(value) for name, value in module.val_metric.compute().items()}
+    counts = {"tokens": int(module.val_metric.tokens), "bytes": int(module.val_metric.bytes)}
     return {"checkpoint": str(checkpoint), "split": split} | counts | figures

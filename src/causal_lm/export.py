@@ -8,7 +8,7 @@ from causal_lm import extras
 from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
 from causal_lm.models import hf_conversion
-from causal_lm.models.decoder import Llama
+from causal_lm.models.decoder import Decoder
 from causal_lm.models.external import Transformers
 from causal_lm.report.files import write_json
 from causal_lm.run import restore
@@ -44,7 +44,7 @@ def export(checkpoint: str | Path, folder: Path) -> Path:
 def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
     """``model.safetensors`` and ``config.json``."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL_ROLES}
-    if isinstance(model, Llama):
+    if isinstance(model, Decoder):
         more = ids | {"max_position_embeddings": max_length}
         hf_conversion.write(folder, model.state_dict(), model.sizes, **more)
     elif isinstance(model, Transformers):

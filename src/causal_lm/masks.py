@@ -1,10 +1,11 @@
-"""Who may see whom, in ONE convention: **True = may attend**.
+"""Which positions may attend to which, in ONE convention: **True = may attend**.
 
-The convention is that of ``F.scaled_dot_product_attention``. torch's older attention layers
+This is the convention of ``F.scaled_dot_product_attention``. torch's older attention layers
 (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) mean the opposite by a bool mask, and add a
-float mask to the scores; the two converters below are the only place where that is dealt with.
+float mask to the scores; :meth:`AttentionMask.to_masked_out` and :meth:`AttentionMask.to_additive`
+convert.
 
-A row of two documents ``a a b b`` and one PAD slot (x = may attend; rows ask, columns answer):
+A row of two documents ``a a b b`` and one PAD slot (x = may attend; rows are queries):
 
           a a b b .
         a x
@@ -13,10 +14,12 @@ A row of two documents ``a a b b`` and one PAD slot (x = may attend; rows ask, c
         b     x x
         .         x
 
-One rule draws it: not later than me, and of my document; PAD is a "document" of its own (id -1).
-The diagonal is always True, so no row is empty and no softmax is NaN. Padding on the left or on
-the right, and several documents in one row, are all the same rule.
+One rule gives all of it: a key is visible if it is not later than the query and belongs to the same
+document; PAD counts as a document of its own (id -1). The diagonal is always True, so no row is
+empty and no softmax is NaN. The rule covers padding on either side and several documents per row.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,27 +41,71 @@ def causal(document_ids: Tensor) -> Tensor:
     return same_document(document_ids).tril()
 
 
-def visible(document_ids: Tensor) -> Tensor | None:
-    """:func:`causal`, or None where plain causal says the same of every real token.
+@dataclass(frozen=True)
+class AttentionMask:
+    """The attention mask of a batch, as a value that converts to what a kernel needs.
 
-    That is where each row is one document with PAD, if any, on the right: all of it comes later.
-    Plain causal has the fastest kernels.
+    The collator makes it from ``document_ids`` on the CPU, so no forward pass has to wait for the
+    device to learn how rows are laid out. (The idea: ``AttentionMask`` of levanter.)
 
-    >>> visible(torch.tensor([[0, 0, 0], [0, 0, -1]])) is None
-    True
+    Args:
+        document_ids: (B, T) document of each slot within its row, -1 at PAD.
+        plain_causal: each row is one document, with PAD, if any, on the right. Plain causal then
+            gives the same logits at every real token, and has the fastest kernels.
+        segment_lengths: slots of each run of equal document ids, row after row (a run of PAD is
+            one, too); they sum to B * T.
+        dense: bool (B, T, T), an explicit mask that replaces the rule (used by pitfalls only).
     """
-    one_document = (document_ids == document_ids[:, :1]) | (document_ids < 0)
-    pad_comes_last = document_ids[:, 1:] <= document_ids[:, :-1]
-    if bool(one_document.all() & pad_comes_last.all()):
-        return None
-    return causal(document_ids)
 
+    document_ids: Tensor
+    plain_causal: bool
+    segment_lengths: tuple[int, ...]
+    dense: Tensor | None = None
 
-def to_masked_out(may_attend: Tensor) -> Tensor:
-    """To the bool masks of ``nn.MultiheadAttention`` and friends, where True = masked out."""
-    return ~may_attend
+    @classmethod
+    def from_document_ids(cls, document_ids: Tensor) -> "AttentionMask":
+        """The mask of (B, T) document ids. Waits for the device unless they are on the CPU.
 
+        >>> AttentionMask.from_document_ids(torch.tensor([[0, 0, 0], [0, 0, -1]])).plain_causal
+        True
+        >>> AttentionMask.from_document_ids(torch.tensor([[0, 0, 1]])).segment_lengths
+        (2, 1)
+        """
+        ids = document_ids.cpu()
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        first = starts.flatten().nonzero().flatten()
+        lengths = first.diff(append=first.new_tensor([ids.numel()]))
+        plain = bool(((ids[:, 1:] == ids[:, :-1]) | (ids[:, 1:] < 0)).all())
+        return cls(document_ids, plain, tuple(lengths.tolist()))
 
-def to_additive(may_attend: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """To a float mask that is added to attention scores: 0 where visible, -inf where not."""
-    return torch.zeros_like(may_attend, dtype=dtype).masked_fill_(~may_attend, float("-inf"))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionMask":
+        """The same mask with its tensors on ``device``."""
+        dense = None if self.dense is None else self.dense.to(device, non_blocking=non_blocking)
+        ids = self.document_ids.to(device, non_blocking=non_blocking)
+        return replace(self, document_ids=ids, dense=dense)
+
+    def replaced_by(self, dense: Tensor) -> "AttentionMask":
+        """The mask with an explicit bool (B, T, T) in place of the rule."""
+        return replace(self, plain_causal=False, dense=dense)
+
+    def to_dense(self) -> Tensor:
+        """bool (B, T, T), True = may attend."""
+        return causal(self.document_ids) if self.dense is None else self.dense
+
+    def to_masked_out(self) -> Tensor:
+        """bool (B, T, T), True = masked out, as ``nn.MultiheadAttention`` and friends mean it."""
+        return ~self.to_dense()
+
+    def to_additive(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Float (B, T, T) to add to attention scores: 0 where visible, -inf where not."""
+        visible = self.to_dense()
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+    def cu_seqlens(self) -> tuple[Tensor, int]:
+        """Cumulative segment lengths, int32 (S + 1,) on the CPU, and the longest segment.
+
+        This is what variable-length kernels take for the batch flattened to (B * T,).
+        """
+        lengths = torch.tensor((0, *self.segment_lengths), dtype=torch.int32)
+        return lengths.cumsum(0, dtype=torch.int32), max(self.segment_lengths)

@@ -1,8 +1,8 @@
 """Token-exact evaluation: sums are kept, never means of means, and divided once.
 
-torchmetrics' own ``Perplexity`` sums rightly over batches, but it softmaxes in the dtype of the
-logits (``inf`` at a gap of about 110 in float32, 18 in float16), reads -100 as an index unless told
-otherwise, and lets a ``bfloat16`` module round its counts. The states here do none of that.
+torchmetrics' own ``Perplexity`` sums correctly over batches, but it computes a softmax in the dtype
+of the logits (``inf`` at a gap of about 110 in float32, 18 in float16), reads -100 as an index unless
+told otherwise, and rounds its counts in a ``bfloat16`` module. The states here do none of that.
 """
 
 import math
@@ -16,7 +16,7 @@ from causal_lm.objective import IGNORE
 
 
 class TokenPerplexity(Metric):
-    """Loss, perplexity and bits per byte over every label that counts, on every rank.
+    """Loss, perplexity and bits per byte over every counted label, on every rank.
 
     >>> metric = TokenPerplexity()
     >>> metric.update(torch.tensor([[2.0, 4.0, 0.0]]), torch.tensor([[7, 8, IGNORE]]))
@@ -39,7 +39,7 @@ class TokenPerplexity(Metric):
         self.token_bytes = token_bytes
 
     def update(self, nll: Tensor, labels: Tensor) -> None:
-        """nll (B, T) in nats, 0 where it does not count; labels (B, T), IGNORE likewise."""
+        """Add nll (B, T) in nats, 0 where not counted, of labels (B, T), IGNORE where not counted."""
         if nll.shape != labels.shape:
             raise ValueError(f"nll {tuple(nll.shape)} and labels {tuple(labels.shape)} differ")
         counted = labels != IGNORE
@@ -52,7 +52,7 @@ class TokenPerplexity(Metric):
     def compute(self) -> dict[str, Tensor]:
         """``loss`` in nats per token, ``ppl`` = exp(loss), ``bpb`` in bits per UTF-8 byte.
 
-        Bits per byte charges *all* nats, those of EOS too, to the bytes of the text.
+        Bits per byte divides *all* nats, those of EOS included, by the bytes of the text.
         """
         loss = self.nats / self.tokens
         return {
@@ -62,7 +62,7 @@ class TokenPerplexity(Metric):
         }
 
     def _apply(self, fn: Callable, exclude_state=()) -> "TokenPerplexity":
-        """Follow the module's device, never its dtype. (MPS has no float64: float32 there.)"""
+        """Follow the module's device, never its dtype. (float32 on MPS, which has no float64.)"""
         device = fn(self.tokens).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         nats, zero = self.nats.cpu().to(dtype), torch.zeros((), dtype=dtype)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,265 +13,244 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from causal_lm import masks, objective
+from causal_lm import objective
+from causal_lm.accumulation import StepAccumulator, divide_gradients, set_random_state
 from causal_lm.data.collate import Batch
+from causal_lm.masks import AttentionMask
 from causal_lm.metrics import TokenPerplexity
-from causal_lm.nonfinite import Guard, MicroBatch, explain
+from causal_lm.models.base import CausalModel
+from causal_lm.nonfinite import NonFiniteGuard, describe_nonfinite
 from causal_lm.objective import LossConfig
-from causal_lm.optim.optimizers import Named
+from causal_lm.optim.parameter_groups import parameter_groups
 from causal_lm.optim.schedules import Factor
 from causal_lm.schema import is_float16
 
 log = logging.getLogger(__name__)
-TRAINING = "causal_lm_training"
+TRAINING_STATE = "causal_lm_training"
 """Key of a checkpoint for what :meth:`CausalLM.on_save_checkpoint` adds."""
-
-
-def parts_into_body_and_head(model: nn.Module) -> bool:
-    """Are its logits ``head(body(…))``, with a linear head that has no bias?"""
-    head = getattr(model, "head", None)
-    return hasattr(model, "body") and isinstance(head, nn.Linear) and head.bias is None
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+FP16_GRAD_SCALE = 2.0**-10
+"""The gradients of a summed loss are large, and float16 ends at 65,504: scale them down first."""
 
 
 class CausalLM(L.LightningModule):
-    """Trains ``model`` to predict the next token of each document.
+    """Trains a causal language model to predict the next token of each document.
 
-    The three alignments are three small methods: :meth:`targets`, :meth:`counted` and
-    :meth:`may_attend`. Training asks these; evaluation (:meth:`forward`, :meth:`labels`) asks
-    ``objective`` and ``masks`` themselves. So a subclass that gets one wrong changes what is
-    trained, and cannot change what is measured.
+    Training uses :meth:`training_labels` and :meth:`training_mask`; evaluation uses the labels and
+    the mask of the batch itself. A subclass that overrides the former changes what is trained, and
+    cannot change what is measured (see ``pitfalls.py``).
 
     Args:
-        model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T) or None) -> logits
-            (B, T, V).
-        optimizer: named parameters -> optimizer; None where nothing is trained.
-        scheduler: total_steps -> (optimizer step -> share of the peak rate, see ``schedules``);
-            None for a constant rate.
-        token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None where not text.
-        loss: how the token losses become one number.
-        guard: what to do about a loss or a gradient that is not finite; None stops there.
+        model: see :class:`causal_lm.models.base.CausalModel`.
+        optimizer: parameter groups (see ``optim/parameter_groups.py``) -> optimizer; None for a
+            module that is not trained.
+        scheduler: total optimizer steps -> (step -> factor of the peak rate, see
+            ``optim/schedules.py``); None for a constant rate.
+        token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None: not text.
+        loss: how the token losses are reduced.
+        nonfinite: what to do about a loss or gradient that is not finite; None stops the run.
 
     Raises:
-        ValueError: ``loss.chunk_tokens`` is set, for a model that has no plain head.
+        TypeError: ``model`` lacks a member of ``CausalModel`` (named).
+        ValueError: ``lm_head`` has a bias, or is None where ``loss.chunk_tokens`` is set.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Callable[[Iterable[Named]], torch.optim.Optimizer] | None = None,
+        model: CausalModel,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[int], Factor] | None = None,
         token_bytes: Tensor | None = None,
         loss: LossConfig | None = None,
-        guard: Guard | None = None,
+        nonfinite: NonFiniteGuard | None = None,
     ) -> None:
         super().__init__()
         self.loss = loss or LossConfig()
-        if self.loss.chunk_tokens and not parts_into_body_and_head(model):
-            raise ValueError(
-                f"{type(model).__name__} does not part into a body and a head without bias, so its "
-                f"loss cannot be computed in chunks: set loss.chunk_tokens=null"
+        if not isinstance(model, CausalModel):
+            raise TypeError(
+                f"{type(model).__name__} is not a CausalModel: derive it from "
+                f"causal_lm.models.base.BaseCausalModel"
             )
-        self.model: Any = model
+        name, head = type(model).__name__, model.lm_head
+        if head is not None and head.bias is not None:
+            raise ValueError(f"{name}: lm_head has a bias; set it to None and override forward")
+        if self.loss.chunk_tokens and head is None:
+            raise ValueError(
+                f"{name} has no lm_head, so its loss cannot be computed in chunks: set "
+                f"loss.chunk_tokens=null"
+            )
+        self.model = model
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.val = TokenPerplexity(token_bytes)
-        self.own_view = MeanMetric()
-        self.guard = guard or Guard()
+        self.val_metric = TokenPerplexity(token_bytes)
+        self.val_objective = MeanMetric()
+        self.guard = nonfinite or NonFiniteGuard()
+        self.accumulator = StepAccumulator()
         self.step_loss: float | None = None
-        """Of the last optimizer step; None where it was skipped."""
-        self.seen: list[MicroBatch] = []
-        """The micro-batches since then, on this rank; and what dropout drew from at the first."""
-        self.random: dict[str, Tensor] = {}
+        """Loss of the last optimizer step, in nats; None where the step was skipped."""
 
-    # ---- what is trained ----
+    # ---- training: one optimizer step, from its micro-batches to its clipped gradients ----
 
-    def targets(self, batch: Batch) -> Tensor:
-        """(B, T): the token that each position is to predict."""
-        return objective.next_tokens(batch.input_ids)
+    def training_labels(self, batch: Batch) -> Tensor:
+        """(B, T): the token that each position is trained to predict, IGNORE where it has none."""
+        return batch.labels
 
-    def counted(self, batch: Batch) -> Tensor:
-        """bool (B, T): the positions whose target counts in the loss."""
-        return objective.has_target(batch.document_ids, batch.loss_mask)
-
-    def may_attend(self, batch: Batch) -> Tensor | None:
-        """bool (B, T, T): True where a position (dim 1) may look at another (dim 2). None is plain
-        causal within each row."""
-        return masks.visible(batch.document_ids)
+    def training_mask(self, batch: Batch) -> AttentionMask:
+        """Which positions may see which in training."""
+        return batch.attention_mask
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The sum of the weighted token losses, in nats, and the denominator it is over."""
-        labels = objective.make_labels(self.targets(batch), self.counted(batch))
+        """The sum of the weighted token losses, in nats, and its denominator; both scalars."""
+        labels = self.training_labels(batch)
         weights, denominator = objective.token_weights(labels, batch.document_ids, self.loss)
-        inputs = batch.input_ids, batch.position_ids, self.may_attend(batch)
-        if self.loss.chunk_tokens:
-            hidden, head = self.model.body(*inputs), self.model.head.weight
+        inputs = batch.input_ids, batch.position_ids, self.training_mask(batch)
+        if self.loss.chunk_tokens and self.model.lm_head is not None:
+            hidden, head = self.model.hidden_states(*inputs), self.model.lm_head.weight
             nats = objective.chunked_nll(hidden, head, labels, weights, self.loss.chunk_tokens)
         else:
             nats = objective.weighted_nll(self.model(*inputs), labels, weights)
         return nats, denominator
 
-    @contextmanager
-    def whole_logits(self) -> Iterator[None]:
-        """Compute the loss from all logits at once meanwhile, so that an audit can see them."""
-        before, self.loss = self.loss, replace(self.loss, chunk_tokens=None)
-        try:
-            yield
-        finally:
-            self.loss = before
-
-    def accumulated_loss(self, *micro_batches: Batch) -> Tensor:
-        """The loss of one optimizer step over these micro-batches, a scalar, in nats."""
-        nats, denominators = zip(*map(self.loss_terms, micro_batches), strict=True)
-        return torch.stack(nats).sum() / torch.stack(denominators).sum().clamp(min=1)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The *sum*, not yet over anything; :meth:`on_before_optimizer_step` divides, once.
-
-        A mean per micro-batch would weigh a token by the company it came in: Lightning averages
-        over micro-batches, DDP over ranks, whatever they hold.
-        """
-        if not self.seen:
-            self.random = random_state(self.device)
+        """The *sum* of the weighted losses; :meth:`on_before_optimizer_step` divides it."""
+        self.accumulator.start(self.device)
         nats, denominator = self.loss_terms(batch)
-        sums = torch.stack([nats.detach().float(), denominator.float()])
-        self.seen.append(MicroBatch(batch_idx, batch, sums))
-        return nats * self.unit * self.trainer.accumulate_grad_batches  # which Lightning divides by
+        self.accumulator.add(batch_idx, batch, nats, denominator)
+        # Lightning divides the loss of each micro-batch by their number.
+        return nats * self.fp16_grad_scale * self.trainer.accumulate_grad_batches
 
-    @property
-    def unit(self) -> float:
-        """A sum has large gradients, and float16 ends at 65,504: there, a power of two smaller."""
-        return 2.0**-10 if is_float16(self.trainer.precision) else 1.0
-
-    def on_before_optimizer_step(self, optimizer) -> None:
-        """Gradients of the sum -> of the loss over all micro-batches and ranks, before clipping."""
-        sums: Any = sum(part.sums for part in self.seen)
-        nats, denominator = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        self.loss_is_finite = math.isfinite(nats)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if denominator:  # DDP has averaged: times the ranks is their sum
-            torch._foreach_mul_(gradients, self.trainer.world_size / (denominator * self.unit))
-            self.step_loss = nats / denominator
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the denominator of all micro-batches and ranks."""
+        step = self.accumulator.sums(self.trainer.strategy)
+        self.loss_is_finite = math.isfinite(step.nats)
+        if step.denominator:
+            self.step_loss = step.nats / step.denominator
+            divide_gradients(
+                self.parameters(), step.denominator, self.trainer.world_size, self.fp16_grad_scale
+            )
             return
         self.step_loss = None
         if self.trainer.is_global_zero:
-            log.warning(f"step {self.trainer.global_step} is skipped: no target counts in it")
+            log.warning(f"step {self.trainer.global_step} is skipped: it has no counted target")
         optimizer.zero_grad(set_to_none=True)  # no gradient, no change: not even weight decay
 
-    # ---- what is measured ----
-
-    def forward(self, batch: Batch, cache: object = None) -> Tensor:
-        """Logits (B, T, V) under the right mask, whatever was trained.
-
-        With a cache the batch holds what is new: rows without PAD, of one document each.
-        """
-        if cache is not None:
-            return self.model(batch.input_ids, batch.position_ids, None, cache)
-        return self.model(batch.input_ids, batch.position_ids, masks.visible(batch.document_ids))
-
-    def make_cache(self) -> object:
-        """What :func:`generation.sample` hands back to :meth:`forward`; None where not offered."""
-        make = getattr(self.model, "make_cache", None)
-        return make() if make else None
-
-    @staticmethod
-    def labels(batch: Batch) -> Tensor:
-        """(B, T): the next token of the same document, IGNORE where there is none."""
-        counted = objective.has_target(batch.document_ids, batch.loss_mask)
-        return objective.make_labels(objective.next_tokens(batch.input_ids), counted)
-
-    def token_nll(self, batch: Batch) -> Tensor:
-        """(B, T): nats of each label of the batch, 0 where there is none."""
-        labels, chunk = self.labels(batch), self.loss.chunk_tokens
-        if not chunk:
-            return objective.token_nll(self(batch), labels)
-        visible = masks.visible(batch.document_ids)
-        hidden = self.model.body(batch.input_ids, batch.position_ids, visible)
-        return objective.chunked_token_nll(hidden, self.model.head.weight, labels, chunk)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val.update(self.token_nll(batch), self.labels(batch))
-        if self.has_own_view:
-            nats, denominator = self.loss_terms(batch)
-            self.own_view.update(nats / denominator.clamp(min=1), denominator)
-
-    def on_validation_epoch_end(self) -> None:
-        figures = self.val.compute()
-        self.val.reset()
-        for name, value in figures.items():
-            self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
-        self.log("val/loss_as_trained", self.loss_as_trained(figures["loss"]).float())
-
-    @property
-    def has_own_view(self) -> bool:
-        """Does training see another number than the mean over tokens that is measured?"""
-        return self.loss.reduction != "token"
-
-    def loss_as_trained(self, val_loss: Tensor) -> Tensor:
-        """The validation loss as the training objective sees it."""
-        if not self.has_own_view:
-            return val_loss
-        value = self.own_view.compute()
-        self.own_view.reset()
-        return value
-
-    # ---- how it is optimized ----
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a run that goes on from the last optimizer step counts and draws from."""
-        checkpoint[TRAINING] = {
-            "guard": [self.guard.skipped, self.guard.in_a_row],
-            "random": self.random if self.seen else random_state(self.device),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go back to the last optimizer step: micro-batches after it left nothing but a count."""
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if not batches["is_last_batch"]:
-            part = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
-            for name in ("total", "current"):
-                batches[name] = {k: n - part for k, n in batches[name].items()}
-        if state := checkpoint.get(TRAINING):
-            (self.guard.skipped, self.guard.in_a_row), self.random = state["guard"], state["random"]
-
-    def on_train_start(self) -> None:
-        """Take up dropout's draws, now that the first pass over the data has made its own draw."""
-        if "cpu" in self.random:
-            torch.set_rng_state(self.random["cpu"])
-        if "cuda" in self.random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.random["cuda"], self.device)
-
-    def configure_optimizers(self):
-        assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
-        optimizer = self.make_optimizer(self.named_parameters())
-        if self.make_scheduler is None:
-            return optimizer
-        schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
     def configure_gradient_clipping(
-        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by global norm and log the norm; no step is taken with what is not finite."""
-        seen, self.seen = self.seen, []
+        """Clip by the global norm and log it; skip the step where loss or norm is not finite."""
+        micro_batches = self.accumulator.clear()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         finite = self.loss_is_finite and bool(torch.isfinite(norm))
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # sharded norms may differ
-            scaled = self.loss_is_finite and is_float16(self.trainer.precision)
-            self.guard.refuse(self.trainer.global_step, explain(self, seen), scaled)
+            by_scaler = self.loss_is_finite and is_float16(self.trainer.precision)
+            finding = describe_nonfinite(self, micro_batches)
+            self.guard.skip_step(self.trainer.global_step, finding, by_scaler)
             optimizer.zero_grad(set_to_none=True)
             self.step_loss = None
             self.log("train/skipped", float(self.guard.skipped))
             return
-        self.guard.accept()
+        self.guard.accept_step()
         if self.step_loss is not None:
             self.log("train/loss", self.step_loss)
         if gradient_clip_val is not None:
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    @property
+    def fp16_grad_scale(self) -> float:
+        """Factor of the summed loss under float16, 1 otherwise."""
+        return FP16_GRAD_SCALE if is_float16(self.trainer.precision) else 1.0
+
+    def accumulated_loss(self, *micro_batches: Batch) -> Tensor:
+        """The loss of one optimizer step over these micro-batches, a scalar, in nats."""
+        nats, denominators = zip(*map(self.loss_terms, micro_batches), strict=True)
+        return torch.stack(nats).sum() / torch.stack(denominators).sum().clamp(min=1)
+
+    @contextmanager
+    def whole_logits(self) -> Iterator[None]:
+        """Within this context the loss is computed from all logits, so that an audit sees them."""
+        before, self.loss = self.loss, replace(self.loss, chunk_tokens=None)
+        try:
+            yield
+        finally:
+            self.loss = before
+
+    # ---- evaluation: always the canonical labels and mask ----
+
+    def forward(self, batch: Batch, cache: Any = None) -> Tensor:
+        """Logits (B, T, V). With a cache, the batch holds the new tokens of rows without PAD."""
+        mask = batch.attention_mask if cache is None else None
+        return self.model(batch.input_ids, batch.position_ids, mask, cache)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """What the model's head reads: (B, T, C)."""
+        return self.model.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+
+    def make_cache(self) -> Any:
+        """An empty cache for :meth:`forward`; None where the model has none."""
+        return self.model.make_cache()
+
+    def token_nll(self, batch: Batch) -> Tensor:
+        """(B, T): negative log-likelihood of each label in nats, 0 where there is none."""
+        chunk = self.loss.chunk_tokens
+        if not chunk or self.model.lm_head is None:
+            return objective.token_nll(self(batch), batch.labels)
+        hidden, head = self.hidden_states(batch), self.model.lm_head.weight
+        return objective.chunked_token_nll(hidden, head, batch.labels, chunk)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_metric.update(self.token_nll(batch), batch.labels)
+        if self.has_own_objective:
+            nats, denominator = self.loss_terms(batch)
+            self.val_objective.update(nats / denominator.clamp(min=1), denominator)
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.val_metric.compute()
+        self.val_metric.reset()
+        for name, value in values.items():
+            self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
+        as_trained = values["loss"]
+        if self.has_own_objective:
+            as_trained = self.val_objective.compute()
+            self.val_objective.reset()
+        self.log("val/loss_as_trained", as_trained.float())
+
+    @property
+    def has_own_objective(self) -> bool:
+        """Does the training objective differ from the mean over tokens that is measured?"""
+        return self.loss.reduction != "token"
+
+    # ---- optimizer, schedule, checkpoint ----
+
+    def configure_optimizers(self) -> Any:
+        assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
+        optimizer = self.make_optimizer(parameter_groups(self.model))
+        if self.make_scheduler is None:
+            return optimizer
+        schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters and the random state of the last optimizer step."""
+        checkpoint[TRAINING_STATE] = {
+            "guard": [self.guard.skipped, self.guard.in_a_row],
+            "random": self.accumulator.resume_state(self.device),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume from the last optimizer step: micro-batches after it are done again."""
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if not batches["is_last_batch"]:
+            part = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
+            for name in ("total", "current"):
+                batches[name] = {k: n - part for k, n in batches[name].items()}
+        if state := checkpoint.get(TRAINING_STATE):
+            self.guard.skipped, self.guard.in_a_row = state["guard"]
+            self.accumulator.random_state = state["random"]
+
+    def on_train_start(self) -> None:
+        """Restore the random state after the data loader has drawn its own seed."""
+        set_random_state(self.accumulator.random_state, self.device)

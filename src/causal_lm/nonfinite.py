@@ -1,121 +1,114 @@
-"""A loss or a gradient that is not finite: where it began, and whether the run goes on."""
+"""Non-finite losses and gradients: which batch and layer they began in, and whether to go on."""
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from causal_lm.data.collate import Batch
+from causal_lm.accumulation import MicroBatch
 from causal_lm.data.sampler import DocumentSampler
-from causal_preflight.nested_outputs import iter_float_tensors
 
 log = logging.getLogger(__name__)
 
 
-class Guard:
-    """Leaves such a step out, so many times in a row; the next one stops the run.
+class NonFiniteGuard:
+    """Skips a limited number of non-finite optimizer steps in a row, then stops the run.
 
     Args:
-        on_nonfinite: ``stop`` at the first, or ``skip``.
-        max_skipped: how many in a row, with ``skip`` or where float16's loss scaler skips.
+        on_nonfinite: ``stop`` at the first one, or ``skip``.
+        max_skipped: most skipped steps in a row, under ``skip`` or float16's loss scaler.
     """
 
     def __init__(self, on_nonfinite: str = "stop", max_skipped: int = 10) -> None:
         self.skip, self.max_skipped = on_nonfinite == "skip", max_skipped
         self.skipped = self.in_a_row = 0
 
-    def refuse(self, step: int, finding: str, scaled: bool = False) -> None:
-        """Count and log a step that is skipped; ``scaled``: by a loss scaler, whose trade it is.
+    def skip_step(self, step: int, finding: str, by_scaler: bool = False) -> None:
+        """Count and log a skipped step.
+
+        Args:
+            finding: what is not finite, from :func:`describe_nonfinite`.
+            by_scaler: float16's loss scaler skips steps as a matter of course, whatever
+                ``on_nonfinite`` says.
 
         Raises:
-            FloatingPointError: there were too many.
+            FloatingPointError: more than the limit in a row.
         """
-        limit = self.max_skipped if self.skip or scaled else 0
+        limit = self.max_skipped if self.skip or by_scaler else 0
         if self.in_a_row >= limit:
             after = f", after gradients.max_skipped={limit} skipped steps in a row" if limit else ""
             raise FloatingPointError(
-                f"{finding} is not finite at step {step}{after}: lower optimizer.lr, look at the "
+                f"{finding} is not finite at step {step}{after}: lower optimizer.lr, check the "
                 f"batch{'' if limit else ', or set gradients.on_nonfinite=skip'}; the weights are "
                 f"those before this step, and the checkpoints are kept"
             )
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        log.warning(
-            f"step {step} is skipped, the {self.in_a_row}. in a row: {finding} is not finite"
-        )
+        log.warning(f"step {step} is skipped ({self.in_a_row} in a row): {finding} is not finite")
 
-    def accept(self) -> None:
-        """A step is taken: what was skipped before is no longer in a row with what comes."""
+    def accept_step(self) -> None:
+        """Reset the count of skipped steps in a row."""
         self.in_a_row = 0
 
 
-class MicroBatch(NamedTuple):
-    """A micro-batch of the optimizer step in hand, its number in the epoch, and what it adds to the
-    step's loss: (2,) float32, the sum in nats and the denominator."""
-
-    number: int
-    batch: Batch
-    sums: Tensor
-
-
-def explain(module: Any, seen: Sequence[MicroBatch]) -> str:
-    """What is not finite, and where it began: batch, rows and layer. The same on every rank.
+def describe_nonfinite(module: Any, micro_batches: Sequence[MicroBatch]) -> str:
+    """Name what is not finite and where it began (batch, rows, layer); the same on every rank.
 
     Args:
         module: a LightningModule with ``loss_terms(batch)``, after its backward pass and before
-            anything has been clipped.
-        seen: the micro-batches of this step, on this rank.
+            gradients are clipped.
+        micro_batches: of this step, on this rank.
     """
     ranks = module.trainer.world_size
-    lost = next((part for part in seen if not part.sums.isfinite().all()), None)
-    own: Any = (_of_loss(module, lost) if lost else None), affected(module)
-    every = [own]
-    if ranks > 1:  # each has batches of its own, and may have parameters of its own
-        every = [None] * ranks
-        torch.distributed.all_gather_object(every, own)
-    for rank, (finding, _) in enumerate(every):
+    lost = next((part for part in micro_batches if not part.sums.isfinite().all()), None)
+    own: Any = (_describe_loss(module, lost) if lost else None), nonfinite_layers(module)
+    by_rank: list[Any] = [own]
+    if ranks > 1:  # each rank has batches of its own, and may have parameters of its own
+        by_rank = [None] * ranks
+        torch.distributed.all_gather_object(by_rank, own)
+    for rank, (finding, _) in enumerate(by_rank):
         if finding:
             return finding + (f" of rank {rank}" if ranks > 1 else "")
-    # The loss was finite. A backward pass starts at the last layer.
-    layers = max((layers for _, layers in every), key=len)
-    numbers = ", ".join(_named(module.trainer, part) for part in seen)
+    # The loss was finite, so the backward pass broke it; that starts at the last layer.
+    layers = max((layers for _, layers in by_rank), key=len)
+    batches = ", ".join(_name_batch(module.trainer, part) for part in micro_batches)
     where = f"first in {layers[-1]}, {len(layers)} layers in all" if layers else "in its norm"
-    return f"the gradient of batch {numbers} ({where})"
+    return f"the gradient of batch {batches} ({where})"
 
 
-def _of_loss(module: Any, part: MicroBatch) -> str:
+def _describe_loss(module: Any, part: MicroBatch) -> str:
     trainer, where = module.trainer, ""
+    # Under sharded strategies a forward pass is collective, and ranks without a fault do not join.
     if trainer.world_size == 1 or type(trainer.strategy) is DDPStrategy:
         with torch.no_grad(), trainer.precision_plugin.train_step_context():
-            layer = first_layer(module, lambda: module.loss_terms(part.batch))
+            layer = first_nonfinite_layer(module, lambda: module.loss_terms(part.batch))
         where = f" (first in {layer})" if layer else " (in no layer's output)"
-    # else: parameters are spread over the ranks, and those without a fault would not join in
-    return f"the loss{where} of batch {_named(trainer, part)}"
+    return f"the loss{where} of batch {_name_batch(trainer, part)}"
 
 
-def _named(trainer: Any, part: MicroBatch) -> str:
-    known = ", ".join(map(str, rows(trainer, part.number)))
-    return f"{part.number}" + (f" with rows {known}" if known else "")
+def _name_batch(trainer: Any, part: MicroBatch) -> str:
+    indices = ", ".join(map(str, dataset_indices(trainer, part.batch_idx)))
+    return f"{part.batch_idx}" + (f" with rows {indices}" if indices else "")
 
 
-def first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """The first module to finish with an output that is not finite, while ``forward`` runs."""
+def first_nonfinite_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Name of the first submodule that returns a non-finite output while ``forward`` runs."""
     found: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(
-                torch.isfinite(x).all() for _, x in iter_float_tensors(output)
-            ):
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not all(torch.isfinite(x).all() for x in _float_tensors(output)):
                 found.append(name)
 
-        return look
+        return hook
 
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    handles = [
+        m.register_forward_hook(make_hook(name)) for name, m in model.named_modules() if name
+    ]
     try:
         forward()
     finally:
@@ -124,18 +117,28 @@ def first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def layer_of(name: str) -> str:
-    """The numbered block that a parameter is in, or else the module.
+def _float_tensors(output: Any) -> Iterator[Tensor]:
+    """Floating-point tensors in a module's output: a tensor, or tuples, lists and dicts of them."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping | Sequence) and not isinstance(output, str):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _float_tensors(value)
 
-    >>> layer_of("model.blocks.layers.3.linear1.weight"), layer_of("model.head.weight")
-    ('model.blocks.layers.3', 'model.head')
+
+def layer_of(name: str) -> str:
+    """The numbered block that a parameter belongs to, or else its module.
+
+    >>> layer_of("model.blocks.layers.3.linear1.weight"), layer_of("model.lm_head.weight")
+    ('model.blocks.layers.3', 'model.lm_head')
     """
     block = re.match(r".*?\.\d+(?=\.)", name)
     return block[0] if block else name.rpartition(".")[0]
 
 
-def affected(model: nn.Module) -> list[str]:
-    """Layers with a gradient that is not finite, in the order in which the model lists them."""
+def nonfinite_layers(model: nn.Module) -> list[str]:
+    """Layers with a non-finite gradient, in the model's own order."""
     names = [
         layer_of(name)
         for name, p in model.named_parameters()
@@ -144,12 +147,14 @@ def affected(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def rows(trainer: Any, number: int) -> list[int]:
-    """Which rows of the training set this rank's batch of that number in the epoch holds, if that
-    is known: whole documents, or windows of those that were cut."""
+def dataset_indices(trainer: Any, batch_index: int) -> list[int]:
+    """Indices in the training set of this rank's batch with that index in the epoch.
+
+    They are of whole documents, or of windows of long ones; empty where the sampler is not ours.
+    """
     loader, loop = trainer.train_dataloader, trainer.fit_loop
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DocumentSampler):
         return []
-    done = loop.total_batch_idx - loop.batch_idx + number
+    done = loop.total_batch_idx - loop.batch_idx + batch_index
     return [i for i in islice(sampler.rest(done), loader.batch_size) if i >= 0]

@@ -1,16 +1,16 @@
-"""The objective: which token is the target of position t, which targets count, and how much.
+"""The objective: which token is the target of each position, which targets count, and how much.
 
-These questions are answered here and nowhere else. A batch arrives *not shifted*; the labels are
-made once, from where documents begin and end, and never by comparing token values with PAD. That
-is why PAD may equal EOS:
+These questions are answered here and nowhere else. A batch is *not shifted*. Its labels are made
+once, from where documents begin and end, and never by comparing token values with PAD; so PAD may
+equal EOS:
 
     input_ids      BOS  the  cat  EOS  PAD  PAD
     document_ids     0    0    0    0   -1   -1
     labels         the  cat  EOS    ·    ·    ·      (· = IGNORE)
 
-Every loss here is one formula, sum(weight * nll) / denominator, in which the two parts stay apart
-until all micro-batches and ranks have been added up (see ``module.py``). Units: losses are in nats;
-counts are in tokens.
+Every loss is one formula, sum(weight * nll) / denominator. The two parts stay apart until they have
+been summed over all micro-batches and ranks (see ``accumulation.py``). Losses are in nats, counts
+in tokens.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-"""The label of a position that does not count (the default ``ignore_index`` of torch)."""
+"""Label of a position without a counted target (the default ``ignore_index`` of torch)."""
 REDUCTIONS = ("token", "sequence", "padded")
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the token losses become one number.
+    """How the token losses are reduced to one number.
 
-    reduction: ``token``, each counted token weighs the same; ``sequence``, each document (or window
-        of one) weighs the same, whatever its length; ``padded``, each token weighs one slot of
-        ``length``, counted or not, so that short documents weigh less.
+    reduction: ``token``, every counted token has the same weight; ``sequence``, every document (or
+        window of one) has the same weight, whatever its length; ``padded``, the sum is divided by
+        ``length`` slots per document, counted or not, so that short documents weigh less.
     length: slots per document for ``padded``.
-    chunk_tokens: compute head and loss for so many tokens at a time (:func:`chunked_nll`); None
-        does it for all at once.
+    chunk_tokens: compute head and loss for this many tokens at a time (:func:`chunked_nll`); None
+        computes all logits at once.
     """
 
     reduction: str = "token"
@@ -48,28 +48,31 @@ class LossConfig:
             raise ValueError("loss.reduction=padded needs loss.length, the slots of a document")
 
 
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """The token after each position: (B, T) -> (B, T). Nothing follows the last: IGNORE."""
+def shift_left(input_ids: Tensor) -> Tensor:
+    """The token after each position: (B, T) -> (B, T), IGNORE in the last column."""
     return F.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
 
 
 def has_target(document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-    """True where the next position holds the same document: (B, T) -> bool (B, T).
+    """True where the next position belongs to the same document: (B, T) -> bool (B, T).
 
-    Document ids are >= 0, and -1 at PAD. The last token of a document (its EOS) predicts nothing,
-    and neither does PAD; so each document of n tokens has n - 1 targets, the last of them EOS.
+    Document ids are >= 0, and -1 at PAD. The last token of a document (its EOS) and PAD have no
+    target, so a document of n tokens has n - 1 targets, the last of which is EOS.
 
-    loss_mask: bool (B, T), False at tokens that are given and not to be learned (a prompt). It
-        speaks of the *target*: the last token of a prompt still predicts the first of its answer.
+    loss_mask: bool (B, T), False at tokens that are context only (a prompt). It masks the *target*:
+        the last token of a prompt still predicts the first token of its answer.
     """
     following = F.pad(document_ids[:, 1:], (0, 1), value=-1)
-    counted = (document_ids >= 0) & (document_ids == following)
-    return counted if loss_mask is None else counted & F.pad(loss_mask[:, 1:], (0, 1))
+    found = (document_ids >= 0) & (document_ids == following)
+    return found if loss_mask is None else found & F.pad(loss_mask[:, 1:], (0, 1))
 
 
-def make_labels(targets: Tensor, counted: Tensor) -> Tensor:
-    """Targets (B, T) where they count, IGNORE elsewhere."""
-    return targets.masked_fill(~counted, IGNORE)
+def make_labels(input_ids: Tensor, document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+    """The labels of a batch: the next token of the same document, IGNORE where there is none.
+
+    input_ids, document_ids and loss_mask (B, T), see :func:`has_target` -> (B, T).
+    """
+    return shift_left(input_ids).masked_fill(~has_target(document_ids, loss_mask), IGNORE)
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -83,35 +86,36 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """The weight of each token's loss, (B, T), and the denominator, a scalar.
+    """Weight of each token's loss, (B, T), and the denominator of the weighted sum, a scalar.
 
-    Two rows of three slots, of which three and one count (x marks a target that counts):
+    Two rows of three slots with three and one counted targets (x):
 
                  token      sequence            padded, length 3
         x x x    1  1  1    1/3  1/3  1/3       1  1  1
         x · ·    1  ·  ·     1    ·    ·        1  ·  ·
         over        4            2                 6
 
-    So a token of the first row weighs 1/4, 1/6 or 1/6, and that of the second 1/4, 1/2 or 1/6. The
-    denominators add up over micro-batches and ranks; a quotient of theirs would not.
+    A token of the first row therefore weighs 1/4, 1/6 or 1/6 in the loss, and that of the second
+    1/4, 1/2 or 1/6. Denominators are summed over micro-batches and ranks; quotients must not be.
     """
     counted = labels != IGNORE
     if loss.reduction == "token":
         return counted.float(), counted.sum()
-    # Documents lie side by side: each begins where the id changes. (PAD is one; nothing counts.)
+    # The tokens of a document are neighbors: each document begins where the id changes. (A stretch
+    # of PAD is numbered too; it has no targets.)
     begins = torch.ones_like(counted)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    owner = begins.flatten().cumsum(0) - 1  # (B T,)
-    lengths = torch.zeros_like(owner).scatter_add_(0, owner, counted.flatten().long())
-    documents = (lengths > 0).sum()
+    document = begins.flatten().cumsum(0) - 1  # (B T,)
+    targets = torch.zeros_like(document).scatter_add_(0, document, counted.flatten().long())
+    documents = (targets > 0).sum()
     if loss.reduction == "padded":
         assert loss.length is not None
         return counted.float(), documents * loss.length
-    return counted.float() / lengths[owner].view_as(counted).clamp(min=1), documents
+    return counted.float() / targets[document].view_as(counted).clamp(min=1), documents
 
 
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weight * nll over the labels that count, a scalar, in nats.
+    """Sum of weight * nll over the counted labels, a scalar, in nats.
 
     logits (B, T, V), labels and weights (B, T).
 
@@ -125,12 +129,12 @@ def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 def chunked_nll(
     hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk_tokens: int
 ) -> Tensor:
-    """:func:`weighted_nll` of the logits ``hidden @ head.T``, which never exist all at once.
+    """:func:`weighted_nll` of the logits ``hidden @ head.T``, computed a chunk at a time.
 
-    Labels that do not count are dropped before the projection. Of the rest, one chunk at a time
-    gets its logits, its loss and its gradients, so the memory is that of ``chunk_tokens`` rows of
-    logits, whatever the batch. The logits of a chunk have the dtype that autocast would give them;
-    loss and softmax are float32 (the idea: Cut Your Losses, arXiv 2411.09009).
+    Positions without a counted label are dropped before the projection. The rest are processed in
+    chunks, each with its logits, loss and gradients, so that peak memory is ``chunk_tokens`` rows
+    of logits. The logits of a chunk have the dtype that autocast would give them; loss and softmax
+    are float32 (Cut Your Losses, https://arxiv.org/abs/2411.09009).
 
     hidden (B, T, C), head (V, C), labels and weights (B, T) -> scalar, in nats. It can be
     differentiated once.
@@ -141,7 +145,7 @@ def chunked_nll(
 
 @torch.no_grad()
 def chunked_token_nll(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-    """:func:`token_nll` of the logits ``hidden @ head.T``, a chunk at a time, for evaluation."""
+    """:func:`token_nll` of the logits ``hidden @ head.T``, a chunk at a time, without gradients."""
     nll = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     counted = labels != IGNORE
     chunks = zip(
@@ -152,7 +156,7 @@ def chunked_token_nll(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """Makes the gradients in the forward pass, while a chunk's logits are there."""
+    """Computes the gradients in the forward pass, while the logits of a chunk exist."""
 
     @staticmethod
     def forward(ctx, hidden, head, labels, weights, chunk_tokens):

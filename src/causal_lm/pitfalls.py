@@ -1,7 +1,7 @@
-"""The wrong versions, each a small override of one seam of the module. Here, and nowhere else.
+"""The wrong versions, each a small override of one method of the module. Here, and nowhere else.
 
-With every switch off this file is not even imported. Delete it, ``configs/pitfalls`` and the
-presets that name it, and a clean starter remains. ``docs/pitfalls.md`` has what each one does.
+With every switch off this file is not imported. Without the file, ``configs/pitfalls`` and the
+presets that name it, a clean starter remains. ``docs/pitfalls.md`` shows what each one does.
 """
 
 from collections.abc import Mapping
@@ -11,25 +11,40 @@ from torch import Tensor
 
 from causal_lm import masks, objective
 from causal_lm.data.collate import Batch
+from causal_lm.masks import AttentionMask
 from causal_lm.module import CausalLM
 from causal_lm.objective import IGNORE
 
 
 class Pitfall(CausalLM):
-    """Logs, beside the canonical validation loss, what the faulty objective says of it."""
+    """Splits the training labels into two methods, one of which a pitfall overrides.
+
+    Validation also logs the training objective, as ``val/loss_as_trained``.
+    """
 
     label: str
     """What the preflight calls the fault."""
 
     pad_id: int
-    has_own_view = True
+    has_own_objective = True
+
+    def targets(self, batch: Batch) -> Tensor:
+        """(B, T): the token that each position is trained to predict."""
+        return objective.shift_left(batch.input_ids)
+
+    def has_target(self, batch: Batch) -> Tensor:
+        """bool (B, T): the positions whose target counts in the loss."""
+        return objective.has_target(batch.document_ids, batch.loss_mask)
+
+    def training_labels(self, batch: Batch) -> Tensor:
+        return self.targets(batch).masked_fill(~self.has_target(batch), IGNORE)
 
 
 # ---- which token is the target ----
 
 
 class UnshiftedLabels(Pitfall):
-    """Each position is trained on the token it was given: the model learns to copy, loss -> 0."""
+    """Each position is trained on its own input: the model learns to copy; the loss goes to 0."""
 
     label = "shift"
 
@@ -38,13 +53,13 @@ class UnshiftedLabels(Pitfall):
 
 
 class ShiftedTwice(Pitfall):
-    """Labels that the data shifted, handed to a model that shifts: each position learns t + 2."""
+    """The data shifts the labels and so does the model: each position learns token t + 2."""
 
     label = "shift"
 
     def targets(self, batch: Batch) -> Tensor:
-        return objective.next_tokens(objective.next_tokens(batch.input_ids)).where(
-            objective.next_tokens(self.counted(batch).long()) == 1, IGNORE
+        return objective.shift_left(objective.shift_left(batch.input_ids)).where(
+            objective.shift_left(self.has_target(batch).long()) == 1, IGNORE
         )
 
 
@@ -52,109 +67,116 @@ class ShiftedTwice(Pitfall):
 
 
 class PadInLoss(Pitfall):
-    """Every slot counts, PAD too: the easy PAD -> PAD dilutes the loss, and PAD gets written."""
+    """Every slot counts, PAD included: easy PAD -> PAD targets dilute the loss, and are learned."""
 
     label = "pad"
 
-    def counted(self, batch: Batch) -> Tensor:
+    def has_target(self, batch: Batch) -> Tensor:
         return torch.ones_like(batch.input_ids, dtype=torch.bool)
 
 
 class InputMaskOnTargets(Pitfall):
-    """A target counts where its *input* is real: the EOS of each document learns to say PAD."""
+    """A target counts where its *input* is real: the EOS of each document learns to predict PAD."""
 
     label = "pad"
 
-    def counted(self, batch: Batch) -> Tensor:
-        right = super().counted(batch)
+    def has_target(self, batch: Batch) -> Tensor:
+        right = super().has_target(batch)
         return right | ((batch.document_ids >= 0) & ~objective.has_target(batch.document_ids))
 
 
 class PadIsEosByValue(Pitfall):
-    """Targets that equal PAD are ignored; where PAD is EOS, no document ever learns to end."""
+    """Targets equal to the PAD id are ignored; where PAD is EOS, no document learns to end."""
 
     label = "eos"
 
-    def counted(self, batch: Batch) -> Tensor:
-        return super().counted(batch) & (objective.next_tokens(batch.input_ids) != self.pad_id)
+    def has_target(self, batch: Batch) -> Tensor:
+        return super().has_target(batch) & (objective.shift_left(batch.input_ids) != self.pad_id)
 
 
 class LabelCrossesDocuments(Pitfall):
-    """The EOS of each packed document is trained to predict how an unrelated one begins."""
+    """The EOS of each packed document is trained to predict the start of an unrelated one."""
 
     label = "shift"
 
-    def counted(self, batch: Batch) -> Tensor:
-        return objective.has_target((batch.document_ids >= 0).long() - 1, batch.loss_mask)
+    def has_target(self, batch: Batch) -> Tensor:
+        return objective.has_target(_merge_documents(batch), batch.loss_mask)
 
 
-# ---- who may see whom ----
+# ---- which positions see which ----
 
 
 class NoCausalMask(Pitfall):
-    """Every position sees the whole document, its own answer included: the model looks it up."""
+    """Every position sees its whole document, the answer included: the model looks it up."""
 
     label = "causal"
 
-    def may_attend(self, batch: Batch) -> Tensor:
-        return masks.same_document(batch.document_ids)
+    def training_mask(self, batch: Batch) -> AttentionMask:
+        return batch.attention_mask.replaced_by(masks.same_document(batch.document_ids))
 
 
 class InvertedMask(Pitfall):
-    """True is taken for "masked out": each position sees just what it must not.
+    """True is taken for "masked out": each position sees exactly what it must not.
 
-    What would then see nothing sees itself, as a softmax over nothing is NaN.
+    A position that would see nothing sees itself, as a softmax over nothing is NaN.
     """
 
     label = "causal"
 
-    def may_attend(self, batch: Batch) -> Tensor:
-        wrong = ~masks.causal(batch.document_ids)
-        myself = torch.eye(wrong.shape[-1], dtype=torch.bool, device=wrong.device)
-        return wrong | (myself & ~wrong.any(dim=-1, keepdim=True))
+    def training_mask(self, batch: Batch) -> AttentionMask:
+        wrong = batch.attention_mask.to_masked_out()
+        itself = torch.eye(wrong.shape[-1], dtype=torch.bool, device=wrong.device)
+        visible = wrong | (itself & ~wrong.any(dim=-1, keepdim=True))
+        return batch.attention_mask.replaced_by(visible)
 
 
 class PaddingAttended(Pitfall):
-    """PAD is looked at like any token; with PAD on the left, by every token of the document."""
+    """PAD is attended to like any token; padded on the left, by every token of the document."""
 
     label = "pad"
 
-    def may_attend(self, batch: Batch) -> Tensor:
+    def training_mask(self, batch: Batch) -> AttentionMask:
         pad = (batch.document_ids < 0)[:, None, :]
-        return (masks.same_document(batch.document_ids) | pad).tril()
+        visible = (masks.same_document(batch.document_ids) | pad).tril()
+        return batch.attention_mask.replaced_by(visible)
 
 
 class LeakyPacking(Pitfall):
-    """Causal, but over the whole packed row: documents see those before them."""
+    """Causal over the whole packed row: documents see those before them."""
 
     label = "causal"
 
-    def may_attend(self, batch: Batch) -> Tensor:
-        return masks.causal((batch.document_ids >= 0).long() - 1)
+    def training_mask(self, batch: Batch) -> AttentionMask:
+        return AttentionMask.from_document_ids(_merge_documents(batch))
 
 
-# ---- how the losses become one ----
+def _merge_documents(batch: Batch) -> Tensor:
+    """Document ids in which all documents of a row are one: 0, and -1 at PAD."""
+    return (batch.document_ids >= 0).long() - 1
+
+
+# ---- how the losses are reduced ----
 
 
 class MaskAfterMean(Pitfall):
-    """The mask comes after the mean, over every slot, is a scalar: it divides itself away."""
+    """The mask is applied after the mean over every slot, which is a scalar: it cancels out."""
 
     label = "pad"
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self.model(batch.input_ids, batch.position_ids, self.may_attend(batch))
-        targets, mask = self.targets(batch), self.counted(batch)
+        logits = self.model(batch.input_ids, batch.position_ids, self.training_mask(batch))
+        targets, mask = self.targets(batch), self.has_target(batch)
         mean = objective.token_nll(logits, targets).sum() / (targets != IGNORE).sum()
         return (mean * mask).sum(), mask.sum()
 
 
 class MeanOfMeans(Pitfall):
-    """Each micro-batch and rank weighs the same, however few targets it holds.
+    """Each micro-batch and rank has the same weight, however few targets it holds.
 
-    That is what Lightning makes of a mean over tokens under accumulation, and DDP over ranks.
+    Lightning does this to a mean over tokens under accumulation, and DDP does it across ranks.
     """
 
-    label = "norm"
+    label = "reduction"
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         nats, denominator = super().loss_terms(batch)
@@ -177,10 +199,10 @@ PITFALLS: dict[str, type[Pitfall]] = {
 }
 
 
-def faulty(switches: Mapping[str, bool], pad_id: int) -> type[CausalLM]:
+def faulty_module(switches: Mapping[str, bool], pad_id: int) -> type[CausalLM]:
     """The module class with the faults that are switched on.
 
-    Of two that answer the same question, the one that is later in :data:`PITFALLS` has its way.
+    Of two that override the same method, the later one in :data:`PITFALLS` takes effect.
     """
-    chosen = tuple(kind for name, kind in reversed(PITFALLS.items()) if switches.get(name))
+    chosen = tuple(cls for name, cls in reversed(PITFALLS.items()) if switches.get(name))
     return type("Faulty" + "".join(c.__name__ for c in chosen), chosen, {"pad_id": pad_id})

@@ -30,8 +30,8 @@ from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
-from causal_lm.module import CausalLM, parts_into_body_and_head
-from causal_lm.nonfinite import Guard
+from causal_lm.module import CausalLM
+from causal_lm.nonfinite import NonFiniteGuard
 from causal_lm.objective import LossConfig
 from causal_lm.report import samples
 from causal_lm.report.files import write_json, write_text
@@ -89,15 +89,15 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     """The module of a configuration: the correct class, unless a pitfall is switched on."""
     kind = CausalLM
     if any((cfg.get("pitfalls") or {}).values()):
-        from causal_lm.pitfalls import faulty
+        from causal_lm.pitfalls import faulty_module
 
-        kind = faulty(cfg.pitfalls, tokenizer.pad_id)
+        kind = faulty_module(cfg.pitfalls, tokenizer.pad_id)
     model = build(cfg.model, vocab_size=tokenizer.vocab_size)
     chunk = cfg.loss.chunk_tokens
     if chunk == "auto":
-        chunk = CHUNK if tokenizer.vocab_size >= LARGE and parts_into_body_and_head(model) else None
+        chunk = CHUNK if tokenizer.vocab_size >= LARGE and model.lm_head is not None else None
     loss = LossConfig(cfg.loss.reduction, cfg.loss.length, chunk)
-    guard = Guard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
+    guard = NonFiniteGuard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
     optimizer, schedule = make_optimizer(cfg), build(cfg.scheduler)
     return kind(model, optimizer, schedule, tokenizer.token_bytes(), loss, guard)
 
@@ -223,7 +223,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     data, corpus, module = prepare(cfg)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     # A checkpoint is to be read without the files that its model started from.
-    config["model"] |= getattr(module.model, "self_contained", {})
+    config["model"] |= module.model.standalone_config()
     origin = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
     folder = directory / "checkpoints"
     step = origin.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Document
+from causal_lm.masks import AttentionMask
 from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
 
@@ -25,6 +27,11 @@ def make_documents(lengths=(5, 2, 7), seed: int = 0) -> list[Document]:
 def make_batch(lengths=(5, 2, 7), seed: int = 0, **layout) -> Batch:
     """Those documents, padded; or laid out as :class:`Collate` is told."""
     return Collate(PAD, V, **layout)(make_documents(lengths, seed))
+
+
+def explicit_mask(batch: Batch) -> AttentionMask:
+    """The mask of a batch in its dense form, also where plain causal would do."""
+    return replace(batch.attention_mask, plain_causal=False)
 
 
 def make_model(seed: int = 0, **changes) -> Tiny:

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from causal_lm import masks
 from causal_lm.data.collate import Batch
-from causal_lm.models.decoder import Llama
+from causal_lm.models.decoder import Decoder
 from causal_lm.models.external import XTransformers, huggingface
 from causal_lm.models.gru import GRU
-from support import PAD, V, make_batch
+from support import PAD, V, explicit_mask, make_batch
 
 LENGTHS = (5, 2, 7, 4)
 SIZES: dict[str, Any] = {"d_model": 16, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "d_ff": 32}
@@ -25,9 +24,9 @@ DECODER = {"rotary_pos_emb": True, "rotary_emb_dim": 8, "ff_glu": True}
 FAST = {"mlp": "relu2", "qk_norm": True, "zero_init_residual": True, "token_smear": 2}
 
 MAKE = {
-    "llama": lambda: Llama(V, **SIZES),
-    "llama_tied": lambda: Llama(V, **SIZES, tied=True),
-    "llama_fast": lambda: Llama(V, **SIZES, **FAST),
+    "llama": lambda: Decoder(V, **SIZES),
+    "llama_tied": lambda: Decoder(V, **SIZES, tied=True),
+    "llama_fast": lambda: Decoder(V, **SIZES, **FAST),
     "gru": lambda: GRU(V, 16, n_layers=2),
     "gpt2": lambda: huggingface(V, GPT2),
     "gpt2_eager": lambda: huggingface(V, GPT2 | {"attn_implementation": "eager"}),
@@ -80,8 +79,9 @@ PLACES = ((0, 0, 0), (0, 5, 1), (1, 0, 0), (1, 2, 1))
 
 
 def logits_of(model: nn.Module, batch: Batch, dense: bool = True) -> torch.Tensor:
-    may_attend = masks.causal(batch.document_ids) if dense else None
-    return model(batch.input_ids, batch.position_ids, may_attend)
+    """Under the explicit mask of the batch or, if not ``dense``, under plain causal."""
+    mask = explicit_mask(batch) if dense else None
+    return model(batch.input_ids, batch.position_ids, mask)
 
 
 def by_document(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -129,7 +129,8 @@ def audit_batch(
     model that has ``whole_logits()``, a context in which its loss uses whole logits, is asked to.
     """
     kind = dict if isinstance(batch, Mapping) else type(batch)
-    given = dict(batch) if kind is dict else batch._asdict()
+    names = getattr(batch, "__dataclass_fields__", None) or getattr(batch, "_fields", batch)
+    given = {k: batch[k] if kind is dict else getattr(batch, k) for k in names}
 
     def loss(_: nn.Module, edited: dict[str, Any]) -> Tensor:
         rows = len(edited["input_ids"])

@@ -125,7 +125,7 @@ class SampleMonitor(L.Callback):
 
     def _consistency(self, module: Any) -> float | None:
         """None where there is no prompt, or the model does not show its hidden states."""
-        if not len(self.prompts) or (self.embed is hidden and not hasattr(module.model, "body")):
+        if not len(self.prompts) or False:
             return None
         rows = generation.write(module, self.prompts, **self.options)
         vectors = [

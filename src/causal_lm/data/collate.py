@@ -1,36 +1,39 @@
-"""Documents of uneven length to one rectangular batch. Never shifted: labels are objective.py's.
+"""Documents of different lengths -> one rectangular batch, not shifted.
 
-Three documents ``a``, ``b`` and ``c`` (· = PAD), one a row, and packed into rows of eight slots:
+Three documents ``a``, ``b`` and ``c`` (· = PAD), one per row, and packed into rows of eight slots:
 
     padded   a a a a a a        packed   a a a a a a b b
              b b · · · ·                 c c c · · · · ·
              c c c · · ·
 
 Positions start anew in each document. ``document_ids`` say which document of its row a slot belongs
-to; ``masks.py`` keeps documents from seeing each other and ``objective.py`` from predicting each
-other by them. So loss and gradient do not depend on the layout.
+to: ``masks.py`` uses them to hide documents from each other, ``objective.py`` to keep one document
+from predicting the next. So loss and gradient do not depend on the layout.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from causal_lm import objective
 from causal_lm.data.documents import Document
+from causal_lm.masks import AttentionMask
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """One micro-batch of B rows and T slots; ids are int64.
 
-    input_ids     (B, T) tokens, PAD where there is none
-    position_ids  (B, T) 0, 1, 2 … within each document; they run on into PAD on the right
-    document_ids  (B, T) which document of its row a slot belongs to; -1 at PAD
-    loss_mask     (B, T) bool, False at tokens that are given and not to be learned (a prompt);
-                  None where every token is to be learned
+    input_ids     (B, T) tokens, the PAD id where there is none
+    position_ids  (B, T) 0, 1, 2 … within each document; they continue into PAD on the right
+    document_ids  (B, T) document of each slot within its row, -1 at PAD
+    loss_mask     (B, T) bool, False at tokens that are context only (a prompt); None: no such token
 
-    Whether a slot is PAD is said by ``document_ids``, from lengths; the token value says nothing
-    (PAD may be EOS).
+    Whether a slot is PAD is told by ``document_ids``, which come from lengths, never by the token
+    value (PAD may be EOS).
     """
 
     input_ids: Tensor
@@ -38,23 +41,51 @@ class Batch(NamedTuple):
     document_ids: Tensor
     loss_mask: Tensor | None = None
 
+    @cached_property
+    def labels(self) -> Tensor:
+        """(B, T): the next token of the same document, ``objective.IGNORE`` where there is none."""
+        return objective.make_labels(self.input_ids, self.document_ids, self.loss_mask)
+
+    @cached_property
+    def attention_mask(self) -> AttentionMask:
+        """Causal, within documents. :class:`Collate` evaluates it while the ids are on the CPU."""
+        return AttentionMask.from_document_ids(self.document_ids)
+
     @property
     def lengths(self) -> Tensor:
         """(B,) real tokens in each row."""
         return (self.document_ids >= 0).sum(dim=1)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on ``device``, with the attention mask it already has."""
+        mask = self.attention_mask.to(device, non_blocking)
+        ids = (self.input_ids, self.position_ids, self.loss_mask)
+        inputs, positions, loss_mask = (
+            None if x is None else x.to(device, non_blocking=non_blocking) for x in ids
+        )
+        moved = Batch(inputs, positions, mask.document_ids, loss_mask)  # type: ignore[arg-type]
+        moved.__dict__["attention_mask"] = mask
+        return moved
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from where a GPU copies it in the background."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned = replace(self, **{k: x.pin_memory() for k, x in values.items() if x is not None})
+        pinned.__dict__["attention_mask"] = self.attention_mask
+        return pinned
+
 
 class Collate:
-    """One document per row, or several with ``packed``, and PAD up to the longest row.
+    """Puts one document into each row, or several with ``packed``, and pads to the longest row.
 
-    A document of no tokens (a sampler's filler) is a row of PAD, in which nothing counts.
+    A document of no tokens (a filler of the sampler) becomes a row of PAD without targets.
 
     Args:
         pad_id: token written where there is none.
         vocab_size: ids must lie below it.
         padding_side: ``right`` or ``left``.
-        packed: slots that a row may have; documents are put into as few rows as first-fit, longest
-            first, finds. None gives each document its own row.
+        packed: slots per row; documents are packed first-fit, longest first. None gives each
+            document its own row.
     """
 
     def __init__(
@@ -72,8 +103,8 @@ class Collate:
         """Documents, of any integer dtype -> Batch.
 
         Raises:
-            ValueError: there is no document, or an id outside the vocabulary (named), or a
-                document that is longer than a packed row.
+            ValueError: no documents, an id outside the vocabulary (named), or a document longer
+                than a packed row.
         """
         if not documents:
             raise ValueError("a batch needs at least one document")
@@ -103,14 +134,15 @@ class Collate:
         last = torch.zeros(n_rows, dtype=torch.int64).scatter_reduce_(0, rows, firsts, "amax")
         position_ids = (torch.arange(width) - last[:, None]).clamp(min=0)
         position_ids[row, slot] = position
-        return Batch(
-            torch.full((n_rows, width), self.pad_id).index_put_((row, slot), tokens),
+        shape, at = (n_rows, width), (row, slot)
+        batch = Batch(
+            torch.full(shape, self.pad_id).index_put_(at, tokens),
             position_ids,
-            torch.full((n_rows, width), -1).index_put_(
-                (row, slot), numbers.repeat_interleave(lengths)
-            ),
-            self._loss_mask(documents, (row, slot), (n_rows, width)),
+            torch.full(shape, -1).index_put_(at, numbers.repeat_interleave(lengths)),
+            self._loss_mask(documents, at, shape),
         )
+        _ = batch.attention_mask  # evaluated here, while the ids are on the CPU
+        return batch
 
     @staticmethod
     def _loss_mask(documents, at: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor | None:
@@ -135,10 +167,10 @@ class Collate:
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, number in the row and first slot of each document, (D,) each; none is cut.
+    """Pack documents into rows: row, number in the row and first slot of each document, (D,) each.
 
-    Longest first, each into the first row that has room: at most 11/9 of the fewest rows (Johnson,
-    1973). Documents of no tokens go to row 0.
+    First-fit decreasing: longest first, each into the first row with room. It needs at most 11/9 of
+    the fewest rows possible, plus a constant (Johnson 1973). Documents of no tokens go to row 0.
 
     >>> first_fit([3, 6, 2], 8)
     (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))

@@ -1,20 +1,94 @@
-"""What the models share."""
+"""What a model must offer to be trained, evaluated and sampled from here."""
 
-from typing import Any
+import abc
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from causal_lm.masks import AttentionMask
 
-class BaseCausalModel(nn.Module):
-    """A model in two parts, so that the loss can be computed without the full logits (see
-    :func:`causal_lm.objective.chunked_nll`).
 
-    body: (input_ids (B, T), position_ids (B, T), may_attend, and a cache where there are any) ->
-        hidden (B, T, C). may_attend is bool (B, T, T), True = may attend; None is plain causal
-        within each row.
-    head: the linear map from there to logits (B, T, V).
+@runtime_checkable
+class CausalModel(Protocol):
+    """A causal language model. Derive from :class:`BaseCausalModel` to get the optional parts.
+
+    All inputs are (B, T): ``input_ids``, *not shifted*; ``position_ids``, 0, 1, 2 … within each
+    document; ``attention_mask``, what each position may see (None: plain causal within each row);
+    and, where the model has one, a ``cache``. With a cache the inputs are the T new positions, and
+    ``attention_mask``, unless it is None, covers the S positions in the cache as well.
     """
 
-    def forward(self: Any, *inputs: Any) -> Tensor:
-        """What ``body`` takes -> logits (B, T, V)."""
-        return self.head(self.body(*inputs))
+    lm_head: nn.Linear | None
+    """The last layer, if logits are exactly ``hidden_states @ lm_head.weight.T``: it allows a loss
+    in chunks. It may share its weight with an embedding. None otherwise."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Logits (B, T, V)."""
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C), as the head reads them."""
+
+    def make_cache(self) -> Any:
+        """An empty cache for generation; None: the model has none, and rows are computed anew."""
+
+    def embeddings(self) -> list[nn.Embedding]:
+        """The embedding tables. They are not decayed, and Muon does not update them."""
+
+    def standalone_config(self) -> dict[str, Any]:
+        """Constructor arguments to change so that a checkpoint needs no other file."""
+
+
+class BaseCausalModel(nn.Module, abc.ABC):
+    """A :class:`CausalModel` from :meth:`hidden_states` and ``lm_head`` alone.
+
+    A subclass defines :meth:`hidden_states` and sets ``self.lm_head`` to a linear layer without
+    bias. Where logits are something else than that layer's output, set it to None and override
+    :meth:`forward`.
+    """
+
+    lm_head: nn.Linear | None
+
+    @abc.abstractmethod
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C), as the head reads them."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Logits (B, T, V)."""
+        assert self.lm_head is not None, "set lm_head, or override forward"
+        return self.lm_head(self.hidden_states(input_ids, position_ids, attention_mask, cache))
+
+    def make_cache(self) -> Any:
+        """An empty cache for generation; None: the model has none."""
+        return None
+
+    def embeddings(self) -> list[nn.Embedding]:
+        """Every ``nn.Embedding`` in the model."""
+        return [module for module in self.modules() if isinstance(module, nn.Embedding)]
+
+    def standalone_config(self) -> dict[str, Any]:
+        """Constructor arguments to change so that a checkpoint needs no other file: none."""
+        return {}

@@ -1,8 +1,9 @@
-"""A modern decoder, written to be read: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A modern decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, no biases.
 
-The architecture is that of Llama 2 (Touvron et al. 2023, https://arxiv.org/abs/2307.09288), so its
-weights go to and from ``transformers`` (see ``hf_conversion.py``). No biases anywhere. Four options
-let it learn faster; with ``mlp``, ``qk_norm`` or ``token_smear`` it is no plain Llama any more.
+With the default options the architecture is that of Llama 2 (Touvron et al. 2023,
+https://arxiv.org/abs/2307.09288), and its weights convert to and from ``transformers`` (see
+``hf_conversion.py``). ``mlp``, ``qk_norm`` and ``token_smear`` make it learn faster at small sizes;
+with any of them it is no longer a Llama.
 """
 
 from typing import Any
@@ -12,23 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from causal_lm.masks import AttentionMask
 from causal_lm.models import hf_conversion
 from causal_lm.models.base import BaseCausalModel
 
 EMBEDDING_STD = 0.3
-"""As in the seed model; docs/NOTES.md has what other values gave."""
+"""As in ``tiny.py``; docs/NOTES.md has what other values gave."""
 
 RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")
-"""The matrices of a block whose products are added to the stream."""
+"""The matrices of a block whose output is added to the residual stream."""
 
 LOGIT_STD = 0.1
-"""Spread of the first logits: above 0 so that they answer to their input, small enough for a first
-loss of ln V + LOGIT_STD² / 2."""
+"""Standard deviation of the first logits: above 0 so that they depend on the input, small enough
+for a first loss of ln V + LOGIT_STD² / 2."""
 
 
 class KVCache:
-    """The keys and values of every position seen so far, (B, KV, S, D) for each layer; and the
-    last few embeddings, for :class:`TokenSmear`."""
+    """Keys and values of the positions seen so far, (B, KV, S, D) per layer; for
+    :class:`TokenSmear` also the last few embeddings."""
 
     def __init__(self) -> None:
         self.embeddings: Tensor | None = None
@@ -39,7 +41,7 @@ class KVCache:
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append those of T new positions, (B, KV, T, D); returns all S + T of them."""
+        """Append T new positions, (B, KV, T, D); returns all S + T of them."""
         if layer in self.layers:
             seen_k, seen_v = self.layers[layer]
             k, v = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
@@ -48,17 +50,17 @@ class KVCache:
 
 
 class TokenSmear(nn.Module):
-    """Adds to each embedding the few before it in its document, each channel by a learned weight.
+    """Adds the embeddings of the few previous tokens of the document, weighted per channel.
 
-    Short contexts are most of what a small model learns; this gives them without attention (So et
-    al. 2021, https://arxiv.org/abs/2109.08668, do the like to queries, keys and values).
+    Short contexts are most of what a small model learns, and this provides them without attention
+    (a causal depthwise convolution; So et al. 2021, https://arxiv.org/abs/2109.08668, put one after
+    queries, keys and values).
     """
 
     def __init__(self, d_model: int, reach: int) -> None:
         super().__init__()
         self.reach = reach
-        # (reach, 1, C): nothing at first. Of three dimensions, as it is no matrix for Muon.
-        self.weight = nn.Parameter(torch.zeros(reach, 1, d_model))
+        self.weight = nn.Parameter(torch.zeros(reach, 1, d_model))  # (reach, 1, C)
 
     def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         """x (B, T, C), position_ids (B, T) -> (B, T, C)."""
@@ -69,25 +71,28 @@ class TokenSmear(nn.Module):
         if cache is not None:
             cache.embeddings = slots[:, -self.reach :]
         for back in range(1, self.reach + 1):
-            inside = (position_ids >= back)[:, :, None]  # else it is of another document, or PAD
+            inside = (position_ids >= back)[:, :, None]  # else the slot is of another document
             earlier = slots[:, self.reach - back : slots.shape[1] - back]
             x = x + self.weight[back - 1] * earlier.masked_fill(~inside, 0)
         return x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of the last dimension by its position's angle.
+    """Rotate each pair (i, i + D/2) of the last dimension by the angle of its position.
 
-    x (B, T, H, D), cos and sin (B, T, 1, D/2), all float32. Scores then depend on distances alone
-    (RoFormer, https://arxiv.org/abs/2104.09864). Complex numbers would defeat ``torch.compile``.
+    x (B, T, H, D), cos and sin (B, T, 1, D/2), all float32. Attention scores then depend on
+    distances alone (RoFormer, https://arxiv.org/abs/2104.09864). Written without complex numbers,
+    which ``torch.compile`` does not fuse.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """torch's attention of (B, heads, T, D) in the precision of the values, but on a CPU float32:
-    there the backward pass of bfloat16 takes 2.7 times as long."""
+    """``scaled_dot_product_attention`` of (B, heads, T, D) in the dtype of the values.
+
+    On a CPU it runs in float32: the backward pass of bfloat16 takes 2.7 times as long there.
+    """
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, **options)
     with torch.autocast("cpu", enabled=False):
@@ -114,10 +119,10 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        may_attend: Tensor | None,
+        visible: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        """x (B, T, C), may_attend bool (B, 1, T, S) or None for plain causal -> (B, T, C)."""
+        """x (B, T, C), visible bool (B, 1, T, S) or None for plain causal -> (B, T, C)."""
         x = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, T, H + 2 KV, D)
         qk, v = x.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
         qk = qk.float()
@@ -127,11 +132,11 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, KV, S, D)
-        if may_attend is None:
+        if visible is None:
             x = attend(q, k, v, is_causal=True, enable_gqa=self.n_heads > self.n_kv_heads)
-        else:  # repeated by hand: with a mask, CUDA has no fast kernel that groups the queries
+        else:  # with a mask, CUDA has no fast kernel that groups queries: repeat keys and values
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for part in (k, v))
-            x = attend(q, k, v, attn_mask=may_attend)
+            x = attend(q, k, v, attn_mask=visible)
         return self.out(x.transpose(1, 2).flatten(2))
 
 
@@ -164,7 +169,7 @@ MLPS = {"swiglu": SwiGLU, "relu2": ReLU2}
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on a normed copy of the stream and added to it."""
+    """Attention, then MLP; each reads a normalized copy of the residual stream and adds to it."""
 
     def __init__(self, sizes: hf_conversion.Sizes, layer: int) -> None:
         super().__init__()
@@ -178,34 +183,34 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        may_attend: Tensor | None,
+        visible: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, may_attend, cache)
+        x = x + self.attention(self.attention_norm(x), rotary, visible, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Llama(BaseCausalModel):
-    """Embedding, blocks, a last norm, linear head.
+class Decoder(BaseCausalModel):
+    """Embedding, blocks, final norm, linear head.
 
     Args:
-        vocab_size: V, the number of tokens, special ones included.
+        vocab_size: V, number of tokens, special ones included.
         d_model: width C.
-        n_heads: H, query heads; divides ``d_model`` into an even width per head.
+        n_heads: H, query heads; ``d_model / n_heads`` must be a whole, even number.
         n_kv_heads: KV, key and value heads; divides ``n_heads``.
         n_layers: blocks.
         d_ff: width of the hidden layer of each block's MLP.
-        rope_theta: the slowest pair of a head turns about once in ``2 pi rope_theta`` positions.
+        rope_theta: base of the rotary angles.
         norm_eps: added to the mean square in each norm.
-        tied: the head's weight is that of the embedding.
+        tied: head and embedding share one weight.
         mlp: ``swiglu``, or ``relu2``.
-        qk_norm: norm each query and key before it is turned, without weights (Henry et al. 2020,
-            https://arxiv.org/abs/2010.04245): no score is above sqrt(D), so rates can be high.
-        zero_init_residual: blocks begin by adding nothing to the stream, and a head of its own by
-            saying next to nothing.
-        token_smear: tokens before each one whose embeddings are added to its own.
-        checkpoint_activations: forget what is inside each block and compute it again in the
-            backward pass: less memory, a third more time, the same gradients.
+        qk_norm: normalize queries and keys, without weights (Henry et al. 2020,
+            https://arxiv.org/abs/2010.04245): scores stay below sqrt(D), which allows high rates.
+        zero_init_residual: blocks add zero to the residual stream at first, and an untied head
+            starts with small logits.
+        token_smear: previous tokens whose embeddings are added to each one (:class:`TokenSmear`).
+        checkpoint_activations: recompute each block in the backward pass: less memory, a third more
+            time, the same gradients.
         init_from: a folder with a Llama of ``transformers`` to start from, or None. The sizes above
             must be its sizes.
 
@@ -238,66 +243,70 @@ class Llama(BaseCausalModel):
             "rope_theta": rope_theta, "norm_eps": norm_eps, "tied": tied,
             "mlp": mlp, "qk_norm": qk_norm, "token_smear": token_smear,
         }  # fmt: skip
-        self.self_contained = {"init_from": None}  # the sizes and a checkpoint's weights suffice
         self.checkpoint_activations = checkpoint_activations
-        self.tokens = nn.Embedding(vocab_size, d_model)
-        self.previous = TokenSmear(d_model, token_smear) if token_smear else None
+        self.token_embedding = nn.Embedding(vocab_size, d_model)
+        self.token_smear = TokenSmear(d_model, token_smear) if token_smear else None
         self.blocks = nn.ModuleList(Block(self.sizes, layer) for layer in range(n_layers))
-        self.norm = nn.RMSNorm(d_model, norm_eps)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self.final_norm = nn.RMSNorm(d_model, norm_eps)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         if tied:
-            self.head.weight = self.tokens.weight
-        self._initialize(n_layers)
-        if zero_init_residual:
-            self._begin_at_nothing()
+            self.lm_head.weight = self.token_embedding.weight
+        self._initialize(n_layers, self.lm_head, zero_init_residual)
         if init_from is not None:
             self.load_state_dict(hf_conversion.read(init_from, self.sizes))
 
-    def _initialize(self, n_layers: int) -> None:
+    def _initialize(self, n_layers: int, head: nn.Linear, zero_init_residual: bool) -> None:
         for name, parameter in self.blocks.named_parameters():
-            if parameter.dim() > 1:
-                # As GPT-2: the sum of 2 n_layers contributions keeps its size, whatever the depth.
-                scale = (2 * n_layers) ** -0.5 if name.endswith(RESIDUAL_PROJECTIONS) else 1.0
-                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
-        nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
-        # A head of that size is loud (a tied one must be): the last norm turns it down.
-        width = self.head.in_features
-        nn.init.constant_(self.norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
-
-    def _begin_at_nothing(self) -> None:
-        for name, parameter in self.blocks.named_parameters():
-            if name.endswith(RESIDUAL_PROJECTIONS):
+            is_residual = name.endswith(RESIDUAL_PROJECTIONS)
+            if is_residual and zero_init_residual:
                 nn.init.zeros_(parameter)
-        if not self.sizes["tied"]:  # a loud head would be in the way of high rates
-            nn.init.normal_(self.tokens.weight)
-            nn.init.normal_(self.head.weight, std=LOGIT_STD * self.sizes["d_model"] ** -0.5)
-            nn.init.ones_(self.norm.weight)
+            elif parameter.dim() > 1:
+                # As GPT-2: the sum of 2 n_layers contributions keeps its size at any depth.
+                scale = (2 * n_layers) ** -0.5 if is_residual else 1.0
+                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+        width = head.in_features
+        if zero_init_residual and not self.sizes["tied"]:  # high rates need small first logits
+            nn.init.normal_(self.token_embedding.weight)
+            nn.init.normal_(head.weight, std=LOGIT_STD * width**-0.5)
+            return
+        nn.init.normal_(self.token_embedding.weight, std=EMBEDDING_STD)
+        nn.init.normal_(head.weight, std=EMBEDDING_STD)
+        # A head of that size gives large logits (a tied one must): the final norm scales them down.
+        nn.init.constant_(self.final_norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
 
-    def body(
+    def hidden_states(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        may_attend: Tensor | None = None,
+        attention_mask: AttentionMask | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """See :class:`BaseCausalModel`. With a cache, the T new positions see the
-        S before: may_attend is then (B, T, S + T). None, plain causal, has the fastest kernel."""
+        """See :class:`causal_lm.models.base.CausalModel`. A cache is extended in place."""
+        x = self.token_embedding(input_ids)  # (B, T, C)
+        if self.token_smear is not None:
+            x = self.token_smear(x, position_ids, cache)
         rotary = self._rotary(position_ids)
-        seen = 0 if cache is None else len(cache)
-        if may_attend is None and seen:  # is_causal would let the first query see key 0 alone
-            shape = (1, input_ids.shape[1], seen + input_ids.shape[1])
-            may_attend = input_ids.new_ones(shape, dtype=torch.bool).tril(seen)
-        mask = None if may_attend is None else may_attend[:, None]  # one for all heads
-        x = self.tokens(input_ids)  # (B, T, C)
-        if self.previous is not None:
-            x = self.previous(x, position_ids, cache)
+        visible = self._visible(input_ids, attention_mask, 0 if cache is None else len(cache))
         for block in self.blocks:
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, rotary, visible, cache, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, cache)
-        return self.norm(x)
+                x = block(x, rotary, visible, cache)
+        return self.final_norm(x)
+
+    @staticmethod
+    def _visible(
+        input_ids: Tensor, attention_mask: AttentionMask | None, cached: int
+    ) -> Tensor | None:
+        """bool (B or 1, 1, T, S), one for all heads; None where ``is_causal`` says the same."""
+        length = input_ids.shape[1]
+        if attention_mask is not None and not attention_mask.plain_causal:
+            return attention_mask.to_dense()[:, None, -length:]
+        if not cached:
+            return None
+        # is_causal is aligned to the upper left: it would show the first query key 0 alone
+        shape = (1, 1, length, cached + length)
+        return input_ids.new_ones(shape, dtype=torch.bool).tril(cached)
 
     def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) -> cos and sin of the angles, (B, T, 1, D/2) each, float32."""
@@ -307,7 +316,9 @@ class Llama(BaseCausalModel):
         angles = position_ids[:, :, None, None] * self.sizes["rope_theta"] ** -exponents
         return angles.cos(), angles.sin()
 
-    @staticmethod
-    def make_cache() -> KVCache:
-        """An empty cache, for generation."""
+    def make_cache(self) -> KVCache:
         return KVCache()
+
+    def standalone_config(self) -> dict[str, Any]:
+        """The sizes and the weights of a checkpoint suffice."""
+        return {"init_from": None}

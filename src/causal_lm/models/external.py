@@ -1,8 +1,8 @@
-"""Other libraries' models behind our interface: transformers and x-transformers.
+"""Models of other libraries behind our interface: transformers and x-transformers.
 
-They are given the unshifted batch and never any labels: the one shift is that of ``objective.py``.
-Our mask goes in as it is, and whether it is honoured is tried on two small documents when the model
-is made. A model that mixes them can have rows of one document each, and no others.
+They get the unshifted batch and never any labels: the one shift is that of ``objective.py``. Our
+mask goes in as it is. Whether a model honors it is tried on two small documents when the model is
+built; one that does not is limited to rows of one document, padded on the right.
 """
 
 import inspect
@@ -12,100 +12,117 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causal_lm import extras, masks
+from causal_lm import extras
+from causal_lm.masks import AttentionMask
 from causal_lm.models.base import BaseCausalModel
 
-SPARE = 1.02
-"""How much larger than the tokenizer an embedding may be: many are padded to a round number."""
+MAX_PADDED_VOCABULARY = 1.02
+"""Largest embedding, relative to the tokenizer: many are padded to a round number of rows."""
 
 
 @torch.no_grad()
 def keeps_documents_apart(model: Callable[..., Tensor], vocab_size: int) -> bool:
-    """Does a packed row give each of two documents the logits that it gets alone?
+    """Does each of two documents in a packed row get the logits that it gets alone?
 
     Args:
-        model: (input_ids, position_ids, may_attend or None) -> logits, in eval mode.
+        model: (input_ids, position_ids, AttentionMask or None) -> logits, in eval mode.
     """
     ids = torch.arange(7)[None] % vocab_size
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    may_attend = masks.causal(torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
+    mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
     alone = [model(ids[:, part], positions[:, part], None) for part in (slice(3), slice(3, 7))]
-    apart = torch.cat(alone, dim=1)
+    expected = torch.cat(alone, dim=1)
     try:
-        packed = model(ids, positions, may_attend)
+        packed = model(ids, positions, mask)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
-        return False  # it cannot take the mask at all
-    one_document = model(ids, torch.arange(7)[None], None)
-    mixed = (one_document - apart).abs().max()  # what a mask that is ignored would do
-    return bool((packed - apart).abs().max() <= 1e-5 + 0.01 * mixed)
+        return False  # it does not accept the mask
+    as_one_document = model(ids, torch.arange(7)[None], None)
+    mixed = (as_one_document - expected).abs().max()  # what ignoring the mask would change
+    return bool((packed - expected).abs().max() <= 1e-5 + 0.01 * mixed)
 
 
-class External(nn.Module):
-    """What both libraries' models share.
+class External(BaseCausalModel):
+    """What the models of both libraries share.
 
     Args:
         net: their model.
         vocab_size: V, of the tokenizer.
-        longest: tokens that its positions reach; None where they have no end.
+        max_positions: longest row; None where positions are unlimited.
     """
 
     net: Any
 
-    def __init__(self, net: nn.Module, vocab_size: int, longest: int | None) -> None:
+    def __init__(self, net: nn.Module, vocab_size: int, max_positions: int | None) -> None:
         super().__init__()
-        self.net, self.longest, self.takes_masks = net, longest, True
+        self.net, self.max_positions, self.honors_mask = net, max_positions, True
         self.eval()
-        self.takes_masks = keeps_documents_apart(self, vocab_size)
-        self.train()  # as any new module; transformers hands out weights from a folder in eval mode
+        self.honors_mask = keeps_documents_apart(self, vocab_size)
+        self.train()  # as any new module; transformers returns pretrained weights in eval mode
 
     def check_length(self, length: int) -> None:
         """
         Raises:
             ValueError: a row is longer than the model's positions.
         """
-        if self.longest is not None and length > self.longest:
+        if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
-                f"a row of {length} tokens is longer than the model's {self.longest} positions: "
-                f"lower data.max_length or samples.self_check.length, or raise the model's"
+                f"a row of {length} tokens is longer than the model's {self.max_positions} "
+                f"positions: lower data.max_length or samples.self_check.length, or raise the "
+                f"model's"
             )
 
-    def mask(self, position_ids: Tensor, may_attend: Tensor | None) -> Tensor | None:
-        """The mask to hand on, (B, 1, T, T), or None for rows of one document each.
+    def explicit_mask(self, attention_mask: AttentionMask | None) -> AttentionMask | None:
+        """The mask, where it says more than plain causal; None otherwise.
 
         Raises:
-            ValueError: the mask says more than that, to a model that does not honour it.
+            ValueError: the mask says more, and the model does not honor it.
         """
-        if may_attend is None or self.takes_masks:
-            return None if may_attend is None else may_attend[:, None]
-        if (position_ids[:, 1:] == 0).any() or may_attend.triu(1).any():
+        if attention_mask is None or attention_mask.plain_causal:
+            return None
+        if not self.honors_mask:
             raise ValueError(
-                "this model mixes what is in a row, whatever the mask says: use data.layout=padded "
-                "and the causal mask, or another model"
+                "this model ignores the attention mask: use data.layout=padded, "
+                "data.padding_side=right and the causal mask, or another model"
             )
-        return None
+        return attention_mask
 
 
 class Transformers(External):
-    """A causal language model of ``transformers``, whole; see :func:`huggingface`."""
+    """A causal language model of ``transformers``; see :func:`huggingface`.
 
-    self_contained: dict[str, Any] = {}  # noqa: RUF012  # a model from a folder has its own
-    """Arguments that make the same model without the folder that its weights came from."""
+    Args:
+        net: their model.
+        vocab_size: V, of the tokenizer.
+        standalone: see :meth:`causal_lm.models.base.CausalModel.standalone_config`.
+    """
 
-    def __init__(self, net: Any, vocab_size: int) -> None:
+    def __init__(
+        self, net: Any, vocab_size: int, standalone: Mapping[str, Any] | None = None
+    ) -> None:
         self.accepted = frozenset(inspect.signature(net.forward).parameters)
-        longest = getattr(net.config, "max_position_embeddings", None)
-        super().__init__(net, vocab_size, longest)
+        self.standalone, self.has_plain_head = dict(standalone or {}), has_plain_head(net)
+        super().__init__(net, vocab_size, getattr(net.config, "max_position_embeddings", None))
+
+    @property
+    def lm_head(self) -> nn.Linear | None:  # type: ignore[override]  # a part of ``net``
+        return self.net.get_output_embeddings() if self.has_plain_head else None
 
     def arguments(
-        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None, cache: Any
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None,
+        cache: Any,
     ) -> dict[str, Any]:
-        """Ours -> theirs. A mask of four dimensions is taken as it is, (B, 1, T, T)."""
+        """Our inputs as keyword arguments of theirs; a mask is handed on as (B, 1, T, T)."""
         seen = 0 if cache is None else cache.get_seq_length()
         self.check_length(seen + input_ids.shape[1])
-        mask = self.mask(position_ids, may_attend)
-        if mask is not None and self.net.config._attn_implementation != "sdpa":
-            mask = masks.to_additive(mask)
-        given = {"position_ids": position_ids, "attention_mask": mask, "past_key_values": cache}
+        mask = self.explicit_mask(attention_mask)
+        dense = None
+        if mask is not None:
+            is_bool = self.net.config._attn_implementation == "sdpa"
+            dense = (mask.to_dense() if is_bool else mask.to_additive())[:, None]
+        given = {"position_ids": position_ids, "attention_mask": dense, "past_key_values": cache}
         given = {name: value for name, value in given.items() if name in self.accepted}
         return {"input_ids": input_ids, "use_cache": cache is not None, **given}
 
@@ -113,40 +130,33 @@ class Transformers(External):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        may_attend: Tensor | None = None,
+        attention_mask: AttentionMask | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """(B, T) ids and positions, bool (B, T, T) or None -> logits (B, T, V)."""
-        return self.net(**self.arguments(input_ids, position_ids, may_attend, cache)).logits
+        return self.net(**self.arguments(input_ids, position_ids, attention_mask, cache)).logits
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        given = self.arguments(input_ids, position_ids, attention_mask, cache)
+        return self.net.base_model(**given).last_hidden_state
 
     def make_cache(self) -> Any:
-        """An empty cache, for generation; None where the model takes none."""
         if "past_key_values" not in self.accepted:
             return None
         return extras.load("transformers", "huggingface").DynamicCache(config=self.net.config)
 
-
-class SplitTransformers(BaseCausalModel, Transformers):
-    """One whose logits are a plain linear map of its last hidden states, as they mostly are."""
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.net.get_output_embeddings()
-
-    def body(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        may_attend: Tensor | None = None,
-        cache: Any = None,
-    ) -> Tensor:
-        given = self.arguments(input_ids, position_ids, may_attend, cache)
-        return self.net.base_model(**given).last_hidden_state
+    def standalone_config(self) -> dict[str, Any]:
+        return self.standalone
 
 
 @torch.no_grad()
 def has_plain_head(net: Any) -> bool:
-    """Is the output layer, without a bias, all there is between hidden states and logits?"""
+    """Is a linear layer without bias all there is between hidden states and logits?"""
     head = net.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
@@ -159,11 +169,11 @@ def has_plain_head(net: Any) -> bool:
 def huggingface(
     vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> Transformers:
-    """Any causal language model of ``transformers``.
+    """Any causal language model of ``transformers``, new or pretrained.
 
     Args:
         vocab_size: V, of the tokenizer.
-        config: a new model's ``model_type`` and what else its configuration takes.
+        config: ``model_type`` of a new model, and what else its configuration takes.
         init_from: or a folder with a model, or its name on the hub.
 
     Raises:
@@ -173,31 +183,30 @@ def huggingface(
     library = extras.load("transformers", "huggingface")
     if (config is None) == (init_from is None):
         raise ValueError("give either model.config, of a new model, or model.init_from")
+    standalone: dict[str, Any] = {}
     if config is not None:
         kind = library.AutoConfig.for_model(**({"vocab_size": vocab_size} | dict(config)))
         net = library.AutoModelForCausalLM.from_config(kind)
     else:
         net = library.AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+        standalone = {"init_from": None, "config": net.config.to_dict()}
     size = net.get_input_embeddings().num_embeddings
-    if not vocab_size <= size <= SPARE * vocab_size:
+    if not vocab_size <= size <= MAX_PADDED_VOCABULARY * vocab_size:
         raise ValueError(
             f"model.init_from={init_from} has a vocabulary of {size} tokens, but the tokenizer of "
             f"this run has {vocab_size}: use the tokenizer that it was trained with"
         )
-    model = (SplitTransformers if has_plain_head(net) else Transformers)(net, vocab_size)
-    if init_from is not None:
-        model.self_contained = {"init_from": None, "config": net.config.to_dict()}
-    return model
+    return Transformers(net, vocab_size, standalone)
 
 
-class XTransformers(BaseCausalModel, External):
+class XTransformers(External):
     """A decoder of ``x-transformers``.
 
     Args:
         vocab_size: V, of the tokenizer.
         d_model, n_heads, n_layers: sizes, as in our own models.
         max_positions: longest row.
-        decoder: what else ``x_transformers.Decoder`` takes.
+        decoder: further arguments of ``x_transformers.Decoder``.
 
     Raises:
         ModuleNotFoundError: the extra is not installed.
@@ -223,15 +232,19 @@ class XTransformers(BaseCausalModel, External):
         super().__init__(net, vocab_size, max_positions)
 
     @property
-    def head(self) -> nn.Linear:
+    def lm_head(self) -> nn.Linear | None:  # type: ignore[override]  # a part of ``net``
         return self.net.to_logits
 
-    def body(
-        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None = None,
+        cache: Any = None,
     ) -> Tensor:
         self.check_length(input_ids.shape[1])
-        mask = self.mask(position_ids, may_attend)
+        mask = self.explicit_mask(attention_mask)
         given: dict[str, Any] = {"pos": position_ids, "return_embeddings": True}
-        if mask is not None:  # ours says all there is to say: theirs is not laid over it
-            given |= {"attn_mask": mask, "causal": False}
+        if mask is not None:  # ours is complete, so theirs is switched off
+            given |= {"attn_mask": mask.to_dense()[:, None], "causal": False}
         return self.net(input_ids, **given)

@@ -27,9 +27,9 @@ SIZES = {
 """Our name of a size -> theirs."""
 
 WHOLE = {
-    "tokens.weight": ("model.embed_tokens.weight",),
-    "norm.weight": ("model.norm.weight",),
-    "head.weight": ("lm_head.weight",),
+    "token_embedding.weight": ("model.embed_tokens.weight",),
+    "final_norm.weight": ("model.norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
 }
 BLOCK = {
     "attention_norm.weight": ("input_layernorm.weight",),
@@ -77,7 +77,7 @@ def to_transformers(state: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tens
     }
     out: dict[str, Tensor] = {}
     for ours, theirs in names(sizes["n_layers"]).items():
-        if sizes["tied"] and ours == "head.weight":
+        if sizes["tied"] and ours == "lm_head.weight":
             continue
         parts = state[ours].split(rows[len(theirs)]) if len(theirs) > 1 else [state[ours]]
         # Parts of one tensor share its memory, which safetensors refuses.

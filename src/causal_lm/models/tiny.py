@@ -1,9 +1,11 @@
-"""The seed model: a pre-norm ``nn.TransformerEncoder`` made causal by its mask."""
+"""The smallest model here: a pre-norm ``nn.TransformerEncoder`` made causal by its mask."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from causal_lm import masks
+from causal_lm.masks import AttentionMask
 from causal_lm.models.base import BaseCausalModel
 
 
@@ -11,12 +13,12 @@ class Tiny(BaseCausalModel):
     """Token and learned position embeddings, pre-norm transformer blocks, linear head.
 
     Args:
-        vocab_size: V, the number of tokens, special ones included.
+        vocab_size: V, number of tokens, special ones included.
         d_model: width C.
         n_heads: attention heads; divides ``d_model``.
         n_layers: transformer blocks.
         d_ff: width of the hidden layer of each block's MLP.
-        max_positions: longest row that the position table covers.
+        max_positions: longest row.
         dropout: probability in [0, 1), applied as ``nn.TransformerEncoderLayer`` does.
     """
 
@@ -32,43 +34,47 @@ class Tiny(BaseCausalModel):
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.tokens = nn.Embedding(vocab_size, d_model)
-        self.positions = nn.Embedding(max_positions, d_model)
-        # Large enough to be heard beside the blocks' outputs, small enough to be drowned when they
-        # have something to say: on docstrings 2.68 bits per byte, where N(0, 1) gave 2.98.
-        for table in (self.tokens, self.positions):
+        self.token_embedding = nn.Embedding(vocab_size, d_model)
+        self.position_embedding = nn.Embedding(max_positions, d_model)
+        # Large enough to matter beside the output of the blocks, small enough not to dominate it
+        # once they have learned: on docstrings 2.68 bits per byte, where N(0, 1) gave 2.98.
+        for table in self.embeddings():
             nn.init.normal_(table.weight, std=0.3)
         layer = nn.TransformerEncoderLayer(
             d_model, n_heads, d_ff, dropout, activation="gelu", batch_first=True, norm_first=True
         )
-        # Nested tensors would drop padded rows in eval mode only: one path for both modes.
+        # Nested tensors would drop padded rows in eval mode only; without them both modes agree.
         self.blocks = nn.TransformerEncoder(
             layer, n_layers, norm=nn.LayerNorm(d_model), enable_nested_tensor=False
         )
-        for parameter in self.blocks.parameters():  # the layers are copies of one: draw each anew
+        for parameter in self.blocks.parameters():  # the layers start as copies of one
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
-        nn.init.normal_(self.head.weight, std=0.02)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
 
-    def body(
-        self, input_ids: Tensor, position_ids: Tensor, may_attend: Tensor | None = None
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: AttentionMask | None = None,
+        cache: Any = None,
     ) -> Tensor:
-        """See :class:`BaseCausalModel`.
+        """See :class:`causal_lm.models.base.CausalModel`.
 
         Raises:
             ValueError: a row is longer than the position table.
         """
-        length, limit = input_ids.shape[1], self.positions.num_embeddings
+        length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(
                 f"a row of {length} tokens is longer than the model's {limit} positions: "
                 f"raise model.max_positions or lower data.max_length"
             )
-        x = self.tokens(input_ids) + self.positions(position_ids)  # (B, T, C)
-        # This layer means "masked out" by True, and wants one mask, or one per row and head.
-        if may_attend is None:
-            mask = masks.to_masked_out(masks.causal(torch.zeros_like(input_ids[:1])))[0]
-        else:
-            mask = masks.to_masked_out(may_attend).repeat_interleave(self.n_heads, dim=0)
-        return self.blocks(x, mask=mask)  # (B, T, C)
+        x = self.token_embedding(input_ids) + self.position_embedding(position_ids)  # (B, T, C)
+        # This layer means "masked out" by True, and takes one mask, or one per row and head.
+        if attention_mask is None or attention_mask.plain_causal:
+            later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+            return self.blocks(x, mask=later, is_causal=True)
+        mask = attention_mask.to_masked_out().repeat_interleave(self.n_heads, dim=0)
+        return self.blocks(x, mask=mask, is_causal=False)  # (B, T, C)

@@ -59,7 +59,7 @@ def hidden(module: Any, rows: Tensor, prompt: int, tokenizer: Tokenizer) -> Tens
     places = torch.arange(rows.shape[1]) - prompt
     text = (places >= 0) & (places < torch.tensor(lengths)[:, None])  # (N, T)
     batch = prompt_batch(rows.to(module.device))
-    states = module.model.body(batch.input_ids, batch.position_ids).float().cpu()
+    states = module.hidden_states(batch).float().cpu()
     return (states * text[..., None]).sum(dim=1) / text.sum(dim=1, keepdim=True).clamp(min=1)
 
 

@@ -11,10 +11,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from causal_lm import nonfinite
+from causal_lm.accumulation import MicroBatch
 from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.data.sampler import DocumentSampler
 from causal_lm.module import CausalLM
-from causal_lm.nonfinite import Guard, MicroBatch
+from causal_lm.nonfinite import NonFiniteGuard
 from causal_lm.optim import optimizers
 from support import ROOT, command, make_batch, make_model
 
@@ -42,7 +43,7 @@ def module_that_breaks(at, guard=None):
         return Breaks.apply(output, at if output.shape[1] == 9 else "")
 
     model.blocks.layers[0].linear2.register_forward_hook(hook)
-    return CausalLM(model, lambda p: optimizers.muon(p, **MUON), guard=guard)
+    return CausalLM(model, lambda p: optimizers.muon(p, **MUON), nonfinite=guard)
 
 
 GOOD, BAD = make_batch((5, 2, 7)), make_batch((9, 4))
@@ -89,13 +90,13 @@ def test_a_run_stops_and_says_where(at, accumulate, words):
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_skipped_step_is_no_step(at, caplog):
     """Weights, momenta and what the optimizers count are as if the batch had not come."""
-    skipping = module_that_breaks(at, guard=Guard("skip"))
+    skipping = module_that_breaks(at, guard=NonFiniteGuard("skip"))
     with caplog.at_level(logging.WARNING, logger="causal_lm.nonfinite"):
         trainer = fit(skipping, [GOOD, BAD, GOOD])
     assert trainer.global_step == 3
     assert float(trainer.callback_metrics["train/skipped"]) == skipping.guard.skipped == 1
     assert RunStatistics().figures(trainer)["train/skipped"] == 1
-    assert "step 1 is skipped, the 1. in a row" in caplog.text
+    assert "step 1 is skipped" in caplog.text
     assert f"the {'loss' if at == 'forward' else 'gradient'}" in caplog.text
     without = module_that_breaks(at)
     other = fit(without, [GOOD, GOOD])
@@ -111,17 +112,17 @@ def test_a_skipped_step_is_no_step(at, caplog):
 def test_so_many_in_a_row_and_no_more():
     three = [BAD, BAD, GOOD, BAD, BAD, BAD]
     with pytest.raises(FloatingPointError, match=r"step 5, after gradients\.max_skipped=2 skipped"):
-        fit(module_that_breaks("forward", guard=Guard("skip", 2)), three)
-    module = module_that_breaks("forward", guard=Guard("skip", 3))
+        fit(module_that_breaks("forward", guard=NonFiniteGuard("skip", 2)), three)
+    module = module_that_breaks("forward", guard=NonFiniteGuard("skip", 3))
     fit(module, three)
     assert module.guard.skipped == 5
 
 
 def test_a_run_that_goes_on_goes_on_counting(tmp_path):
-    fit(module_that_breaks("forward", Guard("skip", 3)), [GOOD, BAD, BAD]).save_checkpoint(
+    fit(module_that_breaks("forward", NonFiniteGuard("skip", 3)), [GOOD, BAD, BAD]).save_checkpoint(
         tmp_path / "last.ckpt"
     )
-    module = module_that_breaks("forward", Guard("skip", 3))
+    module = module_that_breaks("forward", NonFiniteGuard("skip", 3))
     with pytest.raises(FloatingPointError, match=r"step 4, after gradients\.max_skipped=3 skipped"):
         fit(module, [BAD] * 9, ckpt_path=tmp_path / "last.ckpt")
     assert module.guard.skipped == 3
@@ -140,7 +141,11 @@ def test_float16_leaves_gradients_to_its_scaler_but_no_loss():
     with pytest.raises(FloatingPointError, match=r"the loss \(first in .*linear2\) of batch 1"):
         fit(module_that_breaks("forward"), [GOOD, BAD], plugin=plugin())
     with pytest.raises(FloatingPointError, match=r"the gradient .* step 4, after .*max_skipped=3"):
-        fit(module_that_breaks("backward", Guard("stop", 3)), [GOOD, *[BAD] * 5], plugin=plugin())
+        fit(
+            module_that_breaks("backward", NonFiniteGuard("stop", 3)),
+            [GOOD, *[BAD] * 5],
+            plugin=plugin(),
+        )
 
 
 def test_muon_under_the_loss_scaler_is_clipped_as_without():
@@ -156,14 +161,14 @@ def test_muon_under_the_loss_scaler_is_clipped_as_without():
 TWO_RANKS = """
 import lightning as L
 from torch.utils.data import DataLoader
-from test_guard import BAD, GOOD, Guard, module_that_breaks, state
+from test_nonfinite import BAD, GOOD, NonFiniteGuard, module_that_breaks, state
 
 class Data(L.LightningDataModule):
     def train_dataloader(self):  # the second batch of rank 1 alone is bad
         return DataLoader([GOOD, (GOOD, BAD)[self.trainer.global_rank], GOOD], batch_size=None)
 
-for guard, at in ((Guard("skip"), "forward"), (Guard(), "forward"), (Guard("skip"), "")):
-    module = module_that_breaks(at, guard=guard)
+for on_nonfinite, at in (("skip", "forward"), ("stop", "forward"), ("skip", "")):
+    module = module_that_breaks(at, nonfinite=NonFiniteGuard(on_nonfinite))
     if not at:  # a gradient that is NaN on rank 1 alone, as where parameters are sharded
         def clip(*args, of=module, clip=module.configure_gradient_clipping, **kwargs):
             if of.trainer.global_rank == of.trainer.global_step == 1:
@@ -178,7 +183,7 @@ for guard, at in ((Guard("skip"), "forward"), (Guard(), "forward"), (Guard("skip
     try:
         trainer.fit(module, Data())
         weights = sum(float(p.double().sum()) for p in state(module))
-        said = f"{guard.skipped} skipped, weights {weights!r}"
+        said = f"{module.guard.skipped} skipped, weights {weights!r}"
     except FloatingPointError as error:
         said = str(error)
     with open(f"rank{trainer.global_rank}.txt", "a") as file:
@@ -205,10 +210,10 @@ def test_weights_that_are_gone_are_named():
     model = make_model()
     batch = make_batch()
     module = CausalLM(model)
-    assert nonfinite.first_layer(module, lambda: module(batch)) is None
+    assert nonfinite.first_nonfinite_layer(module, lambda: module(batch)) is None
     with torch.no_grad():
         model.blocks.layers[1].self_attn.in_proj_weight[0, 0] = float("inf")
-    found = nonfinite.first_layer(module, lambda: module(batch))
+    found = nonfinite.first_nonfinite_layer(module, lambda: module(batch))
     assert found == "model.blocks.layers.1.self_attn"
     assert not any(m._forward_hooks for m in module.modules())
 
@@ -227,8 +232,8 @@ def test_sharded_parameters_are_not_asked_for_by_one_rank(monkeypatch):
         every[:] = [own, (None, ["head", "blocks.1"])]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert nonfinite.explain(module, [fine, lost]) == "the loss of batch 5 of rank 0"
-    found = nonfinite.explain(module, [fine])
+    assert nonfinite.describe_nonfinite(module, [fine, lost]) == "the loss of batch 5 of rank 0"
+    found = nonfinite.describe_nonfinite(module, [fine])
     assert found == "the gradient of batch 5 (first in blocks.1, 2 layers in all)"
 
 
@@ -241,6 +246,6 @@ def test_rows_of_a_batch():
     sampler.done = lambda: 3
     batches = [batch.tolist() for batch in loader]
     assert len(batches) == 3 and sum(map(len, batches)) == 5
-    assert [nonfinite.rows(trainer, n) for n in range(3)] == batches
+    assert [nonfinite.dataset_indices(trainer, n) for n in range(3)] == batches
     trainer.train_dataloader = DataLoader([GOOD], batch_size=None)
-    assert nonfinite.rows(trainer, 0) == []
+    assert nonfinite.dataset_indices(trainer, 0) == []

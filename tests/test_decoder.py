@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from causal_lm import config, generation, masks
+from causal_lm import config, generation
 from causal_lm.data.tokenizers import BOS
+from causal_lm.masks import AttentionMask
 from causal_lm.models import decoder
-from causal_lm.models.decoder import Llama
+from causal_lm.models.decoder import Decoder
 from causal_lm.module import CausalLM
 from causal_lm.run import build
-from support import V
+from support import V, explicit_mask
 from support.models import SIZES, make, packed, padded
 
 PRESETS = ["llama", "llama_1m", "llama_10m", "llama_124m"]
@@ -92,10 +93,9 @@ def test_the_cache_with_rows_of_different_lengths():
     slots = torch.arange(total)
     real = slots >= pad[:, None]  # (2, 8)
     positions = (slots - pad[:, None]).clamp(min=0)
-    may_attend = masks.causal(real.long() - 1)
     cache, parts = model.make_cache(), []
     for start, end in ((0, 5), (5, 6), (6, 8)):
-        seen = may_attend[:, start:end, :end]
+        seen = AttentionMask.from_document_ids(real[:, :end].long() - 1)
         parts.append(model(ids[:, start:end], positions[:, start:end], seen, cache))
     cached = torch.cat(parts, dim=1)
     for row, begin in enumerate(pad.tolist()):
@@ -105,11 +105,11 @@ def test_the_cache_with_rows_of_different_lengths():
 
 def test_only_distances_count():
     model, batch = make("llama"), padded()
-    may_attend = masks.causal(batch.document_ids)
-    here = model(batch.input_ids, batch.position_ids, may_attend)
-    there = model(batch.input_ids, batch.position_ids + 100, may_attend)
+    mask = explicit_mask(batch)
+    here = model(batch.input_ids, batch.position_ids, mask)
+    there = model(batch.input_ids, batch.position_ids + 100, mask)
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
-    stretched = model(batch.input_ids, 2 * batch.position_ids, may_attend)
+    stretched = model(batch.input_ids, 2 * batch.position_ids, mask)
     assert (stretched - here).abs().max() > 0.01
 
 
@@ -133,7 +133,7 @@ def test_generation_computes_each_token_once_and_draws_the_same():
 def test_bfloat16_and_compiled():
     """Real cos and sin: nothing that autocast or torch.compile stumbles over."""
     model, batch = make("llama"), packed()
-    args = batch.input_ids, batch.position_ids, masks.causal(batch.document_ids)
+    args = batch.input_ids, batch.position_ids, batch.attention_mask
     with torch.autocast("cpu", torch.bfloat16):
         half = model(*args)
     assert half.dtype == torch.bfloat16
@@ -155,18 +155,18 @@ def test_positions_are_exact_under_a_half_precision_default():
 
 def test_blocks_that_begin_at_nothing_leave_the_stream_as_it_is():
     for zero in (False, True):
-        model = Llama(V, **SIZES, zero_init_residual=zero)
+        model = Decoder(V, **SIZES, zero_init_residual=zero)
         batch = padded()
-        x = model.tokens(batch.input_ids)
-        out = model.body(batch.input_ids, batch.position_ids)
-        assert torch.equal(out, model.norm(x)) == zero
+        x = model.token_embedding(batch.input_ids)
+        out = model.hidden_states(batch.input_ids, batch.position_ids)
+        assert torch.equal(out, model.final_norm(x)) == zero
 
 
 def test_normed_queries_and_keys_bound_every_score():
     """However loud the weights: no score is above sqrt(D), and none is without the norm."""
     largest = {}
     for on in (False, True):
-        attention = Llama(V, **SIZES, qk_norm=on).blocks[0].attention
+        attention = Decoder(V, **SIZES, qk_norm=on).blocks[0].attention
         attention.qkv.weight.data.normal_(std=10.0)
         scores = []
 
@@ -176,7 +176,7 @@ def test_normed_queries_and_keys_bound_every_score():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decoder, "attend", spy)
-            rotary = Llama(V, **SIZES)._rotary(torch.arange(6)[None])
+            rotary = Decoder(V, **SIZES)._rotary(torch.arange(6)[None])
             attention(torch.randn(1, 6, 16), rotary, torch.ones(1, 1, 6, 6, dtype=torch.bool), None)
         largest[on] = float(scores[0].abs().max())
     assert largest[True] <= 4**0.5 + 1e-5 < largest[False]
@@ -205,4 +205,4 @@ def test_sizes_that_do_not_fit_are_refused():
         config.load(["model=llama", "model.n_heads=4", "model.n_kv_heads=3"])
     with pytest.raises(config.ConfigError, match=r"odd width"):
         config.load(["model=llama", "model.d_model=6"])
-    assert Llama(V, 8, 2, 1, 1, 8)
+    assert Decoder(V, 8, 2, 1, 1, 8)

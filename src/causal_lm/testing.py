@@ -1,0 +1,195 @@
+"""Tests that every model must pass; subclass :class:`ModelContract` with one method.
+
+    from causal_lm.testing import ModelContract
+
+    class TestMyModel(ModelContract):
+        def make_model(self):
+            return MyModel(vocab_size=self.vocab_size, ...)
+
+``pytest`` then runs the whole contract on it (see ``examples/``).
+"""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from causal_lm import objective
+from causal_lm.data.collate import Batch, Collate
+from causal_lm.data.documents import Document
+from causal_lm.models.base import CausalModel
+from causal_lm.module import CausalLM
+from causal_lm.objective import IGNORE, LossConfig
+from causal_lm.optim.parameter_groups import parameter_groups
+from causal_preflight.lightning import audit_batch
+
+PAD = 0
+CAPACITY = 16
+"""Slots of a packed row."""
+
+
+class ModelContract:
+    """What a model must do to be trained here. Define :meth:`make_model`; change what you need.
+
+    Documents have up to 12 tokens, and rows up to 16.
+    """
+
+    vocab_size = 19
+    lengths = (5, 3, 12, 7, 4)
+    """Tokens of each test document, BOS and EOS counted."""
+    tolerance = 1e-5
+    """Largest difference of logits between runs that must agree."""
+    learning_rate = 1e-2
+    overfit_steps = 300
+
+    def make_model(self) -> CausalModel:
+        """A new, small model with :attr:`vocab_size` tokens. Called after seeding."""
+        raise NotImplementedError
+
+    # ---- what the tests share ----
+
+    def model(self) -> Any:
+        """The model from a fixed seed, in eval mode."""
+        torch.manual_seed(0)
+        model = self.make_model()
+        assert isinstance(model, nn.Module) and isinstance(model, CausalModel)
+        return model.eval()
+
+    def documents(self) -> list[Document]:
+        """Random documents ``BOS … EOS`` (ids 1 and 2)."""
+        generator = torch.Generator().manual_seed(0)
+        return [
+            Document(torch.tensor([
+                1, *torch.randint(3, self.vocab_size, (n - 2,), generator=generator).tolist(), 2
+            ]))
+            for n in self.lengths
+        ]  # fmt: skip
+
+    def batch(self, packed: bool = False) -> Batch:
+        """All documents, one per row or packed."""
+        collate = Collate(PAD, self.vocab_size, packed=CAPACITY if packed else None)
+        return collate(self.documents())
+
+    @staticmethod
+    def logits(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return model(batch.input_ids, batch.position_ids, batch.attention_mask)
+
+    # ---- the contract ----
+
+    def test_preflight_finds_no_fault(self) -> None:
+        """The alignments are right by behavior, on padded and packed rows."""
+        for packed in (False, True):
+            module = CausalLM(self.model())
+            report = audit_batch(
+                module, self.batch(packed), module.accumulated_loss, pad_id=PAD, eos_id=2
+            )
+            assert not report.faults, str(report)
+            assert {"alignment", "future"} <= set(report.passed), str(report)
+
+    def test_packed_rows_give_the_logits_of_padded_rows(self) -> None:
+        model, padded, packed = self.model(), self.batch(), self.batch(packed=True)
+        assert len(packed.input_ids) < len(padded.input_ids)
+        expected = _by_document(self.logits(model, padded), padded)
+        found = _by_document(self.logits(model, packed), packed)
+        assert found.keys() == expected.keys()
+        for document, logits in expected.items():
+            torch.testing.assert_close(
+                found[document], logits, rtol=self.tolerance, atol=self.tolerance
+            )
+
+    def test_plain_causal_and_the_explicit_mask_agree(self) -> None:
+        model, batch = self.model(), self.batch()
+        assert batch.attention_mask.plain_causal
+        explicit = replace(batch.attention_mask, plain_causal=False)
+        with torch.no_grad():
+            found = model(batch.input_ids, batch.position_ids, explicit)
+        real = batch.document_ids >= 0
+        torch.testing.assert_close(
+            found[real], self.logits(model, batch)[real], rtol=self.tolerance, atol=self.tolerance
+        )
+
+    def test_the_chunked_loss_is_the_whole_loss(self) -> None:
+        """Loss and gradients; only for models that declare ``lm_head``."""
+        model = self.model()
+        if model.lm_head is None:
+            return
+        losses, gradients = [], []
+        for chunk in (None, 3):
+            module = CausalLM(self.model(), loss=LossConfig(chunk_tokens=chunk))
+            loss = module.accumulated_loss(self.batch())
+            loss.backward()
+            losses.append(loss.detach())
+            gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+        for whole, chunked in zip(*gradients, strict=True):
+            torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+    def test_the_cache_gives_the_logits_of_the_whole_row(self) -> None:
+        """A prompt of three tokens, then one at a time; only for models with a cache."""
+        model = self.model()
+        cache = model.make_cache()
+        if cache is None:
+            return
+        ids = self.documents()[2].tokens[None].expand(2, -1)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        edges = [0, 3, *range(4, ids.shape[1] + 1)]
+        with torch.no_grad():
+            parts = [
+                model(ids[:, a:b], positions[:, a:b], None, cache)
+                for a, b in itertools.pairwise(edges)
+            ]
+            whole = model(ids, positions)
+        torch.testing.assert_close(
+            torch.cat(parts, dim=1), whole, rtol=10 * self.tolerance, atol=10 * self.tolerance
+        )
+
+    def test_a_checkpoint_round_trip_keeps_the_logits(self) -> None:
+        """The weights of one model, loaded into another from a different seed."""
+        first = self.model()
+        torch.manual_seed(1)
+        second: Any = self.make_model()
+        second.load_state_dict(first.state_dict(), strict=True)
+        batch = self.batch()
+        assert torch.equal(self.logits(first, batch), self.logits(second.eval(), batch))
+
+    def test_every_parameter_is_in_one_optimizer_group(self) -> None:
+        model = self.model()
+        grouped = [id(p) for group in parameter_groups(model) for _, p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+    def test_ten_documents_are_learned_by_heart(self) -> None:
+        """The loss of ten documents falls to the entropy of their first tokens, almost 0."""
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randint(3, self.vocab_size, (10, 8), generator=generator)
+        rows[:, 1] = torch.arange(10) % (self.vocab_size - 3) + 3  # told apart by one token
+        ends = torch.tensor([1]), torch.tensor([2])
+        documents = [Document(torch.cat([ends[0], row, ends[1]])) for row in rows]
+        batch = Collate(PAD, self.vocab_size)(documents)
+        labels = batch.labels.clone()
+        labels[:, :2] = IGNORE  # the first two tokens cannot be known
+        model = self.model().train()
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=self.learning_rate
+        )
+        loss = torch.tensor(float("inf"))
+        for _ in range(self.overfit_steps):
+            logits = model(batch.input_ids, batch.position_ids, batch.attention_mask)
+            loss = objective.token_nll(logits, labels).sum() / (labels != IGNORE).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert float(loss.detach()) < 0.05, f"the loss is still {float(loss.detach()):.3f} nats"
+
+
+def _by_document(logits: Tensor, batch: Batch) -> dict[tuple[int, ...], Tensor]:
+    """Tokens of each document -> its logits (n, V)."""
+    found = {}
+    for row, documents in enumerate(batch.document_ids):
+        for number in documents[documents >= 0].unique().tolist():
+            here = documents == number
+            found[tuple(batch.input_ids[row, here].tolist())] = logits[row, here]
+    return found
