@@ -16,37 +16,8 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.data.sampler import DocumentSampler
 from causal_lm.module import CausalLM
 from causal_lm.nonfinite import NonFiniteGuard
-from causal_lm.optim import optimizers
 from support import ROOT, command, make_batch, make_model
-
-MUON = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0.1}
-
-
-class Breaks(torch.autograd.Function):
-    """The identity; its output or its gradient is NaN where ``at`` says so."""
-
-    @staticmethod
-    def forward(ctx, x, at):
-        ctx.at = at
-        return x * float("nan") if at == "forward" else x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * float("nan") if ctx.at == "backward" else gradient, None
-
-
-def module_that_breaks(at, guard=None):
-    """Its first block's MLP breaks on batches of nine slots (``make_batch((9, …))``)."""
-    model = make_model()
-
-    def hook(module, inputs, output):
-        return Breaks.apply(output, at if output.shape[1] == 9 else "")
-
-    model.blocks.layers[0].linear2.register_forward_hook(hook)
-    return CausalLM(model, lambda p: optimizers.muon(p, **MUON), nonfinite=guard)
-
-
-GOOD, BAD = make_batch((5, 2, 7)), make_batch((9, 4))
+from support.breaking import BAD, GOOD, module_that_breaks, state
 
 
 def fit(module, batches, accumulate=1, plugin=None, ckpt_path=None):
@@ -58,10 +29,6 @@ def fit(module, batches, accumulate=1, plugin=None, ckpt_path=None):
     )  # fmt: skip
     trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
     return trainer
-
-
-def state(module):
-    return [p.detach().clone() for p in module.parameters()]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +128,8 @@ def test_muon_under_the_loss_scaler_is_clipped_as_without():
 TWO_RANKS = """
 import lightning as L
 from torch.utils.data import DataLoader
-from test_nonfinite import BAD, GOOD, NonFiniteGuard, module_that_breaks, state
+from causal_lm.nonfinite import NonFiniteGuard
+from support.breaking import BAD, GOOD, module_that_breaks, state
 
 class Data(L.LightningDataModule):
     def train_dataloader(self):  # the second batch of rank 1 alone is bad

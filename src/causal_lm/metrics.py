@@ -1,8 +1,8 @@
 """Token-exact evaluation: sums are kept, never means of means, and divided once.
 
 torchmetrics' own ``Perplexity`` sums correctly over batches, but it computes a softmax in the dtype
-of the logits (``inf`` at a gap of about 110 in float32, 18 in float16), reads -100 as an index unless
-told otherwise, and rounds its counts in a ``bfloat16`` module. The states here do none of that.
+of the logits (``inf`` at a gap of about 110 in float32, 18 in float16), reads -100 as an index
+unless told otherwise, and rounds its counts in a ``bfloat16`` module. The states here do not.
 """
 
 import math
@@ -39,7 +39,7 @@ class TokenPerplexity(Metric):
         self.token_bytes = token_bytes
 
     def update(self, nll: Tensor, labels: Tensor) -> None:
-        """Add nll (B, T) in nats, 0 where not counted, of labels (B, T), IGNORE where not counted."""
+        """Add nll (B, T) in nats and labels (B, T); 0 and IGNORE where not counted."""
         if nll.shape != labels.shape:
             raise ValueError(f"nll {tuple(nll.shape)} and labels {tuple(labels.shape)} differ")
         counted = labels != IGNORE
