@@ -57,7 +57,7 @@ def test_a_run_stops_and_says_where(at, accumulate, words):
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_skipped_step_is_no_step(at, caplog):
     """Weights, momenta and what the optimizers count are as if the batch had not come."""
-    skipping = module_that_breaks(at, guard=NonFiniteGuard("skip"))
+    skipping = module_that_breaks(at, nonfinite=NonFiniteGuard("skip"))
     with caplog.at_level(logging.WARNING, logger="causal_lm.nonfinite"):
         trainer = fit(skipping, [GOOD, BAD, GOOD])
     assert trainer.global_step == 3
@@ -79,8 +79,8 @@ def test_a_skipped_step_is_no_step(at, caplog):
 def test_so_many_in_a_row_and_no_more():
     three = [BAD, BAD, GOOD, BAD, BAD, BAD]
     with pytest.raises(FloatingPointError, match=r"step 5, after gradients\.max_skipped=2 skipped"):
-        fit(module_that_breaks("forward", guard=NonFiniteGuard("skip", 2)), three)
-    module = module_that_breaks("forward", guard=NonFiniteGuard("skip", 3))
+        fit(module_that_breaks("forward", nonfinite=NonFiniteGuard("skip", 2)), three)
+    module = module_that_breaks("forward", nonfinite=NonFiniteGuard("skip", 3))
     fit(module, three)
     assert module.guard.skipped == 5
 
