@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from causal_lm.data.collate import Batch
 from causal_lm.metrics import TokenPerplexity
 from causal_lm.nonfinite import Guard, MicroBatch, explain
 from causal_lm.objective import LossConfig
-from causal_lm.optim.optimizers import Named
+from causal_lm.optim.parameter_groups import ParameterGroups, describe_groups, parameter_groups
 from causal_lm.optim.schedules import Factor
 from causal_lm.schema import is_float16
 
@@ -50,7 +50,7 @@ class CausalLM(L.LightningModule):
     Args:
         model: (input_ids (B, T), position_ids (B, T), may_attend (B, T, T) or None) -> logits
             (B, T, V).
-        optimizer: named parameters -> optimizer; None where nothing is trained.
+        optimizer: parameter groups -> optimizer; None where nothing is trained.
         scheduler: total_steps -> (optimizer step -> share of the peak rate, see ``schedules``);
             None for a constant rate.
         token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None where not text.
@@ -64,7 +64,7 @@ class CausalLM(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[Iterable[Named]], torch.optim.Optimizer] | None = None,
+        optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[int], Factor] | None = None,
         token_bytes: Tensor | None = None,
         loss: LossConfig | None = None,
@@ -248,7 +248,9 @@ class CausalLM(L.LightningModule):
 
     def configure_optimizers(self):
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
-        optimizer = self.make_optimizer(self.named_parameters())
+        optimizer = self.make_optimizer(parameter_groups(self.model))
+        if self.trainer.is_global_zero:
+            log.info(describe_groups(optimizer))
         if self.make_scheduler is None:
             return optimizer
         schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))

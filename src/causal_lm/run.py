@@ -103,7 +103,7 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
 
 
 def make_optimizer(cfg: DictConfig) -> Any:
-    """Named parameters -> optimizer; ``optimizer.fused=auto`` is answered by the precision.
+    """Parameter groups -> optimizer; ``optimizer.fused=auto`` is answered by the precision.
 
     A fused one would undo the loss scale of float16 by itself, after the gradients were clipped.
     """
