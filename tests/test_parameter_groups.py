@@ -13,9 +13,7 @@ C = 8
 
 def roles(model):
     """Parameter name -> role."""
-    return {
-        name: group["role"] for group in parameter_groups(model) for name, _ in group["params"]
-    }
+    return {name: group["role"] for group in parameter_groups(model) for name, _ in group["params"]}
 
 
 def names_of(model, role):
@@ -25,7 +23,10 @@ def names_of(model, role):
 # ---- our own models ----
 
 BLOCKS = {
-    "tiny": ("blocks.layers", ("self_attn.in_proj_", "self_attn.out_proj.", "linear1.", "linear2.")),
+    "tiny": (
+        "blocks.layers",
+        ("self_attn.in_proj_", "self_attn.out_proj.", "linear1.", "linear2."),
+    ),
     "llama": ("blocks", ("attention.qkv.", "attention.out.", "mlp.gate_up.", "mlp.down.")),
     "llama_tied": ("blocks", ("attention.qkv.", "attention.out.", "mlp.gate_up.", "mlp.down.")),
     "llama_fast": ("blocks", ("attention.qkv.", "attention.out.", "mlp.up.", "mlp.down.")),

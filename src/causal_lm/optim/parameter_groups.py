@@ -31,7 +31,7 @@ WITHOUT_DECAY = ("embedding", "norm_or_bias")
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Every trainable parameter of ``model`` in one group per role, in the order of the table above.
+    """Every trainable parameter of ``model`` in one group per role, in the order of :data:`ROLES`.
 
     Args:
         model: a :class:`~causal_lm.models.base.CausalModel`. Frozen parameters are left out, and so
