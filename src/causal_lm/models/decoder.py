@@ -251,7 +251,7 @@ class Llama(BaseCausalModel):
         if zero_init_residual:
             self._begin_at_nothing()
         if init_from is not None:
-            self.load_state_dict(hf_conversion.read(init_from, self.sizes))
+            self.load_state_dict(hf_conversion.read_weights(init_from, self.sizes))
 
     def _initialize(self, n_layers: int) -> None:
         for name, parameter in self.blocks.named_parameters():
