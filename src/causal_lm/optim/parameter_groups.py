@@ -100,7 +100,7 @@ def describe_groups(optimizer: Optimizer) -> str:
 
 
 def _embedding_ids(model: nn.Module) -> Iterator[int]:
-    declared = getattr(model, "embeddings", None)
+    declared: Any = getattr(model, "embeddings", None)
     for module in declared() if inspect.ismethod(declared) else ():
         yield id(module.weight)
     for module in model.modules():
