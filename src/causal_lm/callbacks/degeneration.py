@@ -41,17 +41,15 @@ class DegenerationStopper:
         if self.patience is None:
             return False
         if repetition is None or consistency is None:
+            missing = "repetition" if repetition is None else "consistency"
             if not self._warned:
-                missing = "repetition" if repetition is None else "consistency"
-                log.warning(
-                    f"step {step}: samples.patience has no effect, as the samples give no {missing}"
-                )
+                log.warning(f"step {step}: samples.patience has no effect: no {missing} is known")
             self._warned = True
             return False
         now = [repetition, error, consistency]
         reference, reference_error, reference_consistency = (self.history or [now])[0]
-        repeats_more = repetition - reference > STANDARD_ERRORS * math.hypot(error, reference_error)
-        is_worse = repeats_more and consistency < reference_consistency
+        noise = STANDARD_ERRORS * math.hypot(error, reference_error)
+        is_worse = repetition - reference > noise and consistency < reference_consistency
         self.history = [*self.history, now] if is_worse else [now]
         if len(self.history) <= self.patience:
             return False

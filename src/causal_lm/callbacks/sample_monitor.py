@@ -29,13 +29,10 @@ FINAL_FIGURES = ("legal_rate", "pad_eos_share", "repeat_share")
 def sample_unconditional(
     module: L.LightningModule, corpus: Corpus, count: int, **options: Any
 ) -> tuple[torch.Tensor, SampleStatistics]:
-    """``count`` samples from BOS alone, and their statistics.
+    """``count`` samples from BOS alone as token ids (count, length), and their statistics.
 
     Args:
         options: of :func:`causal_lm.generation.sample_in_batches`.
-
-    Returns:
-        Token ids (count, length), and the statistics.
     """
     starts = torch.full((count, 1), corpus.tokenizer.bos_id)
     rows = sample_in_batches(module, starts, **options)
@@ -45,7 +42,7 @@ def sample_unconditional(
 def final_samples(
     module: L.LightningModule, corpus: Corpus, directory: Path, *, shown: int, **options: Any
 ) -> dict[str, float | None]:
-    """Sample from the trained model into ``samples.txt`` and print the first ``shown``.
+    """Sample from the trained model into ``samples.txt`` and print the first ``shown`` samples.
 
     Args:
         options: of :func:`sample_unconditional`.
@@ -103,11 +100,10 @@ class SampleMonitor(L.Callback):
         **options: Any,
     ) -> None:
         self.corpus, self.count, self.directory = corpus, count, directory
-        distinct = consistency.document_prompts(
-            corpus.val, prompts, min(prompt_length, length // 2)
-        )
-        self.prompts = distinct.repeat_interleave(per_prompt, dim=0)
-        self.prompt_ids = torch.arange(len(distinct)).repeat_interleave(per_prompt)
+        prompt_length = min(prompt_length, length // 2)
+        beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
+        self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
+        self.prompt_ids = torch.arange(len(beginnings)).repeat_interleave(per_prompt)
         self.embed: consistency.Embedder = consistency.hidden_state_embedder
         if embedder and count and per_prompt:
             self.embed = consistency.SentenceEmbedder(embedder)

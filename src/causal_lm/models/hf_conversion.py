@@ -18,19 +18,14 @@ from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
 
 Sizes = Mapping[str, Any]
-"""Arguments of our decoder that say what it computes, by name (its attribute ``sizes``)."""
+"""What our decoder computes, by argument (its attribute ``sizes``)."""
 
 SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "n_layers": "num_hidden_layers",
-    "d_ff": "intermediate_size",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "n_layers": "num_hidden_layers",
+    "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
-}
+}  # fmt: skip
 """Our size -> the key in ``LlamaConfig``."""
 
 PLAIN = {"mlp": "swiglu", "qk_norm": False, "token_smear": 0}
@@ -38,28 +33,21 @@ PLAIN = {"mlp": "swiglu", "qk_norm": False, "token_smear": 0}
 
 TOKEN_EMBEDDING, FINAL_NORM, LM_HEAD = "tokens.weight", "norm.weight", "head.weight"
 WEIGHTS = {
-    TOKEN_EMBEDDING: ("model.embed_tokens.weight",),
-    FINAL_NORM: ("model.norm.weight",),
-    LM_HEAD: ("lm_head.weight",),
+    TOKEN_EMBEDDING: ["model.embed_tokens.weight"],
+    FINAL_NORM: ["model.norm.weight"],
+    LM_HEAD: ["lm_head.weight"],
 }
 BLOCK_WEIGHTS = {
-    "attention_norm.weight": ("input_layernorm.weight",),
-    "attention.qkv.weight": (
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
-    "attention.out.weight": ("self_attn.o_proj.weight",),
-    "mlp_norm.weight": ("post_attention_layernorm.weight",),
-    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down.weight": ("mlp.down_proj.weight",),
+    "attention_norm.weight": ["input_layernorm.weight"],
+    "attention.qkv.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "attention.out.weight": ["self_attn.o_proj.weight"],
+    "mlp_norm.weight": ["post_attention_layernorm.weight"],
+    "mlp.gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.down.weight": ["mlp.down_proj.weight"],
 }
 """Our weight -> theirs; where there are several, ours is their concatenation along dimension 0."""
 
 SPECIAL_ROLES = ("pad", "bos", "eos")
-
-
-# ---- weights ----
 
 
 def _transformers() -> Any:
@@ -68,10 +56,14 @@ def _transformers() -> Any:
     return library
 
 
-def check_plain(sizes: Sizes) -> None:
-    """
+# ---- weights ----
+
+
+def _llama_config(sizes: Sizes, **more: Any) -> Any:
+    """The ``LlamaConfig`` of our decoder.
+
     Raises:
-        ValueError: an option makes the decoder another model than Llama (named).
+        ValueError: an option makes it another model than Llama (named).
     """
     for key, plain in PLAIN.items():
         if sizes[key] != plain:
@@ -79,35 +71,29 @@ def check_plain(sizes: Sizes) -> None:
                 f"model.{key}={_yaml(sizes[key])} has no counterpart in transformers: only "
                 f"model.{key}={_yaml(plain)} can be converted"
             )
+    return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in SIZES.items()}, **more)
 
 
-def weight_names(n_layers: int) -> dict[str, tuple[str, ...]]:
+def weight_names(n_layers: int) -> dict[str, list[str]]:
     """:data:`WEIGHTS` of a whole model."""
     return WEIGHTS | {
-        f"blocks.{i}.{ours}": tuple(f"model.layers.{i}.{name}" for name in theirs)
+        f"blocks.{i}.{ours}": [f"model.layers.{i}.{name}" for name in theirs]
         for i in range(n_layers)
         for ours, theirs in BLOCK_WEIGHTS.items()
     }
 
 
-def to_llama(state: Mapping[str, Tensor], sizes: Sizes, **config: Any) -> Any:
-    """A ``LlamaForCausalLM`` with the weights of our decoder.
-
-    Args:
-        state: the decoder's ``state_dict()``.
-        config: further arguments of ``LlamaConfig``.
+def to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any:
+    """A ``LlamaForCausalLM`` with the weights ``state`` of our decoder.
 
     Raises:
         ModuleNotFoundError: the extra ``huggingface`` is not installed.
         ValueError: the decoder is no plain Llama.
     """
-    check_plain(sizes)
-    library = _transformers()
-    theirs = {key: sizes[ours] for ours, key in SIZES.items()}
+    config = _llama_config(sizes, max_position_embeddings=max_length)
     with torch.random.fork_rng():  # the new model draws weights, which are replaced at once
-        net = library.LlamaForCausalLM(library.LlamaConfig(**theirs, **config))
-    shapes = net.state_dict()
-    weights: dict[str, Tensor] = {}
+        net = _transformers().LlamaForCausalLM(config)
+    shapes, weights = net.state_dict(), dict[str, Tensor]()
     for ours, names in weight_names(sizes["n_layers"]).items():
         rows = [len(shapes[name]) for name in names]
         weights |= zip(names, state[ours].split(rows), strict=True)
@@ -124,15 +110,20 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
         ValueError: the folder holds another kind of model, other sizes (each named) or too few
             weights; or ``sizes`` are not those of a plain Llama.
     """
-    check_plain(sizes)
-    library = _transformers()
+    ours, library = _llama_config(sizes), _transformers()
     path, given = Path(folder) / "config.json", f"model.init_from={folder}"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{given}: there is no {path.name}; give a folder that save_pretrained of a Llama wrote"
-        )
+        raise FileNotFoundError(f"{given}: no {path.name}; give a Llama saved by transformers")
+    theirs = library.LlamaConfig.from_pretrained(folder)
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    _check_same_model(given, kind, library.LlamaConfig.from_pretrained(folder), sizes)
+    has, needs = _architecture(theirs) | {"model_type": kind}, _architecture(ours)
+    if differing := [key for key in needs if has[key] != needs[key]]:
+        there = " ".join(f"{key}={_yaml(has[key])}" for key in differing)
+        here = ", ".join(_yaml(needs[key]) for key in differing)
+        raise ValueError(
+            f"{given} has {there}, but this run has {here}: set these keys, use the tokenizer of "
+            f"that model, or use model=huggingface, which takes any model of transformers"
+        )
     try:
         with torch.random.fork_rng():  # it draws weights before it loads them
             net, found = library.LlamaForCausalLM.from_pretrained(
@@ -151,37 +142,14 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     }
 
 
-def _check_same_model(given: str, kind: str | None, config: Any, sizes: Sizes) -> None:
-    """
-    Raises:
-        ValueError: ``config`` is not that of a plain Llama of these sizes.
-    """
+def _architecture(config: Any) -> dict[str, Any]:
+    """What a ``LlamaConfig`` computes: sizes as keys of ours, the rest as keys of theirs."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    theirs = config.to_dict() | {
-        "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "model_type": kind,
-    }
-    llama = {"model_type": "llama", "attention_bias": False, "mlp_bias": False,
-             "hidden_act": "silu", "rope_type": "default"}  # fmt: skip
-    if sizes["d_model"] == theirs["hidden_size"] and sizes["n_heads"] == config.num_attention_heads:
-        llama["head_dim"] = sizes["d_model"] // sizes["n_heads"]
-    for key, plain in llama.items():
-        if theirs[key] != plain:
-            raise ValueError(
-                f"{given}: {key}={_yaml(theirs[key])} in config.json, where a plain Llama of this "
-                f"width has {_yaml(plain)}; model=huggingface takes any model of transformers"
-            )
-    if theirs["vocab_size"] != sizes["vocab_size"]:
-        raise ValueError(
-            f"{given} has a vocabulary of {theirs['vocab_size']} tokens, but the tokenizer of this "
-            f"run has {sizes['vocab_size']}: use the tokenizer that it was trained with"
-        )
-    differing = [ours for ours, key in SIZES.items() if theirs[key] != sizes[ours]]
-    if differing:
-        wanted = " ".join(f"model.{ours}={_yaml(theirs[SIZES[ours]])}" for ours in differing)
-        here = ", ".join(_yaml(sizes[ours]) for ours in differing)
-        raise ValueError(f"{given} needs {wanted}, but this run has {here}")
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
+    values = config.to_dict() | {"rope_theta": theta, "rope_type": rope.get("rope_type", "default")}
+    others = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "rope_type")
+    sizes = {f"model.{ours}": values[key] for ours, key in SIZES.items()}
+    return sizes | {key: values[key] for key in others}
 
 
 def _yaml(value: Any) -> str:
@@ -233,7 +201,7 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     if hasattr(model, "to_transformers"):
         net = model.to_transformers()
     elif SIZES.keys() | PLAIN.keys() <= getattr(model, "sizes", {}).keys():
-        net = to_llama(model.state_dict(), model.sizes, max_position_embeddings=max_length)
+        net = to_llama(model.state_dict(), model.sizes, max_length)
     elif hasattr(getattr(model, "net", None), "save_pretrained"):
         net = model.net
     else:

@@ -112,8 +112,8 @@ def _head_ids(model: nn.Module) -> Iterator[int]:
     """Of the declared head, and of what a model of transformers inside calls its output layer."""
     heads = [getattr(model, "lm_head", getattr(model, "head", None))]
     for module in model.modules():
-        if hasattr(module, "get_output_embeddings"):
-            heads.append(module.get_output_embeddings())
+        output_embeddings: Any = getattr(module, "get_output_embeddings", None)
+        heads += [output_embeddings()] if output_embeddings else []
     for head in heads:
         if isinstance(head, nn.Module):
             yield from (id(p) for p in head.parameters() if p.dim() > 1)

@@ -26,8 +26,8 @@ class SampleStatistics:
     repeat_share: tokens equal to the token before. A model that was trained without the label
         shift repeats its input.
     unfinished_share: samples without an EOS.
-    repetition_3, repetition_4: see :func:`repetition`.
-    repetition_error: the standard error of ``repetition_4``, see :func:`repetition_error`.
+    repetition_3, repetition_4, repetition_error: see :func:`repetition`; the error is that of the
+        second.
     distinct_1, distinct_2: see :func:`distinct`.
     legal_rate: transitions that the language allows; None where the source does not know them.
     """
@@ -44,41 +44,28 @@ class SampleStatistics:
 
 
 def n_grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """Every run of ``n`` neighbouring tokens, in order."""
+    """Every run of ``n`` neighboring tokens, in order."""
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def _repeats(samples: Continuations, n: int) -> list[tuple[int, int]]:
-    """Of each sample: its n-grams that occurred earlier in it, and all its n-grams."""
-    grams = [n_grams(tokens, n) for tokens in samples]
-    return [(len(row) - len(set(row)), len(row)) for row in grams]
-
-
-def repetition(samples: Continuations, n: int) -> float | None:
-    """Fraction of all n-grams that occurred earlier in their own sample.
+def repetition(samples: Continuations, n: int) -> tuple[float | None, float | None]:
+    """Fraction of all n-grams that occurred earlier in their own sample, and its standard error.
 
     As seq-rep-n (Welleck et al. 2019, https://arxiv.org/abs/1908.04319), but over the n-grams of
-    all samples together, so that a short sample weighs less than a long one.
+    all samples together, so that a short sample weighs less than a long one. The error is that of
+    a ratio of two sums over independent samples: the n-grams of one sample depend on each other.
 
-    >>> repetition([[5, 6, 5, 6, 5], [5, 6, 7]], 2)  # of 56 65 56 65 | 56 67, the second 56 and 65
+    >>> repetition([[5, 6, 5, 6, 5], [5, 6, 7]], 2)[0]  # 56 65 56 65 | 56 67: two of six repeat
     0.3333333333333333
     """
-    counts = _repeats(samples, n)
-    total = sum(grams for _, grams in counts)
-    return sum(repeated for repeated, _ in counts) / total if total else None
-
-
-def repetition_error(samples: Continuations, n: int) -> float | None:
-    """Standard error of :func:`repetition`, as a ratio of two sums over independent samples.
-
-    (The n-grams of one sample are not independent of each other.)
-    """
-    fraction = repetition(samples, n)
-    if fraction is None:
-        return None
-    counts = _repeats(samples, n)
-    residuals = [repeated - fraction * grams for repeated, grams in counts]
-    return math.hypot(*residuals) / sum(grams for _, grams in counts)
+    grams = [n_grams(tokens, n) for tokens in samples]
+    total = sum(map(len, grams))
+    if not total:
+        return None, None
+    repeats = [len(row) - len(set(row)) for row in grams]
+    fraction = sum(repeats) / total
+    residuals = [k - fraction * len(row) for k, row in zip(repeats, grams, strict=True)]
+    return fraction, math.hypot(*residuals) / total
 
 
 def distinct(samples: Continuations, n: int) -> float | None:
@@ -96,12 +83,8 @@ def distinct(samples: Continuations, n: int) -> float | None:
 
 def continuations(rows: Tensor, eos_id: int, prompt_length: int = 1) -> list[list[int]]:
     """What was generated after a prompt, see :data:`Continuations`. rows: (B, T) token ids."""
-    found = []
-    for row in rows.tolist():
-        generated = row[prompt_length:]
-        end = generated.index(eos_id) if eos_id in generated else len(generated)
-        found.append(generated[:end])
-    return found
+    generated = [row[prompt_length:] for row in rows.tolist()]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in generated]
 
 
 def sample_statistics(
@@ -111,6 +94,7 @@ def sample_statistics(
     previous, generated = rows[:, :-1], rows[:, 1:]
     is_eos = generated == tokenizer.eos_id
     samples = continuations(rows, tokenizer.eos_id)
+    repetition_4, repetition_error = repetition(samples, 4)
     legal_rate = None
     if language is not None:
         in_document = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to the first EOS
@@ -119,9 +103,9 @@ def sample_statistics(
         pad_eos_share=float((is_eos | (generated == tokenizer.pad_id)).double().mean()),
         repeat_share=float((generated == previous).double().mean()),
         unfinished_share=1 - float(is_eos.any(dim=1).double().mean()),
-        repetition_3=repetition(samples, 3),
-        repetition_4=repetition(samples, 4),
-        repetition_error=repetition_error(samples, 4),
+        repetition_3=repetition(samples, 3)[0],
+        repetition_4=repetition_4,
+        repetition_error=repetition_error,
         distinct_1=distinct(samples, 1),
         distinct_2=distinct(samples, 2),
         legal_rate=legal_rate,
