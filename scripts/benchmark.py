@@ -1,85 +1,100 @@
-"""Ratios, measured side by side in one run; medians over interleaved rounds.
+"""Measure ratios of speed and memory: medians over rounds in which the contestants take turns.
 
 python scripts/benchmark.py layouts    real tokens per second of each layout, on docstrings
-python scripts/benchmark.py loss       time and peak memory of head and loss, whole and in chunks
+python scripts/benchmark.py loss       seconds and peak memory of head and loss, whole and in chunks
 python scripts/benchmark.py text data.path=FILE.txt    experiment=text_cpu beside nanoGPT's recipe
 """
 
 import argparse
 import itertools
 import multiprocessing
+import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from causal_lm import cli, config
 from causal_lm.report.table import table
 
 
 def layouts(args: argparse.Namespace) -> None:
-    """Optimizer steps through the very objects that a run is made of, without a trainer."""
+    """Real tokens per second of each layout: the objects of a run, without a trainer."""
+    from causal_lm.optim.parameter_groups import parameter_groups
     from causal_lm.run import make_optimizer, prepare
 
-    steps = {}
+    take_steps = {}
     for layout in ("padded", "bucketed", "packed"):
         overrides = ["data=docstrings", "data.max_length=512", "data.batch_size=32"]
         cfg = config.load([*overrides, f"data.layout={layout}", *args.overrides])
         data, _, module = prepare(cfg)
         module.to(args.device)
-        optimizer = make_optimizer(cfg)(module.named_parameters())
-        steps[layout] = _epoch(module, optimizer, itertools.cycle(data.train_dataloader()), args)
-    for step in steps.values():
-        step()  # warm up
-    rates: dict[str, list[float]] = {name: [] for name in steps}
-    shares: dict[str, float] = {}
+        optimizer = make_optimizer(cfg)(parameter_groups(module.model))
+        batches = itertools.cycle(data.train_dataloader())
+        take_steps[layout] = _step_taker(module, optimizer, batches, args)
+    for take in take_steps.values():
+        take()  # warm up
+    rates: dict[str, list[float]] = {name: [] for name in take_steps}
+    real_fractions: dict[str, float] = {}
     for _ in range(args.rounds):
-        for name, step in steps.items():
+        for name, take in take_steps.items():
             started = time.perf_counter()
-            real, slots = step()
+            real, slots = take()
             rates[name].append(real / (time.perf_counter() - started))
-            shares[name] = real / slots
+            real_fractions[name] = real / slots
     base = statistics.median(rates["padded"])
     rows = [["layout", "real tokens/s", "× padded", "slots that are real"]]
     for name, values in rates.items():
         rate = statistics.median(values)
-        rows.append([name, f"{rate:,.0f}", f"{rate / base:.2f}", f"{100 * shares[name]:.0f} %"])
+        rows.append(
+            [
+                name,
+                f"{rate:,.0f}",
+                f"{rate / base:.2f}",
+                f"{100 * real_fractions[name]:.0f} %",
+            ]
+        )
     print(f"{table(rows)}\n\n{args.rounds} rounds of {args.steps} steps, {_machine(args.device)}")
 
 
-def _epoch(module, optimizer, batches, args) -> Callable[[], tuple[int, int]]:
-    """A function that takes some steps and returns the real targets and the slots in them."""
+def _step_taker(
+    module: Any, optimizer: Any, batches: Iterator, args: argparse.Namespace
+) -> Callable[[], tuple[int, int]]:
+    """A function that takes ``args.steps`` steps and returns the targets and slots in them."""
+    from lightning.fabric.utilities import move_data_to_device
+
     from causal_lm import objective
 
-    def go() -> tuple[int, int]:
+    def take() -> tuple[int, int]:
         real = slots = 0
         for batch in itertools.islice(batches, args.steps):
             real += int(objective.has_target(batch.document_ids).sum())
             slots += batch.input_ids.numel()
-            moved = batch.to(args.device)
-            module.accumulated_loss(moved).backward()
+            module.accumulated_loss(move_data_to_device(batch, args.device)).backward()
             optimizer.step()
             optimizer.zero_grad()
         return real, slots
 
-    return go
+    return take
 
 
 LOSSES = ("whole", "chunks of 256", "chunks of 256, half PAD", "torch's own", "checkpointed chunks")
 
 
 def loss(args: argparse.Namespace) -> None:
-    """Each in a process of its own, so that one's memory is not another's."""
+    """Seconds and peak memory of head and loss, each way in a process of its own."""
     context = multiprocessing.get_context("spawn")
     took: dict[str, list[float]] = {name: [] for name in LOSSES}
     peaks: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
     for _ in range(args.rounds):
         for name in LOSSES:
             with context.Pool(1) as pool:
-                seconds, peak, off = pool.apply(_loss, (name, args.device))
+                seconds, peak, error = pool.apply(_measure_loss, (name, args.device))
             took[name].append(seconds)
             peaks[name] = max(peaks[name], peak)
-            assert off < 1e-5, f"{name} is off by {off}"
+            assert error < 1e-5, f"{name} is off by {error}"
     base, most = statistics.median(took["whole"]), peaks["whole"]
     rows = [["8,192 tokens, width 256, 50,257 ids", "seconds", "× whole", "peak MiB", "whole ×"]]
     for name, values in took.items():
@@ -89,8 +104,8 @@ def loss(args: argparse.Namespace) -> None:
     print(f"{table(rows)}\n\nforward and backward, {args.rounds} rounds, {_machine(args.device)}")
 
 
-def _loss(name: str, device: str) -> tuple[float, float, float]:
-    """Seconds, peak MiB above the inputs, and how far the loss is from plain cross-entropy."""
+def _measure_loss(name: str, device: str) -> tuple[float, float, float]:
+    """Seconds, peak MiB above the inputs, and relative error against plain cross-entropy."""
     import torch
     import torch.nn.functional as F
     from torch.utils.checkpoint import checkpoint
@@ -122,30 +137,33 @@ def _loss(name: str, device: str) -> tuple[float, float, float]:
             return sum(checkpoint(part, x, y, use_reentrant=False) for x, y in parts)
         return objective.chunked_nll(hidden, head, labels, weights, 256)
 
-    F.linear(hidden[:, :256], head[:256]).sum().backward()  # libraries load, pools fill
+    F.linear(hidden[:, :256], head[:256]).sum().backward()  # load libraries, fill memory pools
     hidden.grad = head.grad = None
-    with _Peak(device) as peak:
+    with _PeakMemory(device) as peak:
         started = time.perf_counter()
-        got = value()
-        got.backward()
+        computed = value()
+        computed.backward()
         if device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     with torch.no_grad():
-        whole = sum(
+        expected = sum(
             F.cross_entropy(F.linear(x, head), y, reduction="sum").double()
             for x, y in zip(hidden[0].split(512), labels[0].split(512), strict=True)
         )
-    return seconds, peak.mib, abs(float(got.detach()) / float(whole) - 1)
+    return seconds, peak.mib, abs(float(computed.detach()) / float(expected) - 1)
 
 
-class _Peak:
-    """Most memory in use meanwhile, above what was in use before: MiB."""
+class _PeakMemory:
+    """Context that records the peak of memory in use inside it, above what was in use before.
+
+    ``mib`` is in MiB. On a CPU a thread reads the resident size every 2 ms.
+    """
 
     def __init__(self, device: str) -> None:
         self.device, self.mib = device, 0.0
 
-    def __enter__(self) -> "_Peak":
+    def __enter__(self) -> "_PeakMemory":
         if self.device != "cpu":
             import torch
 
@@ -174,7 +192,7 @@ class _Peak:
 
 
 def text(args: argparse.Namespace) -> None:
-    """Both train to the end, taking turns; each has its own clock, which stops meanwhile."""
+    """Train both to the end, in turns; the clock of each runs only in its own turns."""
     import lightning as L
     from yardstick import Yardstick
 
@@ -193,29 +211,38 @@ def text(args: argparse.Namespace) -> None:
             if rest < args.rounds:
                 yardstick.advance(args.yardstick_steps * turn // args.rounds)
 
-    meter = RunStatistics()
-    trainer = make_trainer(
-        cfg, logger=False, callbacks=[meter, Turns()], enable_checkpointing=False
-    )
+    run_statistics = RunStatistics()
+    callbacks = [run_statistics, Turns()]
+    trainer = make_trainer(cfg, logger=False, callbacks=callbacks, enable_checkpointing=False)
     trainer.fit(module, data)
     (figures,) = trainer.validate(module, data, verbose=False)
-    ours, theirs = meter.seconds_train - yardstick.seconds, yardstick.seconds
+    ours, theirs = run_statistics.seconds_train - yardstick.seconds, yardstick.seconds
     rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
     for name, model, steps, seconds, nats in (
         ("nanoGPT's recipe", yardstick.model, args.yardstick_steps, theirs, yardstick.loss()),
-        ("text_cpu", module, trainer.global_step, ours, figures["val/loss"]),
+        ("text_cpu", module.model, trainer.global_step, ours, figures["val/loss"]),
     ):
-        size = sum(p.numel() for p in model.parameters())
+        size = sum(p.numel() for _, p in model.named_parameters())
         rows.append([name, f"{size:,}", f"{steps:,}", f"{1000 * seconds / steps:.1f}",
                      f"{seconds:.1f}", f"{nats:.3f}"])  # fmt: skip
     print(f"{table(rows)}\n\n1/{theirs / ours:.1f} of the time, {_machine('cpu')}")
 
 
+def _processor() -> str:
+    """The name of the CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def _machine(device: str) -> str:
+    """Processor or GPU, and the version of torch."""
     import torch
 
     if device == "cpu":
-        return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+        threads = f"{torch.get_num_threads()} CPU threads"
+        return f"{_processor()}, {threads}, torch {torch.__version__}"
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 

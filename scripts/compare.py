@@ -1,7 +1,7 @@
-"""A table of finished runs, for people or for a page.
+"""Compare finished runs in a table.
 
 python scripts/compare.py runs/sweep/…                         prints it
-python scripts/compare.py runs/sweep/… --into docs/pitfalls.md   replaces the table of a page
+python scripts/compare.py runs/sweep/… --into docs/pitfalls.md  replaces the table of a page
 """
 
 import argparse
@@ -19,22 +19,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="of runs or sweeps")
-    parser.add_argument("--into", type=Path, metavar="PAGE", help=f"between {BEGIN} and {END}")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of runs or sweeps")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE", help=f"replace what is between {BEGIN} and {END}"
+    )
     args = parser.parse_args()
     found = {path for folder in args.folders for path in folder.rglob("summary.json")}
     summaries = read_summaries(found)
     if not summaries:
-        raise FileNotFoundError(
-            f"there is no summary.json below {' or '.join(map(str, args.folders))}"
-        )
+        raise FileNotFoundError(f"no summary.json found below {', '.join(map(str, args.folders))}")
     if args.into is None:
         print(sweep_table(summaries))
         return
     before, begin, rest = args.into.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{args.into} has no {BEGIN} … {END} to write between")
+        raise ValueError(f"{args.into} has no lines {BEGIN} and {END} to write between")
     table = markdown_table(summaries)
     write_text(args.into, f"{before}{BEGIN}\n{table}\n{END}{after}")
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers loads: weights, sizes, tokenizer.
+"""Export a checkpoint into a folder that transformers loads: weights, sizes, tokenizer.
 
 python scripts/export.py runs/…/checkpoints/best.ckpt exported
 """
@@ -13,11 +13,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a file that train.py wrote")
     parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument(
+        "--trust", metavar="package.module.Class", help="model class of yours in the checkpoint"
+    )
     args = parser.parse_args()
 
-    from causal_lm.export import export
+    from causal_lm.models import hf_conversion
+    from causal_lm.run import restore
 
-    print(f"written to {export(args.checkpoint, args.folder)}")
+    trust = {"trust": args.trust} if args.trust else {}
+    module, tokenizer, config = restore(args.checkpoint, **trust)
+    max_length = config["data"]["max_length"]
+    print(f"written to {hf_conversion.export(module.model, tokenizer, max_length, args.folder)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A picture of a learning-rate schedule: in the terminal, or as a file.
+"""Draw a learning-rate schedule in the terminal, or into a file.
 
     python scripts/schedule.py scheduler=cosine_restarts scheduler.peak_decay=0.7
     python scripts/schedule.py data=docstrings scheduler=step --svg schedule.svg
 
-Takes the overrides of train.py: the schedule drawn is that of the run they would start.
+Takes the overrides of train.py and draws the schedule of the run that they describe.
 """
 
 import argparse
@@ -21,14 +21,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="of train.py, such as scheduler=step")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write an SVG file")
     args = parser.parse_intermixed_args()
 
     cfg = config.load(args.overrides)
     total = cfg.trainer.max_steps
     factor = instantiate(cfg.scheduler)(total)
     name = cfg.scheduler._target_.rpartition(".")[2]
-    title = f"{name}: share of optimizer.lr={cfg.optimizer.lr} over {total} optimizer steps"
+    title = f"{name}: fraction of optimizer.lr={cfg.optimizer.lr} over {total} optimizer steps"
     values = [factor(step) for step in range(total)]
     if args.svg:
         write_text(args.svg, curve.to_svg(values, title))

@@ -1,4 +1,4 @@
-"""The recipe that nanoGPT publishes for a text of a megabyte on a CPU, to measure others by.
+"""The recipe that nanoGPT publishes for a text of a megabyte on a CPU, as a baseline.
 
 Four layers of width 128 with four heads, learned positions, LayerNorm and GELU, no biases, tied
 head; 2,000 steps of 12 blocks of 64 characters; AdamW from 1e-3 down to 1e-4
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from causal_lm.data.documents import Mapped
 
 WIDTH, HEADS, LAYERS, BLOCK, BATCH = 128, 4, 4, 64, 12
-PEAK, LAST, WARMUP = 1e-3, 1e-4, 100
+PEAK_LR, FINAL_LR, WARMUP_STEPS = 1e-3, 1e-4, 100
 
 
 class Layer(nn.Module):
+    """A pre-norm transformer block without biases."""
+
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, bias=False) for _ in range(2))
@@ -30,12 +32,14 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1))  # (B, T, 3, H, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
 
 class GPT(nn.Module):
+    """The model of the recipe; its head is tied to the token embedding."""
+
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, WIDTH)
@@ -44,8 +48,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(WIDTH, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                into_stream = name.endswith(("out.weight", "down.weight"))
-                scale = (2 * LAYERS) ** -0.5 if into_stream else 1.0
+                is_residual = name.endswith(("out.weight", "down.weight"))
+                scale = (2 * LAYERS) ** -0.5 if is_residual else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -54,43 +58,44 @@ class GPT(nn.Module):
 
 
 class Yardstick:
-    """A training of that recipe that can be advanced bit by bit.
+    """Training by that recipe, in parts of as many steps as one likes.
 
     Args:
-        train, val: (N,) tokens, in memory or mapped; those that occur get an embedding.
-        steps: optimizer steps of the whole.
+        train, val: (N,) tokens, in memory or mapped; those that occur are the vocabulary.
+        steps: optimizer steps in all.
     """
 
     def __init__(self, train: Tensor | Mapped, val: Tensor | Mapped, steps: int) -> None:
         used, ids = torch.cat([train[:], val[:]]).unique(return_inverse=True)
         self.train, self.val = ids[: len(train)], ids[len(train) :]
         self.steps, self.step, self.seconds = steps, 0, 0.0
-        self.draw = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)
         self.model = GPT(len(used))
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         rest = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-            lr=PEAK, betas=(0.9, 0.99),
+            lr=PEAK_LR, betas=(0.9, 0.99),
         )  # fmt: skip
 
-    def rate(self) -> float:
-        if self.step < WARMUP:
-            return PEAK * (self.step + 1) / (WARMUP + 1)
-        progress = (self.step - WARMUP) / max(1, self.steps - WARMUP)
-        return LAST + (PEAK - LAST) * 0.5 * (1 + math.cos(math.pi * progress))
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        if self.step < WARMUP_STEPS:
+            return PEAK_LR * (self.step + 1) / (WARMUP_STEPS + 1)
+        progress = (self.step - WARMUP_STEPS) / max(1, self.steps - WARMUP_STEPS)
+        return FINAL_LR + (PEAK_LR - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def advance(self, until: int) -> None:
-        """Take the steps up to this one."""
+    def advance(self, until_step: int) -> None:
+        """Take steps until ``until_step`` have been taken in all."""
         started = time.perf_counter()
-        while self.step < until:
-            first = torch.randint(len(self.train) - BLOCK, (BATCH, 1), generator=self.draw)
+        while self.step < until_step:
+            first = torch.randint(len(self.train) - BLOCK, (BATCH, 1), generator=self.generator)
             block = self.train[first + torch.arange(BLOCK + 1)]
             logits = self.model(block[:, :-1])
             F.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten()).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate()
+                group["lr"] = self.lr()
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
@@ -98,7 +103,7 @@ class Yardstick:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Nats a token over the whole validation text, in blocks."""
+        """Nats per token over the whole validation text, in blocks."""
         rows = (len(self.val) - 1) // BLOCK
         inputs = self.val[: rows * BLOCK].view(rows, BLOCK)
         targets = self.val[1 : rows * BLOCK + 1].view(rows, BLOCK)

@@ -4,12 +4,12 @@ import torch
 from causal_lm import generation
 from causal_lm.data.sources.synthetic import MarkovLanguage
 from causal_lm.data.tokenizers import BOS, EOS, PAD, Symbols
-from causal_lm.report.samples import as_text, measure
+from causal_lm.report.samples import format_samples, sample_statistics
 from support import V, make_module
 
 
 def scripted(batch):
-    """A 'model' that is sure of token (last + 1) % V."""
+    """A model of the rule: the next token is (last + 1) % V."""
     return torch.nn.functional.one_hot((batch.input_ids + 1) % V, V).float() * 100
 
 
@@ -40,25 +40,25 @@ def test_top_k_keeps_k():
     assert kept.isfinite().tolist() == [[False, True, False, True]]
 
 
-def test_bad_requests_are_named():
+def test_a_wrong_temperature_or_length_is_named():
     start = torch.full((1, 3), BOS)
-    with pytest.raises(ValueError, match="temperature must be 0 or more"):
+    with pytest.raises(ValueError, match="temperature"):
         generation.sample(scripted, start, 5, temperature=-1)
-    with pytest.raises(ValueError, match="prompt of 3 tokens"):
+    with pytest.raises(ValueError, match="3 tokens"):
         generation.sample(scripted, start, 2)
 
 
-def test_figures_by_hand():
+def test_statistics_by_hand():
     language = MarkovLanguage(symbols=4, successors=1, mean=4.0, max_symbols=9, seed=0)
     a = 3
     b = int(language.chain[a].argmax())
     rows = torch.tensor([
-        [BOS, a, b, EOS, a, a],  # legal: BOS a, a b, b EOS; what follows is not judged
+        [BOS, a, b, EOS, a, a],  # legal: BOS a, a b, b EOS; later ones do not count
         [BOS, a, a, PAD, PAD, EOS],  # legal: BOS a; not a a, a PAD, PAD PAD, PAD EOS
     ])  # fmt: skip
-    figures = measure(rows, Symbols(4), language)
+    figures = sample_statistics(rows, Symbols(4), language)
     assert figures.legal_rate == pytest.approx((3 + 1 + 0) / (3 + 5))
     assert figures.pad_eos_share == pytest.approx((1 + 3) / 10)
     assert figures.repeat_share == pytest.approx((1 + 2) / 10)
-    text = as_text(rows, Symbols(4), figures)
+    text = format_samples(rows, Symbols(4), figures)
     assert "after <eos>: a a …" in text

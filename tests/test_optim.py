@@ -1,114 +1,64 @@
-"""Groups of parameters, the rule for the rate, and Muon beside AdamW as one optimizer."""
+"""Optimizer factories, the rule for the learning rate, and Muon beside AdamW as one optimizer."""
 
 import io
 import logging
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from causal_lm import config
-from causal_lm.models.decoder import Decoder
-from causal_lm.models.gru import GRU
 from causal_lm.optim import optimizers
-from causal_lm.run import make_optimizer
-from support import V, make_batch, make_model, make_module
+from causal_lm.optim.parameter_groups import WITHOUT_DECAY, assert_complete, parameter_groups
+from causal_lm.run import build, make_optimizer
+from support import make_batch, make_model, make_module
+from support.models import make
 
 OPTIONS = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0.1}
 
 
-def llama(**changes):
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2, "d_ff": 24}
-    return Decoder(V, **(sizes | changes))
+def muon(model, **options):
+    return optimizers.muon(parameter_groups(model), **OPTIONS, **options)
 
 
-MODELS = {
-    "tiny": make_model,
-    "llama": llama,
-    "tied": lambda: llama(tied=True),
-    "gru": lambda: GRU(V, 16, 1, 0.0),
-}
-
-
-def names(optimizer, **wanted):
-    return {
-        name
-        for group in optimizer.param_groups
-        for name in group["param_names"]
-        if all(group.get(key) == value for key, value in wanted.items())
-    }
-
-
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("kind", ["adamw", "adam", "sgd", "muon"])
-def test_nothing_twice_and_nothing_left_out(make, kind):
-    model = make()
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gru"])
+def test_every_parameter_is_stepped_once(name, kind):
+    model = make(name)
     options = OPTIONS if kind == "muon" else {"lr": 0.01, "weight_decay": 0.1}
-    optimizer = getattr(optimizers, kind)(model.named_parameters(), **options)
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert len(held) == len(set(held))
-    assert set(held) == {id(p) for p in model.parameters()}
+    optimizer = getattr(optimizers, kind)(parameter_groups(model), **options)
+    assert_complete(model, optimizer.param_groups)
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == (0 if group["role"] in WITHOUT_DECAY else 0.1)
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_matrices_decay_and_norms_biases_and_embeddings_do_not(make):
-    """Told by what they belong to, which the groups are not told."""
-    model = make()
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    expected = {n for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in tables}
-    assert expected and tables
-    optimizer = optimizers.adamw(model.named_parameters(), lr=0.01, weight_decay=0.1)
-    assert names(optimizer, weight_decay=0.1) == expected
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gru"])
+def test_muon_takes_the_hidden_matrices_alone(name):
+    first, *rest = muon(make(name)).param_groups
+    assert (first["role"], first["lr"], first["momentum"]) == ("hidden_matrix", 0.02, 0.95)
+    assert rest and all(group["lr"] == 0.01 and "betas" in group for group in rest)
 
 
-def test_muon_has_the_matrices_between_embedding_and_head():
-    both = [f"blocks.{i}.{n}.weight" for i in (0, 1)
-            for n in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")]  # fmt: skip
-    for tied in (False, True):
-        optimizer = optimizers.muon(llama(tied=tied).named_parameters(), **OPTIONS)
-        assert names(optimizer, momentum=0.95) == set(both)
-        assert names(optimizer, lr=0.02) == set(both)
+def width(channels):
+    return parameter_groups(nn.Embedding(3, channels))
 
 
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("net.model.embed_tokens.weight", "embedding"),
-        ("net.transformer.wpe.weight", "embedding"),
-        ("net.token_emb.emb.weight", "embedding"),
-        ("net.gpt_neox.embed_out.weight", "embedding"),
-        ("net.lm_head.weight", "head"),
-        ("net.to_logits.weight", "head"),
-        ("layer.0.output.dense.weight", "hidden"),
-        ("blocks.0.sa.heads.1.key.weight", "hidden"),
-        ("members.0.weight", "hidden"),
-    ],
-)
-def test_names_in_other_libraries(name, role):
-    named = name, nn.Parameter(torch.zeros(2, 2))
-    assert optimizers.is_hidden_matrix(named) == (role == "hidden")
-    assert optimizers.decays(named) == (role != "embedding")
-
-
-def test_frozen_parameters_are_left_alone():
-    model = make_model()
-    model.tokens.weight.requires_grad_(False)
-    for optimizer in (optimizers.adamw(model.named_parameters(), lr=0.01, weight_decay=0.1),
-                      optimizers.muon(model.named_parameters(), **OPTIONS)):  # fmt: skip
-        assert "positions.weight" in names(optimizer)
-        assert "tokens.weight" not in names(optimizer)
-
-
-def test_peak_rate(caplog):
+def test_auto_lr_follows_the_width_of_the_embedding(caplog):
     with caplog.at_level(logging.INFO, logger="causal_lm.optim"):
-        wide = [("tokens.weight", nn.Parameter(torch.zeros(3, 768)))]
-        assert optimizers.peak_rate("auto", wide) == pytest.approx(2.165e-4, rel=1e-3)
-    assert "6e-3 / sqrt(768) = 0.00022" in caplog.text
-    assert optimizers.peak_rate("auto", make_module().named_parameters()) == pytest.approx(1.5e-3)
-    assert optimizers.peak_rate(0.3, wide) == 0.3
-    with pytest.raises(ValueError, match=r"optimizer\.lr=auto follows .* set optimizer\.lr"):
-        optimizers.peak_rate("auto", nn.Linear(2, 2).named_parameters())
+        assert optimizers.peak_lr("auto", width(768)) == pytest.approx(2.165e-4, rel=1e-3)
+    assert "optimizer.lr" in caplog.text and "768" in caplog.text
+    assert optimizers.peak_lr("auto", parameter_groups(make_model())) == pytest.approx(1.5e-3)
+    assert optimizers.peak_lr(0.3, width(768)) == 0.3
+
+
+def test_auto_lr_of_a_frozen_embedding_follows_the_head():
+    model = make_model()
+    for table in (model.token_embedding, model.position_embedding):
+        table.weight.requires_grad_(False)
+    assert optimizers.peak_lr("auto", parameter_groups(model)) == pytest.approx(1.5e-3)
+    with pytest.raises(ValueError, match=r"optimizer\.lr"):
+        optimizers.peak_lr("auto", parameter_groups(nn.Linear(2, 2)))
 
 
 # ---- Muon and AdamW as one ----
@@ -122,9 +72,9 @@ def train(module, optimizer, steps, start=0):
         optimizer.step()
 
 
-def test_joint_is_both_of_torch():
-    joint, apart = make_module(), make_module()
-    train(joint, optimizers.muon(joint.named_parameters(), **OPTIONS, betas=(0.9, 0.95)), 5)
+def test_combined_equals_both_of_torch():
+    combined, apart = make_module(), make_module()
+    train(combined, muon(combined.model, betas=(0.9, 0.95)), 5)
 
     named = list(apart.named_parameters())
     hidden = [p for n, p in named if "blocks" in n and p.dim() == 2]
@@ -141,16 +91,16 @@ def test_joint_is_both_of_torch():
         apart.accumulated_loss(make_batch(seed=step)).backward()
         for optimizer in both:
             optimizer.step()
-    for one, other in zip(joint.parameters(), apart.parameters(), strict=True):
+    for one, other in zip(combined.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_joint_resumes_as_if_never_stopped(fused):
+def test_combined_resumes_as_if_never_stopped(fused):
     """Through a file that holds plain data alone, with a schedule over both peaks."""
 
     def make(module):
-        optimizer = optimizers.muon(module.named_parameters(), **OPTIONS, fused=fused)
+        optimizer = muon(module.model, fused=fused)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
     def steps(module, optimizer, schedule, few):
@@ -180,7 +130,7 @@ def test_joint_resumes_as_if_never_stopped(fused):
 
 def test_a_closure_runs_once_and_gradients_go():
     module, calls = make_module(), []
-    optimizer = optimizers.muon(module.named_parameters(), **OPTIONS)
+    optimizer = muon(module.model)
 
     def closure():
         calls.append(1)
@@ -196,9 +146,8 @@ def test_a_closure_runs_once_and_gradients_go():
 
 
 def test_muon_needs_a_matrix():
-    model = nn.ModuleDict({"tokens": nn.Embedding(3, 2)})
-    with pytest.raises(ValueError, match=r"no hidden matrix .* optimizer=adamw"):
-        optimizers.muon(model.named_parameters(), **OPTIONS)
+    with pytest.raises(ValueError, match="optimizer=adamw"):
+        muon(nn.Embedding(3, 2))
 
 
 # ---- from the configuration ----
@@ -210,7 +159,19 @@ def test_muon_needs_a_matrix():
 @pytest.mark.parametrize("kind", ["adamw", "adam", "muon"])
 def test_fused_where_clipping_sees_unscaled_gradients(kind, precision, fused):
     cfg = config.load([f"optimizer={kind}", f"trainer.precision={precision}"])
-    optimizer = make_optimizer(cfg)(make_model().named_parameters())
+    optimizer = make_optimizer(cfg)(parameter_groups(make_model()))
     assert optimizer.param_groups[-1]["fused"] is fused
     with pytest.raises(config.ConfigError, match=r"optimizer\.fused=true cannot clip"):
         config.load([f"optimizer={kind}", "optimizer.fused=true", "trainer.precision=16-mixed"])
+
+
+def test_an_optimizer_of_torch_needs_nothing_but_a_yaml(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("_target_: torch.optim.AdamW\n_partial_: true\nlr: 0.1\nweight_decay: 0.2\n")
+    model = make_model()
+    optimizer = build(OmegaConf.load(path))(parameter_groups(model))
+    assert type(optimizer) is torch.optim.AdamW
+    assert_complete(model, optimizer.param_groups)
+    assert {g["role"]: g["weight_decay"] for g in optimizer.param_groups} == {
+        "hidden_matrix": 0.2, "head": 0.2, "embedding": 0.0, "norm_or_bias": 0.0,
+    }  # fmt: skip

@@ -1,3 +1,5 @@
+"""The verdict of a run, its tables, and files that are written whole."""
+
 import json
 
 import pytest
@@ -12,23 +14,27 @@ HONEST = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "kind", "figures"),
     [
-        ({}, "honest, and as good as this language allows"),
-        ({"val/ppl_over_floor": 1.5}, "honest: reported 1.800, true 1.790"),
-        ({"val/ppl_over_floor": None}, "honest: reported 1.800, true 1.790 nats per token."),
-        ({"val/ppl_over_floor": 0.9}, "below the floor"),
-        ({"train/loss": None}, "nothing was trained"),
+        ({}, "at_floor", ["1.010"]),
+        ({"val/ppl_over_floor": 1.5}, "honest", ["1.800", "1.790", "1.5"]),
+        ({"val/ppl_over_floor": None}, "honest", ["1.800", "1.790"]),
+        ({"val/ppl_over_floor": 0.9}, "leaking", ["0.900"]),
+        ({"train/loss": None}, "untrained", ["1.790"]),
         (
             {"val/loss_as_trained": 0.0, "val/loss": 9.0, "preflight/faults": ["shift"]},
-            "worthless (preflight: shift)",
+            "worthless",
+            ["0.000", "9.000", "shift"],
         ),
-        ({"train/loss": 0.5}, "overfitted: 0.500 on what it was trained on, 1.790"),
-        ({"val/loss_as_trained": 0.5}, "the figure is wrong, whatever the model is worth"),
+        ({"train/loss": 0.5}, "overfitted", ["0.500", "1.790"]),
+        ({"val/loss_as_trained": 0.5}, "misleading", ["0.500", "1.790"]),
+        ({"val/loss_as_trained": 0.5, "loss/reduction": "sequence"}, "at_floor", ["1.010"]),
     ],
-)  # fmt: skip
-def test_verdicts(changes, words):
-    assert words in verdict(HONEST | changes)
+)
+def test_verdicts(changes, kind, figures):
+    found = verdict(HONEST | changes)
+    assert found.kind == kind
+    assert [figure for figure in figures if figure not in found.sentence] == []
 
 
 def test_columns_line_up():

@@ -1,4 +1,4 @@
-"""Sampling, one token at a time."""
+"""Sampling from a model, one token at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +10,17 @@ from causal_lm.data.collate import Batch
 
 
 def prompt_batch(input_ids: Tensor, start: int = 0) -> Batch:
-    """Rows of real tokens (B, T), one document each, from position ``start`` on."""
+    """A batch of rows (B, T) without PAD, one document each; columns from ``start`` on."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return Batch(input_ids[:, start:], positions[:, start:], torch.zeros_like(input_ids)[:, start:])
 
 
 def filter_top_k(logits: Tensor, k: int | None) -> Tensor:
-    """(B, V) -> (B, V): all but the ``k`` largest of each row at -inf (ties at the edge stay)."""
+    """Set all but the ``k`` largest logits (B, V) of each row to -inf; ties with the k-th stay."""
     if k is None or k >= logits.shape[-1]:
         return logits
-    edge = logits.topk(k, dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < edge, float("-inf"))
+    kth_largest = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < kth_largest, float("-inf"))
 
 
 @torch.inference_mode()
@@ -35,35 +35,36 @@ def sample(
 ) -> Tensor:
     """Continue each row of ``prompt`` (B, P) to ``length`` tokens in all: (B, length).
 
-    It does not stop at EOS: cut with :func:`until_eos`, or look at what comes after it. Draws are
-    made on the CPU from ``generator``, so that a seed means the same on every device.
+    Sampling does not stop at EOS; cut the rows with :func:`until_eos`. Tokens are drawn on the CPU
+    from ``generator``, so that a seed gives the same samples on every device.
 
     Args:
-        logits_of: Batch -> logits (B, T, V), a model in eval mode. Where its ``make_cache()`` gives
-            a cache, each token is computed once, by ``logits_of(batch of new tokens, cache)``.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest only.
+        logits_of: Batch -> logits (B, T, V), such as a ``CausalLM`` in eval mode. If its
+            ``make_cache()`` returns a cache, each token is computed once, by
+            ``logits_of(batch of the new tokens, cache)``.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draw among the k most likely tokens only.
 
     Raises:
         ValueError: the temperature is negative, or the prompt is empty or longer than ``length``.
         FloatingPointError: a logit is NaN or +inf.
     """
     if not temperature >= 0:  # NaN too
-        raise ValueError(f"the temperature must be 0 or more, not {temperature}")
+        raise ValueError(f"temperature must be 0 or more, not {temperature}")
     if not 0 < prompt.shape[1] <= length:
         raise ValueError(
             f"a prompt of {prompt.shape[1]} tokens cannot be continued to a length of {length}"
         )
     cache = logits_of.make_cache() if hasattr(logits_of, "make_cache") else None
-    ids, seen = prompt, 0
+    ids, cached = prompt, 0
     while ids.shape[1] < length:
         if cache is None:
             logits = logits_of(prompt_batch(ids))
         else:
-            logits, seen = logits_of(prompt_batch(ids, seen), cache), ids.shape[1]
+            logits, cached = logits_of(prompt_batch(ids, cached), cache), ids.shape[1]
         last = logits[:, -1].float().cpu()  # (B, V)
         if not (last < torch.inf).all():
-            raise FloatingPointError("the model's logits are not finite: there is no next token")
+            raise FloatingPointError("the model's logits are not finite: no token can be sampled")
         if temperature == 0:
             token = last.argmax(dim=-1, keepdim=True)
         else:
@@ -73,16 +74,19 @@ def sample(
     return ids
 
 
-def write(
+def sample_in_batches(
     module: Any, prompts: Tensor, length: int, *, seed: int, batch_size: int, **options: Any
 ) -> Tensor:
-    """:func:`sample` from each row of ``prompts`` (N, P), batch by batch: (N, length) on the CPU.
+    """:func:`sample` from each row of ``prompts`` (N, P), ``batch_size`` rows at a time.
 
-    The global random state is not touched: the same weights and ``seed`` write the same.
+    The global random state is not used: the same weights and ``seed`` give the same samples.
 
     Args:
-        module: in eval mode; the prompts are brought to its ``device``.
+        module: in eval mode; the prompts are moved to its ``device``.
         options: ``temperature`` and ``top_k``.
+
+    Returns:
+        (N, length) token ids, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([
@@ -92,5 +96,5 @@ def write(
 
 
 def until_eos(row: list[int], eos_id: int) -> list[int]:
-    """The tokens up to and including the first EOS. (The first of all is BOS, which may be EOS.)"""
+    """The tokens up to and including the first EOS after the first token (BOS may equal EOS)."""
     return row[: row.index(eos_id, 1) + 1] if eos_id in row[1:] else row

@@ -21,7 +21,7 @@ from causal_lm.metrics import TokenPerplexity
 from causal_lm.models.base import CausalModel
 from causal_lm.nonfinite import NonFiniteGuard, describe_nonfinite
 from causal_lm.objective import LossConfig
-from causal_lm.optim.parameter_groups import parameter_groups
+from causal_lm.optim.parameter_groups import ParameterGroups, describe_groups, parameter_groups
 from causal_lm.optim.schedules import Factor
 from causal_lm.schema import is_float16
 
@@ -57,7 +57,7 @@ class CausalLM(L.LightningModule):
     def __init__(
         self,
         model: CausalModel,
-        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[int], Factor] | None = None,
         token_bytes: Tensor | None = None,
         loss: LossConfig | None = None,
@@ -228,6 +228,8 @@ class CausalLM(L.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
         optimizer = self.make_optimizer(parameter_groups(self.model))
+        if self.trainer.is_global_zero:
+            log.info(describe_groups(optimizer))
         if self.make_scheduler is None:
             return optimizer
         schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))

@@ -25,7 +25,7 @@ from causal_lm.callbacks import checkpoint
 from causal_lm.callbacks.gradient_report import GradientReport
 from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.run_statistics import RunStatistics
-from causal_lm.callbacks.sample_monitor import SampleMonitor, sample_unconditional
+from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
@@ -50,7 +50,7 @@ FIGURES = (
     "train/tokens_per_second", "train/pad_share", "train/skipped", "preflight/faults",
     "seconds/total", "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
     "checkpoint/best", "checkpoint/steady", "checkpoint/last",
-    *(f"writing/{field.name}" for field in fields(samples.SampleFigures)),
+    *(f"writing/{field.name}" for field in fields(samples.SampleStatistics)),
     "writing/repetition_spread", "writing/consistency_hidden", "writing/consistency_sentences",
 )  # fmt: skip
 """Every key of ``summary.json``; one that does not apply is null, never absent."""
@@ -103,7 +103,7 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
 
 
 def make_optimizer(cfg: DictConfig) -> Any:
-    """Named parameters -> optimizer; ``optimizer.fused=auto`` is answered by the precision.
+    """Parameter groups -> optimizer; ``optimizer.fused=auto`` is answered by the precision.
 
     A fused one would undo the loss scale of float16 by itself, after the gradients were clipped.
     """
@@ -252,7 +252,7 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
     if stop.requested:  # whoever sent the signal may not wait for an evaluation
         trainer.save_checkpoint(folder / "last.ckpt")
-    because = "a signal asked for it" if stop.requested else writing.decline.because
+    because = "a signal asked for it" if stop.requested else writing.stopped_because
     summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
     summary |= meter.figures(trainer)
 
@@ -274,7 +274,8 @@ def _run(cfg: DictConfig, directory: Path, summary: dict[str, Any], stop: StopAf
     trainer.save_checkpoint(folder / "last.ckpt")
     if trainer.is_global_zero:
         summary |= checkpoint.figures(folder, lowest, steady.best_model_score is not None)
-        summary |= self_check(cfg, module, corpus, directory)
+        options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
+        summary |= final_samples(module, corpus, directory, **options)
 
 
 def _finished(directory: Path, max_steps: int) -> dict[str, Any] | None:
@@ -340,19 +341,6 @@ def floor(corpus: Corpus, ppl: float) -> dict[str, float]:
         "floor/ppl": float(lowest.exp()),
         "val/ppl_over_floor": ppl / float(lowest.exp()),
     }
-
-
-def self_check(
-    cfg: DictConfig, module: CausalLM, corpus: Corpus, directory: Path
-) -> dict[str, float | None]:
-    """Let the trained model write, look at what it wrote, and show it."""
-    options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
-    shown = options.pop("shown")
-    rows, figures = sample_unconditional(module.eval(), corpus, **options)
-    write_text(directory / "samples.txt", samples.as_text(rows, corpus.tokenizer, figures))
-    print("\n" + samples.as_text(rows[:shown], corpus.tokenizer, figures).partition("\n\n")[2])
-    named = {f"sample/{name}": value for name, value in vars(figures).items()}
-    return {name: value for name, value in named.items() if name in FIGURES}
 
 
 def _verify_floor(summary: dict[str, Any]) -> None:

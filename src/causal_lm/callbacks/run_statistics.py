@@ -1,4 +1,4 @@
-"""What a run is asked about afterwards: its own loss, how much it read, and how fast."""
+"""Training loss, tokens, padding and seconds of a run, for its summary."""
 
 import time
 from collections import deque
@@ -11,22 +11,22 @@ from torch import Tensor
 from causal_lm import objective
 from causal_lm.data.collate import Batch
 
-WINDOW = 20
+LOSS_STEPS = 20
 """Optimizer steps over which ``train/loss`` is averaged for the summary."""
 
 
 class RunStatistics(L.Callback):
-    """Counts the targets and the slots of every training batch on this rank, and times the fit.
+    """Counts the targets and slots of every training batch on this rank, and times the fit.
 
-    Counting asks ``objective``, not the module: a faulty objective does not change how much text
-    there was. The counts stay on the device until somebody asks. Training alone begins with the
-    first batch, after the preflight, which comes before this callback; validations do not count.
+    Targets are the canonical ones, whatever the training objective uses. The counts stay on the
+    device until :meth:`figures` is called. ``seconds_train`` begins with the first batch, after
+    the preflight, whose callback comes first, and leaves out validations.
     """
 
     def __init__(self) -> None:
-        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.losses: deque[float] = deque(maxlen=LOSS_STEPS)
+        self.targets: Tensor | int = 0
         self.tokens: Tensor | int = 0
-        self.real: Tensor | int = 0
         self.slots = 0
         self.seconds_validating = 0.0
         self.seconds_fit = self.seconds_train = 0.0
@@ -46,13 +46,14 @@ class RunStatistics(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        if trainer.global_step != self._step:  # an optimizer step was taken: its loss is new
+        if trainer.global_step != self._step:  # this micro-batch ended an optimizer step
             self._step = trainer.global_step
             loss: Any = pl_module.step_loss
-            if loss is not None:  # the step was not skipped
+            if loss is not None:  # None: the step was skipped
                 self.losses.append(loss)
-        self.tokens = self.tokens + objective.has_target(batch.document_ids, batch.loss_mask).sum()
-        self.real = self.real + batch.lengths.sum()
+        has_target = objective.has_target(batch.document_ids, batch.loss_mask)
+        self.targets = self.targets + has_target.sum()
+        self.tokens = self.tokens + batch.lengths.sum()
         self.slots += batch.input_ids.numel()
         pl_module.log("train/pad_share", (batch.document_ids < 0).float().mean())
 
@@ -67,17 +68,19 @@ class RunStatistics(L.Callback):
         self.seconds_fit = time.perf_counter() - self._started
 
     def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
-        """Sums over all ranks, in the names of ``summary.json``. Tokens per second are real
-        targets over the time of training alone. Call it on every rank."""
+        """Sums over all ranks, under the keys of ``summary.json``. Call it on every rank.
+
+        ``train/tokens`` are targets; per second, they are divided by ``seconds_train``.
+        """
         device = trainer.strategy.root_device
-        own = torch.tensor([int(self.tokens), int(self.real), self.slots], device=device)
+        own = torch.tensor([int(self.targets), int(self.tokens), self.slots], device=device)
         module: Any = trainer.lightning_module
-        tokens, real, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        targets, tokens, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
-            "train/tokens": tokens,
-            "train/tokens_per_second": tokens / self.seconds_train if tokens else None,
-            "train/pad_share": 1 - real / slots if slots else None,
+            "train/tokens": targets,
+            "train/tokens_per_second": targets / self.seconds_train if targets else None,
+            "train/pad_share": 1 - tokens / slots if slots else None,
             "train/skipped": module.guard.skipped,
             "seconds/fit": self.seconds_fit,
             "seconds/train": self.seconds_train,

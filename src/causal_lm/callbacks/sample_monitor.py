@@ -1,4 +1,4 @@
-"""Lets the model write at each evaluation, looks at what it wrote, and keeps it."""
+"""Generates samples at each evaluation, logs their statistics, and keeps their text."""
 
 import logging
 import math
@@ -10,49 +10,77 @@ from typing import Any
 import lightning as L
 import torch
 
-from causal_lm import generation
-from causal_lm.callbacks.stop import DegenerationStopper
+from causal_lm.callbacks.degeneration import DegenerationStopper
 from causal_lm.data.documents import Corpus
-from causal_lm.report import samples
-from causal_lm.report.consistency import Embedder, Sentences, consistency, hidden, prompts_of
+from causal_lm.generation import sample_in_batches
+from causal_lm.report import consistency
 from causal_lm.report.files import write_text
+from causal_lm.report.samples import SampleStatistics, format_samples, sample_statistics
 
 log = logging.getLogger(__name__)
 
-STEADY_OVER = 3
+SPREAD_EVALUATIONS = 3
 """Evaluations over which ``writing/repetition_spread`` is taken."""
+
+FINAL_FIGURES = ("legal_rate", "pad_eos_share", "repeat_share")
+"""Statistics of :func:`final_samples` that go into ``summary.json``, as ``sample/*``."""
 
 
 def sample_unconditional(
     module: L.LightningModule, corpus: Corpus, count: int, **options: Any
-) -> tuple[torch.Tensor, samples.SampleFigures]:
-    """Samples from nothing but BOS, and their figures. options: of :func:`generation.write`."""
+) -> tuple[torch.Tensor, SampleStatistics]:
+    """``count`` samples from BOS alone as token ids (count, length), and their statistics.
+
+    Args:
+        options: of :func:`causal_lm.generation.sample_in_batches`.
+    """
     starts = torch.full((count, 1), corpus.tokenizer.bos_id)
-    rows = generation.write(module, starts, **options)
-    return rows, samples.measure(rows, corpus.tokenizer, corpus.language)
+    rows = sample_in_batches(module, starts, **options)
+    return rows, sample_statistics(rows, corpus.tokenizer, corpus.language)
+
+
+def final_samples(
+    module: L.LightningModule, corpus: Corpus, directory: Path, *, shown: int, **options: Any
+) -> dict[str, float | None]:
+    """Sample from the trained model into ``samples.txt`` and print the first ``shown`` samples.
+
+    Args:
+        options: of :func:`sample_unconditional`.
+
+    Returns:
+        ``sample/*`` of ``summary.json``.
+    """
+    rows, figures = sample_unconditional(module.eval(), corpus, **options)
+    write_text(directory / "samples.txt", format_samples(rows, corpus.tokenizer, figures))
+    print(format_samples(rows[:shown], corpus.tokenizer))
+    return {f"sample/{name}": getattr(figures, name) for name in FINAL_FIGURES}
 
 
 class SampleMonitor(L.Callback):
-    """Samples of every evaluation, their figures as ``writing/*`` and their text in a file.
+    """Logs statistics of samples as ``writing/*`` at each evaluation; writes the samples to files.
 
-    ``repetition_spread`` is the standard deviation of the last three ``repetition_4`` in the fit,
-    or 0 where that is less than ``repetition_error``: the draw, not the model.
+    ``repetition_spread`` is the standard deviation of ``repetition_4`` over the last three
+    evaluations of the fit, or 0 where that is within ``repetition_error``, the noise of sampling.
 
-    The same seed at each evaluation: what changes is the model. Training does not notice: the model
-    is in eval mode here anyway, and draws come from a generator of their own. Every rank writes, as
-    sharded weights would need; the figures are those of rank 0, so that all decide alike.
+    Every evaluation uses the same seed, so that differences come from the model. Training is not
+    affected: the model is in eval mode during validation, and the draws have a generator of their
+    own. Every rank samples, since sharded weights need all of them; the figures are those of rank
+    0, so that all ranks decide alike.
 
     Args:
-        corpus: its tokenizer reads the samples; its language, if it has one, judges them.
-        count: samples; 0 turns it all off.
-        length: tokens of each, BOS counted.
-        prompts, per_prompt, prompt_length: of :func:`causal_lm.report.consistency.consistency`:
-            beginnings of validation documents, samples from each, and tokens of the beginning.
-        embedder: folder of a sentence-transformers; None takes the model's own hidden states. The
-            figure is ``writing/consistency_sentences`` or ``writing/consistency_hidden``.
-        patience: of :class:`causal_lm.callbacks.stop.DegenerationStopper`, which may stop the fit.
+        corpus: its tokenizer decodes the samples; its language, if any, says which are legal.
+        count: samples; 0 turns the callback off.
+        length: tokens of each, BOS included.
+        prompts: beginnings of validation documents, for ``writing/consistency_*`` (see
+            :func:`causal_lm.report.consistency.consistency`).
+        per_prompt: samples from each prompt; 0 turns consistency off.
+        prompt_length: tokens of a prompt.
+        embedder: folder of a sentence-transformers model, for ``consistency_sentences``; None uses
+            the model's hidden states, for ``consistency_hidden``.
+        patience: of :class:`~causal_lm.callbacks.degeneration.DegenerationStopper`, which may stop
+            the fit.
         seed: of the draws.
-        directory: takes ``samples/step_….txt``, one for each evaluation; None writes nothing.
+        directory: gets ``samples/step_….txt`` at each evaluation; None writes no files.
         options: ``temperature``, ``top_k`` and ``batch_size``.
     """
 
@@ -72,32 +100,40 @@ class SampleMonitor(L.Callback):
         **options: Any,
     ) -> None:
         self.corpus, self.count, self.directory = corpus, count, directory
-        beginnings = prompts_of(corpus.val, prompts, min(prompt_length, length // 2))
+        prompt_length = min(prompt_length, length // 2)
+        beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
         self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
-        self.prompt_of = torch.arange(len(beginnings)).repeat_interleave(per_prompt)
-        self.embed: Embedder = Sentences(embedder) if embedder and count and per_prompt else hidden
-        self.consistency = f"consistency_{'sentences' if embedder else 'hidden'}"
+        self.prompt_ids = torch.arange(len(beginnings)).repeat_interleave(per_prompt)
+        self.embed: consistency.Embedder = consistency.hidden_state_embedder
+        if embedder and count and per_prompt:
+            self.embed = consistency.SentenceEmbedder(embedder)
+        self.consistency_name = f"consistency_{'sentences' if embedder else 'hidden'}"
         self.options = {"length": length, "seed": seed} | options
         self.last: dict[str, float] = {}
         self.seconds = 0.0
         self.rates: list[float] = []
-        self.decline = DegenerationStopper(patience)
+        self.stopper = DegenerationStopper(patience)
         self._step = -1
 
+    @property
+    def stopped_because(self) -> str | None:
+        """Why this callback stopped the fit; None if it did not."""
+        return self.stopper.stopped_because
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.count or trainer.global_step == self._step:  # once for each step
+        if not self.count or trainer.global_step == self._step:  # once per optimizer step
             return
         started, self._step = time.perf_counter(), trainer.global_step
         try:
             figures, text = self.evaluate(pl_module)
-        except FloatingPointError as error:  # the next step says more, and decides
+        except FloatingPointError as error:  # the next training step reports and handles it
             figures, text = {}, ""
             log.warning(f"step {self._step}: no samples: {error}")
         figures = trainer.strategy.broadcast(figures)
-        # NaN: what is not known now must not be taken for the figure of before.
+        # NaN: Lightning would otherwise keep the figure of an earlier evaluation.
         self.last = {"repetition_spread": math.nan} | figures
         if trainer.state.fn == "fit" and figures:
-            self._follow(trainer)
+            self._compare_with_earlier(trainer)
         pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
         if trainer.is_global_zero and self.directory is not None and text:
             folder = self.directory / "samples"
@@ -105,42 +141,42 @@ class SampleMonitor(L.Callback):
             write_text(folder / f"step_{self._step:08d}.txt", text)
         self.seconds += time.perf_counter() - started
 
-    def _follow(self, trainer: L.Trainer) -> None:
-        """Hold this evaluation against those before it."""
+    def _compare_with_earlier(self, trainer: L.Trainer) -> None:
         rate, error = self.last.get("repetition_4"), self.last.get("repetition_error", 0.0)
         if rate is not None:
-            self.rates = [*self.rates, rate][-STEADY_OVER:]
-            if len(self.rates) == STEADY_OVER:
+            self.rates = [*self.rates, rate][-SPREAD_EVALUATIONS:]
+            if len(self.rates) == SPREAD_EVALUATIONS:
                 spread = statistics.pstdev(self.rates)
                 self.last["repetition_spread"] = spread if spread > error else 0.0
-        if self.decline.judge(self._step, rate, error, self.last.get(self.consistency)):
+        agreement = self.last.get(self.consistency_name)
+        if self.stopper.should_stop(self._step, rate, error, agreement):
             trainer.should_stop = True
 
     def evaluate(self, module: L.LightningModule) -> tuple[dict[str, float], str]:
-        """The figures that apply, and the samples as text."""
+        """Sample, and return the statistics that apply and the samples as text."""
         rows, figures = sample_unconditional(module, self.corpus, self.count, **self.options)
-        named = vars(figures) | {self.consistency: self._consistency(module)}
+        named = vars(figures) | {self.consistency_name: self._consistency(module)}
         known = {name: value for name, value in named.items() if value is not None}
-        return known, samples.as_text(rows, self.corpus.tokenizer, figures)
+        return known, format_samples(rows, self.corpus.tokenizer, figures)
 
     def _consistency(self, module: Any) -> float | None:
-        """None where there is no prompt, or the model does not show its hidden states."""
-        if not len(self.prompts) or False:
+        """None where there is no prompt."""
+        if not len(self.prompts):
             return None
-        rows = generation.write(module, self.prompts, **self.options)
+        rows = sample_in_batches(module, self.prompts, **self.options)
         vectors = [
             self.embed(module, part, self.prompts.shape[1], self.corpus.tokenizer)
             for part in rows.split(self.options["batch_size"])
         ]
-        return consistency(torch.cat(vectors), self.prompt_of)
+        return consistency.consistency(torch.cat(vectors), self.prompt_ids)
 
     def figures(self) -> dict[str, float]:
-        """What ``summary.json`` says of the last evaluation, and what all of them cost."""
+        """For ``summary.json``: the last evaluation's figures, and the seconds that all took."""
         known = {f"writing/{n}": value for n, value in self.last.items() if math.isfinite(value)}
         return known | {"seconds/writing": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rates": self.rates, "seen": self.decline.seen}
+        return {"rates": self.rates, "history": self.stopper.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rates, self.decline.seen = state_dict["rates"], state_dict["seen"]
+        self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]

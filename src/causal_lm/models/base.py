@@ -1,6 +1,7 @@
 """What a model must offer to be trained, evaluated and sampled from here."""
 
 import abc
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -48,6 +49,14 @@ class CausalModel(Protocol):
 
     def standalone_config(self) -> dict[str, Any]:
         """Constructor arguments to change so that a checkpoint needs no other file."""
+
+    # What every nn.Module has, and is used here:
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 class BaseCausalModel(nn.Module, abc.ABC):

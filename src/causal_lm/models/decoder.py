@@ -253,7 +253,7 @@ class Decoder(BaseCausalModel):
             self.lm_head.weight = self.token_embedding.weight
         self._initialize(n_layers, self.lm_head, zero_init_residual)
         if init_from is not None:
-            self.load_state_dict(hf_conversion.read(init_from, self.sizes))
+            self.load_state_dict(hf_conversion.read_weights(init_from, self.sizes))
 
     def _initialize(self, n_layers: int, head: nn.Linear, zero_init_residual: bool) -> None:
         for name, parameter in self.blocks.named_parameters():

@@ -1,6 +1,11 @@
-"""A Llama of ours in the format of ``transformers``, and back: a folder with weights and sizes."""
+"""Models and tokenizers to ``transformers`` and back, through its own save and load functions.
+
+:func:`export` writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, with the
+same logits and the same token ids. :func:`read_weights` reads a Llama from such a folder.
+"""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,184 +14,244 @@ import torch
 from torch import Tensor
 
 from causal_lm import extras
-from causal_lm.report.files import write_json
+from causal_lm.data.subwords import Subwords
+from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
 
 Sizes = Mapping[str, Any]
+"""What our decoder computes, by argument (its attribute ``sizes``)."""
 
 SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "n_layers": "num_hidden_layers",
-    "d_ff": "intermediate_size",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "n_layers": "num_hidden_layers",
+    "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
-}
-"""Our name of a size -> theirs."""
+}  # fmt: skip
+"""Our size -> the key in ``LlamaConfig``."""
 
-WHOLE = {
-    "token_embedding.weight": ("model.embed_tokens.weight",),
-    "final_norm.weight": ("model.norm.weight",),
-    "lm_head.weight": ("lm_head.weight",),
+PLAIN = {"mlp": "swiglu", "qk_norm": False, "token_smear": 0}
+"""Options of our decoder with which it is a Llama."""
+
+WEIGHTS = {
+    "token_embedding.weight": ["model.embed_tokens.weight"],
+    "final_norm.weight": ["model.norm.weight"],
+    "lm_head.weight": ["lm_head.weight"],
 }
-BLOCK = {
-    "attention_norm.weight": ("input_layernorm.weight",),
-    "attention.qkv.weight": (
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
-    "attention.out.weight": ("self_attn.o_proj.weight",),
-    "mlp_norm.weight": ("post_attention_layernorm.weight",),
-    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down.weight": ("mlp.down_proj.weight",),
+BLOCK_WEIGHTS = {
+    "attention_norm.weight": ["input_layernorm.weight"],
+    "attention.qkv.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "attention.out.weight": ["self_attn.o_proj.weight"],
+    "mlp_norm.weight": ["post_attention_layernorm.weight"],
+    "mlp.gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.down.weight": ["mlp.down_proj.weight"],
 }
-"""Our weight -> theirs; several of theirs lie one below the other in ours."""
+"""Our weight -> theirs; where there are several, ours is their concatenation along dimension 0."""
+
+SPECIAL_ROLES = ("pad", "bos", "eos")
 
 
-def check_plain(sizes: Sizes) -> None:
-    """
+def _transformers() -> Any:
+    library = extras.load("transformers", "huggingface")
+    library.utils.logging.disable_progress_bar()  # log files have no use for progress bars
+    return library
+
+
+# ---- weights ----
+
+
+def _llama_config(sizes: Sizes, **more: Any) -> Any:
+    """The ``LlamaConfig`` of our decoder.
+
     Raises:
-        ValueError: an option makes it another model than a Llama of theirs (named).
+        ValueError: an option makes it another model than Llama (named).
     """
-    for key, plain in (("mlp", "swiglu"), ("qk_norm", False), ("token_smear", 0)):
+    for key, plain in PLAIN.items():
         if sizes[key] != plain:
             raise ValueError(
-                f"a model with model.{key}={str(sizes[key]).lower()} has no counterpart in "
-                f"transformers: only model.{key}={str(plain).lower()} goes to and from them"
+                f"model.{key}={_yaml(sizes[key])} has no counterpart in transformers: only "
+                f"model.{key}={_yaml(plain)} can be converted"
             )
+    return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in SIZES.items()}, **more)
 
 
-def names(n_layers: int) -> dict[str, tuple[str, ...]]:
-    """Of every weight, our name -> theirs."""
-    return WHOLE | {
-        f"blocks.{i}.{ours}": tuple(f"model.layers.{i}.{name}" for name in theirs)
+def weight_names(n_layers: int) -> dict[str, list[str]]:
+    """:data:`WEIGHTS` of a whole model."""
+    return WEIGHTS | {
+        f"blocks.{i}.{ours}": [f"model.layers.{i}.{name}" for name in theirs]
         for i in range(n_layers)
-        for ours, theirs in BLOCK.items()
+        for ours, theirs in BLOCK_WEIGHTS.items()
     }
 
 
-def to_transformers(state: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Our weights under their names. A tied head is left out, as the embedding has it."""
-    head = sizes["d_model"] // sizes["n_heads"]
-    rows = {
-        3: [sizes["n_heads"] * head, sizes["n_kv_heads"] * head, sizes["n_kv_heads"] * head],
-        2: [sizes["d_ff"], sizes["d_ff"]],
-    }
-    out: dict[str, Tensor] = {}
-    for ours, theirs in names(sizes["n_layers"]).items():
-        if sizes["tied"] and ours == "lm_head.weight":
-            continue
-        parts = state[ours].split(rows[len(theirs)]) if len(theirs) > 1 else [state[ours]]
-        # Parts of one tensor share its memory, which safetensors refuses.
-        out |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
-    return out
-
-
-def from_transformers(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Their weights under our names.
+def to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any:
+    """A ``LlamaForCausalLM`` with the weights ``state`` of our decoder.
 
     Raises:
-        KeyError: one is missing.
+        ModuleNotFoundError: the extra ``huggingface`` is not installed.
+        ValueError: the decoder is no plain Llama.
     """
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if sizes["tied"] else {}
-    return {
-        ours: torch.cat([weights[tied.get(name, name)] for name in theirs])
-        for ours, theirs in names(sizes["n_layers"]).items()
-    }
+    config = _llama_config(sizes, max_position_embeddings=max_length)
+    with torch.random.fork_rng():  # the new model draws weights, which are replaced at once
+        net = _transformers().LlamaForCausalLM(config)
+    shapes, weights = net.state_dict(), dict[str, Tensor]()
+    for ours, names in weight_names(sizes["n_layers"]).items():
+        rows = [len(shapes[name]) for name in names]
+        weights |= zip(names, state[ours].split(rows), strict=True)
+    net.load_state_dict(weights)
+    return net
 
 
-def write(folder: Path, state: Mapping[str, Tensor], sizes: Sizes, **more: Any) -> None:
-    """``model.safetensors`` and ``config.json`` into a folder that exists.
-
-    Args:
-        more: further entries of ``config.json``.
-
-    Raises:
-        ValueError: it is no plain Llama.
-    """
-    check_plain(sizes)
-    safetensors = extras.load("safetensors.torch", "huggingface")
-    weights = to_transformers(state, sizes)
-    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    theirs = {name: sizes[ours] for ours, name in SIZES.items()}
-    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-    write_json(folder / "config.json", kind | theirs | more)
-
-
-def read(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
-    """The weights of a folder under our names.
+def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
+    """The weights of a Llama in ``folder``, as a state dict of our decoder.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it holds another kind of model, or other sizes (each named); or these sizes are
-            not those of a plain Llama.
+        ModuleNotFoundError: the extra ``huggingface`` is not installed.
+        ValueError: the folder holds another kind of model, other sizes (each named) or too few
+            weights; or ``sizes`` are not those of a plain Llama.
     """
-    check_plain(sizes)
-    folder = Path(folder)
-    config = json.loads(_file(folder, "config.json").read_text(encoding="utf-8"))
-    _check(folder, config, sizes)
-    safetensors = extras.load("safetensors.torch", "huggingface")
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():  # a large model lies in several files
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= safetensors.load_file(_file(folder, file))
+    ours, library = _llama_config(sizes), _transformers()
+    path, given = Path(folder) / "config.json", f"model.init_from={folder}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{given}: no {path.name}; give a Llama saved by transformers")
+    theirs = library.LlamaConfig.from_pretrained(folder)
+    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    has, needs = _architecture(theirs) | {"model_type": kind}, _architecture(ours)
+    if differing := [key for key in needs if has[key] != needs[key]]:
+        there = " ".join(f"{key}={_yaml(has[key])}" for key in differing)
+        here = ", ".join(_yaml(needs[key]) for key in differing)
+        raise ValueError(
+            f"{given} has {there}, but this run has {here}: set these keys, use the tokenizer of "
+            f"that model, or use model=huggingface, which takes any model of transformers"
+        )
     try:
-        return from_transformers(weights, sizes)
-    except KeyError as error:
-        raise ValueError(f"{folder} holds no weight {error}: is the download whole?") from error
-
-
-def _file(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise FileNotFoundError(
-            f"model.init_from={folder}: there is no {name} in it; give a folder that holds a Llama "
-            f"as transformers saves it"
-        )
-    return folder / name
-
-
-def _check(folder: Path, config: dict[str, Any], sizes: Sizes) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    config = {
-        "num_key_value_heads": config.get("num_attention_heads"),
-        "rope_theta": rope.get("rope_theta", 10_000.0),
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "head_dim": None,
-    } | config
-    d_head = sizes["d_model"] // sizes["n_heads"]
-    unlike = {
-        "model_type": config.get("model_type") != "llama",
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
+        with torch.random.fork_rng():  # it draws weights before it loads them
+            net, found = library.LlamaForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except OSError as error:
+        raise FileNotFoundError(f"{given}: {str(error).splitlines()[0]}") from error
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"]))
+        raise ValueError(f"{given} has no weight {missing}: is the download complete?")
+    weights = net.state_dict()
+    return {
+        ours: torch.cat([weights[name] for name in names])
+        for ours, names in weight_names(sizes["n_layers"]).items()
     }
-    for key, differs in unlike.items():
-        if differs:
-            raise ValueError(
-                f"model.init_from={folder}: its {key} in config.json is not that of a plain Llama; "
-                f"model=huggingface takes any model of transformers"
-            )
-    vocabulary = config["vocab_size"]
-    if vocabulary != sizes["vocab_size"]:
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    """What a ``LlamaConfig`` computes: sizes as keys of ours, the rest as keys of theirs."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
+    values = config.to_dict() | {"rope_theta": theta, "rope_type": rope.get("rope_type", "default")}
+    others = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "rope_type")
+    sizes = {f"model.{ours}": values[key] for ours, key in SIZES.items()}
+    return sizes | {key: values[key] for key in others}
+
+
+def _yaml(value: Any) -> str:
+    """As it is typed on the command line."""
+    return str(value).lower()
+
+
+# ---- whole folders ----
+
+
+def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> Path:
+    """Write ``model`` and ``tokenizer`` into a new ``folder``, completely or not at all.
+
+    Args:
+        max_length: longest row in training, in tokens.
+
+    Raises:
+        FileExistsError: the folder exists and is not empty.
+        ModuleNotFoundError: the extra ``huggingface`` is not installed.
+        ValueError: the model or the tokenizer has no counterpart in transformers.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name another folder")
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        write_model(model, tokenizer, max_length, beside)
+        write_tokenizer(tokenizer, max_length, beside)
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
+    """Write weights and configuration with ``save_pretrained``.
+
+    Any model may have a method ``to_transformers()``, which returns a ``PreTrainedModel`` with the
+    same logits. Without one, our decoder (told by its ``sizes``) is written as a Llama, and a model
+    of transformers (the attribute ``net``) as it is.
+
+    Raises:
+        ValueError: it is none of these, or a decoder that is no plain Llama.
+    """
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
+    if hasattr(model, "to_transformers"):
+        net = model.to_transformers()
+    elif SIZES.keys() | PLAIN.keys() <= getattr(model, "sizes", {}).keys():
+        net = to_llama(model.state_dict(), model.sizes, max_length)
+    elif hasattr(getattr(model, "net", None), "save_pretrained"):
+        net = model.net
+    else:
         raise ValueError(
-            f"model.init_from={folder} has a vocabulary of {vocabulary} tokens, but the tokenizer "
-            f"of this run has {sizes['vocab_size']}: use the tokenizer that it was trained with"
+            f"a {type(model).__name__} has no counterpart in transformers: export model=llama or "
+            f"model=huggingface, or give the class a method to_transformers()"
         )
-    differ = [key for key, theirs in SIZES.items() if config[theirs] != sizes[key]]
-    if differ:
-        wanted = " ".join(f"model.{key}={str(config[SIZES[key]]).lower()}" for key in differ)
-        here = ", ".join(str(sizes[key]).lower() for key in differ)
-        raise ValueError(f"model.init_from={folder} needs {wanted}, but this run has {here}")
-    if config["head_dim"] not in (None, d_head):
+    net.config.update(ids)
+    net.generation_config.update(**ids)
+    net.save_pretrained(folder)
+
+
+def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
+    """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text.
+
+    Raises:
+        ValueError: the kind of tokenizer has no counterpart in transformers.
+    """
+    library, fast = _same_ids(tokenizer)
+    names = {role: fast.id_to_token(getattr(tokenizer, f"{role}_id")) for role in SPECIAL_ROLES}
+    bos = names["bos"]
+    fast.post_processor = library.processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
+    )
+    _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        model_max_length=max_length,
+        split_special_tokens=True,  # "<eos>" in a text is five characters, not an end
+        clean_up_tokenization_spaces=False,
+        **{f"{role}_token": name for role, name in names.items()},
+    ).save_pretrained(folder)
+
+
+def _same_ids(tokenizer: Tokenizer) -> tuple[Any, Any]:
+    """The library ``tokenizers``, and its tokenizer with the ids of ours."""
+    library = extras.load("tokenizers", "huggingface")
+    if isinstance(tokenizer, Subwords):
+        return library, library.Tokenizer.from_str(tokenizer.json)
+    vocabulary = {text: i for i, text in SPECIAL.items()}
+    if isinstance(tokenizer, Bytes):  # no character is in the vocabulary: all fall back to bytes
+        vocabulary |= {f"<0x{byte:02X}>": byte + len(SPECIAL) for byte in range(256)}
+        decoders = [library.decoders.ByteFallback(), library.decoders.Fuse()]
+    elif isinstance(tokenizer, Symbols):
+        symbols = Symbols.alphabet[: tokenizer.vocab_size - len(SPECIAL)]
+        vocabulary |= {symbol: i for i, symbol in enumerate(symbols, start=len(SPECIAL))}
+        decoders = [library.decoders.Fuse()]
+    else:
         raise ValueError(
-            f"model.init_from={folder} has heads of width {config['head_dim']}, where "
-            f"d_model / n_heads is {d_head}: model=huggingface takes any model of transformers"
+            f"a {type(tokenizer).__name__} tokenizer has no counterpart in transformers"
         )
+    model = library.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True)
+    fast = library.Tokenizer(model)
+    fast.decoder = library.decoders.Sequence(decoders)
+    return library, fast

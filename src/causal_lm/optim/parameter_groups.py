@@ -1,5 +1,128 @@
+"""Parameter groups for an optimizer, by what each parameter is in its model.
+
+Roles come from module types and from what the model declares (``lm_head``, ``embeddings()``), never
+from names, so that a model with other names is treated alike.
+
+    role            which parameters                                         weight decay   Muon
+    hidden_matrix   every other 2-D weight                                   yes            yes
+    head            the weight of ``lm_head``, where it is not tied          yes            no
+    other_weight    weights of three and more dimensions (convolutions)      yes            no
+    embedding       ``nn.Embedding`` tables, and a head tied to one          no             no
+    norm_or_bias    norms, one-dimensional parameters, and those marked      no             no
+                    ``_no_weight_decay`` (the convention of Mamba's code)
+
+The layout follows nanochat's ``setup_optimizers`` (https://github.com/karpathy/nanochat), which
+asserts that no parameter is left out.
+"""
+
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
 
-def parameter_groups(model: Any) -> Any:
-    return list(model.named_parameters())
+from causal_lm.models.base import CausalModel
+
+ParameterGroups = list[dict[str, Any]]
+"""``role``, ``params`` as (name, parameter) pairs, and ``weight_decay`` 0.0 where the optimizer's
+own must not apply: what any ``torch.optim`` class takes as its first argument."""
+
+ROLES = ("hidden_matrix", "head", "other_weight", "embedding", "norm_or_bias")
+WITHOUT_DECAY = ("embedding", "norm_or_bias")
+
+
+def parameter_groups(model: nn.Module | CausalModel) -> ParameterGroups:
+    """Every trainable parameter of ``model`` in one group per role, in the order of :data:`ROLES`.
+
+    Args:
+        model: a ``CausalModel``, or any module. Frozen parameters are left out, and so
+            are roles without parameters.
+
+    Raises:
+        AssertionError: a parameter is in no group or in two (named).
+    """
+    embeddings, heads = set(_embedding_ids(model)), set(_head_ids(model))
+    owners = {id(p): owner for owner in model.modules() for p in owner.parameters(recurse=False)}
+    params: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in ROLES}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in embeddings:
+            role = "embedding"
+        elif id(parameter) in heads:
+            role = "head"
+        else:
+            role = _role_by_type(parameter, owners[id(parameter)])
+        params[role].append((name, parameter))
+    groups: ParameterGroups = [
+        {"role": role, "params": named} | ({"weight_decay": 0.0} if role in WITHOUT_DECAY else {})
+        for role, named in params.items()
+        if named
+    ]
+    assert_complete(model, groups)
+    return groups
+
+
+def assert_complete(model: nn.Module | CausalModel, groups: ParameterGroups) -> None:
+    """Check that ``groups`` hold each trainable parameter of ``model`` exactly once.
+
+    Args:
+        groups: of :func:`parameter_groups`, or ``param_groups`` of an optimizer.
+
+    Raises:
+        AssertionError: naming the parameters that are missing, or held twice.
+    """
+    held = [id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    wrong = [f"{name} ({held.count(id(p))} times)" for name, p in trained if held.count(id(p)) != 1]
+    assert not wrong, f"parameters must be in one optimizer group each: {', '.join(wrong)}"
+
+
+def embedding_width(groups: ParameterGroups) -> int | None:
+    """Channels C of the first embedding table; of the head, where no embedding is trained."""
+    for role in ("embedding", "head"):
+        for group in groups:
+            if group["role"] == role:
+                return group["params"][0][1].shape[-1]
+    return None
+
+
+def describe_groups(optimizer: Optimizer) -> str:
+    """A table of the groups of ``optimizer``: role, tensors, parameters, weight decay, class."""
+    lines = [f"{'role':<15}{'tensors':>9}{'parameters':>14}{'decay':>8}  optimizer"]
+    for part in getattr(optimizer, "optimizers", (optimizer,)):
+        for group in part.param_groups:
+            size = sum(p.numel() for p in group["params"])
+            lines.append(
+                f"{group.get('role', '–'):<15}{len(group['params']):>9,}{size:>14,}"
+                f"{group.get('weight_decay', 0.0):>8g}  {type(part).__name__}"
+            )
+    return "\n".join(lines)
+
+
+def _embedding_ids(model: nn.Module | CausalModel) -> Iterator[int]:
+    declared: Any = getattr(model, "embeddings", None)
+    for module in declared() if inspect.ismethod(declared) else ():
+        yield id(module.weight)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            yield id(module.weight)
+
+
+def _head_ids(model: nn.Module | CausalModel) -> Iterator[int]:
+    """Of the declared head, and of what a model of transformers inside calls its output layer."""
+    heads = [getattr(model, "lm_head", None)]
+    for module in model.modules():
+        output_embeddings: Any = getattr(module, "get_output_embeddings", None)
+        heads += [output_embeddings()] if output_embeddings else []
+    for head in heads:
+        if isinstance(head, nn.Module):
+            yield from (id(p) for p in head.parameters() if p.dim() > 1)
+
+
+def _role_by_type(parameter: nn.Parameter, owner: nn.Module) -> str:
+    is_norm = "norm" in type(owner).__name__.lower() and not isinstance(owner, nn.Linear)
+    if parameter.dim() < 2 or is_norm or getattr(parameter, "_no_weight_decay", False):
+        return "norm_or_bias"
+    return "hidden_matrix" if parameter.dim() == 2 else "other_weight"

@@ -1,8 +1,8 @@
-"""Learning-rate schedules: pure functions of the optimizer step. Imports nothing slow to load.
+"""Learning-rate schedules: pure functions of the optimizer step. Needs the standard library alone.
 
-Each takes the steps of the run and gives ``factor(step)``, the share of the peak rate at which the
-optimizer takes that step (0, 1, …). All rise in a line first, ``1/n, 2/n … 1`` over n steps;
-``warmup_cosine`` and ``warmup_stable_decay`` are down at the last step of the run.
+Each factory takes the optimizer steps of the run and returns ``factor(step)``: the fraction of the
+peak learning rate at which step 0, 1, … is taken. All begin with a linear warm-up, ``1/n, 2/n … 1``
+over n steps. ``warmup_cosine`` and ``warmup_stable_decay`` reach ``final_share`` at the last step.
 """
 
 import logging
@@ -16,19 +16,19 @@ Factor = Callable[[int], float]
 
 
 def warmup(total_steps: int, steps: int | str, cap: float) -> tuple[int, str]:
-    """Steps of the warm-up, and which rule said so.
+    """Length of the warm-up in optimizer steps, and the rule that decided it, for the log.
 
     Args:
-        total_steps: of the run.
-        steps: so many, or ``auto`` for the longer of 500 and a tenth of the run.
-        cap: the largest share of the run, so that a short one still has time at its peak.
+        total_steps: optimizer steps of the run.
+        steps: a number, or ``auto`` for the longer of 500 and a tenth of the run.
+        cap: largest fraction of the run, so that a short run still has time at its peak.
     """
     wanted = max(500, total_steps // 10) if steps == "auto" else int(steps)
     rule = "scheduler.warmup_steps"
     if steps == "auto":
-        rule = "500 at least" if wanted == 500 else "a tenth of the run"
+        rule = "the minimum of 500" if wanted == 500 else "a tenth of the run"
     most = int(cap * total_steps)
-    return (wanted, rule) if wanted <= most else (most, f"at most {cap:g} of the run")
+    return (wanted, rule) if wanted <= most else (most, f"capped at {cap:.0%}")
 
 
 def _schedule(
@@ -37,16 +37,21 @@ def _schedule(
     *,
     warmup_steps: int | str,
     warmup_cap: float,
-    **keys: float,
+    **options: float,
 ) -> Factor:
-    """The warm-up and, from step ``rise`` on, ``shape(step, rise, total_steps, **keys)``."""
-    rise, rule = warmup(total_steps, warmup_steps, warmup_cap)
+    """The warm-up, and after its W steps ``shape(step, W, total_steps, **options)``."""
+    n_warmup, rule = warmup(total_steps, warmup_steps, warmup_cap)
 
     def factor(step: int) -> float:
-        return (step + 1) / rise if step < rise else shape(step, rise, total_steps, **keys)
+        if step < n_warmup:
+            return (step + 1) / n_warmup
+        return shape(step, n_warmup, total_steps, **options)
 
     last = factor(total_steps - 1)
-    log.info(f"warm-up of {rise} steps out of {total_steps}: {rule}; the last step at {last:.3g}")
+    log.info(
+        f"warm-up: {n_warmup} of {total_steps} steps ({rule}); "
+        f"the last step is at {last:.3g} of the peak learning rate"
+    )
     return factor
 
 
@@ -55,42 +60,44 @@ def _half_cosine(progress: float, final_share: float) -> float:
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _constant(step: int, rise: int, total: int) -> float:
-    """The peak rate throughout."""
+def _constant(step: int, n_warmup: int, total: int) -> float:
+    """The peak learning rate."""
     return 1.0
 
 
-def _warmup_cosine(step: int, rise: int, total: int, final_share: float) -> float:
-    """A half cosine from the peak to ``final_share`` of it, at the last step."""
-    return _half_cosine((step + 1 - rise) / (total - rise), final_share)
+def _warmup_cosine(step: int, n_warmup: int, total: int, final_share: float) -> float:
+    """One half cosine, lowest at the last step of the run."""
+    return _half_cosine((step + 1 - n_warmup) / (total - n_warmup), final_share)
 
 
 def _cosine_restarts(
-    step: int, rise: int, total: int, period: int, peak_decay: float, final_share: float
+    step: int, n_warmup: int, total: int, period: int, peak_decay: float, final_share: float
 ) -> float:
     """A half cosine every ``period`` steps (SGDR, https://arxiv.org/abs/1608.03983).
 
-    Each starts at ``peak_decay`` times the start of the one before, and its last step is at
-    ``final_share`` of its own.
+    Each peak is ``peak_decay`` times the one before. The last step of each is the lowest, at
+    ``final_share`` of its own peak.
     """
-    cycle, within = divmod(step - rise, period)
+    cycle, within = divmod(step - n_warmup, period)
     return peak_decay**cycle * _half_cosine(within / max(1, period - 1), final_share)
 
 
-def _step(step: int, rise: int, total: int, every: int, drop: float) -> float:
-    """Times ``drop`` every so many steps."""
-    return drop ** ((step - rise) // every)
+def _step(step: int, n_warmup: int, total: int, every: int, drop: float) -> float:
+    """Multiplied by ``drop`` every ``every`` steps."""
+    return drop ** ((step - n_warmup) // every)
 
 
 def _warmup_stable_decay(
-    step: int, rise: int, total: int, decay_share: float, final_share: float
+    step: int, n_warmup: int, total: int, decay_share: float, final_share: float
 ) -> float:
-    """The peak rate, then a line down to ``final_share`` of it over the last ``decay_share`` of the
-    run, or what the warm-up leaves of it (MiniCPM, https://arxiv.org/abs/2404.06395): how long to
-    train can be said late."""
-    decay = min(round(decay_share * total), total - rise)
-    gone = max(0, step + 1 - (total - decay))
-    return 1 - (1 - final_share) * min(1.0, gone / max(1, decay))
+    """The peak, then a linear decay to ``final_share`` over the last ``decay_share`` of the run, or
+    over what the warm-up leaves of it (MiniCPM, https://arxiv.org/abs/2404.06395).
+
+    The length of the run can be chosen late: a checkpoint from before the decay can go on.
+    """
+    decay_steps = min(round(decay_share * total), total - n_warmup)
+    done = max(0, step + 1 - (total - decay_steps))
+    return 1 - (1 - final_share) * min(1.0, done / max(1, decay_steps))
 
 
 constant = partial(_schedule, _constant)

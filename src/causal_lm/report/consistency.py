@@ -1,4 +1,4 @@
-"""How much the samples from one prompt are about the same thing."""
+"""How similar the samples from one prompt are to each other."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,38 +12,38 @@ from causal_lm import extras
 from causal_lm.data.documents import Documents
 from causal_lm.data.tokenizers import Tokenizer
 from causal_lm.generation import prompt_batch
-from causal_lm.report.samples import texts_of
+from causal_lm.report.samples import continuations
 
 Embedder = Callable[[Any, Tensor, int, Tokenizer], Tensor]
-"""(module in eval mode, rows (N, T) on the CPU, tokens of each prompt, tokenizer) -> (N, C) vectors
-of what follows the prompts, up to EOS. A vector of zeros: nothing follows."""
+"""(module in eval mode, rows (N, T) on the CPU, prompt length, tokenizer) -> (N, C) vectors of the
+continuations, up to EOS. The vector of an empty continuation is zero."""
 
 
-def consistency(vectors: Tensor, prompt_of: Tensor) -> float | None:
+def consistency(vectors: Tensor, prompt_ids: Tensor) -> float | None:
     """Mean cosine similarity over all pairs of samples from the same prompt; None without a pair.
 
-    High is alike. 1 for a model that knows one answer (or no language: noise averages out), lower
-    the more its samples differ. Own hidden states lie in a narrow cone, so that their figure is
-    near 1 and to be compared within a run only (Ethayarajh 2019, https://arxiv.org/abs/1909.00512).
+    1 for a model that gives the same answer each time, lower the more its samples differ. Noise
+    averages out, so a model that knows no language is near 1 too. Hidden states lie in a narrow
+    cone (Ethayarajh 2019, https://arxiv.org/abs/1909.00512): compare their figure within one run.
 
     Args:
-        vectors: (N, C); those of zeros have no direction and are left out.
-        prompt_of: (N,) a number for the prompt of each.
+        vectors: (N, C); zero vectors have no direction and are left out.
+        prompt_ids: (N,) number of each sample's prompt.
 
     >>> vectors = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 1.0], [0.0, 0.0]])
     >>> consistency(vectors, torch.tensor([0, 0, 0, 1, 1]))  # 1, 0 and 0
     0.3333333333333333
     """
-    there = vectors.any(dim=-1)
-    unit, prompt_of = F.normalize(vectors[there].double(), dim=-1), prompt_of[there]
-    pairs = (prompt_of[:, None] == prompt_of).triu(1)
+    is_nonzero = vectors.any(dim=-1)
+    unit, prompt_ids = F.normalize(vectors[is_nonzero].double(), dim=-1), prompt_ids[is_nonzero]
+    pairs = (prompt_ids[:, None] == prompt_ids).triu(1)
     return float((unit @ unit.T)[pairs].mean()) if pairs.any() else None
 
 
-def prompts_of(documents: Documents, count: int, length: int) -> Tensor:
-    """The first ``length`` tokens of up to ``count`` documents that go on: (P, length).
+def document_prompts(documents: Documents, count: int, length: int) -> Tensor:
+    """The first ``length`` tokens of up to ``count`` documents longer than that: (P, length).
 
-    They are spread evenly over the documents, as neighbours may be of one kind.
+    They are spread evenly over the documents, as neighbors may be of one kind.
     """
     longer = (documents.lengths > length).nonzero().flatten()
     count = min(count, len(longer))
@@ -53,18 +53,21 @@ def prompts_of(documents: Documents, count: int, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def hidden(module: Any, rows: Tensor, prompt: int, tokenizer: Tokenizer) -> Tensor:
-    """An :data:`Embedder`: the mean of what the model's own head reads (``model.body``)."""
-    lengths = [len(text) for text in texts_of(rows, tokenizer.eos_id, prompt)]
-    places = torch.arange(rows.shape[1]) - prompt
-    text = (places >= 0) & (places < torch.tensor(lengths)[:, None])  # (N, T)
+def hidden_state_embedder(
+    module: Any, rows: Tensor, prompt_length: int, tokenizer: Tokenizer
+) -> Tensor:
+    """An :data:`Embedder`: the mean of the model's last hidden states over the continuation."""
+    lengths = [len(tokens) for tokens in continuations(rows, tokenizer.eos_id, prompt_length)]
+    offsets = torch.arange(rows.shape[1]) - prompt_length
+    in_continuation = (offsets >= 0) & (offsets < torch.tensor(lengths)[:, None])  # (N, T)
     batch = prompt_batch(rows.to(module.device))
-    states = module.hidden_states(batch).float().cpu()
-    return (states * text[..., None]).sum(dim=1) / text.sum(dim=1, keepdim=True).clamp(min=1)
+    hidden = module.hidden_states(batch).float().cpu()  # (N, T, C)
+    total = (hidden * in_continuation[..., None]).sum(dim=1)
+    return total / in_continuation.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-class Sentences:
-    """An :data:`Embedder`: a model of sentence-transformers from a folder. Nothing is downloaded.
+class SentenceEmbedder:
+    """An :data:`Embedder`: a sentence-transformers model in a local folder; nothing is downloaded.
 
     Raises:
         ModuleNotFoundError: the extra ``sentences`` is not installed.
@@ -75,13 +78,16 @@ class Sentences:
         library = extras.load("sentence_transformers", "sentences")
         if not (Path(folder) / "modules.json").is_file():
             raise ValueError(
-                f"samples.embedder={folder}: there is no modules.json in it; give a folder that "
-                f"holds a model as sentence-transformers saves it"
+                f"samples.embedder={folder}: the folder has no modules.json; give a folder that "
+                f"SentenceTransformer.save wrote"
             )
-        with torch.random.fork_rng():  # it draws weights before it loads them
+        with torch.random.fork_rng():  # it draws random weights before it loads its own
             self.model = library.SentenceTransformer(str(folder), device="cpu")
 
-    def __call__(self, module: Any, rows: Tensor, prompt: int, tokenizer: Tokenizer) -> Tensor:
-        texts = [tokenizer.decode(text) for text in texts_of(rows, tokenizer.eos_id, prompt)]
+    def __call__(
+        self, module: Any, rows: Tensor, prompt_length: int, tokenizer: Tokenizer
+    ) -> Tensor:
+        generated = continuations(rows, tokenizer.eos_id, prompt_length)
+        texts = [tokenizer.decode(tokens) for tokens in generated]
         vectors = self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
         return vectors.cpu() * torch.tensor([[bool(text.strip())] for text in texts])

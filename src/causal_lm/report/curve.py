@@ -1,11 +1,11 @@
-"""One curve over steps, drawn by hand: characters or SVG."""
+"""One curve over steps as characters or as SVG, without a plotting library."""
 
 from collections.abc import Sequence
 from html import escape
 
 
 def to_text(values: Sequence[float], title: str, width: int = 72, height: int = 12) -> str:
-    """Lines of characters; each column shows the value at its first step."""
+    """A bar chart of characters; each column shows the value at its first step."""
     top = max(values) or 1.0
     columns = min(width, len(values))
     heights = [values[i * len(values) // columns] / top * height for i in range(columns)]
@@ -18,18 +18,19 @@ def to_text(values: Sequence[float], title: str, width: int = 72, height: int = 
 
 
 def to_svg(values: Sequence[float], title: str) -> str:
-    """A picture that stands alone, 720 by 300."""
+    """An SVG file of 720 by 300, with axes from 0 to the largest value and to the last step."""
     left, right, top, bottom = 60, 700, 40, 260
-    most, last = max(values) or 1.0, max(1, len(values) - 1)
-    stride = -(-len(values) // 4000)  # a picture has no more columns to show
+    largest, last = max(values) or 1.0, max(1, len(values) - 1)
+    stride = -(-len(values) // 4000)  # more points than that are not visible
+    x_scale, y_scale = (right - left) / last, (bottom - top) / largest
     points = " ".join(
-        f"{left + (right - left) * i / last:.1f},{bottom - (bottom - top) * values[i] / most:.1f}"
+        f"{left + x_scale * i:.1f},{bottom - y_scale * values[i]:.1f}"
         for i in sorted({*range(0, len(values), stride), len(values) - 1})
     )
     labels = "".join(
         f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>'
         for x, y, anchor, words in (
-            (left - 8, top + 5, "end", f"{most:g}"),
+            (left - 8, top + 5, "end", f"{largest:g}"),
             (left - 8, bottom + 5, "end", "0"),
             (left, bottom + 20, "middle", "0"),
             (right, bottom + 20, "end", f"step {last}"),

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed into it."""
+"""Write files atomically: a reader finds the old file or the new one, never a part."""
 
 import json
 import math
@@ -8,6 +8,11 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 into a file beside ``path``, then rename it to ``path``.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -17,7 +22,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def strict(data: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinities, which JSON has no word for, become null."""
+    """A copy of ``data`` with None for NaN and infinities, which JSON cannot represent."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in data.items()
@@ -25,5 +30,5 @@ def strict(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Strict JSON (see :func:`strict`)."""
+    """Write ``data`` as strict JSON, atomically (see :func:`strict` and :func:`write_text`)."""
     write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")

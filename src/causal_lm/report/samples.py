@@ -1,4 +1,4 @@
-"""What the model writes, in figures and in text."""
+"""Statistics of generated samples, and the samples as text."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,26 @@ from causal_lm.data.documents import Language
 from causal_lm.data.tokenizers import Tokenizer, show
 from causal_lm.generation import until_eos
 
-Texts = Sequence[Sequence[int]]
-"""Generated tokens of each sample, without the prompt, up to its first EOS, which is left out."""
+Continuations = Sequence[Sequence[int]]
+"""Generated tokens of each sample: without the prompt, up to its first EOS, which is left out."""
 
 
 @dataclass(frozen=True)
-class SampleFigures:
-    """Shares in [0, 1] over samples that ran to full length, whatever they said on the way.
+class SampleStatistics:
+    """Fractions in [0, 1] over samples of full length; None where there is nothing to count.
 
-    The first two are of all generated tokens; what follows judges each sample up to its first EOS.
-    None is a share of nothing.
+    ``pad_eos_share`` and ``repeat_share`` are over all generated tokens. The others look at each
+    sample up to its first EOS. The field names are keys of ``summary.json``.
 
-    pad_eos_share: of all generated tokens, those that are PAD or EOS. A model that was trained
-        on PAD goes on writing it after the first EOS.
-    repeat_share: of all generated tokens, those equal to the token before. A model that was
-        trained without the shift repeats its input.
-    unfinished_share: of the samples, those without an EOS.
-    repetition_3, repetition_4: see :func:`repetition`.
-    repetition_error: of repetition_4, see :func:`error`.
+    pad_eos_share: tokens that are PAD or EOS. A model that was trained on PAD generates PAD after
+        the first EOS.
+    repeat_share: tokens equal to the token before. A model that was trained without the label
+        shift repeats its input.
+    unfinished_share: samples without an EOS.
+    repetition_3, repetition_4, repetition_error: see :func:`repetition`; the error is that of the
+        second.
     distinct_1, distinct_2: see :func:`distinct`.
-    legal_rate: of the transitions up to the first EOS, those that the language allows; None where
-        the source does not know.
+    legal_rate: transitions that the language allows; None where the source does not know them.
     """
 
     pad_eos_share: float
@@ -44,87 +43,93 @@ class SampleFigures:
     legal_rate: float | None
 
 
-def n_grams(text: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+def n_grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """Every run of ``n`` neighboring tokens, in order."""
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def repetition(texts: Texts, n: int) -> float | None:
-    """Of all n-grams, the share that their own sample has had before.
+def repetition(samples: Continuations, n: int) -> tuple[float | None, float | None]:
+    """Fraction of all n-grams that occurred earlier in their own sample, and its standard error.
 
-    As seq-rep-n (Welleck et al. 2019, https://arxiv.org/abs/1908.04319), but over all n-grams
-    together: a short sample weighs less than a long one.
+    As seq-rep-n (Welleck et al. 2019, https://arxiv.org/abs/1908.04319), but over the n-grams of
+    all samples together, so that a short sample weighs less than a long one. The error is that of
+    a ratio of two sums over independent samples: the n-grams of one sample depend on each other.
 
-    >>> repetition([[5, 6, 5, 6, 5], [5, 6, 7]], 2)  # of 56 65 56 65 | 56 67, the second 56 and 65
+    >>> repetition([[5, 6, 5, 6, 5], [5, 6, 7]], 2)[0]  # 56 65 56 65 | 56 67: two of six repeat
     0.3333333333333333
     """
-    rows = [n_grams(text, n) for text in texts]
-    total = sum(map(len, rows))
-    return sum(len(row) - len(set(row)) for row in rows) / total if total else None
+    grams = [n_grams(tokens, n) for tokens in samples]
+    total = sum(map(len, grams))
+    if not total:
+        return None, None
+    repeats = [len(row) - len(set(row)) for row in grams]
+    fraction = sum(repeats) / total
+    residuals = [k - fraction * len(row) for k, row in zip(repeats, grams, strict=True)]
+    return fraction, math.hypot(*residuals) / total
 
 
-def error(texts: Texts, n: int) -> float | None:
-    """The standard error of :func:`repetition`. N-grams of one sample come together, so it is the
-    samples that are independent: the error of a ratio of two sums over them."""
-    share = repetition(texts, n)
-    if share is None:
-        return None
-    rows = [n_grams(text, n) for text in texts]
-    off = [len(row) - len(set(row)) - share * len(row) for row in rows]
-    return math.hypot(*off) / sum(map(len, rows))
+def distinct(samples: Continuations, n: int) -> float | None:
+    """Number of different n-grams over the number of n-grams, all samples together.
 
-
-def distinct(texts: Texts, n: int) -> float | None:
-    """Different n-grams of all samples together, over the number of n-grams (Li et al. 2016,
-    https://arxiv.org/abs/1510.03055). It falls with the number and the length of the samples.
+    Li et al. 2016, https://arxiv.org/abs/1510.03055. It falls with the number and the length of
+    the samples.
 
     >>> distinct([[5, 6, 5, 6, 5], [5, 6, 7]], 2)  # 56 65 67, of six
     0.5
     """
-    grams = [gram for text in texts for gram in n_grams(text, n)]
+    grams = [gram for tokens in samples for gram in n_grams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else None
 
 
-def texts_of(rows: Tensor, eos_id: int, prompt: int = 1) -> list[list[int]]:
-    """See :data:`Texts`. rows: (B, T) ids, the first ``prompt`` of each given."""
-    whole = [until_eos(row[prompt - 1 :], eos_id) for row in rows.tolist()]  # never its first token
-    return [row[1:-1] if eos_id in row[1:] else row[1:] for row in whole]
+def continuations(rows: Tensor, eos_id: int, prompt_length: int = 1) -> list[list[int]]:
+    """What was generated after a prompt, see :data:`Continuations`. rows: (B, T) token ids."""
+    generated = [row[prompt_length:] for row in rows.tolist()]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in generated]
 
 
-def measure(rows: Tensor, tokenizer: Tokenizer, language: Language | None) -> SampleFigures:
-    """rows: (B, T) ids, each beginning with BOS (which is given, not generated)."""
+def sample_statistics(
+    rows: Tensor, tokenizer: Tokenizer, language: Language | None
+) -> SampleStatistics:
+    """Statistics of rows (B, T) of token ids that were generated from BOS alone, their first."""
     previous, generated = rows[:, :-1], rows[:, 1:]
-    ends = generated == tokenizer.eos_id
-    texts = texts_of(rows, tokenizer.eos_id)
+    is_eos = generated == tokenizer.eos_id
+    samples = continuations(rows, tokenizer.eos_id)
+    repetition_4, repetition_error = repetition(samples, 4)
     legal_rate = None
     if language is not None:
-        judged = ends.cumsum(dim=1) - ends.long() == 0  # nothing ended before this token
-        legal_rate = float(language.legal(previous, generated)[judged].double().mean())
-    return SampleFigures(
-        pad_eos_share=float((ends | (generated == tokenizer.pad_id)).double().mean()),
+        in_document = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to the first EOS
+        legal_rate = float(language.legal(previous, generated)[in_document].double().mean())
+    return SampleStatistics(
+        pad_eos_share=float((is_eos | (generated == tokenizer.pad_id)).double().mean()),
         repeat_share=float((generated == previous).double().mean()),
-        unfinished_share=1 - float(ends.any(dim=1).double().mean()),
-        repetition_3=repetition(texts, 3),
-        repetition_4=repetition(texts, 4),
-        repetition_error=error(texts, 4),
-        distinct_1=distinct(texts, 1),
-        distinct_2=distinct(texts, 2),
+        unfinished_share=1 - float(is_eos.any(dim=1).double().mean()),
+        repetition_3=repetition(samples, 3)[0],
+        repetition_4=repetition_4,
+        repetition_error=repetition_error,
+        distinct_1=distinct(samples, 1),
+        distinct_2=distinct(samples, 2),
         legal_rate=legal_rate,
     )
 
 
 def printable(text: str) -> str:
-    """Control characters as escapes: a sample must not drive the terminal that shows it."""
+    """``text`` with control characters escaped, so that it cannot steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def as_text(rows: Tensor, tokenizer: Tokenizer, figures: SampleFigures) -> str:
-    """The samples, each to its first EOS, with the special tokens that follow in a row shown."""
-    lines = [f"{name} {value}" for name, value in asdict(figures).items() if value is not None]
+def format_samples(
+    rows: Tensor, tokenizer: Tokenizer, statistics: SampleStatistics | None = None
+) -> str:
+    """The statistics, if given, and each sample up to its first EOS.
+
+    Of the tokens after EOS, the first eight are listed by name.
+    """
+    known = asdict(statistics) if statistics else {}
+    lines = [f"{name} {value}" for name, value in known.items() if value is not None]
     for number, row in enumerate(rows.tolist(), start=1):
         document = until_eos(row, tokenizer.eos_id)
-        rest = row[len(document) :][:8]
-        after = " ".join(show(tokenizer, token) for token in rest)
         lines += ["", f"--- {number}", printable(tokenizer.decode(document))]
-        if rest:
+        if rest := row[len(document) :][:8]:
+            after = " ".join(show(tokenizer, token) for token in rest)
             lines.append(f"    after <eos>: {after} …")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The table at the end of a sweep, whatever launched its jobs."""
+"""The table at the end of a sweep, for any launcher."""
 
 import json
 import sys
@@ -13,10 +13,10 @@ from causal_lm.report.table import sweep_table
 
 
 class SweepTable(Callback):
-    """Reads every job's ``summary.json`` and prints one row each."""
+    """Hydra callback: prints one row per job, read from its ``summary.json``."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exits with code 1 where a job failed, now that the others have run."""
+        """Print the table; exit with code 1 where a job failed, after all of them have run."""
         folder = Path(config.hydra.sweep.dir)
         summaries = read_summaries(folder.glob("*/summary.json"))
         if summaries:
@@ -26,7 +26,7 @@ class SweepTable(Callback):
 
 
 def read_summaries(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Of jobs as they were launched, each with its folder's name."""
+    """The summaries in the order of :func:`job_number`, each with its folder's name as ``name``."""
     return [
         {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(paths, key=job_number)
@@ -34,6 +34,6 @@ def read_summaries(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def job_number(path: Path) -> tuple[int, str]:
-    """Sorts the files of jobs as they were launched."""
+    """Sort key for files of sweep jobs: the number in front of the folder's name, then the name."""
     number = path.parent.name.partition("_")[0]
     return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)

@@ -1,93 +1,117 @@
-"""What the run reported, the truth, the floor, and the verdict in a sentence."""
+"""Tables and the verdict of finished runs, from their summaries."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 LEAKS_BELOW = 0.98
-"""A perplexity under this share of the floor cannot be honest: the evaluation sees its answers."""
+"""Below this fraction of the perplexity of the entropy floor, the evaluation leaks its targets."""
+
+AT_FLOOR = 1.03
+"""Up to this multiple of the floor's perplexity, a model is as good as the language allows."""
+
+MISLEADING_BELOW = 0.75
+"""A loss below this fraction of the true one is misleading, and not a matter of noise."""
 
 WORTHLESS_BEYOND = 3.0
-"""Nats per token by which a report may flatter: e³, twenty times the perplexity."""
+"""Nats per token between a misleading loss and the true one that make a model worthless."""
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left, the others to the right; the first row is a head."""
+    """Aligned columns of text, the first to the left; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in rows
     ]
     return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
 
 
 def number(value: float | None, form: str = ",.4g") -> str:
-    """A figure for people: four digits; a dash where it does not apply."""
+    """A figure with four digits, or in another format; a dash for None."""
     if value is None:
         return "–"
     return f"{value:,.3f}" if form == ",.4g" and 0 <= abs(value) < 1000 else f"{value:{form}}"
 
 
 def percent(value: float | None) -> str:
+    """A fraction as a percentage; a dash for None."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def run_table(s: dict[str, Any]) -> str:
-    """The table at the end of one run, from its summary."""
+def run_table(summary: dict[str, Any]) -> str:
+    """What is printed at the end of one run: losses, samples and the verdict."""
+    s = summary
     rows = [
         ["", "nats/token", "perplexity"],
-        ["reported while training", number(s["train/loss"]), "–"],
-        ["reported on validation data", number(s["val/loss_as_trained"]), "–"],
-        ["the truth (shift, PAD and mask right)", number(s["val/loss"]), number(s["val/ppl"])],
+        ["training loss, as reported", number(s["train/loss"]), "–"],
+        ["validation loss, by the training objective", number(s["val/loss_as_trained"]), "–"],
+        ["true validation loss", number(s["val/loss"]), number(s["val/ppl"])],
     ]
     if s["floor/loss"] is not None:
-        rows.append(["the floor of this language", number(s["floor/loss"]), number(s["floor/ppl"])])
+        rows.append(["entropy floor of the data", number(s["floor/loss"]), number(s["floor/ppl"])])
     samples = [f"PAD or EOS {percent(s['sample/pad_eos_share'])}"]
-    samples.append(f"repeats {percent(s['sample/repeat_share'])}")
+    samples.append(f"repeated tokens {percent(s['sample/repeat_share'])}")
     if s["sample/legal_rate"] is not None:
         samples.append(f"legal transitions {percent(s['sample/legal_rate'])}")
     if s["val/bpb"] is not None:
         samples.append(f"{s['val/bpb']:.3f} bits per byte")
-    return f"{table(rows)}\n\nsamples: {', '.join(samples)}\nverdict: {verdict(s)}"
+    return f"{table(rows)}\n\nsamples: {', '.join(samples)}\nverdict: {verdict(s).sentence}"
 
 
-def verdict(s: dict[str, Any]) -> str:
-    """One sentence on how far the reported loss can be trusted, and how good the model is."""
-    truth, over = s["val/loss"], s["val/ppl_over_floor"]
-    trained, reported = s["train/loss"], s["val/loss_as_trained"]  # of the same data as the truth
-    if over is not None and over < LEAKS_BELOW:
-        return f"below the floor ({over:.3f}×): the evaluation sees what it should predict."
+class Verdict(NamedTuple):
+    """A judgment of a run, as a word and as a sentence.
+
+    kind: ``leaking``, ``untrained``, ``worthless``, ``misleading``, ``overfitted``, ``at_floor`` or
+        ``honest``.
+    """
+
+    kind: str
+    sentence: str
+
+
+def verdict(summary: dict[str, Any]) -> Verdict:
+    """How far the reported loss of a run can be trusted, and how good its model is."""
+    s = summary
+    true, over_floor = s["val/loss"], s["val/ppl_over_floor"]
+    trained, reported = s["train/loss"], s["val/loss_as_trained"]  # the latter on the same data
+    if over_floor is not None and over_floor < LEAKS_BELOW:
+        return Verdict(
+            "leaking", f"below the entropy floor ({over_floor:.3f}×): the evaluation leaks targets."
+        )
     if trained is None:
-        return f"nothing was trained; the model is at {truth:.3f} nats per token."
-    against = "" if over is None else f", {over:,.4g}× the floor's perplexity"
-    other = s.get("loss/reduction", "token") != "token"  # the objective weighs tokens by its own
-    if reported < 0.75 * truth and (s["preflight/faults"] or not other):
-        worth = (
-            "the model is worthless"
-            if truth - reported > WORTHLESS_BEYOND
-            else ("the figure is wrong, whatever the model is worth")
+        return Verdict("untrained", f"nothing was trained; the loss is {true:.3f} nats per token.")
+    times_floor = "" if over_floor is None else f", {over_floor:,.4g}× the floor's perplexity"
+    # Another reduction weights tokens in its own way: a lower loss alone is no fault then.
+    own_reduction = s.get("loss/reduction", "token") != "token"
+    if reported < MISLEADING_BELOW * true and (s["preflight/faults"] or not own_reduction):
+        worthless = true - reported > WORTHLESS_BEYOND
+        worth = "the model is worthless" if worthless else "the reported loss is wrong"
+        faults = ", ".join(s["preflight/faults"])
+        return Verdict(
+            "worthless" if worthless else "misleading",
+            f"do not trust {reported:.3f}: the loss is {true:.3f} nats per token{times_floor}; "
+            f"{worth}{f' (preflight: {faults})' if faults else ''}.",
         )
-        named = ", ".join(s["preflight/faults"])
-        why = f" (preflight: {named})" if named else ""
-        return (
-            f"do not trust {reported:.3f}: the truth is {truth:.3f} nats per token{against}; "
-            f"{worth}{why}."
+    unseen = reported if own_reduction else true
+    if trained < MISLEADING_BELOW * unseen:
+        return Verdict(
+            "overfitted",
+            f"overfitted: {trained:.3f} on the training data, {unseen:.3f} on the validation data"
+            f"{times_floor}.",
         )
-    unseen = reported if other else truth
-    if trained < 0.75 * unseen:
-        return (
-            f"overfitted: {trained:.3f} on what it was trained on, {unseen:.3f} on what it was not"
-            f"{against}."
+    if over_floor is not None and over_floor <= AT_FLOOR:
+        return Verdict(
+            "at_floor",
+            f"honest, and as good as this language allows: {over_floor:.3f}× the floor's "
+            f"perplexity.",
         )
-    if over is not None and over <= 1.03:
-        return f"honest, and as good as this language allows: {over:.3f}× the floor's perplexity."
-    return f"honest: reported {trained:.3f}, true {truth:.3f} nats per token{against}."
+    return Verdict(
+        "honest", f"honest: reported {trained:.3f}, true {true:.3f} nats per token{times_floor}."
+    )
 
 
-def _findings(s: dict[str, Any]) -> list[str]:
-    """What a run said, what was true, what it wrote, and what the preflight said."""
+def _common_cells(s: dict[str, Any]) -> list[str]:
+    """Reported loss, true loss, × floor, legal transitions, PAD or EOS, preflight."""
     return [
         number(s["train/loss"]),
         number(s["val/loss"]),
@@ -99,21 +123,21 @@ def _findings(s: dict[str, Any]) -> list[str]:
 
 
 def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """One row per run."""
+    """One row per run, for a terminal; a run without a validation has its status."""
     rows = [["run", "train/loss", "val/loss", "over floor", "legal", "PAD+EOS", "preflight",
              "seconds"]]  # fmt: skip
     for s in summaries:
         if s.get("val/loss") is None:
-            figures = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - 2)]
+            cells = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - 2)]
         else:
-            figures = [*_findings(s), number(s["seconds/total"], ".0f")]
-        rows.append([s["name"], *figures])
+            cells = [*_common_cells(s), number(s["seconds/total"], ".0f")]
+        rows.append([s["name"], *cells])
     return table(rows)
 
 
 def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """One row per run, for a page."""
+    """One row per run, for a Markdown page."""
     head = ["preset", "reported, nats", "the truth, nats", "× floor's perplexity",
             "legal transitions", "PAD or EOS written", "preflight"]  # fmt: skip
-    rows = [[f"`{s['experiment']}`", *_findings(s)] for s in summaries]
+    rows = [[f"`{s['experiment']}`", *_common_cells(s)] for s in summaries]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,4 +1,4 @@
-"""Weights and tokenizers to transformers and back, held against transformers itself."""
+"""Weights and tokenizers to transformers and back, compared with transformers itself."""
 
 import json
 
@@ -10,19 +10,24 @@ from hypothesis import strategies as st
 from causal_lm import masks
 from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import Bytes, Symbols
-from causal_lm.export import export, write_model, write_tokenizer
 from causal_lm.models import hf_conversion
 from causal_lm.models.decoder import Decoder
 from causal_lm.models.external import huggingface
+from causal_lm.models.hf_conversion import export, write_model, write_tokenizer
 from support import V, command
 from support.models import GPT2, LLAMA, SIZES, make, packed
 
 pytestmark = pytest.mark.extras
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers")
+
+
+def write(model, folder):
+    write_model(model, Symbols(V - 3), 32, folder)
 
 
 def same_logits(ours, theirs):
@@ -40,12 +45,12 @@ def same_logits(ours, theirs):
 def test_ours_to_theirs_and_back(transformers, tmp_path, tied):
     ours = make("llama_tied" if tied else "llama")
     ours.norm.weight.data.fill_(1.0)
-    hf_conversion.write(tmp_path, ours.state_dict(), ours.sizes, max_position_embeddings=32)
+    write(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"
     same_logits(ours, theirs)
     back = Decoder(V, **SIZES, tied=tied, init_from=str(tmp_path))
-    assert torch.equal(back.head.weight, ours.head.weight)
+    assert torch.equal(back.lm_head.weight, ours.lm_head.weight)
     same_logits(back, theirs)
 
 
@@ -71,27 +76,57 @@ def change(folder, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_other_sizes_are_named(tmp_path):
     ours = make("llama")
-    hf_conversion.write(tmp_path, ours.state_dict(), ours.sizes)
-    with pytest.raises(
-        ValueError, match=r"needs model\.n_layers=2 model\.tied=false, but .* 3, true"
-    ):
-        Decoder(V, **SIZES | {"n_layers": 3, "tied": True}, init_from=str(tmp_path))
-    with pytest.raises(ValueError, match=r"vocabulary of 11 tokens, but the tokenizer .* has 12"):
+    write(ours, tmp_path)
+    sizes = SIZES | {"n_layers": 3, "tied": True}
+    with pytest.raises(ValueError, match=r"model\.n_layers=2 model\.tied=false.* 3, true"):
+        Decoder(V, **sizes, init_from=str(tmp_path))
+    with pytest.raises(ValueError, match=r"model\.vocab_size=11.* 12"):
         Decoder(V + 1, **SIZES, init_from=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"model\.init_from=.*nowhere.* no config\.json"):
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+         "rope_type=linear"),
+        ({"model_type": "mistral"}, "model_type=mistral"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"head_dim": 8}, "head_dim=8"),
+    ],
+)  # fmt: skip
+def test_another_kind_of_model_is_named(tmp_path, entries, named):
+    write(make("llama"), tmp_path)
+    change(tmp_path, **entries)
+    with pytest.raises(ValueError, match=named):
+        Decoder(V, **SIZES, init_from=str(tmp_path))
+
+
+def test_missing_files_and_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model\.init_from=.*nowhere.*config\.json"):
         Decoder(V, **SIZES, init_from=str(tmp_path / "nowhere"))
-    for entries, words in (
-        ({"attention_bias": True}, "its attention_bias"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "its rope_type"),
-        ({"model_type": "mistral"}, "its model_type"),
-        ({"head_dim": 8}, "heads of width 8"),
-    ):
-        hf_conversion.write(tmp_path, ours.state_dict(), ours.sizes)
-        change(tmp_path, **entries)
-        with pytest.raises(ValueError, match=words):
-            Decoder(V, **SIZES, init_from=str(tmp_path))
+    ours = make("llama")
+    write(ours, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    some = safetensors_torch.load_file(weights)
+    del some["model.norm.weight"]
+    safetensors_torch.save_file(some, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.init_from=.*model\.norm\.weight"):
+        Decoder(V, **SIZES, init_from=str(tmp_path))
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.init_from=.*model\.safetensors") as error:
+        Decoder(V, **SIZES, init_from=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_conversion_draws_nothing_from_the_global_generator(tmp_path):
+    ours = make("llama")
+    before = torch.get_rng_state()
+    write(ours, tmp_path)
+    hf_conversion.read_weights(tmp_path, ours.sizes)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +196,7 @@ def test_special_ids(theirs_of):
     assert theirs_of["symbols"].decode([3, 7]) == "ae"
 
 
-def test_a_model_of_transformers_is_written_as_it_is(transformers, tmp_path):
+def test_a_model_of_transformers_is_exported_as_it_is(transformers, tmp_path):
     ours = huggingface(V, GPT2).eval()
     write_model(ours, Bytes(), 24, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -188,7 +223,7 @@ def test_from_a_run_to_transformers_and_into_another_run(transformers, tmp_path)
                          max_new_tokens=5, do_sample=False)  # fmt: skip
     assert out[0, :3].tolist() == [1, 3, 4]
     again = command("scripts/export.py", str(checkpoint), str(folder))
-    assert "is not empty: name another folder" in again.stderr
+    assert again.returncode == 1 and str(folder) in again.stderr
 
     init = [f"model.init_from={folder}", "optimizer.lr=1e-12"]
     done = command("train.py", *tiny, *init, f"hydra.run.dir={tmp_path}/two")
@@ -203,14 +238,25 @@ def test_from_a_run_to_transformers_and_into_another_run(transformers, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_what_cannot_be_exported_is_said(tmp_path):
-    with pytest.raises(ValueError, match="a GRU has no counterpart in transformers"):
-        write_model(make("gru"), Bytes(), 24, tmp_path)
-    with pytest.raises(ValueError, match=r"model\.mlp=relu2 has no counterpart in transformers"):
-        write_model(make("llama_fast"), Bytes(), 24, tmp_path)
-    with pytest.raises(ValueError, match=r"model\.qk_norm=true has no counterpart"):
+def test_a_model_may_say_how_it_is_exported(transformers, tmp_path):
+    class Mine(torch.nn.Module):
+        def to_transformers(self):
+            return huggingface(V, GPT2).net
+
+    write(Mine(), tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == "gpt2"
+
+
+def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"GRU.*to_transformers"):
+        export(make("gru"), Bytes(), 24, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"model\.mlp=relu2"):
+        export(make("llama_fast"), Bytes(), 24, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"model\.qk_norm=true"):
         Decoder(V, **SIZES, qk_norm=True, init_from=str(tmp_path))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        export(tmp_path / "nowhere.ckpt", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="full"):
+        export(make("llama"), Symbols(V - 3), 24, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]

@@ -1,11 +1,17 @@
-"""What the model writes at an evaluation: figures by hand, and a training that does not notice."""
+"""Samples at each evaluation: statistics worked by hand, and no effect on training."""
 
 import pytest
 import torch
 
 from causal_lm import generation
 from causal_lm.data.tokenizers import BOS, EOS, PAD, Symbols
-from causal_lm.report.samples import distinct, measure, n_grams, repetition, texts_of
+from causal_lm.report.samples import (
+    continuations,
+    distinct,
+    n_grams,
+    repetition,
+    sample_statistics,
+)
 from support import make_module
 from support.runs import short_run
 
@@ -17,16 +23,16 @@ ROWS = torch.tensor([
 ])  # fmt: skip
 
 
-def test_texts_end_before_eos():
-    assert texts_of(ROWS, EOS) == [[A, B, A, B, A, B, A], [A, B, C, A], []]
-    assert texts_of(ROWS[:2], EOS, prompt=3) == [[A, B, A, B, A], [C, A]]
-    assert texts_of(torch.tensor([[EOS, A, B, EOS]]), EOS) == [[A, B]]  # BOS may be EOS
+def test_continuations_end_before_eos():
+    assert continuations(ROWS, EOS) == [[A, B, A, B, A, B, A], [A, B, C, A], []]
+    assert continuations(ROWS[:2], EOS, prompt_length=3) == [[A, B, A, B, A], [C, A]]
+    assert continuations(torch.tensor([[EOS, A, B, EOS]]), EOS) == [[A, B]]  # BOS may be EOS
 
 
-def test_figures_by_hand():
+def test_statistics_by_hand():
     """Of 3-grams, ABA BAB ABA BAB ABA | ABC BCA: three of seven came before. Of 4-grams, ABAB BABA
     ABAB BABA | ABCA: two of five. Different tokens: 3 of 11; pairs AB BA BC CA: 4 of 9."""
-    figures = measure(ROWS, Symbols(4), None)
+    figures = sample_statistics(ROWS, Symbols(4), None)
     assert figures.repetition_3 == pytest.approx(3 / 7)
     assert figures.repetition_4 == pytest.approx(2 / 5)
     assert figures.repetition_error == pytest.approx(
@@ -39,9 +45,9 @@ def test_figures_by_hand():
     assert figures.legal_rate is None
 
 
-def test_a_share_of_nothing_is_none():
+def test_a_fraction_of_nothing_is_none():
     assert n_grams([A, B], 3) == []
-    assert repetition([[A, B], []], 3) is None
+    assert repetition([[A, B], []], 3) == repetition([], 3) == (None, None)
     assert distinct([[]], 1) is None
 
 
@@ -49,14 +55,16 @@ def test_samples_are_batched_seeded_and_leave_the_random_state_alone():
     module = make_module().eval()
     prompts, options = torch.full((5, 1), BOS), {"temperature": 0.8, "top_k": 5, "seed": 3}
     before = torch.get_rng_state()
-    rows = generation.write(module, prompts, 12, batch_size=2, **options)
+    rows = generation.sample_in_batches(module, prompts, 12, batch_size=2, **options)
     assert rows.shape == (5, 12)
     assert len({tuple(row) for row in rows.tolist()}) == 5  # one stream over all batches
-    assert torch.equal(rows, generation.write(module, prompts, 12, batch_size=2, **options))
+    assert torch.equal(
+        rows, generation.sample_in_batches(module, prompts, 12, batch_size=2, **options)
+    )
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_training_does_not_notice(tmp_path):
+def test_training_is_not_affected(tmp_path):
     """With dropout, which draws from the global state: the same weights, and the same loss."""
     states, summaries = [], []
     for count in (0, 7):
@@ -75,7 +83,7 @@ def test_training_does_not_notice(tmp_path):
     assert not (tmp_path / "0" / "samples").exists()
 
 
-def test_what_was_written_is_kept(tmp_path):
+def test_the_samples_of_each_evaluation_are_kept(tmp_path):
     """Steps 3 and 6 are evaluated in the fit, the last weights, of step 8, after it."""
     summary = short_run(tmp_path, "trainer.max_steps=8")
     files = sorted((tmp_path / "samples").iterdir())
