@@ -39,7 +39,7 @@ def test_hidden_states_are_averaged_over_the_continuation():
     rows = torch.tensor([[BOS, 4, 5, 6, EOS, 7], [BOS, 4, EOS, 3, 3, 3], [BOS, 4, 5, 6, 7, 8]])
     vectors = hidden_state_embedder(module, rows, 2, tokenizer)
     positions = torch.arange(6).expand(3, 6)
-    states = module.model.body(rows, positions, torch.ones(3, 6, 6, dtype=torch.bool).tril())
+    states = module.model.hidden_states(rows, positions)
     torch.testing.assert_close(vectors[0], states[0, 2:4].mean(0))
     assert not vectors[1].any()  # ended at once
     torch.testing.assert_close(vectors[2], states[2, 2:].mean(0))

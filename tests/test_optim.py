@@ -79,7 +79,7 @@ def test_combined_equals_both_of_torch():
     named = list(apart.named_parameters())
     hidden = [p for n, p in named if "blocks" in n and p.dim() == 2]
     head = [p for n, p in named if "head" in n]
-    rest = [p for n, p in named if p.dim() == 1 or "tokens" in n or "positions" in n]
+    rest = [p for n, p in named if p.dim() == 1 or "embedding" in n]
     both = (
         torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1),
         torch.optim.AdamW(head, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),

@@ -258,7 +258,7 @@ def test_a_head_with_a_bias_inside_a_model_of_transformers():
 def test_frozen_parameters_are_in_no_group():
     model = make_model()
     model.token_embedding.weight.requires_grad_(False)
-    assert names_of(model, "embedding") == {"positions.weight"}
+    assert names_of(model, "embedding") == {"position_embedding.weight"}
     assert "token_embedding.weight" not in roles(model)
 
 

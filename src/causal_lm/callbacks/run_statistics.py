@@ -51,8 +51,7 @@ class RunStatistics(L.Callback):
             loss: Any = pl_module.step_loss
             if loss is not None:  # None: the step was skipped
                 self.losses.append(loss)
-        has_target = objective.has_target(batch.document_ids, batch.loss_mask)
-        self.targets = self.targets + has_target.sum()
+        self.targets = self.targets + (batch.labels != objective.IGNORE).sum()
         self.tokens = self.tokens + batch.lengths.sum()
         self.slots += batch.input_ids.numel()
         pl_module.log("train/pad_share", (batch.document_ids < 0).float().mean())
