@@ -77,15 +77,6 @@ def assert_complete(model: nn.Module, groups: ParameterGroups) -> None:
     assert not wrong, f"parameters must be in one optimizer group each: {', '.join(wrong)}"
 
 
-def embedding_width(groups: ParameterGroups) -> int | None:
-    """Channels C of the first embedding table; of the head, where no embedding is trained."""
-    for role in ("embedding", "head"):
-        for group in groups:
-            if group["role"] == role:
-                return group["params"][0][1].shape[-1]
-    return None
-
-
 def describe_groups(optimizer: Optimizer) -> str:
     """A table of the groups of ``optimizer``: role, tensors, parameters, weight decay, class."""
     lines = [f"{'role':<15}{'tensors':>9}{'parameters':>14}{'decay':>8}  optimizer"]
