@@ -63,9 +63,8 @@ class SampleMonitor(L.Callback):
     evaluations of the fit, or 0 where that is within ``repetition_error``, the noise of sampling.
 
     Every evaluation uses the same seed, so that differences come from the model. Training is not
-    affected: the model is in eval mode during validation, and the draws have a generator of their
-    own. Every rank samples, since sharded weights need all of them; the figures are those of rank
-    0, so that all ranks decide alike.
+    affected: the draws have a generator of their own. Every rank samples, since sharded weights
+    need all of them; the figures are those of rank 0, so that all ranks decide alike.
 
     Args:
         corpus: its tokenizer decodes the samples; its language, if any, says which are legal.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from causal_lm.optim.parameter_groups import ParameterGroups, embedding_width
+from causal_lm.optim.parameter_groups import ParameterGroups
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,14 @@ def peak_lr(lr: float | str, groups: ParameterGroups) -> float:
     """
     if lr != "auto":
         return float(lr)
-    width = embedding_width(groups)
-    if width is None:
+    tables = {group["role"]: group["params"][0][1] for group in groups}
+    table = tables.get("embedding", tables.get("head"))
+    if table is None:
         raise ValueError(
             "optimizer.lr=auto is computed from the width of the embedding, but this model trains "
             "neither an embedding nor a head: set optimizer.lr to a number"
         )
+    width = table.shape[-1]
     rate = 6e-3 * width**-0.5
     log.info(f"optimizer.lr=auto: 6e-3 / sqrt({width}) = {rate:.2g}")
     return rate

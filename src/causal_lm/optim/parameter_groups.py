@@ -4,18 +4,18 @@ Roles come from module types and from what the model declares (``lm_head``, ``em
 from names, so that a model with other names is treated alike.
 
     role            which parameters                                         weight decay   Muon
-    hidden_matrix   every other 2-D weight                                   yes            yes
+    hidden_matrix   2-D weights with no other role                           yes            yes
     head            the weight of ``lm_head``, where it is not tied          yes            no
     other_weight    weights of three and more dimensions (convolutions)      yes            no
     embedding       ``nn.Embedding`` tables, and a head tied to one          no             no
     norm_or_bias    norms, one-dimensional parameters, and those marked      no             no
                     ``_no_weight_decay`` (the convention of Mamba's code)
 
-The layout follows nanochat's ``setup_optimizers`` (https://github.com/karpathy/nanochat), which
-asserts that no parameter is left out.
+That no parameter is left out is asserted, as in nanochat (https://github.com/karpathy/nanochat).
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,19 +73,12 @@ def assert_complete(model: nn.Module | CausalModel, groups: ParameterGroups) -> 
     Raises:
         AssertionError: naming the parameters that are missing, or held twice.
     """
-    held = [id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]]
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    wrong = [f"{name} ({held.count(id(p))} times)" for name, p in trained if held.count(id(p)) != 1]
+    held = Counter(
+        id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]
+    )
+    trained = [(name, held[id(p)]) for name, p in model.named_parameters() if p.requires_grad]
+    wrong = [f"{name} ({times} times)" for name, times in trained if times != 1]
     assert not wrong, f"parameters must be in one optimizer group each: {', '.join(wrong)}"
-
-
-def embedding_width(groups: ParameterGroups) -> int | None:
-    """Channels C of the first embedding table; of the head, where no embedding is trained."""
-    for role in ("embedding", "head"):
-        for group in groups:
-            if group["role"] == role:
-                return group["params"][0][1].shape[-1]
-    return None
 
 
 def describe_groups(optimizer: Optimizer) -> str:
