@@ -90,21 +90,18 @@ def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> 
         "are PAD. The darker the third line, the larger the weight of the token.</p>"
     )
 
-    def target(c: dict[str, Any]) -> str:
-        kind = "none" if c["target"] is None else "right" if c["target"] == c["next"] else "wrong"
-        return _td("·" if kind == "none" else name(c["target"]), kind)
-
     for b, row in enumerate(rows):
-        inputs = (_td(name(c["input"]), "" if c["real"] else "pad") for c in row)
-        weights = (_shade(abs(c["weight"]) / top, f"{c['weight']:.3g}") for c in row)
-        lines = ((f"row {b}", inputs), ("trained on", map(target, row)), ("weight", weights))
-        table = "".join(f"<tr><th>{head}</th>{''.join(cells)}</tr>" for head, cells in lines)
+        lines = {f"row {b}": "", "trained on": "", "weight": ""}
+        for c in row:
+            kind = "right" if c["target"] == c["next"] else "wrong"
+            target = ("·", "none") if c["target"] is None else (name(c["target"]), kind)
+            source = name(c["input"]), "" if c["real"] else "pad"
+            for head, (text, style) in zip(lines, (source, target), strict=False):
+                lines[head] += f'<td class="{style}">{escape(text)}</td>'
+            lines["weight"] += _shade(abs(c["weight"]) / top, f"{c['weight']:.3g}")
+        table = "".join(f"<tr><th>{head}</th>{cells}</tr>" for head, cells in lines.items())
         out += f'<div class="wrap"><table>{table}</table></div>'
     return out if rows else ""
-
-
-def _td(text: str, kind: str) -> str:
-    return f'<td class="{kind}">{escape(text)}</td>'
 
 
 def _shade(strength: float, title: str, hue: str = _BLUE) -> str:

@@ -17,15 +17,7 @@ from torch import Tensor, nn
 from causal_preflight.audit_batch import AuditBatch
 from causal_preflight.gradient_fit import fit
 from causal_preflight.locate import iter_integer_tensors, locate, place
-from causal_preflight.nested_outputs import (
-    Layout,
-    Path,
-    get,
-    iter_float_tensors,
-    layouts,
-    put,
-    to_btv,
-)
+from causal_preflight.nested_outputs import Layout, get, iter_float_tensors, layouts, put, to_btv
 from causal_preflight.sandbox import Sandbox
 
 _NO_LOGITS = 0.5  # residual of the fit from which a tensor is surely no logits
@@ -85,7 +77,7 @@ class _Run:
         return bool(known)
 
     def placed(self, pieces: list[Tensor]) -> list[Tensor]:
-        """The slots of every piece of logits caught; pieces of one call lie side by side."""
+        """The slots of each caught piece of logits; pieces of one call follow each other."""
         out: list[Tensor] = []
         for _, group in groupby(self.caught, key=lambda c: id(c[0])):
             calls = list(group)
@@ -111,7 +103,7 @@ class InstrumentedModel:
         self.forwards = 0
         self.input_module: nn.Module | None = None
         self.logits_module: nn.Module | None = None
-        self.path: Path = ()
+        self.path: tuple[Any, ...] = ()
         self.layout: Layout = ()
         self.replaceable = True
         self.dtype = torch.float32
@@ -138,7 +130,7 @@ class InstrumentedModel:
 
     def discover(self, batch: AuditBatch) -> None:
         """Find input module, logits module and layout; without logits `logits_module` is None."""
-        run, found = _Run(batch), list[tuple[nn.Module, Path, Tensor, Layout]]()
+        run, found = _Run(batch), list[tuple[nn.Module, tuple[Any, ...], Tensor, Layout]]()
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:

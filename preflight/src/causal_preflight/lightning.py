@@ -32,10 +32,10 @@ class PreflightError(ValueError):
 
 
 class Preflight(L.Callback):
-    """Audit any LightningModule by its own `training_step`, before the first step of the fit.
+    """Audit a LightningModule by its own `training_step`, on the first batch of the fit.
 
-    Add it to a trainer: `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])`. The batch is a dict,
-    a named tuple or a dataclass with `input_ids` and what else `causal_preflight.preflight` uses.
+    `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])` is all. The batch is a dict, a named tuple
+    or a dataclass with the fields that `causal_preflight.preflight` knows.
 
     Args:
         on_fault: "error" stops the run, "warn" logs the faults and goes on, "off" does nothing.
@@ -116,12 +116,8 @@ class Preflight(L.Callback):
 
     def message(self, report: Report) -> str:
         """One line: each fault with its evidence and what to change."""
-        faults = [
-            f"{f.label}: {f.seen}; change {self.remedies[f.label]}"
-            if f.label in self.remedies
-            else f"{f.label}: {f.seen}; {f.remedy}"
-            for f in report.findings
-        ]
+        own = {label: f"change {where}" for label, where in self.remedies.items()}
+        faults = (f"{f.label}: {f.seen}; {own.get(f.label, f.remedy)}" for f in report.findings)
         return f"preflight found {'. '.join(faults)}. To train in spite of it: {self.override}"
 
 

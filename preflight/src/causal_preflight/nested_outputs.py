@@ -8,8 +8,6 @@ from torch import Tensor
 
 Layout = tuple[int, ...]
 """Permutation that takes logits to (b, t, V), and back; () for flat logits (n, V)."""
-Path = tuple[Any, ...]
-"""Keys, indices or attribute names that lead to an entry of an output."""
 
 
 def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
@@ -30,7 +28,7 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
     return t.permute(layout) if layout else t[None]
 
 
-def iter_float_tensors(output: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
+def iter_float_tensors(output: Any, path: tuple = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
     """Float tensors in an output, at most two levels deep, each with the path to it."""
     if isinstance(output, Tensor):
         return [(path, output)] if output.is_floating_point() else []
@@ -38,14 +36,14 @@ def iter_float_tensors(output: Any, path: Path = ()) -> list[tuple[Path, Tensor]
     return [hit for k, v in inner for hit in iter_float_tensors(v, (*path, k))]
 
 
-def get(output: Any, path: Path) -> Any:
+def get(output: Any, path: tuple[Any, ...]) -> Any:
     """The entry at `path`, None where there is none."""
     for k in path:
         output = _entries(output).get(k)
     return output
 
 
-def put(output: Any, path: Path, value: Any) -> Any:
+def put(output: Any, path: tuple[Any, ...], value: Any) -> Any:
     """A copy of `output` with the entry at `path` replaced."""
     if not path:
         return value

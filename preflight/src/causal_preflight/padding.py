@@ -10,7 +10,7 @@ from causal_preflight.audit_batch import AuditBatch, require
 from causal_preflight.context import Context, Move
 from causal_preflight.locate import iter_integer_tensors, locate
 from causal_preflight.report import Finding
-from causal_preflight.visibility import Setting, find_leak
+from causal_preflight.visibility import Setting, find_leak, leak_finding
 
 
 def finite(ctx: Context) -> list[Finding]:
@@ -89,11 +89,8 @@ def embedding(ctx: Context) -> list[Finding]:
         return logits
 
     settings = [Setting("", work, train, train, sides) for train in (False, True)]
-    leak = find_leak(ctx, settings, changed)
-    if leak is None:
-        return []
-    ctx.explained.add("padding")
-    return [ctx.finding("pad", "{where} with the embedding at PAD slots", "pad keys", leak[2])]
+    leak, seen = find_leak(ctx, settings, changed), "{where} with the embedding at PAD slots"
+    return leak_finding(ctx, leak, "padding", "pad", seen, "pad keys")
 
 
 def extension(ctx: Context) -> list[Finding]:

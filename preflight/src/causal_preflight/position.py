@@ -1,7 +1,6 @@
 """Probes of positions: the same content gives the same logits in any row, slot and padding."""
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,22 +13,11 @@ from causal_preflight.report import Finding
 
 _UNKNOWN_CACHE = "the model offers a cache, but takes it or its ids in a form not known here"
 _BESIDE = "{where} with the padding of other rows"
-Trial = tuple[AuditBatch, str, str, str]
-"""Another batch that holds the same tokens; label, text and remedy of the finding"""
 
 
 def _require_clean(ctx: Context) -> None:
     known = {"future", "cross_row", "documents", "padding", "context", "finite"}
     require(not ctx.explained & known, "another fault moves the logits already")
-
-
-def _first_move(ctx: Context, trials: Iterable[Trial]) -> list[Finding]:
-    """A finding for the first batch in which the tokens of `work` have other logits."""
-    for other, label, seen, remedy in trials:
-        move = ctx.compare(ctx.work, other)
-        if move:
-            return [ctx.finding(label, seen, remedy, move)]
-    return []
 
 
 def order(ctx: Context) -> list[Finding]:
@@ -53,15 +41,15 @@ def alone(ctx: Context) -> list[Finding]:
     _require_clean(ctx)
     require("order" not in ctx.explained, "logits depend on the row already")
     work, pads = ctx.work, (~ctx.work.real).sum(1)
-
-    def trials() -> Iterable[Trial]:
-        for b in pads.argsort(descending=True, stable=True)[:2].tolist():
-            if bool(ctx.counted(work)[b].any()):
-                yield work.rows([b]), "pad", _BESIDE, "pad keys"
-                seen = f"{{where}} once the row is freed of its {int(pads[b])} PAD"
-                yield work.unpadded_row(b), "position", seen, "positions"
-
-    return _first_move(ctx, trials())
+    for b in pads.argsort(descending=True, stable=True)[:2].tolist():
+        if not bool(ctx.counted(work)[b].any()):
+            continue
+        if move := ctx.compare(work, work.rows([b])):
+            return [ctx.finding("pad", _BESIDE, "pad keys", move)]
+        if move := ctx.compare(work, work.unpadded_row(b)):
+            seen = f"{{where}} once the row is freed of its {int(pads[b])} PAD"
+            return [ctx.finding("position", seen, "positions", move)]
+    return []
 
 
 def packed(ctx: Context) -> list[Finding]:
@@ -71,12 +59,11 @@ def packed(ctx: Context) -> list[Finding]:
     later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
     later = [(b, d) for b, d in later if d > int(work.doc[b][work.real[b]][0])]
     require(later, "one document a row (no document_ids)")
-    seen = "row {{row}}: document {} has other logits than by itself, by {{size}} at position {{t}}"
-    trials = (
-        (_single(work, b, work.doc[b] == d), "position", seen.format(d), "positions")
-        for b, d in later[:3]
-    )
-    return _first_move(ctx, trials)
+    for b, d in later[:3]:
+        if move := ctx.compare(work, _single(work, b, work.doc[b] == d)):
+            seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
+            return [ctx.finding("position", seen + "position {t}", "positions", move)]
+    return []
 
 
 def _single(work: AuditBatch, b: int, where: Tensor) -> AuditBatch:

@@ -60,14 +60,9 @@ class Finding:
 class Report:
     """The outcome of one preflight.
 
-    Attributes:
-        findings: the faults, in the order in which they were found.
-        skipped: probe -> why it could not be examined.
-        sampled: what was examined in part only.
-        passed: probes that ran and found nothing.
-        pictures: alignment and visibility as plain lists, for `to_html`.
-        seconds: wall time of the audit.
-        forwards: runs of the loss.
+    `skipped` maps a probe to why it could not be examined; `sampled` says what was examined in part
+    only; `passed` lists the probes that ran and found nothing; `pictures` holds alignment and
+    visibility as plain lists, for `to_html`; `forwards` counts the runs of the loss.
     """
 
     findings: list[Finding] = field(default_factory=list)

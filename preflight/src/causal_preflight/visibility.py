@@ -57,6 +57,16 @@ def find_leak(
     return None
 
 
+def leak_finding(
+    ctx: Context, leak: Leak | None, mechanism: str, label: str, seen: str, remedy: str
+) -> list[Finding]:
+    """The finding for a leak; notes that `mechanism` explains what later probes would see."""
+    if leak is None:
+        return []
+    ctx.explained.add(mechanism)
+    return [ctx.finding(label, leak[0].words + seen, remedy, leak[2])]
+
+
 def cross_row(ctx: Context) -> list[Finding]:
     """Swap every token of every other row: the rows between them must not move."""
     work = ctx.work if len(ctx.work.ids) > 1 else ctx.work.rows([0, 0])
@@ -65,12 +75,8 @@ def cross_row(ctx: Context) -> list[Finding]:
     parts = [~odd, odd]
     settings = [Setting("", work, False, False, parts)]
     settings += [Setting("in train mode, ", work, True, scaled, parts) for scaled in (False, True)]
-    leak = find_leak(ctx, settings)
-    if leak is None:
-        return []
-    ctx.explained.add("cross_row")
-    seen = leak[0].words + "{where} with tokens of other rows"
-    return [ctx.finding("causal", seen, "rows", leak[2])]
+    seen = "{where} with tokens of other rows"
+    return leak_finding(ctx, find_leak(ctx, settings), "cross_row", "causal", seen, "rows")
 
 
 def future(ctx: Context) -> list[Finding]:
@@ -105,11 +111,10 @@ def future(ctx: Context) -> list[Finding]:
         if runs < width - 1:
             ctx.report.sampled.append(f"future: {runs} of {width - 1} cuts in each of {rows} rows")
         return []
-    ctx.explained.add("future")
     row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
-    seen = leak[0].words + "{where}, though its target counts, when later tokens are swapped, such "
-    seen += f"as token {int(ctx.full.ids[row, t])} at position {t}"
-    return [ctx.finding("causal", seen, "mask future", leak[2])]
+    seen = "{where}, though its target counts, when later tokens are swapped, such as token "
+    seen += f"{int(ctx.full.ids[row, t])} at position {t}"
+    return leak_finding(ctx, leak, "future", "causal", seen, "mask future")
 
 
 def _cuts(batch: AuditBatch, runs: int) -> list[Tensor]:
@@ -154,11 +159,8 @@ def documents(ctx: Context) -> list[Finding]:
     bits = [index >> k & 1 for k in range(int(index.max()).bit_length())]
     parts = [work.real & (bit == side) for bit in bits for side in (0, 1)]
     leak = find_leak(ctx, (Setting("", work, train, train, parts) for train in (False, True)))
-    if leak is None:
-        return []
-    ctx.explained.add("documents")
     seen = "{where} with tokens of other documents in the row"
-    return [ctx.finding("causal", seen, "documents", leak[2])]
+    return leak_finding(ctx, leak, "documents", "causal", seen, "documents")
 
 
 def context(ctx: Context) -> list[Finding]:
