@@ -1,10 +1,10 @@
-"""Prove the alignments of a model, without training it.
+"""Run the preflight on a model and one batch, without training.
 
-    python scripts/preflight.py FILE.py:FUNCTION       the function returns (model, batch) or
+    python scripts/preflight.py FILE.py:FUNCTION       FUNCTION returns (model, batch) or
                                                        (model, batch, loss_fn)
     python scripts/preflight.py experiment=bug …       a configured run and its first batch
 
-Exit code 0: no fault found; 1: faults; 2: it could not run.
+examples/audit_me.py is such a file. Exit code 0: no fault found; 1: faults; 2: it could not run.
 """
 
 import argparse
@@ -12,13 +12,14 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from causal_lm import cli, config
 
 
 def main() -> int:
+    """Print the report (and write the page); returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,7 +31,7 @@ def main() -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
     args = parser.parse_args()
 
-    with contextlib.redirect_stdout(sys.stderr):  # whatever their code prints, --json is JSON alone
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report alone
         report = _audit(args)
     if args.html:
         from causal_lm.report.files import write_text
@@ -41,36 +42,35 @@ def main() -> int:
     return 1 if report.faults else 0
 
 
-def _audit(args: argparse.Namespace):
+def _audit(args: argparse.Namespace) -> Any:
+    """The report; torch is imported only once the arguments are known to be right."""
     if len(args.subject) == 1 and ".py:" in args.subject[0]:
         file, _, function = args.subject[0].rpartition(":")
-        return _audit_function(file, function, args)
-    return _audit_run(args.subject, args.seed)
+        made = _call(file, function)
+        from causal_preflight import preflight
+
+        return preflight(*made, pad_id=args.pad_id, eos_id=args.eos_id, seed=args.seed)
+    cfg = config.load(args.subject)
+    from causal_lm.build import audit
+
+    return audit(cfg, seed=args.seed)
 
 
-def _audit_function(file: str, function: str, args: argparse.Namespace):
-    from causal_preflight import preflight
-
+def _call(file: str, function: str) -> tuple[Any, ...]:
+    """What `function` of the Python file returns: (model, batch) or (model, batch, loss_fn)."""
     path = Path(file).resolve()
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise FileNotFoundError(f"there is no Python file at {file}")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # so that it finds its neighbours
+    sys.path.insert(0, str(path.parent))  # so that it can import the files beside it
     spec.loader.exec_module(module)
     if not hasattr(module, function):
         raise ValueError(f"{file} has no function {function!r}")
     made = getattr(module, function)()
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise ValueError(f"{function} must return (model, batch) or (model, batch, loss_fn)")
-    return preflight(*made, pad_id=args.pad_id, eos_id=args.eos_id, seed=args.seed)
-
-
-def _audit_run(overrides: Sequence[str], seed: int):
-    cfg = config.load(overrides)
-    from causal_lm.run import audit
-
-    return audit(cfg, seed=seed)
+    return made
 
 
 if __name__ == "__main__":

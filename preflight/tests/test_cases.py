@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from audit_cases.cases import FAULTY, RIGHT, Setup
+from audit_cases import FAULTY, RIGHT, Setup
 from causal_preflight import Report, preflight
 
 torch.set_num_threads(1)
@@ -16,7 +16,7 @@ def audit(setup: Setup, seed: int) -> Report:
 
 def test_the_collection_is_not_small() -> None:
     labels = {label for label, _, _ in FAULTY.values()}
-    assert labels == {"shift", "pad", "causal", "norm", "eos", "position"}
+    assert labels == {"shift", "pad", "causal", "reduction", "eos", "position"}
     assert len(FAULTY) >= 40 and len(RIGHT) >= 20
     assert all(twin in RIGHT for _, twin, _ in FAULTY.values())
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from audit_cases.cases import BatchNormed, Open, Recurrent, unshifted
+from audit_cases.causal import BatchNormed, Open
 from audit_cases.parts import (
     EOS,
     PAD,
@@ -28,7 +30,8 @@ from audit_cases.parts import (
     targets,
     token_mean,
 )
-from causal_preflight import audit, preflight, to_html
+from audit_cases.right import Recurrent, unshifted
+from causal_preflight import Finding, Report, audit, preflight, to_html
 
 torch.set_num_threads(1)
 KNOWN = {"pad_id": PAD, "eos_id": EOS}
@@ -76,7 +79,7 @@ def test_leaves_no_trace(make: Any) -> None:
 
 def test_leaves_no_trace_when_a_probe_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(ctx: Any) -> Any:
-        ctx.subject.box.params[0].data.add_(1)
+        ctx.model.sandbox.params[0].data.add_(1)
         raise KeyError("its own reasons")
 
     monkeypatch.setattr(audit, "PROBES", (*audit.PROBES, broken))
@@ -201,7 +204,7 @@ def test_report_prints_and_serialises() -> None:
         assert set(plain["faults"]) == report.faults
         html = to_html(report, name=lambda i: f"<{i}>")
         assert "&lt;1&gt;" in html
-        assert "Which input moves which logit" in html and "http" not in html
+        assert 'class="map"' in html and "http" not in html
         assert max(map(len, str(report).splitlines())) <= 100
 
 
@@ -226,14 +229,53 @@ def test_several_calls_may_take_rows_in_any_order() -> None:
 
 def test_large_batches_are_sampled_and_the_report_says_so() -> None:
     report = preflight(Tiny(), padded(0, rows=9), token_mean, **KNOWN)
-    assert any(note.startswith("flow: rows") for note in report.sampled)
+    assert any(note.startswith("visibility: rows") for note in report.sampled)
+
+
+def test_norm_is_understood_as_reduction() -> None:
+    faults = Report([Finding("reduction", "", ""), Finding("pad", "", "")]).faults
+    assert "norm" in faults and "reduction" in faults and "shift" not in faults
+    assert faults == {"norm", "pad"} and faults == {"reduction", "pad"}
+    assert faults != {"pad"} and faults != {"reduction"} and faults
+    assert sorted(faults) == ["pad", "reduction"]
+    assert Report().faults == set() and not Report().faults
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", code], check=False, env=env, capture_output=True, text=True
+    )
 
 
 def test_needs_torch_alone() -> None:
-    code = (
+    done = run_python(
         "import sys, causal_preflight;"
-        "bad = {'lightning', 'hydra', 'omegaconf', 'transformers'} & set(sys.modules);"
+        "bad = {'lightning', 'hydra', 'omegaconf', 'transformers', 'causal_lm'} & set(sys.modules);"
         "sys.exit(str(bad) if bad else 0)"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], check=False, env=env).returncode == 0
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_callback_without_lightning_names_the_extra() -> None:
+    done = run_python(
+        "import sys; sys.modules['lightning'] = None; import causal_preflight.lightning"
+    )
+    assert done.returncode == 1
+    assert "causal-preflight[lightning]" in done.stderr.splitlines()[-1]
+
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_the_readme_examples_run_as_printed(code: str, tmp_path: Path, monkeypatch: Any) -> None:
+    if "lightning" in code:
+        pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(BLOCKS) == 2 and "report.faults" in BLOCKS[0]

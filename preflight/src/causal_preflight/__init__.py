@@ -1,4 +1,7 @@
-"""Preflight: prove the alignments of a causal language model by behaviour. Needs torch alone."""
+"""Check a causal language model's label shift, PAD handling and causal mask by its behavior.
+
+Needs torch alone. Start with `preflight`; `causal_preflight.lightning` has a Lightning callback.
+"""
 
 from causal_preflight.audit import preflight
 from causal_preflight.html_page import to_html

@@ -1,4 +1,4 @@
-"""The audit itself: understand the batch, find the logits, run every probe, leave no trace."""
+"""The audit itself: parse the batch, find the logits, run every probe, restore the model."""
 
 import time
 from dataclasses import replace
@@ -15,9 +15,9 @@ from causal_preflight.parse_batch import parse_batch
 from causal_preflight.report import Report
 from causal_preflight.sandbox import Sandbox
 
-_ROWS = 4  # rows that the flow probes run on
+_ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
-_SLOTS = 2**27  # logits of the whole batch that are read in one go
+_MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
 PROBES: tuple[Probe, ...] = (
@@ -26,10 +26,10 @@ PROBES: tuple[Probe, ...] = (
     readout.ending,
     reduction.reduction,
     reduction.emptied,
-    visibility.company,
+    visibility.cross_row,
     visibility.future,
     visibility.documents,
-    visibility.past,
+    visibility.context,
     padding.embedding,
     padding.extension,
     position.order,
@@ -49,7 +49,7 @@ def preflight(
     eos_id: int | None = None,
     seed: int = 0,
 ) -> Report:
-    """Prove the alignments of a causal language model by behaviour.
+    """Check label shift, PAD handling, causal mask, reduction, EOS and positions by behavior.
 
     Args:
         model: any module; it may return a tensor, a tuple, a dict or an object with `.logits`.
@@ -57,12 +57,13 @@ def preflight(
             (not shifted, -100 = ignore), `position_ids`, `document_ids` (-1 at PAD), each (B, T).
         loss_fn: `loss_fn(model, batch)` -> scalar training loss; may call the model several times.
             Without it, `model(**batch).loss`.
-        pad_id: the id of PAD; told from the batch where it can be.
+        pad_id: the id of PAD; inferred from the batch where it can be.
         eos_id: the id that ends a document.
         seed: of the swapped tokens and of the dropout in train mode.
 
     Returns:
-        A `Report`; `report.faults` is a set of "shift", "pad", "causal", "norm", "eos", "position".
+        A `Report`; `report.faults` holds some of "shift", "pad", "causal", "reduction", "eos",
+        "position".
 
     Raises:
         ValueError: the batch cannot be audited, or the model raises on it as it stands.
@@ -70,34 +71,34 @@ def preflight(
     Parameters, buffers, gradients, modes and random state are left exactly as they were.
     """
     started = time.perf_counter()
-    frame = parse_batch(batch, pad_id, eos_id)
-    _check_range(model, frame)
+    parsed = parse_batch(batch, pad_id, eos_id)
+    _check_range(model, parsed)
     report = Report()
-    full, work = _sampled(frame, report)
-    box = Sandbox(model)
-    subject = InstrumentedModel(model, loss_fn, box, seed)
-    ctx = Context(subject, full, work, seed, report)
+    full, work = _sampled(parsed, report)
+    sandbox = Sandbox(model)
+    instrumented = InstrumentedModel(model, loss_fn, sandbox, seed)
+    ctx = Context(instrumented, full, work, seed, report)
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(cuda):
         try:
-            _start(ctx)
-            for probe in PROBES if subject.site is not None else (fused.labels,):
+            _find_logits(ctx)
+            for probe in PROBES if instrumented.logits_module is not None else (fused.labels,):
                 _run(probe, ctx)
         finally:
-            box.restore()
-    if "lag" in ctx.blamed:  # inputs shifted inside the model: offset 0 is the right one
+            sandbox.restore()
+    if "shifted inputs" in ctx.explained:  # shifted inside the model: offset 0 is the right one
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
-    report.forwards, report.seconds = subject.forwards, time.perf_counter() - started
+    report.forwards, report.seconds = instrumented.forwards, time.perf_counter() - started
     return report
 
 
-def _start(ctx: Context) -> None:
-    """Find the logits, on a few rows; on all of them where the loss insists on its batch."""
-    subject = ctx.subject
+def _find_logits(ctx: Context) -> None:
+    """Find the logits on a few rows, or on all of them where the loss fails on a few."""
+    model = ctx.model
     for part in (ctx.work, ctx.full):
         try:
-            subject.discover(part)
+            model.discover(part)
             break
         except Exception as raised:
             problem, ctx.work = raised, ctx.full
@@ -107,11 +108,11 @@ def _start(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
-        if subject.site is not None:
+        if model.logits_module is not None:
             ctx.readout(True)
-    except RuntimeError:  # logits of slots that cannot be told: as good as none
-        subject.site = None
-    if subject.site is None:
+    except RuntimeError:  # it cannot be told to which positions the logits belong: of no use
+        model.logits_module = None
+    if model.logits_module is None:
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 
@@ -119,7 +120,7 @@ def _run(probe: Probe, ctx: Context) -> None:
     name = getattr(probe, "__name__", str(probe))
     try:
         found = probe(ctx)
-    except Exception as problem:  # a probe must never take the audit down
+    except Exception as problem:  # one probe that fails must not end the audit
         why = (str(problem).splitlines() or [""])[0]
         why = why if isinstance(problem, UnexaminableError) else f"{type(problem).__name__}: {why}"
         ctx.report.skipped[name] = why[:200]
@@ -129,10 +130,10 @@ def _run(probe: Probe, ctx: Context) -> None:
         ctx.report.passed.append(name)
 
 
-def _check_range(model: nn.Module, frame: AuditBatch) -> None:
-    """Ids beyond the embedding crash late and, on a GPU, without a word."""
+def _check_range(model: nn.Module, batch: AuditBatch) -> None:
+    """Refuse ids beyond the embedding: they crash late and, on a GPU, without a clear message."""
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    top = int(frame.ids.max())
+    top = int(batch.ids.max())
     if sizes and top >= max(sizes):
         raise ValueError(
             f"input_ids hold id {top}, but the largest embedding has {max(sizes)} rows: "
@@ -140,21 +141,21 @@ def _check_range(model: nn.Module, frame: AuditBatch) -> None:
         )
 
 
-def _sampled(frame: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:
-    """As much of the batch as is read, and a part for the flow: a few rows of unlike length."""
-    rows, width = frame.ids.shape
-    most = max(2, _SLOTS // max(1, width * (int(frame.ids.max()) + 1)))
+def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:
+    """As much of the batch as the loss is read on, and a few rows of unlike length for the rest."""
+    rows, width = batch.ids.shape
+    most = max(2, _MAX_LOGITS // max(1, width * (int(batch.ids.max()) + 1)))
     if rows > most:
         report.sampled.append(f"loss: the first {most} of {rows} rows")
-        frame, rows = frame.rows(list(range(most))), most
-    part = frame
+        batch, rows = batch.rows(list(range(most))), most
+    part = batch
     if rows > _ROWS:
-        by_length = frame.real.sum(1).argsort(stable=True).tolist()
+        by_length = batch.real.sum(1).argsort(stable=True).tolist()
         index = [by_length[round(i * (rows - 1) / (_ROWS - 1))] for i in range(_ROWS)]
-        part = frame.rows(index)
-        report.sampled.append(f"flow: rows {', '.join(map(str, index))} of {rows}")
+        part = batch.rows(index)
+        report.sampled.append(f"visibility: rows {', '.join(map(str, index))} of {rows}")
     if width > _COLS:
-        start = width - _COLS if bool(frame.left.any()) else 0
+        start = width - _COLS if bool(batch.left_pad.any()) else 0
         part = part.cols(start, start + _COLS)
-        report.sampled.append(f"flow: columns {start} to {start + _COLS - 1} of {width}")
-    return frame, part
+        report.sampled.append(f"visibility: columns {start} to {start + _COLS - 1} of {width}")
+    return batch, part

@@ -1,7 +1,7 @@
-"""What a batch means: which slots are real, which documents they belong to, what should count.
+"""`AuditBatch`: a batch together with what is known of it, and the edits that probes make to it.
 
-A `AuditBatch` is a batch with that knowledge attached, so that an edit (swap, cut, fill) keeps
-both in step. Every probe works on edited frames and never on the model's insides.
+Every edit (swap, cut, pad) keeps the tensors and the knowledge in step. Probes work on edited
+batches only; they never touch the inside of the model.
 """
 
 from collections.abc import Callable
@@ -16,41 +16,41 @@ IGNORE = -100
 
 
 class UnexaminableError(Exception):
-    """A probe has nothing to look at here; the reason lands in `Report.skipped`."""
+    """A probe has nothing to look at in this batch; the reason lands in `Report.skipped`."""
 
 
-def need(condition: object, otherwise: str) -> None:
-    """Raises UnexaminableError, which says `otherwise`, unless the condition holds."""
+def require(condition: object, otherwise: str) -> None:
+    """Raise UnexaminableError with the text `otherwise` unless the condition holds."""
     if not condition:
         raise UnexaminableError(otherwise)
 
 
 @dataclass(frozen=True)
 class AuditBatch:
-    """A batch and what is known of it.
+    """A batch, and which of its slots are real, which document they belong to, what may count.
 
     Args:
-        batch: tensors; `input_ids` is (B, T).
-        doc: (B, T) int, the document within the row, -1 at PAD.
-        at: (B, T) int, which slot of the audited batch lies here (row * T + column), -1 for none.
+        raw: what the loss is given; `input_ids` is (B, T).
+        doc: (B, T) int, number of the document within its row, -1 at PAD.
+        slot: (B, T) int, the slot of the user's batch that lies here (row * T + column), or -1.
         pad_id: the id at PAD slots, None where unknown.
         eos_id: the id that ends a document, None where unknown.
     """
 
-    batch: dict[str, Any]
+    raw: dict[str, Any]
     doc: Tensor
-    at: Tensor
+    slot: Tensor
     pad_id: int | None
     eos_id: int | None
 
     @property
     def ids(self) -> Tensor:
-        ids: Tensor = self.batch["input_ids"]
+        ids: Tensor = self.raw["input_ids"]
         return ids
 
     @property
     def labels(self) -> Tensor | None:
-        return self.batch.get("labels")
+        return self.raw.get("labels")
 
     @cached_property
     def real(self) -> Tensor:
@@ -62,43 +62,43 @@ class AuditBatch:
         return not bool(self.real.all())
 
     @cached_property
-    def left(self) -> Tensor:
+    def left_pad(self) -> Tensor:
         """(B, T) bool: PAD before the first real token of its row."""
         return (self.real.long().cumsum(1) == 0) & self.real.any(1, keepdim=True)
 
     @cached_property
-    def next_ok(self) -> Tensor:
-        """(B, T) bool: position t has a next real token in its own document."""
-        return self.real & (ahead(self.doc, -1) == self.doc)
+    def has_target(self) -> Tensor:
+        """(B, T) bool: a real position followed by a real token of the same document."""
+        return self.real & (shift_left(self.doc, -1) == self.doc)
 
     @cached_property
-    def labels_ahead(self) -> int:
-        """0: labels[t] is the token at t, as it should be; 1: the batch already shifted them."""
+    def labels_shifted(self) -> int:
+        """0: labels[t] is the token at t; 1: labels[t] is the token at t + 1 already."""
         if self.labels is None:
             return 0
         kept = self.labels != IGNORE
         same = (self.labels == self.ids)[kept].float().mean()
-        shifted = (self.labels == ahead(self.ids, IGNORE))[:, :-1][kept[:, :-1]].float().mean()
+        shifted = (self.labels == shift_left(self.ids, IGNORE))[:, :-1][kept[:, :-1]].float().mean()
         return int(bool(shifted > same))
 
     @cached_property
     def label_of_next(self) -> Tensor:
-        """(B, T): what the batch's labels say about the token after t; the ids without labels."""
+        """(B, T): the label that the batch gives the token after t; its id without labels."""
         source = self.ids if self.labels is None else self.labels
-        return source if self.labels_ahead else ahead(source, IGNORE)
+        return source if self.labels_shifted else shift_left(source, IGNORE)
 
     @cached_property
     def ends(self) -> Tensor:
         """(B, T) bool: real, and followed by PAD or by another document."""
-        ends = self.real & (ahead(self.doc, -1) != self.doc)
-        ends[:, -1] &= self.left.any()  # only rows padded on the left surely end at the right edge
+        ends = self.real & (shift_left(self.doc, -1) != self.doc)
+        ends[:, -1] &= self.left_pad.any()  # elsewhere the right edge may cut a document
         return ends
 
     @cached_property
     def special(self) -> set[int]:
-        """PAD, EOS, and what looks like BOS or EOS: one id that opens or closes every document."""
+        """PAD, EOS, and any id that opens or closes every document."""
         found = {i for i in (self.pad_id, self.eos_id) if i is not None}
-        opens = self.real & (ahead(self.doc.flip(1), -1).flip(1) != self.doc)
+        opens = self.real & (shift_left(self.doc.flip(1), -1).flip(1) != self.doc)
         for tokens in (self.ids[opens], self.ids[self.ends]):
             if len(tokens) > 1 and bool((tokens == tokens[0]).all()):
                 found.add(int(tokens[0]))
@@ -106,41 +106,41 @@ class AuditBatch:
 
     @cached_property
     def ordinary(self) -> Tensor:
-        """Ids that may stand in for another: seen inside documents, and not special."""
-        inner = self.next_ok.clone()
-        inner[:, 1:] &= self.next_ok[:, :-1]
+        """Ids that can replace one another: seen inside documents, and not special."""
+        inner = self.has_target.clone()
+        inner[:, 1:] &= self.has_target[:, :-1]
         pool = set(self.ids[inner].tolist()) - self.special
-        if len(pool) < 3:  # too few to swap among: any id that is no special one
+        if len(pool) < 3:  # too few to swap among: take any id that is not special
             pool = set(range(int(self.ids.max()) + 1)) - self.special
         return torch.tensor(sorted(pool), dtype=self.ids.dtype, device=self.ids.device)
 
     @cached_property
     def swappable(self) -> Tensor:
-        """(B, T) bool: real and not special, or last; documents may hang on special ids."""
+        """(B, T) bool: real and not special (which may mark documents), or last in its row."""
         special = torch.tensor(sorted(self.special), device=self.ids.device)
         last = self.real & (self.real.flip(1).long().cumsum(1).flip(1) == 1)
         return self.real & ~torch.isin(self.ids, special) | last
 
-    # -- edits: each returns a new frame -------------------------------------------------------
+    # -- edits: each returns a new batch -------------------------------------------------------
 
     def each(self, edit: Callable[[str, Tensor], Tensor]) -> "AuditBatch":
-        """Apply `edit(name, tensor)` to everything of shape (B, ...), what is known included."""
+        """Apply `edit(name, tensor)` to every tensor of shape (B, ...), `doc` and `slot` too."""
         rows = len(self.ids)
-        batch = {
+        raw = {
             k: edit(k, v) if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
-            for k, v in self.batch.items()
+            for k, v in self.raw.items()
         }
-        return replace(self, batch=batch, doc=edit("doc", self.doc), at=edit("at", self.at))
+        return replace(self, raw=raw, doc=edit("doc", self.doc), slot=edit("slot", self.slot))
 
     def put(self, name: str, value: Tensor) -> "AuditBatch":
-        return replace(self, batch={**self.batch, name: value})
+        return replace(self, raw={**self.raw, name: value})
 
     def rows(self, index: Tensor | list[int]) -> "AuditBatch":
         index = torch.as_tensor(index, device=self.ids.device)
         return self.each(lambda _, v: v[index])
 
     def cols(self, start: int, stop: int) -> "AuditBatch":
-        """Columns start..stop-1."""
+        """Columns start to stop - 1."""
         shape = self.ids.shape
 
         def cut(name: str, v: Tensor) -> Tensor:
@@ -152,16 +152,17 @@ class AuditBatch:
 
         return self.each(cut)
 
-    def bare(self, b: int) -> "AuditBatch":
-        """Row b alone, without its PAD; positions that merely counted all slots begin anew."""
-        row = self.rows([b]).cols(*span(self.real[b]))
-        position, start = row.batch.get("position_ids"), span(self.real[b])[0]
+    def unpadded_row(self, b: int) -> "AuditBatch":
+        """Row b alone, without its PAD; positions that counted every slot start at 0 again."""
+        start, stop = span(self.real[b])
+        row = self.rows([b]).cols(start, stop)
+        position = row.raw.get("position_ids")
         if isinstance(position, Tensor) and start and int(position[0, 0]) == start:
             return row.put("position_ids", position - start)
         return row
 
     def unpadded(self) -> "AuditBatch":
-        """The longest row, and those that have as many PAD on each side; freed of their PAD."""
+        """The longest row and those padded exactly like it, without their PAD."""
         longest = self.real[self.real.sum(1).argmax()]
         rows = (self.real == longest).all(1).nonzero()[:, 0]
         return self.rows(rows).cols(*span(longest))
@@ -169,15 +170,15 @@ class AuditBatch:
     def swap(self, where: Tensor, seed: int) -> "AuditBatch":
         """Other ordinary tokens at `where` (B, T); special ids stay."""
         pool = self.ordinary
-        need(len(pool) > 1, "fewer than two ordinary tokens to swap among")
+        require(len(pool) > 1, "fewer than two ordinary tokens to swap among")
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(pool), self.ids.shape, generator=gen).to(self.ids.device)
         new = torch.where(pool[pick] == self.ids, pool[(pick + 1) % len(pool)], pool[pick])
         return self.put("input_ids", torch.where(where & self.swappable, new, self.ids))
 
     def pad(self, count: int, left: bool, like: "AuditBatch") -> "AuditBatch":
-        """`count` more columns of PAD, each a copy of a PAD slot of `like`."""
-        b, t = (like.left if left else ~like.real).nonzero()[-1].tolist()
+        """`count` more columns of PAD on one side, each a copy of a PAD slot of `like`."""
+        b, t = (like.left_pad if left else ~like.real).nonzero()[-1].tolist()
         shape = self.ids.shape
 
         def grow(name: str, v: Tensor) -> Tensor:
@@ -185,21 +186,21 @@ class AuditBatch:
                 raise UnexaminableError(f"{name} is not (B, T): it cannot be extended by PAD")
             if v.ndim < 2 or v.shape[:2] != shape:
                 return v
-            source = like.doc if name in ("doc", "at") else like.batch[name]  # -1, both
+            source = like.doc if name in ("doc", "slot") else like.raw[name]  # -1 in both
             block = source[b, t].expand(len(v), count, *v.shape[2:])
             return torch.cat([block, v] if left else [v, block], 1)
 
         return self.each(grow)
 
 
-def ahead(x: Tensor, fill: int | bool) -> Tensor:
-    """(B, T): what stands one column further, `fill` in the last."""
+def shift_left(x: Tensor, fill: int | bool) -> Tensor:
+    """(B, T) -> (B, T): column t holds what column t + 1 held; the last column is `fill`."""
     out = x.roll(-1, 1)
     out[:, -1] = fill
     return out
 
 
 def span(hit: Tensor) -> tuple[int, int]:
-    """First and one past the last place of a (T,) bool."""
-    at = hit.nonzero()[:, 0]
-    return int(at[0]), int(at[-1]) + 1
+    """First and one past the last True of a (T,) bool."""
+    places = hit.nonzero()[:, 0]
+    return int(places[0]), int(places[-1]) + 1

@@ -1,56 +1,55 @@
-"""Without logits (a fused loss): perturb labels instead, and see what the loss depends on."""
+"""Probe for losses that hand out no logits: perturb labels, and see what the loss depends on."""
 
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import IGNORE, AuditBatch, UnexaminableError, ahead, need
+from causal_preflight.audit_batch import IGNORE, AuditBatch, UnexaminableError, require, shift_left
 from causal_preflight.context import Context, Move
 from causal_preflight.report import Finding
 
 
 def labels(ctx: Context) -> list[Finding]:
-    """Which labels count, and on which inputs does a label's share of the loss hang?
+    """Do the labels at PAD matter, and on which inputs does the loss of one label depend?
 
-    Changing the label at s from a to b changes the loss by w (z_b - z_a), z the logits that it was
-    compared with. If this difference moves with the input at s itself, the logits have seen their
-    own target: the labels are not shifted, or the model sees the future. If it does not move with
-    the input at s - 1, a token that it must see is hidden: they are shifted twice.
+    Changing the label at s from a to b changes the loss by w (z_b - z_a), with z the logits that it
+    is compared with. If this difference moves with the input at s itself, the logits have seen
+    their own target: the labels are not shifted, or the model sees the future. If it does not move
+    with the input at s - 1, the labels are shifted twice.
 
     Limits: weights, and targets that are made from `input_ids`, cannot be read this way.
     """
-    frame, given = ctx.work, ctx.work.labels
+    batch, given = ctx.work, ctx.work.labels
     if given is None:
         raise UnexaminableError("no logits were found and the batch has no labels to perturb")
-    places = (frame.next_ok & frame.swappable & ahead(frame.swappable, False)).nonzero()
-    need(len(places) > 2, "rows too short to perturb labels")
-    b, t = places[len(places) // 2].tolist()  # its target is the token at t + 1
+    places = batch.has_target & batch.swappable & shift_left(batch.swappable, False)
+    index = places.nonzero()
+    require(len(index) > 2, "rows too short to perturb labels")
+    b, t = index[len(index) // 2].tolist()  # its target is the token at t + 1
+    one, two = batch.ordinary[:2]
 
-    def run(edited: AuditBatch, labels: Tensor) -> float:
-        return float(ctx.subject.run(edited.put("labels", labels)).detach())
+    def loss(edited: AuditBatch, labels: Tensor) -> float:
+        return float(ctx.model.run(edited.put("labels", labels)).detach())
 
-    def share(swapped: int | None) -> float:
-        """Loss with one label against loss with another, with one input swapped or none."""
-        where, this, that = torch.zeros_like(frame.real), given.clone(), given.clone()
-        where[b, slice(0) if swapped is None else swapped] = True
-        this[b, t + 1 - frame.labels_ahead], that[b, t + 1 - frame.labels_ahead] = frame.ordinary[
-            :2
-        ]
-        edited = frame.swap(where, ctx.seed)
-        return run(edited, this) - run(edited, that)
+    def difference(*swapped: int) -> float:
+        """Loss with one label minus loss with another, with these inputs of row b swapped."""
+        where, this, that = torch.zeros_like(batch.real), given.clone(), given.clone()
+        where[b, list(swapped)] = True
+        this[b, t + 1 - batch.labels_shifted], that[b, t + 1 - batch.labels_shifted] = one, two
+        edited = batch.swap(where, ctx.seed)
+        return loss(edited, this) - loss(edited, that)
 
     with ctx.weights(True):
-        # PAD slots as the batch labels them, against PAD slots labelled -100
-        loss, clean = run(frame, given), run(frame, given.masked_fill(~frame.real, IGNORE))
-        if abs(loss - clean) > 1e-5 * abs(loss):
-            seen = f"the loss goes from {loss:.4g} to {clean:.4g} once the labels at PAD are -100"
-            return [ctx.finding("pad", seen, "pad targets", Move(abs(loss - clean)))]
-        plain, own, before = share(None), share(t + 1), share(t)
-    need(plain != 0.0, "the loss does not depend on the labels of the batch")
+        before, after = loss(batch, given), loss(batch, given.masked_fill(~batch.real, IGNORE))
+        if abs(before - after) > 1e-5 * abs(before):
+            seen = f"the loss goes from {before:.4g} to {after:.4g} once the labels at PAD are -100"
+            return [ctx.finding("pad", seen, "pad targets", Move(abs(before - after)))]
+        plain, own, previous = difference(), difference(t + 1), difference(t)
+    require(plain != 0.0, "the loss does not depend on the labels of the batch")
     if abs(own - plain) > 1e-3 * abs(plain):
         what = "depends on that token as input"
-    elif abs(before - plain) <= 1e-3 * abs(plain):
+    elif abs(previous - plain) <= 1e-3 * abs(plain):
         what = "does not depend on the token before it"
     else:
         return []
     seen = f"row {{row}}: the loss on the token after position {{t}} {what}"
-    return [ctx.finding("shift", seen, "targets", Move(abs(plain), int(frame.at[b, t])))]
+    return [ctx.finding("shift", seen, "targets", Move(abs(plain), int(batch.slot[b, t])))]

@@ -1,16 +1,17 @@
-"""Reading a cross-entropy off its gradient.
+"""Read targets and weights off the gradient of a cross-entropy.
 
 For logits z with p = softmax(z), the gradient of almost every language-model loss at a position is
 
     g = a p - w onehot(y) - u 1
 
-with y the target, and w, a, u told apart by p: plain cross-entropy has a = w, u = 0; label
-smoothing moves a part of w into u (w + u V stays the weight of the token); a z-loss adds to a alone
-(Chowdhery et al., PaLM, arXiv:2204.02311, section 5). So a small least-squares fit reads off which
-token was trained at each position and how strongly, whatever code lies between logits and loss.
+with y the target, and w, a, u distinguished by p: plain cross-entropy has a = w, u = 0; label
+smoothing moves part of w into u (the weight of the token stays w + u V); a z-loss adds to a alone
+(Chowdhery et al., PaLM, arXiv:2204.02311, section 5). A small least-squares fit therefore reads off
+which token was trained at each position and how strongly, whatever code lies between logits and
+loss.
 
-Limits: losses that are no sum over positions of such terms leave a residual. The target is still
-the outlier then, and the residual widens the tolerances downstream.
+Limits: a loss that is no sum over positions of such terms leaves a residual. The target is still
+the outlier then, and the residual widens the tolerances of the probes.
 """
 
 import torch
@@ -20,11 +21,13 @@ _CHUNK = 2**22  # numbers in hand at a time
 
 
 def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Fit every position of logits and grad, both (b, t, V); in float64, in chunks.
+    """Fit every position of logits and grad, both (b, t, V), in float64.
 
-    Returns the target ids (b, t); the stack (4, b, t) of weight (w + u V, the token's in the loss),
-    sharp (w alone), pull (largest |g|, zero where the position plays no part) and lump (sum of g,
-    zero for cross-entropy, positive for a z-loss); the rms of what is left over that of g.
+    Returns:
+        The target ids (b, t). A stack (4, b, t): `weight` (w + u V, the token's weight in the
+        loss), `onehot_weight` (w alone), `max_abs_grad` (largest |g|, 0 where the position plays no
+        part), `grad_sum` (sum of g: 0 for a cross-entropy, positive for a z-loss). And the
+        residual: rms of what the fit leaves over that of g.
     """
     device, shape, v = grad.device, grad.shape[:-1], grad.shape[-1]
     mps = device.type == "mps"  # has no float64
@@ -42,22 +45,22 @@ def _fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     p = torch.nan_to_num(logits.double().softmax(-1), 0.0)
     power = g.pow(2).mean(-1)
     # The target is the lowest g; with a confident model it can be the largest p instead.
-    y, w, u, rest = low = _given(p, g, g.argmin(-1))
+    y, w, u, rest = low = _fit_target(p, g, g.argmin(-1))
     if bool((rest > 1e-6 * power).any()):
-        top = _given(p, g, p.argmax(-1))
+        top = _fit_target(p, g, p.argmax(-1))
         better = (rest > 1e-6 * power) & (top[3] < rest * 0.5)
         y, w, u, rest = (torch.where(better, b, a) for a, b in zip(low, top, strict=True))
     return y, rest, power, w + u * g.shape[-1], w, g.abs().amax(-1), g.sum(-1)
 
 
-def _given(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fit a and u on every id but y; what is missing at y is w. Mean squared rest last."""
+def _fit_target(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fit a and u on every id but y; the gap at y is w. Returns y, w, u, mean squared residual."""
     others = torch.ones_like(g).scatter_(-1, y[..., None], 0.0)
     n = others.sum(-1, keepdim=True).clamp_min(1)
     pm, gm = ((x * others).sum(-1, keepdim=True) / n for x in (p, g))
     dp, dg = (p - pm) * others, (g - gm) * others
     var = dp.pow(2).sum(-1, keepdim=True)
-    flat = var < 1e-24  # uniform p: a and u cannot be told apart, call it all a
+    flat = var < 1e-24  # uniform p: a and u cannot be told apart, so all of it is called a
     a = torch.where(flat, gm / pm.clamp_min(1e-300), (dp * dg).sum(-1, keepdim=True) / var)
     u = a * pm - gm
     off = g - a * p + u

@@ -1,4 +1,4 @@
-"""Pictures: what the loss trained, what the logits saw, what each token weighs; and their page."""
+"""The report as one HTML page, with pictures of what the loss trained and what the logits saw."""
 
 from collections.abc import Callable, Iterable
 from html import escape
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from causal_preflight.context import Context, moved
-from causal_preflight.report import LABELS, Finding, Report
+from causal_preflight.report import Finding, Report
 
 _WINDOW = 16  # tokens a side of the visibility map
 _ROWS, _COLS = 4, 48  # of the alignment table
@@ -26,53 +26,49 @@ td,th{padding:3px 5px;border:1px solid #e3e7ea;font:12px/1.3 ui-monospace,monosp
 
 
 def pictures(ctx: Context) -> list[Finding]:
-    """Fills `Report.pictures`; finds nothing by itself."""
-    r, frame = ctx.readout(True), ctx.full
-    on = r.trained
+    """Fill `Report.pictures`; reports no finding."""
+    r, batch = ctx.readout(True), ctx.full
+    rows, width = batch.ids.shape
 
     def cell(b: int, t: int) -> dict[str, Any]:
-        counts, known = bool(on[b, t]), bool(frame.next_ok[b, t])
+        counts = bool(r.trained[b, t])
         return {
-            "input": int(frame.ids[b, t]),
-            "real": bool(frame.real[b, t]),
+            "input": int(batch.ids[b, t]),
+            "real": bool(batch.real[b, t]),
             "target": int(r.target[b, t]) if counts else None,
-            "next": int(frame.ids[b, t + 1]) if known else None,
+            "next": int(batch.ids[b, t + 1]) if batch.has_target[b, t] else None,
             "weight": float(r.weight[b, t]) if counts else 0.0,
         }
 
-    rows, width = frame.ids.shape
     cells = [[cell(b, t) for t in range(min(_COLS, width))] for b in range(min(_ROWS, rows))]
     ctx.report.pictures = {"alignment": cells, "visibility": _map(ctx)}
     return []
 
 
 def _map(ctx: Context) -> dict[str, Any]:
-    """How far logit i moves with token j, as a share of the largest move: cell (i, j).
+    """How far logit i moves with token j, as a fraction of the largest move: cell (i, j).
 
     Copies of the longest row, each with one token swapped, in a single run.
     """
-    row = ctx.work.bare(int(ctx.work.real.sum(1).argmax())).cols(0, _WINDOW)
+    row = ctx.work.unpadded_row(int(ctx.work.real.sum(1).argmax())).cols(0, _WINDOW)
     n = row.ids.shape[1]
     one = torch.eye(n + 1, dtype=torch.bool, device=row.ids.device)[:, :n]
     with ctx.weights(True):
-        logits = ctx.subject.look(row.rows([0] * (n + 1)).swap(one, ctx.seed)).logits
+        logits = ctx.model.observe(row.rows([0] * (n + 1)).swap(one, ctx.seed)).logits
     effect = moved(logits[:n], logits[n:].expand(n, -1, -1)).T
     top = effect[torch.isfinite(effect)].max().clamp_min(1e-12)
-    b, start = divmod(int(row.at[0, 0]), ctx.full.ids.shape[1])
+    b, start = divmod(int(row.slot[0, 0]), ctx.full.ids.shape[1])
     where = {"row": b, "start": start, "tokens": row.ids[0].tolist(), "doc": row.doc[0].tolist()}
     return {**where, "cells": torch.nan_to_num(effect / top, posinf=1.0).tolist()}
 
 
 def to_html(report: Report, name: Callable[[int], str] = str) -> str:
-    """HTML of a report, which needs nothing else to be shown; `name` reads a token id."""
-    faults = ", ".join(x for x in LABELS if x in report.faults)
+    """One self-contained HTML page of a report; `name` turns a token id into text."""
     found = [(f.label.upper(), f.seen, f.remedy) for f in report.findings]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Preflight</title>'
         f"<style>{_STYLE}</style><h1>Preflight</h1>"
-        f'<p class="verdict{" bad" if faults else ""}">'
-        f"{f'Faults: {faults}' if faults else 'No fault found'} "
-        f"({report.forwards} passes in {report.seconds:.2f} s)</p>"
+        f'<p class="verdict{" bad" if report.faults else ""}">{escape(report.verdict)}</p>'
         + _list(found)
         + _alignment(report.pictures.get("alignment") or [], name)
         + _visibility(report.pictures.get("visibility") or {}, name)
@@ -90,33 +86,30 @@ def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> 
     top = max((abs(c["weight"]) for row in rows for c in row), default=0.0) or 1.0
     out = (
         "<h2>What each position was trained on</h2><p>Read off the gradient of the loss. Green: "
-        "the next token of the same document. Red: anything else. A dot: not counted. Grey inputs "
-        "are PAD. The darker the third line, the more the token weighs in the loss.</p>"
+        "the next token of the same document. Red: anything else. A dot: not counted. Gray inputs "
+        "are PAD. The darker the third line, the larger the weight of the token.</p>"
     )
 
-    def target(c: dict[str, Any]) -> str:
-        kind = "none" if c["target"] is None else "right" if c["target"] == c["next"] else "wrong"
-        return _td("·" if kind == "none" else name(c["target"]), kind)
-
     for b, row in enumerate(rows):
-        inputs = (_td(name(c["input"]), "" if c["real"] else "pad") for c in row)
-        weights = (_shade(abs(c["weight"]) / top, f"{c['weight']:.3g}") for c in row)
-        lines = ((f"row {b}", inputs), ("trained on", map(target, row)), ("weight", weights))
-        table = "".join(f"<tr><th>{head}</th>{''.join(cells)}</tr>" for head, cells in lines)
+        lines = {f"row {b}": "", "trained on": "", "weight": ""}
+        for c in row:
+            kind = "right" if c["target"] == c["next"] else "wrong"
+            target = ("·", "none") if c["target"] is None else (name(c["target"]), kind)
+            source = name(c["input"]), "" if c["real"] else "pad"
+            for head, (text, style) in zip(lines, (source, target), strict=False):
+                lines[head] += f'<td class="{style}">{escape(text)}</td>'
+            lines["weight"] += _shade(abs(c["weight"]) / top, f"{c['weight']:.3g}")
+        table = "".join(f"<tr><th>{head}</th>{cells}</tr>" for head, cells in lines.items())
         out += f'<div class="wrap"><table>{table}</table></div>'
     return out if rows else ""
 
 
-def _td(text: str, kind: str) -> str:
-    return f'<td class="{kind}">{escape(text)}</td>'
-
-
-def _shade(share: float, title: str, hue: str = _BLUE) -> str:
-    return f'<td title="{title}" style="background:rgba({hue},{min(1.0, share):.3f})"></td>'
+def _shade(strength: float, title: str, hue: str = _BLUE) -> str:
+    return f'<td title="{title}" style="background:rgba({hue},{min(1.0, strength):.3f})"></td>'
 
 
 def _visibility(seen: dict[str, Any], name: Callable[[int], str]) -> str:
-    """The map as measured, beside the triangle as it should be."""
+    """The measured map beside the one that is allowed."""
     if not seen:
         return ""
     tokens, n = [escape(name(token)) for token in seen["tokens"]], range(len(seen["tokens"]))
@@ -124,17 +117,17 @@ def _visibility(seen: dict[str, Any], name: Callable[[int], str]) -> str:
     allowed = [[float(j <= i and doc[i] == doc[j]) for j in n] for i in n]
     measured = [[cells[i][j] ** 0.25 for j in n] for i in n]  # a faint leak must show
 
-    def grid(shares: list[list[float]]) -> str:
+    def grid(strengths: list[list[float]]) -> str:
         table = "<tr><th></th>" + "".join(f"<th>{x}</th>" for x in tokens) + "</tr>"
         for i in n:
             hue = [_BLUE if x else _RED for x in allowed[i]]
-            line = (_shade(shares[i][j], f"input {j}, logit {i}", hue[j]) for j in n)
+            line = (_shade(strengths[i][j], f"input {j}, logit {i}", hue[j]) for j in n)
             table += f"<tr><th>{tokens[i]}</th>{''.join(line)}</tr>"
         return f'<table class="map">{table}</table>'
 
     return (
         f"<h2>Which input moves which logit</h2><p>Row {seen['row']}, from position "
-        f"{seen['start']}; one line per logit, one column per swapped token, on woken weights. "
-        "Left as measured (fourth root of the share of the largest move; red where nothing may "
+        f"{seen['start']}; one line per logit, one column per swapped token; rescaled weights. "
+        "Left as measured (fourth root of the fraction of the largest move; red where nothing may "
         f'show), right as it should be.</p><div class="pair">{grid(measured)}{grid(allowed)}</div>'
     )

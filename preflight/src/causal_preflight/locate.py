@@ -1,6 +1,6 @@
-"""Which slots of the batch does a call of the model hold? Matched by content, not by trust.
+"""Find which slots of the batch a call of the model holds, by comparing token ids.
 
-A slot is its place in the flattened batch, row * T + column; -1 is none of the batch.
+A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 """
 
 from collections.abc import Iterator
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from causal_preflight.audit_batch import IGNORE, AuditBatch
 
-_CLOSE = 0.6  # share of equal ids at which a shifted or altered copy still counts as the batch
+_CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
 
 
-def integers(value: Any, depth: int = 0) -> Iterator[Tensor]:
+def iter_integer_tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """Integer tensors of one or two dimensions anywhere in the arguments of a call."""
     if isinstance(value, Tensor):
         if not value.is_floating_point() and value.dtype != torch.bool and value.ndim in (1, 2):
             yield value
     elif depth < 3 and isinstance(value, (tuple, list, dict)):
         for v in value.values() if isinstance(value, dict) else value:
-            yield from integers(v, depth + 1)
+            yield from iter_integer_tensors(v, depth + 1)
 
 
-def locate(t: Tensor, frame: AuditBatch, used: set[int]) -> Tensor | None:
-    """The slots of `t`, (b, t), or None if it is not of the batch.
+def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
+    """The slots (b, t) that a tensor of ids holds, or None if it is not part of the batch.
 
     Tried in turn: the whole batch; rows in any order and any window of columns; transposed;
     flattened, with or without PAD; nearly the batch (a BOS put in front, a few ids altered).
-    Windows not yet `used` come first, so that equal rows in several calls are told apart.
+    Windows not yet in `used` come first, so that equal rows in several calls are told apart.
     """
-    ids = frame.ids
+    ids = batch.ids
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
     if t.shape == ids.shape and torch.equal(t, ids):
         return slots
@@ -41,10 +41,9 @@ def locate(t: Tensor, frame: AuditBatch, used: set[int]) -> Tensor | None:
             return hit
     if t.shape == ids.T.shape and torch.equal(t, ids.T):
         return slots.T
-    flat = t.reshape(-1)
     if t.ndim == 1 or t.shape[0] == 1:
-        for part in (torch.ones_like(frame.real), frame.real):
-            if torch.equal(flat, ids[part]):
+        for part in (torch.ones_like(batch.real), batch.real):
+            if torch.equal(t.reshape(-1), ids[part]):
                 return slots[part][None]
     return _nearly(t, ids, slots) if t.ndim == 2 and len(t) == len(ids) else None
 
@@ -74,30 +73,30 @@ def _window(t: Tensor, ids: Tensor, slots: Tensor, used: set[int]) -> Tensor | N
 
 
 def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
-    """Rows in order, moved by up to two columns."""
+    """Rows in order, moved by up to two columns, most ids equal."""
     best, hit = _CLOSE, None
     for shift in (0, -1, 1, -2, 2):
         cols = torch.arange(t.shape[1], device=ids.device) + shift
         inside = (cols >= 0) & (cols < ids.shape[1])
         cols = cols.clamp(0, ids.shape[1] - 1)
-        share = float((t == ids[:, cols])[:, inside].float().mean())
-        if share > best:
-            best, hit = share, torch.where(inside, slots[:, cols], -1)
+        equal = float((t == ids[:, cols])[:, inside].float().mean())
+        if equal > best:
+            best, hit = equal, torch.where(inside, slots[:, cols], -1)
     return hit
 
 
-def place(slots: Tensor, shapes: list[torch.Size], frame: AuditBatch) -> list[Tensor] | None:
+def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Tensor] | None:
     """Slots for the logits (b', t', V) that one call of the model gave, in one piece or several.
 
     Several pieces, as of a head applied chunk by chunk, follow each other in time. Fewer logits
-    than ids are the first ones, more are the last; flat ones (1, n, V) are all slots, all but the
-    last column, or only those that are real or have a target.
+    than ids are the first ones, more are the last. Flat ones (1, n, V) are all slots, all but the
+    last column, or only those that are real or have a target. None: the slots cannot be told.
     """
     (b, t), widths = slots.shape, [s[1] for s in shapes]
     total = sum(widths)
     if b > 1 and all(s[0] == 1 for s in shapes):
-        wanted = frame.next_ok & (frame.label_of_next != IGNORE)
-        masks = [m.flatten()[slots] for m in (wanted, frame.next_ok, frame.real)]
+        wanted = batch.has_target & (batch.label_of_next != IGNORE)
+        masks = [m.flatten()[slots] for m in (wanted, batch.has_target, batch.real)]
         options = [slots.flatten(), slots[:, : t - 1].flatten(), *(slots[m] for m in masks)]
         slots = next((o[None] for o in options if len(o) == total), slots[:, :0])
     elif total > t:

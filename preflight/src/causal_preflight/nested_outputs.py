@@ -1,4 +1,4 @@
-"""Whatever a model returns: find the tensors in it, replace one, and turn logits to (b, t, V)."""
+"""Find tensors in whatever a model returns, replace one of them, and bring logits to (b, t, V)."""
 
 import copy
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How to permute logits to (b, t, V), which is also the way back; () for flat ones (n, V).
 Layout = tuple[int, ...]
+"""Permutation that takes logits to (b, t, V), and back; () for flat logits (n, V)."""
 
 
-def layouts(shape: torch.Size, ids: torch.Size, need: int) -> list[Layout]:
-    """Layouts in which a tensor may be the logits of a call with ids (b, t) over >= need ids."""
+def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
+    """Layouts in which a tensor can be the logits of ids (b, t) over at least `vocab` ids."""
     b, t = ids
     if len(shape) == 2:
-        return [()] if shape[1] >= need and shape[0] <= b * t else []
+        return [()] if shape[1] >= vocab and shape[0] <= b * t else []
     fits = {
         (0, 1, 2): shape[0] == b,
         (0, 2, 1): shape[0] == b and shape[2] in (t, t - 1),
         (1, 0, 2): shape[1] == b != t and shape[0] in (t, t - 1),
     }
-    return [layout for layout, fit in fits.items() if fit and shape[layout[2]] >= need]
+    return [layout for layout, fit in fits.items() if fit and shape[layout[2]] >= vocab]
 
 
 def to_btv(t: Tensor, layout: Layout) -> Tensor:
@@ -28,19 +28,18 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
     return t.permute(layout) if layout else t[None]
 
 
-def iter_float_tensors(
-    output: Any, path: tuple[Any, ...] = ()
-) -> list[tuple[tuple[Any, ...], Tensor]]:
-    """Float tensors in an output with the way to each; at most two levels deep."""
+def iter_float_tensors(output: Any, path: tuple = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """Float tensors in an output, at most two levels deep, each with the path to it."""
     if isinstance(output, Tensor):
         return [(path, output)] if output.is_floating_point() else []
-    inner = _parts(output).items() if len(path) < 2 else ()
+    inner = _entries(output).items() if len(path) < 2 else ()
     return [hit for k, v in inner for hit in iter_float_tensors(v, (*path, k))]
 
 
 def get(output: Any, path: tuple[Any, ...]) -> Any:
+    """The entry at `path`, None where there is none."""
     for k in path:
-        output = _parts(output).get(k)
+        output = _entries(output).get(k)
     return output
 
 
@@ -58,7 +57,7 @@ def put(output: Any, path: tuple[Any, ...], value: Any) -> Any:
     return new
 
 
-def _parts(output: Any) -> dict[Any, Any]:
+def _entries(output: Any) -> dict[Any, Any]:
     if isinstance(output, (tuple, list)):
         return dict(enumerate(output))
     return dict(output) if isinstance(output, dict) else getattr(output, "__dict__", {})

@@ -6,51 +6,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import AuditBatch, UnexaminableError, need, span
+from causal_preflight.audit_batch import AuditBatch, UnexaminableError, require, span
 from causal_preflight.context import Context, moved
 from causal_preflight.nested_outputs import get, iter_float_tensors
 from causal_preflight.report import Finding
 
-_FORM = "the model offers a cache, but takes it or its ids in a form not known here"
+_UNKNOWN_CACHE = "the model offers a cache, but takes it or its ids in a form not known here"
 _BESIDE = "{where} with the padding of other rows"
 
 
-def _need_clean(ctx: Context) -> None:
-    need(
-        not ctx.blamed & {"future", "company", "documents", "padding", "past", "finite"},
-        "another fault moves the logits already",
-    )
+def _require_clean(ctx: Context) -> None:
+    known = {"future", "cross_row", "documents", "padding", "context", "finite"}
+    require(not ctx.explained & known, "another fault moves the logits already")
 
 
 def order(ctx: Context) -> list[Finding]:
     """Rows in reverse order: the logits must follow their rows."""
-    _need_clean(ctx)
+    _require_clean(ctx)
     work, rows = ctx.work, len(ctx.work.ids)
-    need(rows > 1, "needs a batch of two rows")
-    move = ctx.elsewhere(work, work.rows(list(range(rows))[::-1]))
+    require(rows > 1, "needs a batch of two rows")
+    move = ctx.compare(work, work.rows(list(range(rows))[::-1]))
     if not move:
         return []
-    ctx.blamed.add("order")
-    b = int((work.at == move.at).any(1).long().argmax())
-    if not ctx.elsewhere(work.rows([b]), work.rows([b] * rows)):
-        # the row itself is not to blame, and the tokens beside it are not (`company`)
+    ctx.explained.add("order")
+    b = int((work.slot == move.slot).any(1).long().argmax())
+    if not ctx.compare(work.rows([b]), work.rows([b] * rows)):
+        # Neither its place nor the tokens of other rows (`cross_row`): what is left is their PAD.
         return [ctx.finding("pad", _BESIDE, "pad keys", move)]
     return [ctx.finding("position", "{where} when the rows change places", "axis", move)]
 
 
 def alone(ctx: Context) -> list[Finding]:
-    """A row in company, by itself, and by itself without its PAD: three times the same logits."""
-    _need_clean(ctx)
-    need("order" not in ctx.blamed, "logits depend on the row already")
+    """A row in the batch, by itself, and by itself without its PAD: the same logits each time."""
+    _require_clean(ctx)
+    require("order" not in ctx.explained, "logits depend on the row already")
     work, pads = ctx.work, (~ctx.work.real).sum(1)
     for b in pads.argsort(descending=True, stable=True)[:2].tolist():
         if not bool(ctx.counted(work)[b].any()):
             continue
-        move = ctx.elsewhere(work, work.rows([b]))
-        if move:
+        if move := ctx.compare(work, work.rows([b])):
             return [ctx.finding("pad", _BESIDE, "pad keys", move)]
-        move = ctx.elsewhere(work, work.bare(b))
-        if move:
+        if move := ctx.compare(work, work.unpadded_row(b)):
             seen = f"{{where}} once the row is freed of its {int(pads[b])} PAD"
             return [ctx.finding("position", seen, "positions", move)]
     return []
@@ -58,55 +54,54 @@ def alone(ctx: Context) -> list[Finding]:
 
 def packed(ctx: Context) -> list[Finding]:
     """A later document of a packed row gives the same logits as by itself; three are tried."""
-    _need_clean(ctx)
+    _require_clean(ctx)
     work = ctx.work
     later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
     later = [(b, d) for b, d in later if d > int(work.doc[b][work.real[b]][0])]
-    need(later, "one document a row (no document_ids)")
+    require(later, "one document a row (no document_ids)")
     for b, d in later[:3]:
-        move = ctx.elsewhere(work, _single(work, b, work.doc[b] == d))
-        if move:
+        if move := ctx.compare(work, _single(work, b, work.doc[b] == d)):
             seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
             return [ctx.finding("position", seen + "position {t}", "positions", move)]
     return []
 
 
 def _single(work: AuditBatch, b: int, where: Tensor) -> AuditBatch:
-    """A document cut out of its pack, numbered and placed as the first of a row."""
+    """A document cut out of its row, numbered and placed like the first document of a row."""
     first = span(work.real[b])[0]
 
     def edit(name: str, v: Tensor) -> Tensor:
         if name not in ("position_ids", "document_ids", "doc"):
             return v
-        given = work.doc if name == "doc" else work.batch[name]
+        given = work.doc if name == "doc" else work.raw[name]
         return v - v[:, :1] + given[b, first]
 
     return work.rows([b]).cols(*span(where)).each(edit)
 
 
 def decoding(ctx: Context) -> list[Finding]:
-    """Token by token with a cache, if the model offers one, must give the logits of one pass.
+    """Token by token with a cache, if the model takes one, must give the logits of one pass.
 
     Caches are tried in the form that transformers uses, or as the second of two outputs.
     """
-    _need_clean(ctx)
-    names = list(inspect.signature(ctx.subject.model.forward).parameters)
+    _require_clean(ctx)
+    names = list(inspect.signature(ctx.model.module.forward).parameters)
     caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]
-    need(caches, "the model's forward takes no cache")
+    require(caches, "the model's forward takes no cache")
     cache = "past_key_values" if "past_key_values" in caches else caches[0]
     keys = {"use_cache": True} if "use_cache" in names else {}
-    row, model = ctx.work.bare(0).cols(0, 12), ctx.subject.model
-    ctx.subject.box.rewind(ctx.seed, False)
+    row, model = ctx.work.unpadded_row(0).cols(0, 12), ctx.model.module
+    ctx.model.sandbox.rewind(ctx.seed, False)
     with torch.no_grad():
         try:
             whole = _logits(model(row.ids))
         except (AttributeError, TypeError):
-            raise UnexaminableError(_FORM) from None
+            raise UnexaminableError(_UNKNOWN_CACHE) from None
         stepped = _stepped(model, row.ids, cache, keys)
-        move = ctx.worst(row, stepped, whole, row.real, reshaped=True)
+        move = ctx.largest_move(row, stepped, whole, row.real, reshaped=True)
         if not move:
             return []
-        t = int((row.at[0] == move.at).nonzero())
+        t = int((row.slot[0] == move.slot).nonzero())
         before = torch.zeros_like(row.real)
         before[:, t - 1] = True
         reach = moved(_stepped(model, row.swap(before, ctx.seed).ids, cache, keys), stepped)[0, t]
@@ -123,9 +118,9 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
     out = model(ids[:, :half], **keys)
     steps = [_logits(out)]
     for t in range(half, ids.shape[1]):
-        ways = (get(out, (k,)) for k in (cache, "past_key_values", "cache", "presents", 1))
-        kept = next((c for c in ways if c is not None), None)
-        need(kept is not None, _FORM)
+        places = (get(out, (k,)) for k in (cache, "past_key_values", "cache", "presents", 1))
+        kept = next((c for c in places if c is not None), None)
+        require(kept is not None, _UNKNOWN_CACHE)
         out = model(ids[:, t : t + 1], **{cache: kept}, **keys)
         steps.append(_logits(out)[:, -1:])
     return torch.cat(steps, 1)
@@ -133,5 +128,5 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
 
 def _logits(out: Any) -> Tensor:
     hits = [t.float() for _, t in iter_float_tensors(out) if t.ndim == 3]
-    need(hits, _FORM)
+    require(hits, _UNKNOWN_CACHE)
     return hits[0]

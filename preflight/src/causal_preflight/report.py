@@ -1,27 +1,42 @@
-"""What the audit says: findings, what could not be examined, and how to print them."""
+"""What the audit reports: findings, what could not be examined, and how to print them."""
 
 import textwrap
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-LABELS = ("shift", "pad", "causal", "norm", "eos", "position")
+LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
+ALIASES = {"norm": "reduction"}
+"""Earlier words for labels, still understood in `Report.faults`."""
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
     "pad targets": "give PAD targets the label -100 by mask or length; drop them before the mean",
     "eos": "end each document in EOS and count it; tell PAD by mask or length, not by a shared id",
     "divide": "sum the token losses and divide once, by the targets of all micro-batches and ranks",
     "clamp": "clamp each count that divides to at least 1, or skip rows without targets",
-    "ahead": "mask keys j > i before the softmax (sdpa: True = may attend; nn.Transformer: True = "
-    "hidden), and let no norm, pooling or convolution look ahead",
+    "mask future": "mask keys j > i before the softmax (sdpa: True = may attend; nn.Transformer: "
+    "True = hidden); no norm, pooling or convolution may use later positions",
     "rows": "no layer may mix rows: check batch_first, BatchNorm, and views that merge axes",
     "documents": "attend only where document_ids[i] == document_ids[j]; or pack without documents",
-    "pad keys": "hide PAD keys from real queries; mind what the layer's mask means (1 = real?)",
+    "pad keys": "hide PAD keys from real queries; check what True means in the layer's mask",
     "no key": "leave every query at least one key, if only itself, also at PAD",
     "positions": "count positions 0, 1, 2, ... from the first real token of each document",
-    "length": "count positions from the first real token; let nothing depend on the padded length",
+    "length": "count positions from the first real token; use the padded length nowhere",
     "axis": "index positions along time, not along the batch (check batch_first)",
     "cache": "offset positions and masks by the length of what is cached already",
 }
+
+
+class Faults(frozenset[str]):
+    """Labels of the faults found; `norm`, the earlier word for `reduction`, is understood."""
+
+    def __contains__(self, label: object) -> bool:
+        return super().__contains__(ALIASES.get(str(label), label))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Set) and set(self) == {ALIASES.get(x, x) for x in other}
+
+    __hash__ = frozenset.__hash__
 
 
 @dataclass(frozen=True)
@@ -45,9 +60,9 @@ class Finding:
 class Report:
     """The outcome of one preflight.
 
-    `skipped` maps a probe to why it could not be examined; `sampled` says what was looked at in
-    part only; `passed` lists the probes that ran and found nothing; `pictures` holds the alignment
-    and the visibility as plain lists, for the page; `forwards` counts the runs of the loss.
+    `skipped` maps a probe to why it could not be examined; `sampled` says what was examined in part
+    only; `passed` lists the probes that ran and found nothing; `pictures` holds alignment and
+    visibility as plain lists, for `to_html`; `forwards` counts the runs of the loss.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -59,8 +74,15 @@ class Report:
     forwards: int = 0
 
     @property
-    def faults(self) -> set[str]:
-        return {f.label for f in self.findings}
+    def faults(self) -> Faults:
+        return Faults(f.label for f in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """One line: the faults, or that there are none, and what it took."""
+        faults = ", ".join(x for x in LABELS if x in self.faults)
+        cost = f"({self.forwards} forward passes, {self.seconds:.1f} s)"
+        return f"{f'FAULTS {faults}' if faults else 'no fault found'} {cost}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `json.dumps(report.to_dict())` works; a size that is not a number is null."""
@@ -71,9 +93,7 @@ class Report:
         return {"faults": [label for label in LABELS if label in self.faults], **plain}
 
     def __str__(self) -> str:
-        faults = ", ".join(x for x in LABELS if x in self.faults)
-        head = f"preflight: FAULTS {faults}" if faults else "preflight: no fault found"
-        lines = [f"{head}  ({self.forwards} passes, {self.seconds:.2f} s)"]
+        lines = [f"preflight: {self.verdict}"]
         for f in self.findings:
             lines += _cell(f.label.upper(), f"{f.seen} [{f.probe}]") + _cell("", f"-> {f.remedy}")
         for name, text in self.notes():
@@ -82,7 +102,7 @@ class Report:
 
     def notes(self) -> list[tuple[str, str]]:
         """What was examined, what was not, and what in part only."""
-        notes = [("clean", ", ".join(self.passed))] if self.passed else []
+        notes = [("checked", ", ".join(self.passed))] if self.passed else []
         notes += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
         return notes + [("sampled", note) for note in self.sampled]
 

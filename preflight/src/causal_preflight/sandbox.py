@@ -1,7 +1,7 @@
-"""Leave no trace: a sandbox that puts a model back exactly as it was found.
+"""Put a model back exactly as it was found, whatever the audit does to it.
 
-What is put back: parameters, their gradients (also whether there were any) and `requires_grad`;
-buffers; plain attributes of modules, where some keep a hidden state; the mode of every submodule.
+Covered: parameters, their gradients (also whether there were any) and `requires_grad`; buffers;
+plain attributes of modules, where some keep a hidden state; the mode of every submodule.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 _TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}  # bookkeeping of nn.Module itself
-_AWAKE = 0.5  # size given to a gate or bias that was exactly zero
+_VECTOR_SIZE = 0.5  # root mean square given to a gate or bias that is zero
 
 
 class Sandbox:
-    """Snapshot of a model; `rewind` before every look, `restore` at the end.
+    """Snapshot of a model: `rewind` before every run of the loss, `restore` at the end.
 
-    Costs one copy of the parameters in memory while the audit runs.
+    Holds one copy of the parameters in memory while the audit runs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,7 +29,7 @@ class Sandbox:
         homes = [(vars(m), _TORCH_OWN) for m in self.modules]
         homes += [(m._buffers, frozenset()) for m in self.modules]
         self.saved = [
-            (home, own, {k: (v, _frozen(v)) for k, v in home.items() if k not in own})
+            (home, own, {k: (v, _content(v)) for k, v in home.items() if k not in own})
             for home, own in homes
         ]
         for p in self.params:
@@ -37,7 +37,7 @@ class Sandbox:
 
     @torch.no_grad()
     def rewind(self, seed: int, train: bool) -> None:
-        """The same starting point for every look: state, mode and seed; `reset()` where offered."""
+        """Same state, mode and seed for every run; calls `reset()` of modules that have one."""
         self._restore_state()
         for m in self.modules:
             m.training = train
@@ -45,17 +45,18 @@ class Sandbox:
             if callable(reset):
                 try:
                     reset()
-                except TypeError:  # needs arguments: not the kind that clears a hidden state
+                except TypeError:  # takes arguments: not the kind that clears a hidden state
                     continue
         torch.manual_seed(seed)
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Everything as it was found, gradients included."""
         self._restore_state()
-        for p, v, (grad, needs) in zip(self.params, self.values, self.grads, strict=True):
+        for p, v, (grad, requires_grad) in zip(self.params, self.values, self.grads, strict=True):
             p.copy_(v)
             p.grad = grad
-            p.requires_grad_(needs)
+            p.requires_grad_(requires_grad)
 
     def _restore_state(self) -> None:
         for home, own, saved in self.saved:
@@ -72,22 +73,22 @@ class Sandbox:
                     v.update(content)
 
     @contextmanager
-    def rescaled_weights(self, seed: int, stir: bool = False) -> Iterator[None]:
-        """Weights under which every path carries signal; the originals come back on leaving.
+    def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:
+        """Weights under which every path carries signal; the originals return at the end.
 
-        Causality is a property of the architecture: it must hold for any weights. But
-        zero-initialised projections and gates hide a leak, and matrices of size 0.02 shrink it
-        below rounding. So what is exactly zero gets noise, and small matrices are scaled up to
-        1/sqrt(fan in). Large weights are left alone: scaling those further would outgrow
-        perfectly good finite masks. `stir` adds noise of the size of each, for another draw.
+        A causal mask must hold for any weights. But zero-initialized projections and gates hide a
+        leak, and matrices of size 0.02 shrink it below rounding. So weights that are exactly zero
+        get noise, and small matrices are scaled up to 1/sqrt(fan in). Large weights stay: with
+        still larger ones the scores would outgrow a correct mask of finite values. `add_noise` adds
+        noise as large as each weight, for another draw.
         """
         gen = torch.Generator().manual_seed(seed)
         try:
             with torch.no_grad():
                 for p in self.params:
                     if p.requires_grad and p.is_floating_point() and p.numel():
-                        _wake(p, gen)
-                        if stir:
+                        _rescale(p, gen)
+                        if add_noise:
                             p.add_(torch.randn(p.shape, generator=gen).to(p) * p.std())
             yield
         finally:
@@ -96,16 +97,16 @@ class Sandbox:
                     p.copy_(v)
 
 
-def _wake(p: Tensor, gen: torch.Generator) -> None:
+def _rescale(p: Tensor, gen: torch.Generator) -> None:
     size = p.float().pow(2).mean().sqrt().item()
-    wanted = (p.shape[0] / p.numel()) ** 0.5 if p.ndim > 1 else _AWAKE
+    wanted = (p.shape[0] / p.numel()) ** 0.5 if p.ndim > 1 else _VECTOR_SIZE
     if size == 0:
         p.copy_(torch.randn(p.shape, generator=gen).to(p) * wanted)
     elif size < wanted and (p.ndim > 1 or size < 0.01):
         p.mul_(wanted / size)
 
 
-def _frozen(value: Any) -> Any:
+def _content(value: Any) -> Any:
     """What is needed to undo a change made inside `value`."""
     if isinstance(value, Tensor):
         return value.detach().clone()

@@ -1,6 +1,6 @@
-"""A model of one's own, for the preflight: a small GRU, right and with its labels not shifted.
+"""A model, a batch and a loss of your own for the preflight: a small GRU, right and unshifted.
 
-python scripts/preflight.py docs/example.py:right --pad-id 0 --eos-id 2
+python scripts/preflight.py examples/audit_me.py:right --pad-id 0 --eos-id 2
 """
 
 import torch
@@ -22,25 +22,27 @@ class Net(nn.Module):
 
 
 def right_loss(model, batch):
+    """Logits at t on token t + 1; PAD ignored."""
     ids = batch["input_ids"]
     labels = ids[:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
     return F.cross_entropy(model(ids)[:, :-1].transpose(1, 2), labels)
 
 
 def unshifted_loss(model, batch):
+    """Logits at t on token t, which the model has just read: the fault `shift`."""
     ids = batch["input_ids"]
     labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
     return F.cross_entropy(model(ids).transpose(1, 2), labels)
 
 
-def _batch():
+def make_batch():
     ids = torch.tensor([[BOS, 5, 9, 7, 12, EOS], [BOS, 8, 4, EOS, PAD, PAD]])
-    return {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])}
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
 def right():
-    return Net(), _batch(), right_loss
+    return Net(), make_batch(), right_loss
 
 
 def unshifted():
-    return Net(), _batch(), unshifted_loss
+    return Net(), make_batch(), unshifted_loss

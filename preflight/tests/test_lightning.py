@@ -1,0 +1,159 @@
+"""The Lightning callback in somebody else's project."""
+
+import dataclasses
+import json
+from collections import namedtuple
+from functools import cached_property
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from audit_cases.parts import Tiny, ce, padded
+
+L = pytest.importorskip("lightning")
+
+from causal_preflight.lightning import Preflight, PreflightError, audit_batch  # noqa: E402
+
+torch.set_num_threads(1)
+V = 12
+
+
+class Theirs(L.LightningModule):
+    """Somebody's module: dict batches, its own loss, its own logging."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Embedding(V, 16), nn.Linear(16, V))
+        self.shift = shift
+
+    def training_step(self, batch, batch_idx):
+        ids = batch["input_ids"]
+        logits = self.net(ids)[:, : ids.shape[1] - self.shift]
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, self.shift :].flatten(), ignore_index=0)
+        self.log("loss", loss)
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module, callback, tmp_path, **options):
+    ids = torch.tensor([[1, 3, 4, 5, 6, 2], [1, 7, 8, 2, 0, 0], [1, 9, 5, 4, 2, 0]])
+    data = [{"input_ids": ids, "attention_mask": (ids != 0).long()}] * 3
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+        default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data, batch_size=None))
+    return trainer
+
+
+def test_a_right_module_of_somebody_else_trains(tmp_path):
+    callback = Preflight(pad_id=0, eos_id=2, directory=tmp_path)
+    trainer = fit(Theirs(shift=1), callback, tmp_path)
+    assert trainer.global_step == 2
+    assert callback.report.faults == set()
+    assert "loss" in trainer.callback_metrics  # logging works again afterwards
+    assert "<html" in (tmp_path / "preflight.html").read_text()
+    assert json.loads((tmp_path / "preflight.json").read_text())["faults"] == []
+
+
+def test_a_faulty_one_is_stopped_warned_of_or_let_be(tmp_path):
+    with pytest.raises(PreflightError, match="shift"):
+        fit(Theirs(shift=2), Preflight(pad_id=0, eos_id=2), tmp_path)
+    warned = Preflight("warn", pad_id=0, eos_id=2)
+    assert fit(Theirs(shift=2), warned, tmp_path).global_step == 2
+    assert "shift" in warned.report.faults
+    off = Preflight("off")
+    assert fit(Theirs(shift=2), off, tmp_path).global_step == 2
+    assert off.report is None
+
+
+def test_a_mean_under_accumulation_is_a_mean_of_means(tmp_path):
+    """A right loss by itself; with Lightning's average over micro-batches it is not."""
+    callback = Preflight(pad_id=0, eos_id=2)
+    with pytest.raises(PreflightError, match="reduction: "):
+        fit(Theirs(shift=1), callback, tmp_path, accumulate_grad_batches=2)
+    assert callback.report.faults == {"reduction"}
+
+
+def test_the_audit_does_not_change_the_training(tmp_path):
+    """Same weights after two steps, to the bit, with and without the audit (dropout included)."""
+    states = []
+    for on_fault in ("error", "off"):
+        module = Theirs(shift=1)
+        module.net.insert(1, nn.Dropout(0.3))
+        torch.manual_seed(7)
+        fit(module, Preflight(on_fault, pad_id=0, eos_id=2), tmp_path)
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+Named = namedtuple("Named", "input_ids attention_mask loss_mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Labels are a cached property: an edited batch must not carry those of the original."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor | None = None
+
+    @cached_property
+    def targets(self) -> Tensor:
+        ids = F.pad(self.input_ids[:, 1:], (0, 1), value=-100)
+        return ids.masked_fill(F.pad(self.attention_mask[:, 1:], (0, 1)) == 0, -100)
+
+
+@pytest.mark.parametrize("kind", [Named, Frozen])
+@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_named_tuples_and_dataclasses(kind, parted, shifted):
+    torch.manual_seed(0)
+    model = Tiny()
+    raw = padded(0)
+    batch = kind(raw["input_ids"], raw["attention_mask"], None)
+    if kind is Frozen:
+        assert batch.targets is not None  # cached before the audit
+
+    def loss(*parts):
+        """Sum over all parts, divided once."""
+        total, count = 0, 0
+        for part in parts:
+            targets = Frozen(part.input_ids, part.attention_mask).targets
+            if kind is Frozen:
+                targets = part.targets
+            if shifted:
+                targets = targets.roll(-1, 1).masked_fill(part.attention_mask == 0, -100)
+            total = total + ce(model(part.input_ids, part.attention_mask), targets, reduction="sum")
+            count += int((targets != -100).sum())
+        assert len(parts) == 1 + parted
+        return total / count
+
+    report = audit_batch(model, batch, loss, parted=parted, pad_id=0, eos_id=2)
+    assert ("shift" in report.faults) == shifted, str(report)
+    if not shifted:
+        assert not report.faults, str(report)
+        assert {"alignment", "future", "reduction"} <= set(report.passed)
+
+
+def test_another_type_of_batch_is_named():
+    with pytest.raises(ValueError, match="list"):
+        audit_batch(nn.Linear(2, 2), [1, 2], lambda b: b)
+
+
+def test_remedies_of_the_project_are_named():
+    callback = Preflight(remedies={"shift": "data.shift"}, override="audit=off")
+    model, raw = Tiny(), padded(0)
+    report = audit_batch(
+        model, raw, lambda b: ce(model(b["input_ids"]), b["input_ids"]), pad_id=0, eos_id=2
+    )
+    assert "shift" in report.faults
+    message = callback.message(report)
+    assert "data.shift" in message and "audit=off" in message and "\n" not in message

@@ -1,0 +1,54 @@
+"""The preflight of a configured run: token names, remedies by configuration key, figures."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from causal_lm.data.tokenizers import Tokenizer, show
+from causal_preflight import lightning
+
+WHERE_TO_LOOK = {
+    "shift": "loss, or objective.py",
+    "pad": "model, or objective.py and masks.py",
+    "causal": "model, or masks.py",
+    "reduction": "loss.reduction, or objective.py",
+    "eos": "data, or objective.py",
+    "position": "model, or data/collate.py",
+}
+"""Label of a fault -> configuration key or file to change, unless a pitfall explains it."""
+
+
+class Preflight(lightning.Preflight):
+    """:class:`causal_preflight.lightning.Preflight` with figures for ``summary.json``."""
+
+    def figures(self) -> dict[str, Any]:
+        """``preflight/faults``: sorted labels; ``seconds/preflight``: None where it did not run."""
+        return {
+            "preflight/faults": sorted(self.report.faults) if self.report else [],
+            "seconds/preflight": self.report.seconds if self.report else None,
+        }
+
+
+def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None) -> Preflight:
+    """The callback of a configured run; a fault that a pitfall makes names the pitfall's key.
+
+    Args:
+        directory: gets ``preflight.json`` and ``preflight.html``; None writes nothing.
+    """
+    remedies = dict(WHERE_TO_LOOK)
+    switched_on = [name for name, on in (cfg.get("pitfalls") or {}).items() if on]
+    if switched_on:
+        from causal_lm.pitfalls import PITFALLS
+
+        remedies |= {PITFALLS[name].label: f"pitfalls.{name}" for name in switched_on}
+    return Preflight(
+        cfg.preflight.on_fault,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        directory=directory,
+        remedies=remedies,
+        override="preflight.on_fault=warn",
+        name=partial(show, tokenizer),
+    )
