@@ -19,7 +19,7 @@ from causal_lm.report.table import table
 
 def layouts(args: argparse.Namespace) -> None:
     """Optimizer steps through the very objects that a run is made of, without a trainer."""
-    from causal_lm.run import make_optimizer, prepare
+    from causal_lm.build import make_optimizer, prepare
 
     steps = {}
     for layout in ("padded", "bucketed", "packed"):
@@ -178,8 +178,8 @@ def text(args: argparse.Namespace) -> None:
     import lightning as L
     from yardstick import Yardstick
 
+    from causal_lm.build import make_trainer, prepare
     from causal_lm.callbacks.run_statistics import RunStatistics
-    from causal_lm.run import make_trainer, prepare
 
     cfg = config.load(
         ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]

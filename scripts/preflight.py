@@ -68,7 +68,7 @@ def _audit_function(file: str, function: str, args: argparse.Namespace):
 
 def _audit_run(overrides: Sequence[str], seed: int):
     cfg = config.load(overrides)
-    from causal_lm.run import audit
+    from causal_lm.build import audit
 
     return audit(cfg, seed=seed)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from causal_lm import config
-from causal_lm.run import build
+from causal_lm.build import instantiate
 from causal_lm.schema import rule_of
 from support import ROOT, command
 
@@ -152,5 +152,5 @@ def test_the_preset_for_small_text_has_the_last_word():
 def test_as_many_copies_as_fit():
     """62 of one symbol, beside BOS and EOS."""
     cfg = config.load(["data.source.copies=62", "data.source.train_documents=2"])
-    corpus = build(cfg.data).load()
+    corpus = instantiate(cfg.data).load()
     assert corpus.train.lengths.tolist() == [64, 64]

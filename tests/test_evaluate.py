@@ -8,7 +8,7 @@ import pytest
 
 from causal_lm import config
 from causal_lm.evaluate import evaluate
-from causal_lm.run import run
+from causal_lm.fit import run
 from support import command
 
 SHORT = [

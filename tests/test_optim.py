@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from causal_lm import config
+from causal_lm.build import make_optimizer
 from causal_lm.models.decoder import Llama
 from causal_lm.models.gru import GRU
 from causal_lm.optim import optimizers
-from causal_lm.run import make_optimizer
 from support import V, make_batch, make_model, make_module
 
 OPTIONS = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0.1}

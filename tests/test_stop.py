@@ -39,8 +39,8 @@ def script(monkeypatch):
 pytestmark = pytest.mark.usefixtures("script")
 
 
-def steady_step(directory):
-    return torch.load(directory / "checkpoints/steady.ckpt", weights_only=True)["global_step"]
+def stable_step(directory):
+    return torch.load(directory / "checkpoints/stable.ckpt", weights_only=True)["global_step"]
 
 
 def test_stops_and_says_why(tmp_path):
@@ -58,8 +58,8 @@ def test_keeps_where_three_rates_vary_least(tmp_path):
     """0.20, 0.20 and 0.21 after steps 3 to 5: a standard deviation of 0.01 √2 / 3, or 0.0047."""
     summary = short_run(tmp_path, *EACH)
     assert summary["status"] == "finished"
-    assert steady_step(tmp_path) == 5
-    assert summary["checkpoint/steady"] == (
+    assert stable_step(tmp_path) == 5
+    assert summary["checkpoint/stable"] == (
         "step 5: the last three repetition rates vary least, 0.2000, 0.2000, 0.2100"
     )
     mean = (0.4 + 0.6 + 0.7) / 3
@@ -73,12 +73,12 @@ def test_going_on_remembers(tmp_path):
     more = short_run(tmp_path, *EACH, "samples.patience=3", "ckpt_path=auto")
     assert more["steps"] == 8
     assert "was 0.2100, then 0.5000, 0.4000, 0.6000" in more["stopped_because"]
-    assert steady_step(tmp_path) == 5
+    assert stable_step(tmp_path) == 5
 
     short_run(tmp_path / "b", *EACH, "trainer.max_steps=4")
-    assert steady_step(tmp_path / "b") == 4
+    assert stable_step(tmp_path / "b") == 4
     short_run(tmp_path / "b", *EACH, "trainer.max_steps=6", "ckpt_path=auto")
-    assert steady_step(tmp_path / "b") == 5
+    assert stable_step(tmp_path / "b") == 5
 
 
 def test_without_patience_nothing_stops(tmp_path):
@@ -91,8 +91,8 @@ def test_of_what_samples_cannot_tell_apart_the_later_is_kept(tmp_path, script):
     rates = [math.nan, 0.0, 0.0, 0.0, 0.050, 0.051, 0.050, 0.08, 0.09]
     script(rates, [0.9] * 9, error=0.005)
     summary = short_run(tmp_path, *EACH, "trainer.max_steps=8")
-    assert summary["checkpoint/steady"].endswith("vary least, 0.0500, 0.0510, 0.0500")
-    assert steady_step(tmp_path) == 6
+    assert summary["checkpoint/stable"].endswith("vary least, 0.0500, 0.0510, 0.0500")
+    assert stable_step(tmp_path) == 6
 
 
 def test_an_evaluation_is_judged_once_and_by_its_own_figures(tmp_path, script):
@@ -111,7 +111,7 @@ def test_without_samples_nothing_is_judged(tmp_path, script):
     """The steadiest three are those up to step 3; step 4 has none, and the old spread is past."""
     script([math.nan, 0.1, 0.2, 0.2, None, None, 0.4], [math.nan, 0.9, 0.8, 0.7, 0, 0, 0.6])
     summary = short_run(tmp_path, *EACH, "samples.patience=3", "trainer.max_steps=6")
-    assert steady_step(tmp_path) == 3
+    assert stable_step(tmp_path) == 3
     assert (summary["steps"], summary["status"]) == (6, "stopped")
     assert "repetition was 0.1000, then 0.2000, 0.2000, 0.4000" in summary["stopped_because"]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
+from causal_lm.build import restore
 from causal_lm.data.subwords import Subwords
 from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
 from causal_lm.models import hf_conversion
 from causal_lm.models.decoder import Llama
 from causal_lm.models.external import Transformers
 from causal_lm.report.files import write_json
-from causal_lm.run import restore
 
 SPECIAL_ROLES = ("pad", "bos", "eos")
 
@@ -21,7 +21,7 @@ def export(checkpoint: str | Path, folder: Path) -> Path:
 
     Raises:
         FileExistsError: the folder is there and holds something.
-        FileNotFoundError, ValueError: see :func:`causal_lm.run.restore`; or the kind of model or
+        FileNotFoundError, ValueError: see :func:`causal_lm.build.restore`; or the kind of model or
             tokenizer has no counterpart in transformers.
     """
     if folder.exists() and any(folder.iterdir()):
