@@ -194,9 +194,7 @@ def text(args: argparse.Namespace) -> None:
                 yardstick.advance(args.yardstick_steps * turn // args.rounds)
 
     meter = RunStatistics()
-    trainer = make_trainer(
-        cfg, logger=False, callbacks=[meter, Turns()], enable_checkpointing=False
-    )
+    trainer = make_trainer(cfg, callbacks=[meter, Turns()], enable_checkpointing=False)
     trainer.fit(module, data)
     (figures,) = trainer.validate(module, data, verbose=False)
     ours, theirs = meter.seconds_train - yardstick.seconds, yardstick.seconds

@@ -14,13 +14,14 @@ from omegaconf import DictConfig
 
 from causal_lm.callbacks import checkpoint
 from causal_lm.callbacks.sample_monitor import SampleMonitor
-from causal_lm.config import HYDRA_KEYS, RENAMED, ConfigError, check_values
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, unknown
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
 from causal_lm.module import CausalLM, parts_into_body_and_head
 from causal_lm.nonfinite import Guard
 from causal_lm.objective import LossConfig
+from causal_lm.renamed import new_name
 from causal_lm.schema import is_float16
 from causal_preflight import Report
 from causal_preflight.lightning import Preflight, audit_batch
@@ -63,16 +64,13 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
     except Exception as error:
         raise ConfigError(f"{node._get_full_key('_target_')}={node._target_}: {error}") from error
     try:
-        parameters = inspect.signature(target).parameters
+        parameters = dict(inspect.signature(target).parameters)
     except ValueError:  # built-in, without a signature
         parameters = {}
-    if parameters and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        for key in node:
-            if key not in parameters and key not in HYDRA_KEYS:
-                raise ConfigError(
-                    f"unknown key {node._get_full_key(key)!r}: {node._target_} takes "
-                    f"{', '.join(parameters)}"
-                )
+    takes_any = not parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for key in node if not takes_any else ():
+        if key not in parameters and key not in HYDRA_KEYS:
+            raise ConfigError(unknown(node._get_full_key(key), list(parameters)))
     try:
         return hydra.utils.instantiate(node, _convert_="all", **more)
     except InstantiationException as error:  # the message of the object itself is the better one
@@ -81,8 +79,9 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
 
 def instantiate_all(nodes: Any) -> list[Any]:
     """The objects of a group such as ``callbacks`` (a mapping of nodes), or of a list of nodes."""
-    nodes = nodes.values() if isinstance(nodes, DictConfig) else nodes
-    return [instantiate(node) for node in nodes or [] if node and "_target_" in node]
+    nodes = nodes.values() if isinstance(nodes, Mapping) else nodes
+    nodes = nodes if isinstance(nodes, Iterable) else []
+    return [instantiate(node) for node in nodes if node and "_target_" in node]
 
 
 def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
@@ -145,7 +144,7 @@ def make_monitor(cfg: DictConfig, corpus: Corpus, directory: Path) -> SampleMoni
 
 
 def make_trainer(
-    cfg: DictConfig, callbacks: list[Any], logger: list[Any] | bool, **more: Any
+    cfg: DictConfig, callbacks: Iterable[Any], logger: Iterable[Any] = (), **more: Any
 ) -> L.Trainer:
     """Lightning's Trainer with these callbacks and loggers, and those of the configuration.
 
@@ -155,16 +154,14 @@ def make_trainer(
     Raises:
         ValueError: the machine lacks the accelerator.
     """
-    callbacks = callbacks + instantiate_all(cfg.get("callbacks"))
+    callbacks = [*callbacks, *instantiate_all(cfg.get("callbacks"))]
     callbacks += instantiate_all(cfg.trainer.get("callbacks"))
-    given = cfg.trainer.get("logger")
-    if given is False:
-        logger = False
-    elif logger:
-        logger = logger + instantiate_all(cfg.get("logger"))
-        logger += instantiate_all(given if given is not True else None)
+    own = cfg.trainer.get("logger")
+    loggers = [*logger, *instantiate_all(cfg.get("logger")), *instantiate_all(own)]
+    if own is False:
+        loggers = []
     try:
-        return instantiate(cfg.trainer, callbacks=callbacks, logger=logger, **more)
+        return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **more)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         if any(words in str(error) for words in NO_ACCELERATOR):
             raise ValueError(
@@ -228,8 +225,7 @@ def model_of(
     Raises:
         ValueError: the class is not trusted, or an option names code or is not valid.
     """
-    renamed = {key.removeprefix("model."): new for key, new in RENAMED.items()}
-    options = {renamed.get(k, f"model.{k}").removeprefix("model."): v for k, v in stored.items()}
+    options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
     target = str(options.pop("_target_", None))
     classes = (
         {name: hydra.utils.get_object(name) for name in trust} if target not in OWN_MODELS else {}

@@ -18,7 +18,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm.config import ConfigError, one_line, rename_overrides, validate, validate_sweep
+from causal_lm.config import ConfigError, one_line, validate, validate_sweep
+from causal_lm.renamed import rename_overrides
 
 # Read when torch loads: waiting threads spin briefly, then sleep. Spinning on, the default, is no
 # faster on an idle machine and slows a busy one down (docs/NOTES.md).

@@ -6,8 +6,7 @@ that are valid.
 """
 
 import difflib
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -25,22 +24,14 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from causal_lm.renamed import rename_keys, rename_overrides
 from causal_lm.schema import RULES, is_float16, rule_of
-
-log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 MAX_VALUES_CHECKED = 16
 """Values of one axis of a sweep that are validated before the first job starts."""
 SIMILAR = 0.75
 """Similarity (of :mod:`difflib`) from which a key is suggested in place of an unknown one."""
-
-RENAMED = {
-    "model.mix_previous": "model.token_smear",
-    "model.zero_init_out": "model.zero_init_residual",
-    "steady.ckpt": "stable.ckpt",
-}
-"""Old name -> new name, of keys and of a checkpoint file. The old ones work for one version."""
 
 REQUIRED = (
     "experiment", "seed", "ckpt_path", "data._target_", "data.source._target_", "data.max_length",
@@ -117,38 +108,6 @@ def _values(override: Override) -> list[str]:
     return [override.input_line or ""]
 
 
-def rename_overrides(overrides: Iterable[str]) -> list[str]:
-    """The same overrides with the new names of :data:`RENAMED`."""
-    words = []
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        bare = key.lstrip("+~")
-        sign = key[: len(key) - len(bare)]
-        words.append(f"{sign}{_renamed(bare)}{equals}{value}" if bare in RENAMED else word)
-    return words
-
-
-def rename_keys(cfg: DictConfig) -> None:
-    """Move values of ``cfg`` from the old keys of :data:`RENAMED` to the new ones."""
-    for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
-        group, _, name = old.rpartition(".")
-        with open_dict(cfg):
-            OmegaConf.update(cfg, _renamed(old), cfg[group].pop(name))
-
-
-def rename_file(path: str | Path) -> Path:
-    """``path``; where there is no such file and it has an old name, the file of the new name."""
-    path = Path(path)
-    if path.exists() or path.name not in RENAMED:
-        return path
-    return path.with_name(_renamed(path.name))
-
-
-def _renamed(old: str) -> str:
-    log.warning(f"{old} is now called {RENAMED[old]}: the old name will stop working")
-    return RENAMED[old]
-
-
 # ---- errors of composition ----
 
 
@@ -181,7 +140,7 @@ def _explain(error: Exception) -> str:
         parent = cause.parent_node
         siblings = list(parent) if isinstance(parent, DictConfig) else []
         root: Any = OmegaConf.to_container(parent._get_root(), resolve=False) if siblings else {}
-        return _unknown(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
+        return unknown(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
     if isinstance(cause, OmegaConfBaseException):
         error = cause
     if isinstance(error, OmegaConfBaseException) and error.full_key:
@@ -189,7 +148,7 @@ def _explain(error: Exception) -> str:
     return _joined(error)
 
 
-def _unknown(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
+def unknown(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
     """The error of an unknown key: the likely one, and the valid keys in its place."""
     parent, _, last = key.rpartition(".")
     guess = _did_you_mean(last, siblings, f"{parent}." if parent else "")
@@ -215,8 +174,8 @@ def _joined(error: BaseException) -> str:
 def validate(cfg: DictConfig) -> None:
     """Check every value against its rule, and the keys against each other.
 
-    Keys of :data:`RENAMED` are moved in place. What is inside a node whose ``_target_`` is not of
-    causal_lm is checked when the object is built (see :func:`causal_lm.build.instantiate`).
+    Old keys are renamed in place. What is inside a node whose ``_target_`` is not of causal_lm is
+    checked when the object is built (see :func:`causal_lm.build.instantiate`).
 
     Raises:
         ConfigError: naming the first key at fault.
@@ -280,12 +239,12 @@ def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
         siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
         if group not in groups:  # a group or a key of the user's own, unless it is a misspelt one
             if _did_you_mean(group, sorted(groups)):
-                raise ConfigError(_unknown(group, sorted(groups)))
+                raise ConfigError(unknown(group, sorted(groups)))
         elif group != "trainer" and not (parent == "data" and "data.source" in foreign):
             if value == {} and any(k.startswith(f"{key}.") for k in RULES):
                 continue  # an empty group
             known = [s for s in siblings if rule_of(f"{parent}.{s}")]
-            raise ConfigError(_unknown(key, known))
+            raise ConfigError(unknown(key, known))
     return ours
 
 

@@ -19,7 +19,6 @@ from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import sample_unconditional
 from causal_lm.callbacks.stop import StopAfterStep
-from causal_lm.config import rename_file
 from causal_lm.data.documents import Corpus
 from causal_lm.module import CausalLM
 from causal_lm.report import samples
@@ -92,8 +91,6 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
     metadata = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
     step, continued = 0, files.holds(cfg.ckpt_path)
     if cfg.ckpt_path:
-        cfg = cfg.copy()
-        cfg.ckpt_path = str(rename_file(cfg.ckpt_path))
         step = metadata.check_continues(cfg.ckpt_path)
     files.begin(cfg, step if continued else 0)
 
@@ -118,11 +115,11 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
     because = "a signal asked for it" if stop.requested else monitor.decline.because
     summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
 
-    logged = dict(trainer.callback_metrics)
+    logged: dict[str, Any] = dict(trainer.callback_metrics)
     with isolate_rng():  # the random state that is saved does not depend on this validation
         (figures,) = trainer.validate(module, data, verbose=False)
-    logged = {name: float(value) for name, value in (logged | figures).items()}
-    summary |= {k: v if math.isfinite(v) else None for k, v in logged.items()}
+    logged = {name: float(value) for name, value in (logged | dict(figures)).items()}
+    summary |= {name: v if math.isfinite(v) else None for name, v in logged.items()}
     summary |= statistics.figures(trainer) | monitor.figures()
     if not math.isfinite(figures["val/loss"]):
         raise FloatingPointError(

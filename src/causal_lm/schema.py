@@ -4,6 +4,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from math import inf, isfinite
 from pathlib import Path
+from re import fullmatch
 from typing import Any, NamedTuple
 
 
@@ -147,7 +148,11 @@ RULES: dict[str, Rule] = {
         "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64, "bf16"
     ),
     "trainer.max_steps": integer(1),
-    "trainer.max_time": optional(text),
+    "trainer.max_epochs": integer(-1),
+    "trainer.max_time": Rule(
+        lambda v: v is None or (isinstance(v, str) and bool(fullmatch(r"\d+(:\d\d){3}", v))),
+        "days:hours:minutes:seconds, as in '00:01:30:00', or null",
+    ),
     "trainer.accumulate_grad_batches": integer(1),
     "trainer.gradient_clip_val": optional(real(above=0)),
     "trainer.gradient_clip_algorithm": one_of("norm"),
@@ -158,6 +163,9 @@ RULES: dict[str, Rule] = {
     "trainer.benchmark": flag,
     "trainer.detect_anomaly": flag,
     "trainer.enable_progress_bar": flag,
+    "trainer.enable_model_summary": flag,
+    "trainer.use_distributed_sampler": flag,
+    "trainer.num_sanity_val_steps": integer(-1),
     "samples.count": integer(0),
     "samples.batch_size": integer(1),
     "samples.prompts": integer(1),

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from causal_lm.config import rename_file
+from causal_lm.renamed import rename_file
 
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 
