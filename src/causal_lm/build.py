@@ -88,8 +88,11 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     """The module of a configuration: the correct class, unless a pitfall is switched on."""
     kind = CausalLM
     if any((cfg.get("pitfalls") or {}).values()):
-        from causal_lm.pitfalls import faulty
+        from causal_lm.pitfalls import PITFALLS, faulty
 
+        for name in cfg.pitfalls:
+            if name not in PITFALLS:
+                raise ConfigError(unknown(f"pitfalls.{name}", list(PITFALLS)))
         kind = faulty(cfg.pitfalls, tokenizer.pad_id)
     model = instantiate(cfg.model, vocab_size=tokenizer.vocab_size)
     chunk = cfg.loss.chunk_tokens

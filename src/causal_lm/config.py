@@ -44,6 +44,7 @@ REQUIRED = (
     "samples.self_check.count", "samples.self_check.length",
 )  # fmt: skip
 """Keys that the code reads."""
+UNRESOLVED = object()
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -125,6 +126,7 @@ def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str:
+    """The message of an error of Hydra or OmegaConf, with the valid keys or options."""
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         return (
@@ -194,57 +196,52 @@ def validate(cfg: DictConfig) -> None:
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, resolved value) of each value, without those of Hydra itself.
+    """(dotted key, resolved value) of each value, without the node ``hydra``.
 
-    Also without those that refer to Hydra's, which are known from the start of the job on.
+    :data:`UNRESOLVED` stands for what depends on that node, before the job starts.
     """
     for name in node:
         key = f"{prefix}{name}"
-        if key == "hydra":
-            continue
         try:
-            value = node[name]
+            value = node[name] if key != "hydra" else {}
         except InterpolationResolutionError as error:
-            if "HydraConfig was not set" in str(error):
-                continue
-            raise
+            if "HydraConfig was not set" not in str(error):
+                raise
+            value = UNRESOLVED
         if isinstance(value, Mapping) and len(value):
             yield from leaves(value, f"{key}.")
-        else:
+        elif key != "hydra":
             is_list = OmegaConf.is_config(value)
             yield key, OmegaConf.to_container(value, resolve=True) if is_list else value
 
 
 def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that ``schema.py`` has rules for.
+    """The values to check; those inside a ``_target_`` from outside causal_lm are left out.
 
     Raises:
-        ConfigError: a key is unknown, and nothing of the user's own can take it.
+        ConfigError: a key is unknown, in a group of ours or with a name close to that of one.
     """
     targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
     foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")}
-    groups = {key.partition(".")[0].rstrip("*") for key in RULES}
+    groups = sorted({key.partition(".")[0].rstrip("*") for key in RULES})
     ours = {}
     for key, value in values.items():
-        parent, _, name = key.rpartition(".")
+        group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
         owner = parent
         while owner and owner not in targets:
             owner = owner.rpartition(".")[0]
-        if name in HYDRA_KEYS or (owner in foreign and owner != "trainer"):
+        is_empty_group = value == {} and any(k.startswith(f"{key}.") for k in RULES)
+        is_foreign = owner in foreign and owner != "trainer"
+        if value is UNRESOLVED or name in HYDRA_KEYS or is_empty_group or is_foreign:
             continue
         if rule_of(key) or parent in RULES:
             ours[key] = value
-            continue
-        group = key.partition(".")[0]
-        siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
-        if group not in groups:  # a group or a key of the user's own, unless it is a misspelt one
-            if _did_you_mean(group, sorted(groups)):
-                raise ConfigError(unknown(group, sorted(groups)))
+        elif group not in groups:  # the user's own, unless it is a misspelt one of ours
+            if _did_you_mean(group, groups):
+                raise ConfigError(unknown(group, groups))
         elif group != "trainer" and not (parent == "data" and "data.source" in foreign):
-            if value == {} and any(k.startswith(f"{key}.") for k in RULES):
-                continue  # an empty group
-            known = [s for s in siblings if rule_of(f"{parent}.{s}")]
-            raise ConfigError(unknown(key, known))
+            siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
+            raise ConfigError(unknown(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
     return ours
 
 
@@ -270,19 +267,21 @@ def _check_together(v: Mapping[str, Any]) -> None:
     ):
         if v.get(whole) and v.get(part) and v[whole] % v[part]:
             raise ConfigError(f"{whole}={v[whole]} must be a multiple of {part}={v[part]}: {why}")
+    for low, high, room, why in (
+        ("data.max_length", "model.max_positions", 0, "positions of a row"),
+        ("samples.self_check.length", "model.max_positions", 0, "positions of a row"),
+        ("data.source.successors", "data.source.symbols", 1, "a symbol does not follow itself"),
+        ("data.source.copies", "data.source.max_length", 2, "BOS and EOS"),
+    ):
+        if v.get(high) and v.get(low, 0) + room > v[high]:
+            most = f"{high}={v[high]}{f' - {room}' if room else ''}"
+            raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
     d_model, n_heads = v.get("model.d_model"), v.get("model.n_heads")
     if v.get("model.n_kv_heads") and d_model and n_heads and d_model // n_heads % 2:
         raise ConfigError(
             f"model.d_model={d_model} over model.n_heads={n_heads} is an odd head width: rotary "
             f"positions need an even one"
         )
-    longest = v.get("model.max_positions")
-    for key in ("data.max_length", "samples.self_check.length"):
-        if longest and v.get(key, 0) > longest:
-            raise ConfigError(
-                f"{key}={v[key]} is above model.max_positions={longest}: lower the first or raise "
-                f"the second"
-            )
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
         raise ConfigError(
             "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed: set "
@@ -292,15 +291,4 @@ def _check_together(v: Mapping[str, Any]) -> None:
         raise ConfigError(
             "samples.patience compares repetition and consistency: set samples.count and "
             "samples.per_prompt above 0"
-        )
-    successors, symbols = v.get("data.source.successors"), v.get("data.source.symbols")
-    if successors and symbols and successors >= symbols:
-        raise ConfigError(
-            f"data.source.successors={successors} must be below data.source.symbols={symbols}"
-        )
-    copies, longest_document = v.get("data.source.copies"), v.get("data.source.max_length")
-    if copies and longest_document and copies > longest_document - 2:
-        raise ConfigError(
-            f"data.source.copies={copies} of one symbol with BOS and EOS do not fit "
-            f"data.source.max_length={longest_document}: lower the first or raise the second"
         )
