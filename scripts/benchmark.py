@@ -22,8 +22,8 @@ from causal_lm.report.table import table
 
 def layouts(args: argparse.Namespace) -> None:
     """Real tokens per second of each layout: the objects of a run, without a trainer."""
+    from causal_lm.build import make_optimizer, prepare
     from causal_lm.optim.parameter_groups import parameter_groups
-    from causal_lm.run import make_optimizer, prepare
 
     take_steps = {}
     for layout in ("padded", "bucketed", "packed"):
@@ -196,8 +196,8 @@ def text(args: argparse.Namespace) -> None:
     import lightning as L
     from yardstick import Yardstick
 
+    from causal_lm.build import make_trainer, prepare
     from causal_lm.callbacks.run_statistics import RunStatistics
-    from causal_lm.run import make_trainer, prepare
 
     cfg = config.load(
         ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
@@ -213,7 +213,7 @@ def text(args: argparse.Namespace) -> None:
 
     run_statistics = RunStatistics()
     callbacks = [run_statistics, Turns()]
-    trainer = make_trainer(cfg, logger=False, callbacks=callbacks, enable_checkpointing=False)
+    trainer = make_trainer(cfg, callbacks=callbacks, enable_checkpointing=False)
     trainer.fit(module, data)
     (figures,) = trainer.validate(module, data, verbose=False)
     ours, theirs = run_statistics.seconds_train - yardstick.seconds, yardstick.seconds

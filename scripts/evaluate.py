@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a checkpoint on any data. The checkpoint is all it needs.
+"""Loss, perplexity and bits per byte of a checkpoint on any data. No other file is needed.
 
 python scripts/evaluate.py runs/…/checkpoints/last.ckpt data=text data.path=book.txt --split all
 """
@@ -16,12 +16,15 @@ def main() -> None:
     parser.add_argument("--split", choices=("val", "train", "all"), default="val")
     parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
+    cli.add_trust(parser)
     args = parser.parse_intermixed_args()
 
     from causal_lm.evaluate import evaluate
     from causal_lm.report.files import strict
 
-    figures = evaluate(args.checkpoint, args.overrides, split=args.split, device=args.device)
+    figures = evaluate(
+        args.checkpoint, args.overrides, split=args.split, device=args.device, trust=args.trust
+    )
     if args.json:
         print(json.dumps(strict(figures), indent=2))
         return

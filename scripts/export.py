@@ -18,8 +18,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    from causal_lm.build import restore
     from causal_lm.models import hf_conversion
-    from causal_lm.run import restore
 
     trust = {"trust": args.trust} if args.trust else {}
     module, tokenizer, config = restore(args.checkpoint, **trust)

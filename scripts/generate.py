@@ -1,4 +1,4 @@
-"""Sample from a checkpoint, which is all that is needed.
+"""Sample from a checkpoint. No other file is needed.
 
 python scripts/generate.py runs/…/checkpoints/last.ckpt --prompt "Return the " --top-k 20
 """
@@ -19,20 +19,21 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest")
     parser.add_argument("--seed", type=int, default=0)
+    cli.add_trust(parser)
     args = parser.parse_args()
     for name in ("count", "top_k"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
 
     from causal_lm import generation
+    from causal_lm.build import restore
     from causal_lm.report.samples import printable
-    from causal_lm.run import restore
 
-    module, tokenizer, config = restore(args.checkpoint)
+    module, tokenizer, config = restore(args.checkpoint, args.trust)
     limit = config["data"]["max_length"]
     length = limit if args.length is None else args.length
     if length > limit:
-        raise ValueError(f"--length {length} is beyond the {limit} tokens of a row in training")
+        raise ValueError(f"--length {length} is above data.max_length={limit} of the training run")
     prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(args.prompt)]])
     rows = generation.sample(
         module,

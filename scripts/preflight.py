@@ -51,9 +51,11 @@ def _audit(args: argparse.Namespace) -> Any:
 
         return preflight(*made, pad_id=args.pad_id, eos_id=args.eos_id, seed=args.seed)
     cfg = config.load(args.subject)
-    from causal_lm.build import audit
+    from causal_lm.build import prepare
+    from causal_lm.callbacks.preflight import audit_first_batch
 
-    return audit(cfg, seed=args.seed)
+    data, corpus, module = prepare(cfg)
+    return audit_first_batch(cfg, data, corpus.tokenizer, module, seed=args.seed)
 
 
 def _call(file: str, function: str) -> tuple[Any, ...]:

@@ -1,51 +1,59 @@
 """What the command line refuses, in how long, and in which words."""
 
+import re
+import shutil
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from causal_lm import config
-from causal_lm.run import build
+from causal_lm.build import instantiate
 from causal_lm.schema import rule_of
 from support import ROOT, command
 
 PRESETS = ["fix", "bug", "unshifted_labels", "pad_in_loss", "no_causal_mask"]
 
-REFUSED = [
-    ("optimizer.lr=abc", "optimizer.lr must be a number above 0, or auto, not 'abc'"),
-    ("optimizer.lr=-1", "optimizer.lr must be a number above 0, or auto, not -1"),
-    ("optimizer.lr=nan", "optimizer.lr must be a number"),
-    ("+optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
-    ("optimizer.lrr=1", "did you mean 'optimizer.lr'?"),
-    ("data.batch_size=0", "data.batch_size must be a whole number of at least 1, not 0"),
-    ("data.batch_size=true", "data.batch_size must be a whole number"),
-    ("data.batchsize=3", "did you mean 'data.batch_size'?"),
-    ("experiment=fux", "there is no such experiment; did you mean 'fix'?"),
-    ("trainer=gpuu", "did you mean 'gpu'?"),
-    ("pitfalls.nocausal=true", "did you mean 'pitfalls.no_causal_mask'?"),
-    ("pitfalls.pad_in_loss=1", "pitfalls.pad_in_loss must be true or false"),
-    ("seed=-1", "seed must be a whole number from 0"),
-    ("model.n_heads=5", "model.d_model=64 must be a multiple of model.n_heads=5"),
-    ("model.max_positions=8", "data.max_length=64 is longer than model.max_positions=8"),
-    ("data.source.successors=40", "must be below data.source.symbols=40"),
-    ("data.source.copies=63", "do not fit a document of data.source.max_length=64 tokens"),
-    ("fix", "'fix' is no override"),
-    ("trainer.devices=0", "trainer.devices must be a whole number of at least 1"),
-    ("trainer.precision=foo", "trainer.precision must be one of 32-true"),
-    ("trainer.val_check_interval=0", "trainer.val_check_interval must be"),
-    ("trainer.deterministic=abc", "trainer.deterministic must be true or false"),
-    ("optimizer.betas=abc", "optimizer.betas must be two numbers"),
-    ("optimizer.lr={a:1}", "optimizer.lr must be a number above 0, or auto, not a group of keys"),
-    ("data.source=null", "data.source is missing or empty"),
-    ("optimizer=null", "optimizer=None: choose one among adam, adamw"),
-    ("~optimizer", "~optimizer: nothing can be taken away"),
-    ("~trainer.val_check_interval", "~trainer.val_check_interval: nothing can be taken away"),
-    ("ckpt_path=nowhere.ckpt", "ckpt_path must be a file that exists, auto, or null"),
-    ("ckpt_path=/tmp/lr=1/last.ckpt", "cannot be read: quote a value"),
-    ("optimizer.lr=${nope}", "Interpolation key 'nope' not found"),
-    ("data=_base", "there is no such data"),
-    ("experiment=fix,bug", "several values"),
+REFUSED = [  # an override, and what the error must name: the key, the value, the valid ones
+    ("optimizer.lr=abc", "optimizer.lr", "'abc'"),
+    ("optimizer.lr=-1", "optimizer.lr", "-1"),
+    ("optimizer.lr=nan", "optimizer.lr", "nan"),
+    ("+optimizer.lrr=1", "'optimizer.lrr'", "mean 'optimizer.lr'", "betas"),
+    ("optimizer.lrr=1", "'optimizer.lrr'", "mean 'optimizer.lr'", "betas"),
+    ("lr=1", "'lr'", "mean 'optimizer.lr'"),
+    ("data.batch_size=0", "data.batch_size", "0"),
+    ("data.batch_size=true", "data.batch_size", "True"),
+    ("data.batch_size={}", "data.batch_size", "{}"),
+    ("data.batchsize=3", "mean 'data.batch_size'"),
+    ("experiment=fux", "experiment=fux", "options", "fix"),
+    ("trainer=gpuu", "trainer=gpuu", "mean 'gpu'"),
+    ("pitfalls.nocausal=true", "'pitfalls.nocausal'", "no_causal_mask"),
+    ("pitfalls.pad_in_loss=1", "pitfalls.pad_in_loss", "true or false"),
+    ("+modle.d_model=1", "'modle'", "mean 'model'"),
+    ("seed=-1", "seed", "-1"),
+    ("model.n_heads=5", "model.d_model=64", "model.n_heads=5"),
+    ("model.max_positions=8", "data.max_length=64", "model.max_positions=8"),
+    ("data.source.successors=40", "data.source.successors=40", "data.source.symbols=40"),
+    ("data.source.copies=63", "data.source.copies=63", "data.source.max_length=64"),
+    ("fix", "'fix'", "key=value"),
+    ("trainer.devices=0", "trainer.devices", "0"),
+    ("trainer.precision=foo", "trainer.precision", "32-true"),
+    ("trainer.val_check_interval=0", "trainer.val_check_interval"),
+    ("trainer.deterministic=abc", "trainer.deterministic"),
+    ("trainer.max_time=abc", "trainer.max_time", "'abc'"),
+    ("optimizer.betas=abc", "optimizer.betas"),
+    ("optimizer.lr={a:1}", "optimizer.lr", "not a group"),
+    ("data.source=null", "data.source"),
+    ("optimizer=null", "optimizer=null"),
+    ("~optimizer", "optimizer"),
+    ("~trainer.max_steps", "trainer.max_steps"),
+    ("~nope", "'nope'"),
+    ("+optimizer.lr=1", "optimizer.lr"),
+    ("ckpt_path=nowhere.ckpt", "ckpt_path", "nowhere.ckpt"),
+    ("ckpt_path=/tmp/lr=1/last.ckpt", "lr=1/last.ckpt", "quote"),
+    ("optimizer.lr=${nope}", "optimizer.lr", "'nope'"),
+    ("data=_base", "data.source"),
+    ("experiment=fix,bug", "experiment=fix,bug", "--multirun"),
 ]
 
 
@@ -59,21 +67,74 @@ def test_every_preset_composes(preset, data):
     assert cfg.preflight.on_fault == ("error" if preset == "fix" else "warn")
 
 
-@pytest.mark.parametrize(("override", "words"), REFUSED)
-def test_refused_by_name(override, words):
+@pytest.mark.parametrize(("override", "named"), [(first, rest) for first, *rest in REFUSED])
+def test_refused_by_name(override, named):
     with pytest.raises(config.ConfigError) as error:
         config.load([override])
-    assert words in str(error.value)
+    assert [word for word in named if word not in str(error.value)] == []
     assert "\n" not in str(error.value)
+
+
+def test_a_guess_is_made_only_where_it_is_close():
+    for override in ("optimizer.xyz=1", "experiment=fux", "+pitfalls=1", "exp=fix"):
+        with pytest.raises(config.ConfigError) as error:
+            config.load([override])
+        assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+trainer.fast_dev_run=true"],
+        ["~trainer.val_check_interval"],
+        ["+tags=[a,b]", "+paths.own=here"],
+        ["model._target_=mine.Model", "+model.width=3", "model.n_heads=5"],
+        ["data=text", "data.path=x", "data.source._target_=mine.Source", "+data.own=1"],
+        ["+callbacks.mine._target_=mine.Callback", "+callbacks.mine.every=3"],
+        ["+trainer.callbacks=[{_target_: mine.Callback}]"],
+        ["optimizer._target_=torch.optim.RMSprop", "+optimizer.alpha=0.9"],
+        ["trainer.strategy={_target_: mine.Strategy}"],
+        ["data.batch_size='${oc.decode:${oc.env:NOT_THERE,8}}'"],
+    ],
+    ids=str,
+)
+def test_keys_of_ones_own_are_accepted(overrides):
+    config.load(overrides)
+
+
+@pytest.mark.parametrize("how", ["override", "added", "file"])
+def test_an_old_name_is_understood(how, tmp_path, caplog):
+    directory = ROOT / "configs"
+    if how == "file":
+        directory = tmp_path / "configs"
+        shutil.copytree(ROOT / "configs", directory)
+        text = "# @package _global_\nexperiment: old\nmodel: {mix_previous: 3}\n"
+        (directory / "experiment" / "old.yaml").write_text(text)
+        words = ["experiment=old"]
+    else:
+        words = [("++" if how == "added" else "") + "model.mix_previous=3"]
+    cfg = config.load(["model=llama", *words], directory)
+    assert cfg.model.token_smear == 3
+    assert "mix_previous" not in cfg.model
+    assert [r for r in caplog.messages if "model.token_smear" in r]
+
+
+def test_a_misspelt_key_of_a_file_is_refused(tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    file = tmp_path / "configs" / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\nexperiment: mine\noptimizer: {weight_deacy: 0.1}\n")
+    with pytest.raises(config.ConfigError, match=r"mean 'optimizer\.weight_decay'"):
+        config.load(["experiment=mine"], tmp_path / "configs")
 
 
 def test_a_sweep_is_checked_before_it_starts():
     config.load_sweep(["experiment=fix,bug", "optimizer.lr=1e-3,1e-2"])
-    with pytest.raises(config.ConfigError, match="no such experiment"):
+    with pytest.raises(config.ConfigError, match="experiment=bux"):
         config.load_sweep(["experiment=fix,bux"])
     with pytest.raises(config.ConfigError, match=r"optimizer\.lr must be"):
         config.load_sweep(["experiment=fix", "optimizer.lr=1e-3,abc"])
 
+    config.load_sweep(["experiment=choice(fix,bug)", "optimizer.lr=range(1,3)"])
     config.load_sweep(["experiment=glob(*)", "optimizer.lr=interval(1e-4,1e-2)"])
     with pytest.raises(config.ConfigError, match=r"optimizer\.lr must be"):
         config.load_sweep(["optimizer.lr=interval(-1,1)"])
@@ -95,8 +156,7 @@ def test_a_sweep_is_checked_before_it_starts():
 )
 def test_every_value_has_a_rule(options):
     """A key that nothing checks fails late, in words of a library."""
-    cfg = OmegaConf.to_container(config.load(options))
-    keys = [key for key, _ in config.leaves(cfg)]
+    keys = [key for key, _ in config.leaves(config.load(options))]
     assert len(keys) > 30
     free = [k for k in keys if not rule_of(k) and not k.endswith(("_target_", "_partial_"))]
     assert free == []
@@ -121,19 +181,42 @@ def test_what_is_valid_is_accepted_as_given(lr, batch_size, seed, preset):
     assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.seed) == (lr, batch_size, seed)
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr=abc", "experiment=fux", "+optimizer.lrr=1"])
-def test_answers_at_once_with_one_line_and_leaves_nothing(override, tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimizer.lr=abc"],
+        ["experiment=fux"],
+        ["+optimizer.lrr=1"],
+        ["-m", "optimizer.lr=1e-3,abc"],
+        ["--config-dir", "own", "--config-name", "mine"],
+        ["--config-name", "nowhere"],
+    ],
+    ids=str,
+)
+def test_answers_at_once_with_one_line_and_leaves_nothing(words, tmp_path):
     """torch and lightning alone take longer to load than this answer may."""
-    done = command(str(ROOT / "train.py"), override, cwd=tmp_path)
+    (tmp_path / "own").mkdir()
+    own = "defaults: [train, _self_]\noptimizer: {lr: abc}\n"
+    (tmp_path / "own" / "mine.yaml").write_text(own)
+    done = command(str(ROOT / "train.py"), *words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not done.stdout
-    assert not list(tmp_path.iterdir())
-    imported = command("-X", "importtime", "train.py", override).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    imported = command("-X", "importtime", str(ROOT / "train.py"), *words, cwd=tmp_path).stderr
     assert "hydra" in imported
     assert "| torch" not in imported
     assert "lightning" not in imported.replace("lightning-causal-lm", "")
+
+
+def test_a_configuration_without_our_callback_is_checked_at_the_start(tmp_path):
+    text = (ROOT / "configs" / "train.yaml").read_text()
+    (tmp_path / "train.yaml").write_text(re.sub(r"    validate:\n.*\n", "", text))
+    words = ["--config-dir", ".", "--config-name", "train", "optimizer.lr=abc"]
+    done = command(str(ROOT / "train.py"), *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "optimizer.lr" in done.stderr
 
 
 def test_the_traceback_is_there_for_who_asks():
@@ -152,5 +235,5 @@ def test_the_preset_for_small_text_has_the_last_word():
 def test_as_many_copies_as_fit():
     """62 of one symbol, beside BOS and EOS."""
     cfg = config.load(["data.source.copies=62", "data.source.train_documents=2"])
-    corpus = build(cfg.data).load()
+    corpus = instantiate(cfg.data).load()
     assert corpus.train.lengths.tolist() == [64, 64]

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from causal_lm import config, generation
+from causal_lm.build import instantiate
 from causal_lm.data.tokenizers import BOS
 from causal_lm.masks import AttentionMask
 from causal_lm.models import decoder
 from causal_lm.models.decoder import Decoder
 from causal_lm.module import CausalLM
-from causal_lm.run import build
 from support import V, explicit_mask
 from support.models import SIZES, make, packed, padded
 
@@ -30,7 +30,7 @@ PRESETS = ["llama", "llama_1m", "llama_10m", "llama_124m"]
 def test_the_first_loss_is_that_of_a_uniform_guess(preset, vocab_size, tied):
     cfg = config.load([f"model={preset}", f"model.tied={tied}"])
     torch.manual_seed(0)
-    module = CausalLM(build(cfg.model, vocab_size=vocab_size))
+    module = CausalLM(instantiate(cfg.model, vocab_size=vocab_size))
     loss = float(module.accumulated_loss(padded()).detach())
     assert loss == pytest.approx(math.log(vocab_size), rel=0.02)
     assert loss != pytest.approx(math.log(vocab_size), rel=1e-6)  # and not by being deaf
@@ -48,7 +48,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(preset, vocab_size, tied):
 )
 def test_sizes(preset, vocab_size, millions):
     with torch.device("meta"):
-        model = build(config.load([f"model={preset}"]).model, vocab_size=vocab_size)
+        model = instantiate(config.load([f"model={preset}"]).model, vocab_size=vocab_size)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.02)
 
 
@@ -56,7 +56,7 @@ def test_llama_is_no_larger_than_tiny():
     count = {
         name: sum(
             p.numel()
-            for p in build(
+            for p in instantiate(
                 config.load(["data=docstrings", f"model={name}"]).model, vocab_size=259
             ).parameters()
         )

@@ -11,7 +11,7 @@ from causal_lm.callbacks.degeneration import DegenerationStopper
 from causal_lm.callbacks.sample_monitor import SampleMonitor
 from support.runs import short_run
 
-STABLE = "steady"
+STABLE = "stable"
 REPETITION = [0.50, 0.10, 0.20, 0.20, 0.21, 0.50, 0.40, 0.60, 0.70]
 CONSISTENCY = [0.90, 0.90, 0.80, 0.70, 0.95, 0.70, 0.80, 0.60, 0.50]
 """Of the evaluations after steps 1 to 9. Steps 3 and 4 are worse than step 2, and all from step 6

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from causal_lm import generation
+from causal_lm.build import restore
 from causal_lm.data.sources.synthetic import Synthetic
 from causal_lm.data.tokenizers import BOS, EOS
 from causal_lm.report.samples import sample_statistics
-from causal_lm.run import restore
 from support import command
 
-STABLE = "steady"
+STABLE = "stable"
 SMALL = {"symbols": 10, "successors": 3, "mean": 30.0, "max_length": 17, "val_documents": 9}
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from causal_lm import config, extras, generation, masks
+from causal_lm.build import instantiate
 from causal_lm.models.external import XTransformers, huggingface
 from causal_lm.module import CausalLM
-from causal_lm.run import build
 from support import V, command, make_batch
 from support.models import GPT2, LLAMA, by_document, logits_of, packed, padded
 
@@ -26,7 +26,7 @@ def test_without_the_extra_it_is_named(preset, module, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)  # as if it were not installed
     cfg = config.load([f"model={preset}"])
     with pytest.raises(ModuleNotFoundError, match=rf"pip install -e '\.\[{EXTRAS[module]}\]'"):
-        build(cfg.model, vocab_size=V)
+        instantiate(cfg.model, vocab_size=V)
 
 
 def test_a_library_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from causal_lm import config
+from causal_lm.build import instantiate
 from causal_lm.data.sources.huggingface import HuggingFace
-from causal_lm.run import build
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.extras
@@ -115,6 +115,6 @@ def test_without_the_extra_it_is_named(saved, make, monkeypatch):
 
 def test_by_configuration(saved):
     cfg = config.load(["data=huggingface", f"data.path={saved / 'a.parquet'}", "data.num_proc=2"])
-    data = build(cfg.data)
+    data = instantiate(cfg.data)
     data.setup()
     assert next(iter(data.train_dataloader())).input_ids.shape[0] == 8

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from causal_lm import config
+from causal_lm.build import instantiate, make_optimizer
 from causal_lm.optim import optimizers
 from causal_lm.optim.parameter_groups import WITHOUT_DECAY, assert_complete, parameter_groups
-from causal_lm.run import build, make_optimizer
 from support import make_batch, make_model, make_module
 from support.models import make
 
@@ -169,7 +169,7 @@ def test_an_optimizer_of_torch_needs_nothing_but_a_yaml(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("_target_: torch.optim.AdamW\n_partial_: true\nlr: 0.1\nweight_decay: 0.2\n")
     model = make_model()
-    optimizer = build(OmegaConf.load(path))(parameter_groups(model))
+    optimizer = instantiate(OmegaConf.load(path))(parameter_groups(model))
     assert type(optimizer) is torch.optim.AdamW
     assert_complete(model, optimizer.param_groups)
     assert {g["role"]: g["weight_decay"] for g in optimizer.param_groups} == {

@@ -2,11 +2,18 @@
 
 import pytest
 
-from causal_lm import config, run
+from causal_lm import config
+from causal_lm.build import prepare
+from causal_lm.callbacks.preflight import audit_first_batch
 from causal_lm.pitfalls import PITFALLS
 from support import ROOT
 
 SMALL = ("data.source.train_documents=300", "data.source.val_documents=20")
+
+
+def audit(cfg):
+    data, corpus, module = prepare(cfg)
+    return audit_first_batch(cfg, data, corpus.tokenizer, module)
 
 
 def test_every_pitfall_has_a_switch_a_preset_and_a_row():
@@ -28,7 +35,7 @@ def test_every_pitfall_has_a_switch_a_preset_and_a_row():
 @pytest.mark.parametrize("name", list(PITFALLS))
 def test_the_audit_of_each_preset_names_its_fault(name):
     cfg = config.load([f"experiment={name}", *SMALL])
-    assert run.audit(cfg).faults == {PITFALLS[name].label}
+    assert audit(cfg).faults == {PITFALLS[name].label}
 
 
 @pytest.mark.parametrize("layout", ["padded", "bucketed", "packed"])
@@ -36,4 +43,4 @@ def test_the_audit_of_each_preset_names_its_fault(name):
 def test_the_audit_of_each_right_way_is_clean(layout, reduction):
     cfg = config.load([f"data.layout={layout}", f"loss.reduction={reduction}",
                        "trainer.accumulate_grad_batches=2", *SMALL])  # fmt: skip
-    assert run.audit(cfg).faults == set()
+    assert audit(cfg).faults == set()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from causal_lm import config
+from causal_lm.build import instantiate
 from causal_lm.optim import optimizers, schedules
 from causal_lm.optim.parameter_groups import parameter_groups
 from causal_lm.report import curve
-from causal_lm.run import build
 from support import ROOT, command, make_model
 
 WARMUP = {"warmup_steps": 10, "warmup_cap": 0.2}
@@ -117,7 +117,7 @@ def test_every_schedule_is_tested_here():
 @pytest.mark.parametrize("total", [1, 2, 7, 400])
 def test_as_configured_it_scales_both_peaks_every_step(name, total):
     cfg = config.load([f"scheduler={name}", f"trainer.max_steps={total}"])
-    factor = build(cfg.scheduler)(total)
+    factor = instantiate(cfg.scheduler)(total)
     model = make_model()
     optimizer = optimizers.muon(
         parameter_groups(model), muon_lr=0.02, muon_momentum=0.9, lr=0.01, weight_decay=0.0

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from causal_lm import config
+from causal_lm.build import instantiate
 from causal_lm.data import documents, token_cache
 from causal_lm.data.documents import Documents, Mapped
 from causal_lm.data.sources import base
 from causal_lm.data.sources.docstrings import Docstrings
 from causal_lm.data.sources.text_files import Text
-from causal_lm.run import build
 
 
 def lines_of(corpus):
@@ -186,7 +186,7 @@ def test_every_document_once_per_epoch_in_full(path, tmp_path):
         "data=text", f"data.path={path}", "data.unit=line", "data.max_length=40",
         f"data.cache_dir={tmp_path / 'cache'}", "data.val_share=0.2",
     ])  # fmt: skip
-    data = build(cfg.data)
+    data = instantiate(cfg.data)
     data.setup()
     pairs = []  # every (input, target) of an epoch
     for batch in data.train_dataloader():

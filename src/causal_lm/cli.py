@@ -1,5 +1,6 @@
-"""The command line around a run: quick answers to bad input, and errors in one line."""
+"""The command line: errors in one line, validation before the run, one Hydra job."""
 
+import argparse
 import contextlib
 import json
 import logging
@@ -10,104 +11,133 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from causal_lm import config
+from causal_lm.config import ConfigError, one_line, validate, validate_sweep
+from causal_lm.renamed import rename_overrides
 
-# Read when torch loads: threads that wait spin a little, then sleep. To spin on, the default, is no
-# faster on an idle machine and costs a busy one dear (docs/NOTES.md).
+# Read when torch loads: waiting threads spin briefly, then sleep. Spinning on, the default, is no
+# faster on an idle machine and slows a busy one down (docs/NOTES.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 log = logging.getLogger(__name__)
-FULL, ASKED = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
+FULL_ERROR, ASKED = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
 
 
-class _JobFailedError(BaseException):
-    """Carries an error past Hydra, which has lines of its own to add to an ``Exception``."""
+class _PastHydraError(BaseException):
+    """Carries an error, its cause, through Hydra, which would print or swallow an ``Exception``."""
+
+
+@contextlib.contextmanager
+def _past_hydra() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _PastHydraError from error
 
 
 @contextlib.contextmanager
 def one_line_errors(failed: int = 1) -> Iterator[None]:
-    """Whatever goes wrong inside is one line on stderr.
+    """Print an error as one line on stderr and exit.
 
-    Exit code 2 where the configuration is at fault, ``failed`` where the run is; the traceback is
-    shown where ``HYDRA_FULL_ERROR=1``.
+    The exit code is 2 where the configuration is not valid, otherwise ``failed``.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
-    os.environ.setdefault(ASKED, os.environ.get(FULL, ""))  # other ranks inherit what was asked for
-    os.environ[FULL] = "1"  # so that Hydra hands its errors on to us instead of printing them
+    os.environ.setdefault(ASKED, os.environ.get(FULL_ERROR, ""))  # inherited by other ranks
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         yield
-    except (Exception, _JobFailedError) as failure:
-        error = failure.__cause__ if isinstance(failure, _JobFailedError) else failure
+    except (Exception, _PastHydraError) as failure:
+        error = failure.__cause__ if isinstance(failure, _PastHydraError) else failure
         assert error is not None
         if os.environ[ASKED] == "1":
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {describe(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, config.ConfigError) else failed)
-
-
-def check(argv: list[str], config_dir: Path = config.CONFIG_DIR) -> None:
-    """Validate a Hydra command line before Hydra makes directories for it.
-
-    Raises:
-        ConfigError: naming the key, preset or value at fault.
-    """
-    parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]
-    args = parser.parse_args(argv)
-    if args.help or args.hydra_help or args.cfg or args.info or args.config_dir or args.config_name:
-        return  # Hydra's own business, or somebody's own configuration
-    (config.load_sweep if args.multirun else config.load)(args.overrides, config_dir)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise config.ConfigError(f"{message}: options such as -m come before the overrides")
+        sys.exit(2 if isinstance(error, ConfigError) else failed)
 
 
 def describe(error: BaseException) -> str:
-    """One line: the message, with the kind of error where that helps."""
+    """The message of an error as one line, with the type of the error where that helps."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(lines) or "no message"
     if isinstance(error, ValueError | OSError | FloatingPointError) or not lines:
         return message
-    return f"{type(error).__name__}: {message} ({FULL}=1 shows the traceback)"
+    return f"{type(error).__name__}: {message} ({FULL_ERROR}=1 shows the traceback)"
 
 
-def job(run: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> float:
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust``, the classes that a checkpoint may name besides those of causal_lm."""
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="package.module.Class",
+        help="open a checkpoint of this model class, which is not part of causal_lm",
+    )  # fmt: skip
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Call a ``hydra.main`` function; what Hydra refuses is one line, exit code 2."""
+    with one_line_errors():
+        sys.argv[1:] = rename_overrides(sys.argv[1:])
+        with one_line(sys.argv[1:]):
+            main()
+
+
+class ValidateConfig(Callback):
+    """Validate before Hydra makes a directory, in a sweep each value of each axis."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        with _past_hydra():
+            validate(config)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        given = config.hydra.overrides
+        axes = OmegaConf.select(config, "hydra.sweeper.params") or {}
+        words = [*given.hydra, *given.task, *(f"{key}={axis}" for key, axis in axes.items())]
+        with _past_hydra():
+            validate_sweep(words, config.hydra.job.config_name)
+
+
+def job(cfg: DictConfig) -> float:
     """Run one Hydra job in its directory and return its ``val/loss``.
 
-    In a sweep, a job that fails gives NaN, and the others go on: the table at the end names it.
+    In a sweep, a job that fails returns NaN and the others run; the table at the end names it.
     """
     hydra_cfg = HydraConfig.get()
     directory = Path(hydra_cfg.runtime.output_dir)
-    # Lightning's advice on workers and checkpoint folders is not for the reader of this run.
+    # Lightning's advice on workers and checkpoint folders does not concern this run.
     warnings.filterwarnings("ignore", module="lightning")
     try:
+        validate(cfg)  # a configuration of the user's own may be without ValidateConfig
         if hydra_cfg.mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
-            return _alone(list(hydra_cfg.overrides.task), directory)
+            return _run_alone(hydra_cfg, directory)
+        from causal_lm.fit import run  # loads torch and lightning
+
         return run(cfg, directory)["val/loss"]
     except Exception as error:
         log.debug("the run failed", exc_info=True)
         if hydra_cfg.mode != RunMode.MULTIRUN:
-            raise _JobFailedError from error
+            raise _PastHydraError from error
         log.error(f"error: {describe(error)}")
         return math.nan
 
 
-def _alone(overrides: list[str], directory: Path) -> float:
-    """One job of a sweep as a command of its own.
+def _run_alone(hydra_cfg: Any, directory: Path) -> float:
+    """Run one job of a sweep as a command of its own.
 
-    Lightning starts the other ranks by repeating the command line. That of a sweep would have each
-    rank replay the whole sweep, and train different configurations against each other.
+    Lightning starts the other ranks by repeating the command line. Repeating that of a sweep, each
+    rank would run the whole sweep, and the ranks would train different configurations.
     """
-    command = [sys.executable, sys.argv[0], *overrides, f"hydra.run.dir='{directory}'"]
+    command = [sys.executable, sys.argv[0], f"--config-name={hydra_cfg.job.config_name}"]
+    for source in hydra_cfg.runtime.config_sources:
+        if source.provider == "command-line":
+            command.append(f"--config-dir={source.path}")
+    command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{directory}'"]
     path = directory / "summary.json"
     path.unlink(missing_ok=True)
     code = subprocess.run(command, check=False).returncode

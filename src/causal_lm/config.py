@@ -1,167 +1,105 @@
-"""What a valid configuration is.
+"""Compose and validate the configuration of a run; every error is one line that names the key.
 
-Imports neither torch nor lightning, so that a slip of the keyboard is answered in a fraction of a
-second. The YAML files below ``configs/`` say which keys there are and what they are by default;
-``rules.py`` says which values make sense. Every complaint names the key and the nearest valid one.
+Imports neither torch nor lightning, so that a misspelt key is answered in a fraction of a second.
+The YAML files in ``configs/`` define the keys and their defaults; ``schema.py`` defines the values
+that are valid.
 """
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
+from causal_lm.renamed import rename_keys, rename_overrides
 from causal_lm.schema import RULES, is_float16, rule_of
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-MOST_VALUES_CHECKED = 16
-"""Values of one axis of a sweep that are checked before its first job starts."""
+MAX_VALUES_CHECKED = 16
+"""Values of one axis of a sweep that are validated before the first job starts."""
+SIMILAR = 0.75
+"""Similarity (of :mod:`difflib`) from which a key is suggested in place of an unknown one."""
+
+REQUIRED = (
+    "experiment", "seed", "ckpt_path", "data._target_", "data.source._target_", "data.max_length",
+    "model._target_", "loss.reduction", "loss.length", "loss.chunk_tokens", "optimizer._target_",
+    "scheduler._target_", "gradients.on_nonfinite", "gradients.max_skipped",
+    "gradients.report_every", "preflight.on_fault", "trainer._target_", "trainer.max_steps",
+    "trainer.devices", "trainer.precision", "trainer.accelerator",
+    "trainer.accumulate_grad_batches", "trainer.enable_progress_bar", "samples.count",
+    "samples.length", "samples.batch_size", "samples.self_check.shown",
+    "samples.self_check.count", "samples.self_check.length",
+)  # fmt: skip
+"""Keys that the code reads."""
+UNRESOLVED = object()
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line and says what to do."""
-
-
-GROUPS = ("data", "data.source", "gradients", "loss", "model", "optimizer", "preflight", "samples",
-          "scheduler", "trainer")  # fmt: skip
-"""Parts that no run can do without. (The pitfalls can be left out.)"""
-
-
-def validate(cfg: DictConfig) -> None:
-    """Hold every value against its rule, and the keys against each other.
-
-    Raises:
-        ConfigError: naming the first key at fault.
-    """
-    try:
-        values = dict(leaves(OmegaConf.to_container(cfg, resolve=True)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from error
-    for key, value in values.items():
-        parent = key.rpartition(".")[0]
-        if parent in RULES:
-            raise ConfigError(f"{parent} must be {RULES[parent].words}, not a group of keys")
-        rule = rule_of(key)
-        if rule and not rule.holds(value):
-            raise ConfigError(f"{key} must be {rule.words}, not {value!r}")
-    for group in GROUPS:
-        if not any(key.startswith(f"{group}.") for key in values):
-            raise ConfigError(f"{group} is missing or empty: a run needs one")
-    _validate_together(values)
-
-
-def _validate_together(v: Mapping[str, Any]) -> None:
-    for whole, part, why in (
-        ("model.d_model", "model.n_heads", "each head gets an equal share"),
-        ("model.n_heads", "model.n_kv_heads", "each key and value head serves as many query heads"),
-    ):
-        if v.get(whole) and v.get(part) and v[whole] % v[part]:
-            raise ConfigError(
-                f"{whole}={v[whole]} must be a multiple of {part}={v[part]}, as {why}"
-            )
-    d_model, n_heads = v.get("model.d_model"), v.get("model.n_heads")
-    if v.get("model.n_kv_heads") and d_model and n_heads and d_model // n_heads % 2:
-        raise ConfigError(
-            f"model.d_model={d_model} gives each of model.n_heads={n_heads} an odd width, but "
-            f"rotary positions turn pairs"
-        )
-    longest = v.get("model.max_positions")
-    for key in ("data.max_length", "samples.self_check.length"):
-        if longest and v.get(key, 0) > longest:
-            raise ConfigError(
-                f"{key}={v[key]} is longer than model.max_positions={longest}: lower the first or "
-                f"raise the second"
-            )
-    if v.get("optimizer.fused") is True and is_float16(v.get("trainer.precision", "")):
-        raise ConfigError(
-            "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed: set "
-            "optimizer.fused=auto"
-        )
-    if v.get("samples.patience") and not (v["samples.count"] and v["samples.per_prompt"]):
-        raise ConfigError(
-            "samples.patience compares repetition and consistency: set samples.count and "
-            "samples.per_prompt above 0"
-        )
-    successors, symbols = v.get("data.source.successors"), v.get("data.source.symbols")
-    if successors and symbols and successors >= symbols:
-        raise ConfigError(
-            f"data.source.successors={successors} must be below data.source.symbols={symbols}"
-        )
-    copies, longest_document = v.get("data.source.copies"), v.get("data.source.max_length")
-    if copies and longest_document and copies > longest_document - 2:
-        raise ConfigError(
-            f"data.source.copies={copies} of one symbol and BOS and EOS do not fit a document of "
-            f"data.source.max_length={longest_document} tokens: lower the first or raise the second"
-        )
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    """The configuration is not valid; the message is one line and says what to change."""
 
 
 # ---- composition ----
 
 
 def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictConfig:
-    """Compose and validate one run's configuration, as the command line would.
+    """Compose and validate the configuration of one run, as the command line does.
 
     Raises:
-        ConfigError: a key, a preset or a value that is not valid.
+        ConfigError: a key, a group option or a value is not valid.
     """
-    try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            parsed = _parse(overrides, loader)
-            for override in parsed:
-                if override.is_sweep_override():
-                    raise ConfigError(
-                        f"{override.input_line}: several values make a sweep; add -m to run it"
-                    )
-            _check_keys(parsed, loader)
-            cfg = compose("train", overrides=list(overrides))
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise ConfigError(f"{_first_line(error)} (in: {' '.join(overrides)})") from error
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        return _load(overrides)
+
+
+def load_sweep(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> None:
+    """Validate each value of each axis of a sweep (see :func:`validate_sweep`)."""
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        validate_sweep(overrides)
+
+
+def validate_sweep(overrides: Sequence[str], config_name: str | None = "train") -> None:
+    """Validate each value of each axis, beside the first values of the others.
+
+    Hydra must be initialized. Of an interval its ends are validated, of a long list of choices the
+    first :data:`MAX_VALUES_CHECKED`.
+
+    Raises:
+        ConfigError: of the first value that is not valid.
+    """
+    with one_line(overrides):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        axes = [_values(override) for override in parser.parse_overrides(list(overrides))]
+    first = [values[0] for values in axes]
+    _load(first, config_name)
+    for i, values in enumerate(axes):
+        for value in values[1:MAX_VALUES_CHECKED]:
+            _load([*first[:i], value, *first[i + 1 :]], config_name)
+
+
+def _load(overrides: Sequence[str], config_name: str | None = "train") -> DictConfig:
+    words = rename_overrides(overrides)
+    with one_line(words):
+        cfg = compose(config_name, overrides=words)
     validate(cfg)
     return cfg
 
 
-def load_sweep(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> None:
-    """Validate every value of a sweep before its first job starts, each beside the first others.
-
-    Raises:
-        ConfigError: as :func:`load`, of the first value at fault.
-    """
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        parsed = _parse(overrides, GlobalHydra.instance().config_loader())
-    axes = [_values(override) for override in parsed]
-    first = [values[0] for values in axes]
-    load(first, config_dir)
-    for i, values in enumerate(axes):
-        for value in values[1:MOST_VALUES_CHECKED]:
-            load([*first[:i], value, *first[i + 1 :]], config_dir)
-
-
 def _values(override: Override) -> list[str]:
-    """What a sweep will put in this override's place, each as an override of its own."""
+    """The overrides that a sweep puts in the place of this one."""
     key = override.get_key_element()
     if override.is_sweep_override() and override.is_discrete_sweep():
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
@@ -171,70 +109,186 @@ def _values(override: Override) -> list[str]:
     return [override.input_line or ""]
 
 
-def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
-    parser = OverridesParser.create(loader)
-    parsed = []
-    for word in overrides:
-        if "=" not in word and not word.startswith("~"):
-            raise ConfigError(f"{word!r} is no override: write key=value, as in experiment=fix")
+# ---- errors of composition ----
+
+
+@contextmanager
+def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise inside into a :class:`ConfigError` of one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    except (ValueError, AssertionError) as error:  # Hydra's own, which does not name the override
+        raise ConfigError(f"{_joined(error)} (in: {' '.join(overrides)})") from error
+
+
+def _explain(error: Exception) -> str:
+    """The message of an error of Hydra or OmegaConf, with the valid keys or options."""
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read: write key=value, as in experiment=fix; quote a "
+            f"value that holds =, spaces or brackets, as in 'ckpt_path=\"a=b/last.ckpt\"'"
+        )
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [name for name in error.options if not name.startswith("_")]
+        guess = _did_you_mean(option, options)
+        return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        parent = cause.parent_node
+        siblings = list(parent) if isinstance(parent, DictConfig) else []
+        root: Any = OmegaConf.to_container(parent._get_root(), resolve=False) if siblings else {}
+        return unknown(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
+    if isinstance(cause, OmegaConfBaseException):
+        error = cause
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
+    return _joined(error)
+
+
+def unknown(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
+    """The error of an unknown key: the likely one, and the valid keys in its place."""
+    parent, _, last = key.rpartition(".")
+    guess = _did_you_mean(last, siblings, f"{parent}." if parent else "")
+    same = [other for other in others if other.endswith(f".{last}")]  # in another group
+    if same and not guess:
+        guess = f"; did you mean {same[0]!r}?"
+    names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra"))
+    return f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
+
+
+def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, options, n=1, cutoff=SIMILAR)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def _joined(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+# ---- validation ----
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check every value against its rule, and the keys against each other.
+
+    Old keys are renamed in place. What is inside a node whose ``_target_`` is not of causal_lm is
+    checked when the object is built (see :func:`causal_lm.build.instantiate`).
+
+    Raises:
+        ConfigError: naming the first key at fault.
+    """
+    rename_keys(cfg)
+    try:
+        values = dict(leaves(cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    for key in REQUIRED:
+        if key not in values:
+            raise ConfigError(f"{key} is missing: a run needs it")
+    ours = _ours(values)
+    check_values(ours)
+    _check_together(ours)
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, resolved value) of each value, without the node ``hydra``.
+
+    :data:`UNRESOLVED` stands for what depends on that node, before the job starts.
+    """
+    for name in node:
+        key = f"{prefix}{name}"
         try:
-            parsed += parser.parse_overrides([word])
-        except HydraException as error:
-            raise ConfigError(
-                f"{word!r} cannot be read: quote a value that holds =, spaces or brackets, as in "
-                f"'ckpt_path=\"a=b/last.ckpt\"'"
-            ) from error
-    return parsed
+            value = node[name] if key != "hydra" else {}
+        except InterpolationResolutionError as error:
+            if "HydraConfig was not set" not in str(error):
+                raise
+            value = UNRESOLVED
+        if isinstance(value, Mapping) and len(value):
+            yield from leaves(value, f"{key}.")
+        elif key != "hydra":
+            is_list = OmegaConf.is_config(value)
+            yield key, OmegaConf.to_container(value, resolve=True) if is_list else value
 
 
-def _check_keys(overrides: Sequence[Override], loader: ConfigLoader) -> None:
-    """Every override names a group's option or a key that the chosen groups have."""
-    for override in overrides:
-        if override.is_delete():
-            raise ConfigError(
-                f"{override.input_line}: nothing can be taken away; set another value"
-            )
-    in_groups = [o for o in overrides if loader.get_group_options(o.key_or_group)]
-    for override in in_groups:
-        _check_option(override, loader.get_group_options(override.key_or_group))
-    cfg = loader.load_configuration(
-        "train", [o.input_line or "" for o in in_groups], run_mode=RunMode.RUN
-    )
-    known = {key for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False))}
-    known |= {key.rpartition(".")[0] for key in known}  # whole nodes may be replaced too
-    names = [key for key in known if not key.startswith("hydra")]
-    for override in overrides:
-        key = override.key_or_group
-        if override in in_groups or key in known or key.startswith("hydra"):
+def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values to check; those inside a ``_target_`` from outside causal_lm are left out.
+
+    Raises:
+        ConfigError: a key is unknown, in a group of ours or with a name close to that of one.
+    """
+    targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
+    foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")}
+    groups = sorted({key.partition(".")[0].rstrip("*") for key in RULES})
+    ours = {}
+    for key, value in values.items():
+        group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
+        owner = parent
+        while owner and owner not in targets:
+            owner = owner.rpartition(".")[0]
+        is_empty_group = value == {} and any(k.startswith(f"{key}.") for k in RULES)
+        is_foreign = owner in foreign and owner != "trainer"
+        if value is UNRESOLVED or name in HYDRA_KEYS or is_empty_group or is_foreign:
             continue
-        near = _nearest(key, names + [g for g in loader.list_groups("") if g != "hydra"])
-        group = key.partition(".")[0]
+        if rule_of(key) or parent in RULES:
+            ours[key] = value
+        elif group not in groups:  # the user's own, unless it is a misspelt one of ours
+            if _did_you_mean(group, groups):
+                raise ConfigError(unknown(group, groups))
+        elif group != "trainer" and not (parent == "data" and "data.source" in foreign):
+            siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
+            raise ConfigError(unknown(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
+    return ours
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check values by their dotted keys, each against its rule.
+
+    Raises:
+        ConfigError: naming the first key whose value is not valid.
+    """
+    for key, value in values.items():
+        parent = key.rpartition(".")[0]
+        if parent in RULES:
+            raise ConfigError(f"{parent} must be {RULES[parent].words}, not a group of keys")
+        rule = rule_of(key)
+        if rule and not rule.holds(value):
+            raise ConfigError(f"{key} must be {rule.words}, not {value!r}")
+
+
+def _check_together(v: Mapping[str, Any]) -> None:
+    for whole, part, why in (
+        ("model.d_model", "model.n_heads", "all heads have the same width"),
+        ("model.n_heads", "model.n_kv_heads", "query heads share them evenly"),
+    ):
+        if v.get(whole) and v.get(part) and v[whole] % v[part]:
+            raise ConfigError(f"{whole}={v[whole]} must be a multiple of {part}={v[part]}: {why}")
+    for low, high, room, why in (
+        ("data.max_length", "model.max_positions", 0, "positions of a row"),
+        ("samples.self_check.length", "model.max_positions", 0, "positions of a row"),
+        ("data.source.successors", "data.source.symbols", 1, "a symbol does not follow itself"),
+        ("data.source.copies", "data.source.max_length", 2, "BOS and EOS"),
+    ):
+        if v.get(high) and v.get(low, 0) + room > v[high]:
+            most = f"{high}={v[high]}{f' - {room}' if room else ''}"
+            raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
+    d_model, n_heads = v.get("model.d_model"), v.get("model.n_heads")
+    if v.get("model.n_kv_heads") and d_model and n_heads and d_model // n_heads % 2:
         raise ConfigError(
-            f"unknown key {key!r}{near} (a key of your own goes into a file of configs/{group}/)"
+            f"model.d_model={d_model} over model.n_heads={n_heads} is an odd head width: rotary "
+            f"positions need an even one"
         )
-
-
-def _check_option(override: Override, options: list[str]) -> None:
-    value = override.value()
-    group, options = override.key_or_group, [o for o in options if not o.startswith("_")]
-    if override.is_sweep_override():
-        return
-    if not isinstance(value, str):
-        raise ConfigError(f"{group}={value}: choose one among {', '.join(options)}")
-    if value not in options:
+    if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
         raise ConfigError(
-            f"{group}={value}: there is no such {group}{_nearest(value, options)} "
-            f"(there are: {', '.join(options)})"
+            "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed: set "
+            "optimizer.fused=auto"
         )
-
-
-def _nearest(word: str, options: Sequence[str]) -> str:
-    """'; did you mean …?', comparing last parts of dotted keys when the whole is too far off."""
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    if not close:
-        last = {option.rpartition(".")[2]: option for option in options}
-        close = [
-            last[match] for match in difflib.get_close_matches(word.rpartition(".")[2], last, n=1)
-        ]
-    close = close or difflib.get_close_matches(word, options, n=1, cutoff=0.0)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
+        raise ConfigError(
+            "samples.patience compares repetition and consistency: set samples.count and "
+            "samples.per_prompt above 0"
+        )

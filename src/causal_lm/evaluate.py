@@ -1,21 +1,36 @@
-"""The canonical figures of a checkpoint on any data."""
+"""Loss, perplexity and bits per byte of a checkpoint on any data."""
 
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import lightning as L
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 
-from causal_lm import config
+from causal_lm.build import instantiate, restore
+from causal_lm.callbacks import checkpoint as checkpoints
+from causal_lm.config import ConfigError, load
 from causal_lm.data.datamodule import DataModule
-from causal_lm.run import build, restore
+
+
+class _Totals(L.Callback):
+    """Takes the figures and the counts before the module resets them."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        metric = pl_module.val
+        self.figures = {name: float(value) for name, value in metric.compute().items()}
+        self.figures |= {"tokens": int(metric.tokens), "bytes": int(metric.bytes)}
 
 
 def evaluate(
-    checkpoint: str, overrides: Sequence[str], *, split: str = "val", device: str = "cpu"
+    checkpoint: str,
+    overrides: Sequence[str],
+    *,
+    split: str = "val",
+    device: str = "cpu",
+    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte, as validation in training computes them.
+    """Loss (nats per token), perplexity and bits per byte, as validation in training has them.
 
     The checkpoint's own tokenizer reads the data, and rows are as long as in its training, unless
     ``data.max_length`` says otherwise.
@@ -24,30 +39,35 @@ def evaluate(
         checkpoint: a file that train.py wrote; nothing else of its run is needed.
         overrides: of train.py, ``data=`` among them.
         split: ``val``, ``train``, or ``all`` documents.
+        device: of torch, such as ``cuda:1``.
+        trust: model classes from outside causal_lm (see :func:`causal_lm.build.restore`).
 
     Raises:
         ValueError: no data is named, the tokenizer cannot read it, or rows are too long.
     """
     if not any(word.startswith("data=") for word in overrides):
-        raise config.ConfigError("say on which data: data=docstrings, or data=text data.path=…")
-    module, tokenizer, saved = restore(checkpoint)
-    cfg = config.load([f"data.max_length={saved['data']['max_length']}", *overrides])
+        raise ConfigError("name the data: data=docstrings, or data=text data.path=…")
+    saved = checkpoints.read(checkpoint)[checkpoints.CONFIG]
+    cfg = load([f"data.max_length={saved['data']['max_length']}", *overrides])
     longest = saved["model"].get("max_positions", cfg.data.max_length)
     if cfg.data.max_length > longest:
-        raise config.ConfigError(
-            f"data.max_length={cfg.data.max_length}: this model has positions up to {longest}"
+        raise ConfigError(
+            f"data.max_length={cfg.data.max_length}: this model has {longest} positions"
         )
+    module, tokenizer, _ = restore(checkpoint, trust=[*trust, cfg.model._target_])
     own = {"tokenizer": tokenizer} if "tokenizer" in cfg.data else {}
-    data: DataModule = build(cfg.data, shuffle=False, **own)
+    data: DataModule = instantiate(cfg.data, shuffle=False, **own)
     if data.load().tokenizer.state() != tokenizer.state():
-        raise ValueError(f"{checkpoint} was trained on other tokens than this data is made of")
+        raise ValueError(f"{checkpoint} was trained with another tokenizer than that of this data")
 
     loaders = {"val": [data.val_dataloader], "train": [data.train_dataloader]}
     loaders["all"] = loaders["train"] + loaders["val"]
-    module.to(device).eval()
-    with torch.inference_mode():
-        for n, batch in enumerate(chain.from_iterable(loader() for loader in loaders[split])):
-            module.validation_step(move_data_to_device(batch, torch.device(device)), n)
-    figures = {name: float(value) for name, value in module.val_metric.compute().items()}
-    counts = {"tokens": int(module.val_metric.tokens), "bytes": int(module.val_metric.bytes)}
-    return {"checkpoint": str(checkpoint), "split": split} | counts | figures
+    where, totals = torch.device(device), _Totals()
+    trainer = L.Trainer(
+        accelerator=where.type, devices=1 if where.index is None else [where.index],
+        callbacks=[totals], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    batches = chain.from_iterable(loader() for loader in loaders[split])
+    trainer.validate(module, batches, verbose=False)
+    return {"checkpoint": str(checkpoint), "split": split} | totals.figures

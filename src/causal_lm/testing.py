@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm import objective
+from causal_lm.callbacks.preflight import audit_batch
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Document
 from causal_lm.models.base import CausalModel
 from causal_lm.module import CausalLM
 from causal_lm.objective import IGNORE, LossConfig
 from causal_lm.optim.parameter_groups import parameter_groups
-from causal_preflight.lightning import audit_batch
 
 PAD = 0
 CAPACITY = 16

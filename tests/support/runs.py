@@ -1,7 +1,7 @@
 """Whole runs, short ones."""
 
 from causal_lm import config
-from causal_lm.run import run
+from causal_lm.fit import run
 
 SHORT = [
     "trainer=cpu", "trainer.max_steps=6", "trainer.val_check_interval=3",

@@ -1,4 +1,4 @@
-"""What a checkpoint carries, which ones are kept, and which may be continued."""
+"""What a checkpoint holds beside the weights, which checkpoints are kept, and reading one."""
 
 import math
 from pathlib import Path
@@ -8,11 +8,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from causal_lm.renamed import rename_file
+
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 
 
 class CheckpointMetadata(L.Callback):
-    """Writes the configuration and the tokenizer into every checkpoint, as plain data."""
+    """Write the configuration and the tokenizer into every checkpoint, as plain data."""
 
     def __init__(self, config: Any, tokenizer: dict[str, Any]) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -24,7 +26,7 @@ class CheckpointMetadata(L.Callback):
         checkpoint[TOKENIZER] = self.tokenizer
 
     def check_continues(self, path: str) -> int:
-        """The step of a checkpoint, unless its weights would mean something else here.
+        """The step of a checkpoint whose model and tokenizer are those of this run.
 
         Raises:
             RefusedError: naming the first key of model or tokenizer that differs.
@@ -38,45 +40,50 @@ class CheckpointMetadata(L.Callback):
                 if before.get(key) != here.get(key):
                     raise RefusedError(
                         f"{path} was written with {part}.{key}={_short(before.get(key))}, but this "
-                        f"run has {_short(here.get(key))}: set it back, or start without ckpt_path"
+                        f"run has {_short(here.get(key))}: set it back, or remove ckpt_path"
                     )
         return saved["global_step"]
 
 
 class RefusedError(ValueError):
-    """A run cannot go on from there; what an earlier run left is not touched."""
+    """A run cannot continue from this checkpoint; no file of the earlier run is changed."""
 
 
 def _short(value: Any) -> str:
-    """A tokenizer's JSON can be megabytes long."""
+    """A value as text of at most 100 characters (a tokenizer's JSON can have megabytes)."""
     text = str(value)
     return text if len(text) < 100 else f"{text[:100]}…"
 
 
 class EvalCheckpoint(ModelCheckpoint):
-    """``best.ckpt`` or ``steady.ckpt``, of the evaluation with the lowest ``figure`` (of two equal
-    ones the later), or ``last.ckpt``, of the latest.
+    """``best.ckpt`` or ``stable.ckpt``, of the evaluation with the lowest ``figure``, or
+    ``last.ckpt``, of the latest evaluation.
 
-    It is written when the evaluation is over, with what the callbacks made of it. An evaluation
-    whose figure is missing or not finite leaves the file as it was.
+    Of two equal figures the later evaluation is kept. The file is written when the evaluation is
+    over, with what the callbacks logged; one whose figure is missing or not finite writes nothing.
 
-    ``steady`` goes by ``writing/repetition_spread``: a loss may go on falling while the writing
-    turns into loops, but where the rate stands still, the writing is what it was. It does so before
-    anything is learned, too, and where all is loops: ``checkpoint/steady`` names the rates.
+    ``stable`` goes by ``writing/repetition_spread``: the loss may still fall while the samples turn
+    into loops, but a repetition rate that does not change means samples that do not. The rate does
+    not change before anything is learned either, nor where all samples are loops:
+    ``checkpoint/stable`` in the summary has the rates.
 
-    ``goes_on``: the files in ``folder`` are of the run that is continued.
+    Args:
+        folder: takes ``{name}.ckpt``.
+        figure: a logged metric, lower is better.
+        continued: the files in ``folder`` are of the run that this one continues.
+        latest: write at every evaluation.
     """
 
     def __init__(
-        self, folder: Path, name: str, figure: str, *, goes_on: bool, latest: bool = False
+        self, folder: Path, name: str, figure: str, *, continued: bool, latest: bool = False
     ) -> None:
-        self.folder, self.figure, self.goes_on = folder, figure, goes_on
+        self.folder, self.figure, self.continued = folder, figure, continued
         monitor = None if latest else figure
         super().__init__(folder, filename=name, monitor=monitor, enable_version_counter=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A directory that was moved or copied is as good: Lightning would forget the score."""
-        if self.goes_on:
+        """Keep the best score in a directory that was moved, where Lightning would drop it."""
+        if self.continued:
             paths = dict.fromkeys(("best_model_path", "last_model_path", "kth_best_model_path"), "")
             state_dict = state_dict | paths | {"dirpath": self.dirpath, "best_k_models": {}}
         super().load_state_dict(state_dict)
@@ -84,7 +91,7 @@ class EvalCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """A step was refused before any evaluation was due: the weights in hand are the last."""
+        """Save the current weights if a step was refused before the first evaluation."""
         never = "val/loss" not in trainer.callback_metrics
         if self.monitor is None and never and isinstance(exception, FloatingPointError):
             trainer.save_checkpoint(self.folder / f"{self.filename}.ckpt")
@@ -97,30 +104,36 @@ class EvalCheckpoint(ModelCheckpoint):
         return self.best_model_score is None or bool(current <= self.best_model_score)
 
 
-def figures(folder: Path, lowest: float, has_steady: bool) -> dict[str, str]:
-    """``checkpoint/*`` of ``summary.json``: of which step each one is, and why it was kept."""
+def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
+    """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept.
+
+    ``checkpoint/steady`` is the old name of ``checkpoint/stable``, kept for one version.
+    """
     reasons = {"best": f"val/loss is lowest, {lowest:.4f}", "last": "where the run ended"}
-    if has_steady:
-        reasons["steady"] = "the last three repetition rates vary least, "
+    if has_stable:
+        reasons["stable"] = "the last three repetition rates vary least, "
     figures = {}
     for name, reason in reasons.items():
         saved = torch.load(folder / f"{name}.ckpt", mmap=True, weights_only=True)
-        if name == "steady":
+        if name == "stable":
             reason += ", ".join(
                 f"{rate:.4f}" for rate in saved["callbacks"]["SampleMonitor"]["rates"]
             )
         figures[f"checkpoint/{name}"] = f"step {saved['global_step']}: {reason}"
+    if has_stable:
+        figures["checkpoint/steady"] = figures["checkpoint/stable"]
     return figures
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint of this project onto the CPU, tensors and plain data only.
+    """Load a checkpoint of this project onto the CPU: tensors and plain data only.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of this project.
+        ValueError: it is damaged, or not a checkpoint of this project.
     """
-    if not Path(path).is_file():
+    path = rename_file(path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,5 +142,5 @@ def read(path: str | Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
         ) from error
     if not isinstance(checkpoint, dict) or CONFIG not in checkpoint:
-        raise ValueError(f"{path} carries no configuration: it was not written by this project")
+        raise ValueError(f"{path} holds no configuration: it was not written by this project")
     return checkpoint

@@ -6,8 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from causal_lm.data.datamodule import DataModule
 from causal_lm.data.tokenizers import Tokenizer, show
-from causal_preflight import lightning
+from causal_lm.module import CausalLM
+from causal_preflight import Report, lightning
+from causal_preflight.lightning import audit_batch
 
 WHERE_TO_LOOK = {
     "shift": "loss, or objective.py",
@@ -52,3 +55,13 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
         override="preflight.on_fault=warn",
         name=partial(show, tokenizer),
     )
+
+
+def audit_first_batch(
+    cfg: DictConfig, data: DataModule, tokenizer: Tokenizer, module: CausalLM, **options: Any
+) -> Report:
+    """The preflight of a configured run on its first batch, without training."""
+    ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
+    batch = next(iter(data.train_dataloader()))
+    parted = cfg.trainer.accumulate_grad_batches > 1
+    return audit_batch(module, batch, module.accumulated_loss, parted=parted, **ids, **options)

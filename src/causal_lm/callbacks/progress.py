@@ -1,19 +1,27 @@
-"""One bar over the steps of the run (Lightning's own bar starts anew each epoch)."""
+"""Progress over the steps of the whole run (Lightning's own bar starts anew each epoch)."""
 
+import sys
+import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+SECONDS_BETWEEN_LINES = 10.0
+
 
 class StepBar(ProgressBar):
-    """``trainer.max_steps`` from left to right, with the training and the validation loss."""
+    """A bar of ``trainer.max_steps`` with the training and the validation loss.
+
+    Where stderr is no terminal, a plain line every :data:`SECONDS_BETWEEN_LINES` instead.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._enabled = True
+        self._enabled, self._terminal = True, sys.stderr.isatty()
         self._bar: tqdm | None = None
+        self._printed = time.monotonic()
 
     def enable(self) -> None:
         self._enabled = True
@@ -24,16 +32,22 @@ class StepBar(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not (self._enabled and trainer.is_global_zero):
             return
-        if self._bar is None:  # not before the first step, which the preflight may refuse
+        step = trainer.global_step
+        if not self._terminal:
+            if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+                self._printed = time.monotonic()
+                losses = ", ".join(f"{k} loss {v}" for k, v in self._losses(trainer).items())
+                print(f"step {step} of {trainer.max_steps}: {losses}", file=sys.stderr, flush=True)
+            return
+        if self._bar is None:  # not before the first step, as the preflight may end the run
             self._bar = tqdm(total=trainer.max_steps, unit="step", mininterval=0.5)
-            self._bar.n = self._bar.initial = trainer.global_step - 1
-        ahead = trainer.global_step - self._bar.n
-        if self._bar.update(ahead):  # true when it redrew: only then is the loss fetched
-            seen = trainer.callback_metrics
-            shown = {"train": seen.get("train/loss"), "val": seen.get("val/loss")}
-            self._bar.set_postfix(
-                {k: f"{float(v):.3f}" for k, v in shown.items() if v is not None}, refresh=False
-            )
+            self._bar.n = self._bar.initial = step - 1
+        if self._bar.update(step - self._bar.n):  # it was redrawn: only then fetch the losses
+            self._bar.set_postfix(self._losses(trainer), refresh=False)
+
+    def _losses(self, trainer: L.Trainer) -> dict[str, str]:
+        logged = {name: trainer.callback_metrics.get(f"{name}/loss") for name in ("train", "val")}
+        return {name: f"{float(v):.3f}" for name, v in logged.items() if v is not None}
 
     def on_train_end(self, *_: Any) -> None:
         if self._bar is not None:

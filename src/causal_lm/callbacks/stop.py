@@ -9,32 +9,32 @@ import torch
 
 
 class StopAfterStep(L.Callback):
-    """The first signal asks the run to stop; a second Ctrl-C stops it where it is.
+    """Stop the fit after the current step at SIGINT (Ctrl-C) or SIGTERM; a second SIGINT raises.
 
-    A context: ``with StopAfterStep() as stop`` listens from before the start until after the
-    summary, so that a signal at any time leaves a whole run.
+    Use it as a context around the whole run (``with StopAfterStep() as stop``), so that a signal
+    outside the fit is noticed too. The run then ends with a checkpoint and a summary.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopAfterStep":
-        self._before = self._listen()
+        self._handlers = self._install()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()  # again: Lightning adds a SIGTERM handler of its own, which raises
+        self._install()  # again: Lightning has set a SIGTERM handler of its own, which raises
 
-    def _listen(self) -> dict[int, Any]:
-        """Take the signals; returns who had them."""
+    def _install(self) -> dict[int, Any]:
+        """Handle the signals here; return the handlers from before."""
         try:
             return {n: signal.signal(n, self._request) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are somebody else's business
+        except ValueError:  # outside the main thread, where handlers cannot be set
             return {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -44,7 +44,7 @@ class StopAfterStep(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         stop = self.requested
-        if trainer.world_size > 1:  # all ranks take the same number of steps
+        if trainer.world_size > 1:  # all ranks must take the same number of steps
             flag = torch.tensor(int(stop), device=trainer.strategy.root_device)
             stop = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
         if stop:

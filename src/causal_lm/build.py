@@ -1,0 +1,218 @@
+"""Configuration -> objects: data, module, trainer, preflight; and a model from a checkpoint."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+
+from causal_lm.callbacks import checkpoint
+from causal_lm.callbacks.sample_monitor import SampleMonitor
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, unknown
+from causal_lm.data.datamodule import DataModule
+from causal_lm.data.documents import Corpus
+from causal_lm.data.tokenizers import Tokenizer, from_state
+from causal_lm.module import CausalLM
+from causal_lm.nonfinite import NonFiniteGuard
+from causal_lm.objective import LossConfig
+from causal_lm.renamed import new_name
+from causal_lm.schema import is_float16
+
+OWN_MODELS = frozenset(
+    f"causal_lm.models.{name}"
+    for name in ("tiny.Tiny", "decoder.Decoder", "gru.GRU", "external.XTransformers",
+                 "external.huggingface")
+)  # fmt: skip
+"""Every ``_target_`` that a checkpoint may name without being trusted."""
+
+LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
+"""``loss.chunk_tokens=auto``: chunks of so many tokens, from this vocabulary size on."""
+
+NO_ACCELERATOR = ("can not run on your system", "No supported gpu backend")
+"""Parts of what Lightning raises where the machine lacks the accelerator."""
+
+
+def instantiate(node: DictConfig, **more: Any) -> Any:
+    """Make the object that ``node._target_`` names (the only call of Hydra's ``instantiate``).
+
+    Args:
+        more: arguments that are objects; they replace those of the node.
+
+    Raises:
+        ConfigError: there is no such target, or it does not take a key of the node.
+    """
+    try:
+        target = hydra.utils.get_object(node._target_)
+    except Exception as error:
+        raise ConfigError(f"{node._get_full_key('_target_')}={node._target_}: {error}") from error
+    try:
+        parameters = dict(inspect.signature(target).parameters)
+    except ValueError:  # built-in, without a signature
+        parameters = {}
+    takes_any = not parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for key in node if not takes_any else ():
+        if key not in parameters and key not in HYDRA_KEYS:
+            raise ConfigError(unknown(node._get_full_key(key), list(parameters)))
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **more)
+    except InstantiationException as error:  # the message of the object itself is the better one
+        raise (error.__cause__ or error) from None
+
+
+def instantiate_all(nodes: Any) -> list[Any]:
+    """The objects of a group such as ``callbacks`` (a mapping of nodes), or of a list of nodes."""
+    nodes = nodes.values() if isinstance(nodes, Mapping) else nodes
+    nodes = nodes if isinstance(nodes, Iterable) else []
+    return [instantiate(node) for node in nodes if node and "_target_" in node]
+
+
+def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
+    """The module of a configuration: the correct class, unless a pitfall is switched on."""
+    kind = CausalLM
+    if any((cfg.get("pitfalls") or {}).values()):
+        from causal_lm.pitfalls import PITFALLS, faulty_module
+
+        for name in cfg.pitfalls:
+            if name not in PITFALLS:
+                raise ConfigError(unknown(f"pitfalls.{name}", list(PITFALLS)))
+        kind = faulty_module(cfg.pitfalls, tokenizer.pad_id)
+    model = instantiate(cfg.model, vocab_size=tokenizer.vocab_size)
+    chunk = cfg.loss.chunk_tokens
+    if chunk == "auto":
+        large = tokenizer.vocab_size >= LARGE_VOCABULARY and model.lm_head is not None
+        chunk = CHUNK_TOKENS if large else None
+    return kind(
+        model,
+        make_optimizer(cfg),
+        instantiate(cfg.scheduler),
+        tokenizer.token_bytes(),
+        LossConfig(cfg.loss.reduction, cfg.loss.length, chunk),
+        NonFiniteGuard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped),
+    )
+
+
+def make_optimizer(cfg: DictConfig) -> Any:
+    """The factory (parameters -> optimizer); ``optimizer.fused=auto`` depends on the precision.
+
+    A fused optimizer undoes float16's loss scale itself, after the gradients were clipped.
+    """
+    auto = cfg.optimizer.get("fused") == "auto"
+    return instantiate(
+        cfg.optimizer, **({"fused": not is_float16(cfg.trainer.precision)} if auto else {})
+    )
+
+
+def make_monitor(cfg: DictConfig, corpus: Corpus, directory: Path) -> SampleMonitor:
+    """The callback that samples from the model at each evaluation."""
+    options = dict(cfg.samples, length=min(cfg.samples.length, cfg.data.max_length))
+    del options["self_check"]
+    return SampleMonitor(corpus, seed=cfg.seed, directory=directory, **options)
+
+
+def make_trainer(
+    cfg: DictConfig, callbacks: Iterable[Any], logger: Iterable[Any] = (), **more: Any
+) -> L.Trainer:
+    """Lightning's Trainer with these callbacks and loggers, and those of the configuration.
+
+    The configuration has its own in the groups ``callbacks`` and ``logger``, and in
+    ``trainer.callbacks`` and ``trainer.logger``.
+
+    Raises:
+        ValueError: the machine lacks the accelerator.
+    """
+    callbacks = [*callbacks, *instantiate_all(cfg.get("callbacks"))]
+    callbacks += instantiate_all(cfg.trainer.get("callbacks"))
+    own = cfg.trainer.get("logger")
+    loggers = [*logger, *instantiate_all(cfg.get("logger")), *instantiate_all(own)]
+    if own is False:
+        loggers = []
+    try:
+        return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **more)
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        if any(words in str(error) for words in NO_ACCELERATOR):
+            raise ValueError(
+                f"trainer.accelerator={cfg.trainer.accelerator} is not available on this machine: "
+                f"type trainer=cpu, or trainer=auto for what there is"
+            ) from error
+        raise
+
+
+def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
+    """Seed, load the data, make the module."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data: DataModule = instantiate(cfg.data)
+    corpus = data.load()
+    return data, corpus, make_module(cfg, corpus.tokenizer)
+
+
+# ---- from a checkpoint ----
+
+
+def restore(
+    path: str | Path, trust: Iterable[str] = ()
+) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
+    """The module of a checkpoint, in eval mode on the CPU, its tokenizer and its configuration.
+
+    The module is of the correct class, whichever pitfalls it was trained with.
+
+    Args:
+        path: a file that train.py wrote.
+        trust: dotted names of model classes from outside causal_lm that the checkpoint may name.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`causal_lm.callbacks.checkpoint.read` and
+            :func:`model_of`.
+    """
+    saved = checkpoint.read(path)
+    config, tokenizer = saved[checkpoint.CONFIG], from_state(saved[checkpoint.TOKENIZER])
+    model = model_of(path, config["model"], tokenizer.vocab_size, trust)
+    module = CausalLM(model, token_bytes=tokenizer.token_bytes())
+    module.load_state_dict(saved["state_dict"], strict=True)
+    return module.eval(), tokenizer, config
+
+
+def model_of(
+    path: str | Path, stored: Mapping[str, Any], vocab_size: int, trust: Iterable[str]
+) -> Any:
+    """The model that a checkpoint describes, by a plain call of its class with plain values.
+
+    A file must not decide which code runs. Modules are imported only for names of
+    :data:`OWN_MODELS` and of ``trust``; nothing below the model's own ``_target_`` is instantiated.
+
+    Raises:
+        ValueError: the class is not trusted, or an option names code or is not valid.
+    """
+    options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
+    target = str(options.pop("_target_", None))
+    classes = (
+        {name: hydra.utils.get_object(name) for name in trust} if target not in OWN_MODELS else {}
+    )
+    classes |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in classes.values()}
+    if target in OWN_MODELS:
+        classes = {target: hydra.utils.get_object(target)}
+        check_values(dict(_leaves(options, "model.")))
+    if target not in classes:
+        raise ValueError(
+            f"{path} holds a model of class {target}, which is not part of causal_lm. To run the "
+            f"code of that class, add --trust {target}, or name it as model._target_ in your own "
+            f"configuration"
+        )
+    for key, _ in _leaves(options, "model."):
+        if key.rpartition(".")[2] in HYDRA_KEYS:
+            raise ValueError(f"{path}: {key} is refused: a checkpoint may not name code to run")
+    return classes[target](vocab_size=vocab_size, **options)
+
+
+def _leaves(node: Any, prefix: str) -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of everything in a plain structure, inside lists too."""
+    items = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for key, value in items:
+        if isinstance(value, (Mapping, list, tuple)) and len(value):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,161 @@
+"""One run: fit, validate, sample, write the summary."""
+
+import logging
+import math
+import time
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from omegaconf import DictConfig, OmegaConf
+
+from causal_lm import build
+from causal_lm.callbacks import checkpoint
+from causal_lm.callbacks.gradient_report import GradientReport
+from causal_lm.callbacks.preflight import make_preflight
+from causal_lm.callbacks.progress import StepBar
+from causal_lm.callbacks.run_statistics import RunStatistics
+from causal_lm.callbacks.sample_monitor import final_samples
+from causal_lm.callbacks.stop import StopAfterStep
+from causal_lm.data.documents import Corpus
+from causal_lm.report.samples import SampleStatistics
+from causal_lm.report.table import LEAKS_BELOW, run_table
+from causal_lm.run_dir import RunDir, is_rank_zero
+
+log = logging.getLogger(__name__)
+
+SUMMARY_KEYS = (
+    "experiment", "seed", "status", "error", "stopped_because", "steps", "loss/reduction",
+    "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained",
+    "floor/loss", "floor/ppl", "val/ppl_over_floor",
+    "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
+    "train/tokens_per_second", "train/pad_share", "train/skipped", "preflight/faults",
+    "seconds/total", "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
+    "checkpoint/best", "checkpoint/stable", "checkpoint/steady", "checkpoint/last",
+    *(f"writing/{field.name}" for field in fields(SampleStatistics)),
+    "writing/repetition_spread", "writing/consistency_hidden", "writing/consistency_sentences",
+)  # fmt: skip
+"""Keys that ``summary.json`` always has, null where one does not apply; it has what else was
+logged, too. ``checkpoint/steady`` is the old name of ``checkpoint/stable``."""
+
+
+def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
+    """Run a configuration and write the files of the run into ``directory``.
+
+    Returns:
+        The summary, as written to ``summary.json``. A run that fails writes one too, with
+        ``status: failed`` and the error, before it raises. Where ``ckpt_path=auto`` finds the run
+        finished, its summary is returned and nothing is done.
+
+    Raises:
+        RefusedError: ``ckpt_path`` is of another model or tokenizer; no file is changed.
+    """
+    started, files = time.perf_counter(), RunDir(directory)
+    summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS)
+    summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
+                "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
+    if cfg.ckpt_path == "auto":
+        cfg, earlier = files.resume(cfg), files.finished(cfg.trainer.max_steps)
+        if cfg.ckpt_path and earlier:
+            log.info(f"{directory} is finished at step {earlier['steps']}: nothing to do")
+            return earlier
+    refused = False
+    try:
+        with StopAfterStep() as stop:
+            _run(cfg, files, summary, stop)
+        _check_floor(summary)
+    except BaseException as error:
+        refused = isinstance(error, checkpoint.RefusedError)
+        summary |= {"status": "failed", "error": str(error) or type(error).__name__}
+        raise
+    finally:
+        summary["seconds/total"] = time.perf_counter() - started
+        if not refused:
+            files.write_summary(summary)
+    if is_rank_zero():
+        print(f"\n{run_table(summary)}\nwritten to {directory}\n")
+    return summary
+
+
+def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfterStep) -> None:
+    """Fill ``summary`` step by step, so that a failed run has what was known by then."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    data, corpus, module = build.prepare(cfg)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    # A checkpoint can then be read without the files that its model started from.
+    config["model"] |= module.model.standalone_config()
+    metadata = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
+    step, continued = 0, files.holds(cfg.ckpt_path)
+    if cfg.ckpt_path:
+        step = metadata.check_continues(cfg.ckpt_path)
+    files.begin(cfg, step if continued else 0)
+
+    preflight = make_preflight(cfg, corpus.tokenizer, files.path)
+    statistics, monitor = RunStatistics(), build.make_monitor(cfg, corpus, files.path)
+    keep = partial(checkpoint.EvalCheckpoint, files.checkpoints, continued=continued)
+    best, last = keep("best", "val/loss"), keep("last", "val/loss", latest=True)
+    stable = keep("stable", "writing/repetition_spread")
+    callbacks = [preflight, statistics, stop, metadata, monitor, best, stable, last]
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(StepBar())
+    if cfg.gradients.report_every:
+        callbacks.append(GradientReport(cfg.gradients.report_every))
+    trainer = build.make_trainer(cfg, callbacks, [files.logger(step)])
+    try:
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+    finally:
+        summary |= preflight.figures()
+        summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
+    if stop.requested:  # now: whoever sent the signal may not wait for the validation
+        trainer.save_checkpoint(files.checkpoints / "last.ckpt")
+    because = "a signal asked for it" if stop.requested else monitor.stopped_because
+    summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
+
+    logged: dict[str, Any] = dict(trainer.callback_metrics)
+    with isolate_rng():  # the random state that is saved does not depend on this validation
+        (figures,) = trainer.validate(module, data, verbose=False)
+    logged = {name: float(value) for name, value in (logged | dict(figures)).items()}
+    summary |= {name: v if math.isfinite(v) else None for name, v in logged.items()}
+    summary |= statistics.figures(trainer) | monitor.figures()
+    if not math.isfinite(figures["val/loss"]):
+        raise FloatingPointError(
+            "val/loss is not finite after the last step: lower optimizer.lr, and continue from "
+            "best.ckpt if there is one"
+        )
+    summary |= floor(corpus, figures["val/ppl"])
+    lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
+    if figures["val/loss"] < lowest:
+        lowest = figures["val/loss"]
+        best.best_model_score = torch.tensor(lowest)
+        trainer.save_checkpoint(files.checkpoints / "best.ckpt")
+    trainer.save_checkpoint(files.checkpoints / "last.ckpt")
+    if trainer.is_global_zero:
+        is_stable = stable.best_model_score is not None
+        summary |= checkpoint.figures(files.checkpoints, lowest, is_stable)
+        options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
+        summary |= final_samples(module, corpus, files.path, **options)
+
+
+def floor(corpus: Corpus, ppl: float) -> dict[str, float]:
+    """The entropy floor: the lowest expected loss on the validation documents, where it is known.
+
+    Args:
+        ppl: validation perplexity, to be divided by that of the floor.
+    """
+    if corpus.language is None:
+        return {}
+    nats, tokens = corpus.language.nll(corpus.val)
+    lowest = math.exp(nats / tokens)
+    return {"floor/loss": nats / tokens, "floor/ppl": lowest, "val/ppl_over_floor": ppl / lowest}
+
+
+def _check_floor(summary: dict[str, Any]) -> None:
+    ratio = summary["val/ppl_over_floor"]
+    if ratio is not None and ratio < LEAKS_BELOW:
+        raise ValueError(
+            f"the validation perplexity is {ratio:.3f} of the entropy floor, and no honest model "
+            f"is below it: the evaluation leaks; see masks.py, objective.py and the data's split"
+        )
