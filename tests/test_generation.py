@@ -3,7 +3,7 @@ import torch
 
 from causal_lm import generation
 from causal_lm.data.sources.synthetic import MarkovLanguage
-from causal_lm.data.tokenizers import BOS, EOS, PAD, Symbols
+from causal_lm.data.tokenizers import BOS, EOS, PAD, SymbolTokenizer
 from causal_lm.report.samples import format_samples, sample_statistics
 from support import V, make_module
 
@@ -56,9 +56,9 @@ def test_statistics_by_hand():
         [BOS, a, b, EOS, a, a],  # legal: BOS a, a b, b EOS; later ones do not count
         [BOS, a, a, PAD, PAD, EOS],  # legal: BOS a; not a a, a PAD, PAD PAD, PAD EOS
     ])  # fmt: skip
-    figures = sample_statistics(rows, Symbols(4), language)
+    figures = sample_statistics(rows, SymbolTokenizer(4), language)
     assert figures.legal_rate == pytest.approx((3 + 1 + 0) / (3 + 5))
     assert figures.pad_eos_share == pytest.approx((1 + 3) / 10)
     assert figures.repeat_share == pytest.approx((1 + 2) / 10)
-    text = format_samples(rows, Symbols(4), figures)
+    text = format_samples(rows, SymbolTokenizer(4), figures)
     assert "after <eos>: a a …" in text

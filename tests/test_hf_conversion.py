@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from causal_lm import masks
-from causal_lm.data.subwords import Subwords
-from causal_lm.data.tokenizers import Bytes, Symbols
+from causal_lm.data.subwords import SubwordTokenizer
+from causal_lm.data.tokenizers import ByteTokenizer, SymbolTokenizer
 from causal_lm.models import hf_conversion
 from causal_lm.models.decoder import Decoder
 from causal_lm.models.external import huggingface
@@ -27,7 +27,7 @@ def transformers():
 
 
 def write(model, folder):
-    write_model(model, Symbols(V - 3), 32, folder)
+    write_model(model, SymbolTokenizer(V - 3), 32, folder)
 
 
 def same_logits(ours, theirs):
@@ -138,12 +138,12 @@ def theirs_of(transformers, tmp_path_factory):
         write_tokenizer(tokenizer, 64, folder)
         return transformers.AutoTokenizer.from_pretrained(folder)
 
-    return {"bytes": load(Bytes()), "symbols": load(Symbols(5))}
+    return {"bytes": load(ByteTokenizer()), "symbols": load(SymbolTokenizer(5))}
 
 
 @given(st.text())
 def test_bytes_have_the_same_ids(theirs_of, text):
-    ours, theirs = Bytes(), theirs_of["bytes"]
+    ours, theirs = ByteTokenizer(), theirs_of["bytes"]
     ids = ours.encode(text)
     assert theirs.encode(text, add_special_tokens=False) == ids
     assert theirs.encode(text) == [ours.bos_id, *ids]
@@ -152,7 +152,7 @@ def test_bytes_have_the_same_ids(theirs_of, text):
 
 @pytest.mark.parametrize("text", ["<eos>", "a<pad>b <bos>", "<0x41>", " \r\n\t", "e\u0301", "\0"])
 def test_bytes_of_texts_that_look_special(theirs_of, text):
-    ids = Bytes().encode(text)
+    ids = ByteTokenizer().encode(text)
     theirs = theirs_of["bytes"]
     assert theirs.encode(text, add_special_tokens=False) == ids
     assert theirs.decode([1, *ids, 2, 0], skip_special_tokens=True) == text
@@ -161,7 +161,7 @@ def test_bytes_of_texts_that_look_special(theirs_of, text):
 @pytest.fixture(scope="module")
 def bpe(transformers, tmp_path_factory):
     texts = ["the cat sat on the mat, the hat and the cat", "naïve cats, <eos> and all"]
-    ours = Subwords.train([texts], 300)
+    ours = SubwordTokenizer.train([texts], 300)
     folder = tmp_path_factory.mktemp("bpe")
     write_tokenizer(ours, 64, folder)
     return ours, transformers.AutoTokenizer.from_pretrained(folder)
@@ -189,16 +189,16 @@ def test_special_ids(theirs_of):
     for theirs in theirs_of.values():
         ids = theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id
         assert ids == (0, 1, 2)
-    assert len(theirs_of["bytes"]) == Bytes().vocab_size
-    assert theirs_of["symbols"].encode("abea", add_special_tokens=False) == Symbols(5).encode(
-        "abea"
-    )
+    assert len(theirs_of["bytes"]) == ByteTokenizer().vocab_size
+    assert theirs_of["symbols"].encode("abea", add_special_tokens=False) == SymbolTokenizer(
+        5
+    ).encode("abea")
     assert theirs_of["symbols"].decode([3, 7]) == "ae"
 
 
 def test_a_model_of_transformers_is_exported_as_it_is(transformers, tmp_path):
     ours = huggingface(V, GPT2).eval()
-    write_model(ours, Bytes(), 24, tmp_path)
+    write_model(ours, ByteTokenizer(), 24, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (theirs.config.pad_token_id, theirs.config.bos_token_id) == (0, 1)
     for name, weight in ours.net.state_dict().items():
@@ -249,14 +249,14 @@ def test_a_model_may_say_how_it_is_exported(transformers, tmp_path):
 
 def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"GRU.*to_transformers"):
-        export(make("gru"), Bytes(), 24, tmp_path / "out")
+        export(make("gru"), ByteTokenizer(), 24, tmp_path / "out")
     with pytest.raises(ValueError, match=r"model\.mlp=relu2"):
-        export(make("llama_fast"), Bytes(), 24, tmp_path / "out")
+        export(make("llama_fast"), ByteTokenizer(), 24, tmp_path / "out")
     with pytest.raises(ValueError, match=r"model\.qk_norm=true"):
         Decoder(V, **SIZES, qk_norm=True, init_from=str(tmp_path))
     assert not list(tmp_path.iterdir())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(FileExistsError, match="full"):
-        export(make("llama"), Symbols(V - 3), 24, tmp_path / "full")
+        export(make("llama"), SymbolTokenizer(V - 3), 24, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]

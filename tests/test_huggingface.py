@@ -8,7 +8,7 @@ import pytest
 
 from causal_lm import config
 from causal_lm.build import instantiate
-from causal_lm.data.sources.huggingface import HuggingFace
+from causal_lm.data.sources.huggingface import HuggingFaceDataset
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.extras
@@ -30,7 +30,7 @@ def every_text(corpus):
 def make(tmp_path):
     def make(path, **options):
         options = {"val_share": 0.2, "cache_dir": str(tmp_path / "cache"), "num_proc": 1} | options
-        return HuggingFace(path=str(path), **options)
+        return HuggingFaceDataset(path=str(path), **options)
 
     return make
 
@@ -61,7 +61,7 @@ def test_all_kinds_hold_the_same_text(name, saved, make, monkeypatch):
     assert every_text(make(saved / name).load()) == every_text(first)
 
 
-def test_validation_of_its_own(saved, make):
+def test_separate_validation_data(saved, make):
     expected = sorted(row["text"] for row in ROWS[50:])
     corpus = make(saved / "parts", val_split="test").load()
     assert len(corpus.train) == 50
@@ -95,22 +95,31 @@ def test_another_tokenizer_is_another_corpus(saved, make):
     assert len(bpe.train.tokens) < len(bytes_.train.tokens)
 
 
+def test_rows_without_a_text_are_skipped(tmp_path, make):
+    path = tmp_path / "disk"
+    datasets.Dataset.from_list([*ROWS, {"text": None, "q": "", "n": 0}]).save_to_disk(path)
+    source = make(path, on_error="skip")
+    assert every_text(source.load()) == sorted(row["text"] for row in ROWS)
+    assert sum(source.skipped.values()) == 1
+
+
 def test_faults_are_named(saved, make):
-    with pytest.raises(ValueError, match=r"has no column 'body'; it has text, q, n"):
-        make(saved / "a.jsonl", field="body").load()
-    with pytest.raises(ValueError, match=r"row 1: no text in column \['n'\]"):
-        make(saved / "a.jsonl", field="n").load()
-    with pytest.raises(ValueError, match=r"data\.path=.*parts \(split dev\)"):
+    for name in ("a.jsonl", "disk"):
+        with pytest.raises(ValueError, match=rf"{name}.* 'body'.* text, q, n"):
+            make(saved / name, field="body").load()
+        with pytest.raises(ValueError, match=rf"{name}.* 1: 'n' is 0"):
+            make(saved / name, field="n").load()
+    with pytest.raises(ValueError, match=r"data\.path=.*parts.*dev"):
         make(saved / "parts", split="dev").load()
     (saved / "a.xyz").write_text("")
-    with pytest.raises(ValueError, match=r"a file must be one of \.json"):
+    with pytest.raises(ValueError, match=r"a\.xyz.*\.txt"):
         make(saved / "a.xyz").load()
 
 
 def test_without_the_extra_it_is_named(saved, make, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[huggingface\]'"):
-        make(saved / "a.jsonl").load()
+        make(saved / "disk").load()
 
 
 def test_by_configuration(saved):

@@ -6,7 +6,7 @@ import pytest
 
 from causal_lm import config
 from causal_lm.callbacks.preflight import WHERE_TO_LOOK, make_preflight
-from causal_lm.data.tokenizers import Symbols
+from causal_lm.data.tokenizers import SymbolTokenizer
 from causal_preflight import Finding, Report
 from causal_preflight.report import LABELS
 from support import ROOT, command
@@ -113,7 +113,7 @@ def test_every_label_has_a_place_to_look():
 
 
 def test_the_callback_of_a_configured_run(tmp_path):
-    tokenizer = Symbols(5)
+    tokenizer = SymbolTokenizer(5)
     right = make_preflight(config.load(["experiment=fix"]), tokenizer, tmp_path)
     assert (right.pad_id, right.eos_id) == (tokenizer.pad_id, tokenizer.eos_id)
     assert right.figures() == {"preflight/faults": [], "seconds/preflight": None}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from causal_lm import generation
-from causal_lm.data.tokenizers import BOS, EOS, PAD, Symbols
+from causal_lm.data.tokenizers import BOS, EOS, PAD, SymbolTokenizer
 from causal_lm.report.samples import (
     continuations,
     distinct,
@@ -32,7 +32,7 @@ def test_continuations_end_before_eos():
 def test_statistics_by_hand():
     """Of 3-grams, ABA BAB ABA BAB ABA | ABC BCA: three of seven came before. Of 4-grams, ABAB BABA
     ABAB BABA | ABCA: two of five. Different tokens: 3 of 11; pairs AB BA BC CA: 4 of 9."""
-    figures = sample_statistics(ROWS, Symbols(4), None)
+    figures = sample_statistics(ROWS, SymbolTokenizer(4), None)
     assert figures.repetition_3 == pytest.approx(3 / 7)
     assert figures.repetition_4 == pytest.approx(2 / 5)
     assert figures.repetition_error == pytest.approx(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from causal_lm.data.documents import Documents
-from causal_lm.data.sources.synthetic import MarkovLanguage, Synthetic
+from causal_lm.data.sources.synthetic import MarkovLanguage, SyntheticLanguage
 from causal_lm.data.tokenizers import BOS, EOS
 
 
@@ -70,7 +70,7 @@ def test_legal_is_what_the_language_can_say():
 
 def test_the_same_seed_gives_the_same_corpus_and_splits_differ():
     def load():
-        return Synthetic(
+        return SyntheticLanguage(
             symbols=6, successors=2, mean=4.0, max_length=11,
             train_documents=50, val_documents=50, seed=0,
         ).load()  # fmt: skip

@@ -1,4 +1,4 @@
-"""Subword tokenizers: text comes back, bytes add up, special tokens stay special."""
+"""Subword tokenizers: text round-trips, bytes add up, text never makes a special token."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causal_lm.data.sources import base
-from causal_lm.data.sources.text_files import Text
-from causal_lm.data.tokenizers import Bytes, from_state
+from causal_lm.data.sources.text_files import TextFiles
+from causal_lm.data.tokenizers import ByteTokenizer, from_state
 
 tokenizers = pytest.importorskip("tokenizers")
-from causal_lm.data.subwords import Subwords  # noqa: E402
+from causal_lm.data.subwords import SubwordTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.extras
 
@@ -24,7 +24,7 @@ LIKE_SPECIAL = "<eos> <pad></s> <|endoftext|>\n<bos>[PAD]<eos>"
 
 @pytest.fixture(scope="module")
 def bpe():
-    return Subwords.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
+    return SubwordTokenizer.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
 
 
 def gpt2(**changes) -> str:
@@ -42,7 +42,7 @@ def gpt2(**changes) -> str:
 
 @settings(max_examples=200)
 @given(st.lists(st.one_of(st.text(), st.text("ab '\n\r\t\x1c\x85\u2028\xa0.,1é"))))
-def test_any_text_comes_back_and_its_bytes_add_up(batch):
+def test_text_round_trips_and_its_bytes_add_up(batch):
     for tokenizer in RESTORED:
         flat, lengths = tokenizer.encode_batch(batch)
         assert len(lengths) == len(batch)
@@ -56,9 +56,9 @@ def test_any_text_comes_back_and_its_bytes_add_up(batch):
 
 
 CODE = Path(base.__file__).read_text(encoding="utf-8")
-BPE = Subwords.train([[SENTENCE * 9, CODE]], vocab_size=1000)
-GPT2 = Subwords.resolve(gpt2(), {})
-RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, Bytes())]
+BPE = SubwordTokenizer.train([[SENTENCE * 9, CODE]], vocab_size=1000)
+GPT2 = SubwordTokenizer.resolve(gpt2(), {})
+RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, ByteTokenizer())]
 
 
 @settings(max_examples=500)
@@ -73,17 +73,17 @@ RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, Bytes())]
     )
 )
 def test_word_by_word_is_what_the_library_does(text):
-    BPE._known.clear()
+    BPE._cached_words.clear()
     whole = BPE.library.encode(text, add_special_tokens=False).ids
     assert BPE.encode(text) == whole
-    assert BPE._known or not text  # the fast way was taken
+    assert BPE._cached_words or not text  # the word cache was used
 
 
 def test_trained_here(bpe):
     assert bpe.vocab_size == 280
     assert sorted([bpe.pad_id, bpe.bos_id, bpe.eos_id]) == [277, 278, 279]
     assert len(bpe.encode(" the cat")) == 2  # it did learn
-    again = Subwords.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
+    again = SubwordTokenizer.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
     assert again.state() == bpe.state()  # on every rank the same
 
 
@@ -97,21 +97,21 @@ def test_text_that_looks_special_is_text(tokenizer):
 def test_special_tokens_by_usual_name():
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "<s>", "</s>", "a", "b"])}
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="b"))
-    found = Subwords.resolve(library.to_str(), {})
+    found = SubwordTokenizer.resolve(library.to_str(), {})
     assert (found.pad_id, found.bos_id, found.eos_id) == (0, 1, 2)
     assert found.vocab_size == 5
-    assert found.token_bytes() is None  # words, whose bytes nobody knows
+    assert found.token_bytes() is None  # words are not bytes
 
 
 def test_special_tokens_by_key_or_added():
-    named = Subwords.resolve(gpt2(), {"pad": "!", "bos": "<start>"})
+    named = SubwordTokenizer.resolve(gpt2(), {"pad": "!", "bos": "<start>"})
     assert named.pad_id == named.library.token_to_id("!")
     assert named.bos_id == 280 and named.vocab_size == 281  # added
     assert named.eos_id == named.library.token_to_id("<|endoftext|>")
     bare = json.loads(gpt2())
     bare["added_tokens"], bare["model"]["vocab"] = [], dict(bare["model"]["vocab"])
     bare["model"]["vocab"]["x-endoftext"] = bare["model"]["vocab"].pop("<|endoftext|>")
-    added = Subwords.resolve(json.dumps(bare), {})
+    added = SubwordTokenizer.resolve(json.dumps(bare), {})
     assert added.pad_id == added.bos_id == added.eos_id == 280
 
 
@@ -119,7 +119,7 @@ def test_a_token_that_is_special_here_only_is_no_text():
     """Added, but not as a special one: the library would find it in any text."""
     plain = json.loads(gpt2())
     plain["added_tokens"][0]["special"] = False
-    tokenizer = Subwords.resolve(json.dumps(plain), {})
+    tokenizer = SubwordTokenizer.resolve(json.dumps(plain), {})
     assert tokenizer.eos_id not in tokenizer.encode("a <|endoftext|> b")
     assert tokenizer.decode(tokenizer.encode("a <|endoftext|> b")) == "a <|endoftext|> b"
 
@@ -128,7 +128,7 @@ def test_added_tokens_that_are_text_have_their_bytes():
     settings_ = json.loads(gpt2())
     token = settings_["added_tokens"][0] | {"id": 280, "content": "  ∂", "special": False}
     settings_["added_tokens"].append(token)
-    tokenizer = Subwords.resolve(json.dumps(settings_), {})
+    tokenizer = SubwordTokenizer.resolve(json.dumps(settings_), {})
     ids = tokenizer.encode("a  ∂b")
     assert 280 in ids
     assert tokenizer.decode(ids) == "a  ∂b"
@@ -142,7 +142,7 @@ def test_documents_of_subwords(name, tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     (tmp_path / "tokenizer.json").write_text(gpt2())
     tokenizer = "bpe" if name == "bpe" else str(tmp_path / "tokenizer.json")
-    corpus = Text(
+    corpus = TextFiles(
         path=str(tmp_path / "a.txt"), unit="line", tokenizer=tokenizer, vocab_size=300,
         cache_dir=str(tmp_path / "cache"), val_share=0.2,
     ).load()  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_bpe_learns_from_the_training_part_alone(tmp_path):
     """A word of the held-out documents is no token, however often it occurs there."""
     (tmp_path / "a.txt").write_text("\n".join(f"the cat {i}" for i in range(50)))
     (tmp_path / "val.txt").write_text("zyzzyva " * 500)
-    corpus = Text(
+    corpus = TextFiles(
         path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "val.txt"), unit="line",
         tokenizer="bpe", vocab_size=300, cache_dir=str(tmp_path / "cache"),
     ).load()  # fmt: skip
@@ -174,5 +174,5 @@ def test_a_bpe_learns_from_the_training_part_alone(tmp_path):
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer\.json"):
-        Subwords.from_file(str(path), {})
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        SubwordTokenizer.from_file(str(path), {})

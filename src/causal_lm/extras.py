@@ -1,21 +1,21 @@
-"""Libraries that not everybody needs."""
+"""Optional libraries: import them, or name the extra to install."""
 
 import importlib
 from types import ModuleType
 
 
 def load(module: str, extra: str) -> ModuleType:
-    """Import a library of an optional extra.
+    """Import a library that belongs to an optional extra.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message names the extra to install.
+        ModuleNotFoundError: it is not installed; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != missing:
-            raise  # installed, but broken
+            raise  # the library is installed, and one that it needs is not
         raise ModuleNotFoundError(
             f"{missing} is not installed: pip install -e '.[{extra}]'", name=missing
         ) from error

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus, Documents
-from causal_lm.data.tokenizers import Symbols
+from causal_lm.data.tokenizers import SymbolTokenizer
 from causal_lm.module import CausalLM
 from causal_lm.nonfinite import rows
 from support import make_model
@@ -27,7 +27,7 @@ class Uneven:
         lengths[4] = lengths[9] = 20
         documents = [torch.randint(3, 11, (n,), generator=draw).tolist() for n in lengths]
         return Corpus(
-            Documents.from_lists(documents), Documents.from_lists(documents[:5]), Symbols(8)
+            Documents.from_lists(documents), Documents.from_lists(documents[:5]), SymbolTokenizer(8)
         )
 
 

@@ -1,4 +1,4 @@
-"""From a source to batches."""
+"""DataModule: from a source to batches."""
 
 import logging
 from collections.abc import Callable
@@ -15,23 +15,27 @@ log = logging.getLogger(__name__)
 
 
 class DataModule(L.LightningDataModule):
-    """Cuts, orders, pads and collates the documents of a source.
+    """Cut, order, pad and collate the documents of a source.
 
     Args:
-        source: where documents come from (see :class:`causal_lm.data.documents.Source`), or what
-            makes it from ``settings``.
+        source: any object with ``load() -> Corpus`` (see
+            :class:`causal_lm.data.documents.Source`), or a callable that makes one from
+            ``source_options``.
         batch_size: documents per micro-batch and rank.
-        max_length: tokens per row, BOS and EOS counted; longer documents are cut into windows
+        max_length: tokens per row, BOS and EOS included; longer documents are cut into windows
             (see :meth:`causal_lm.data.documents.Documents.windows`).
-        layout: ``padded``, one document per row; ``bucketed``, likewise, with documents of like
-            length in a batch; ``packed``, several in a row of up to ``max_length`` slots. Each
-            holds ``batch_size`` documents.
+        layout: ``padded``: one document per row. ``bucketed``: the same, with documents of similar
+            length in a batch. ``packed``: several documents in a row of up to ``max_length``
+            tokens. A batch holds ``batch_size`` documents in each layout.
         padding_side: ``right`` or ``left``.
-        pad_is_eos: write EOS where there is no token, as models without a PAD of their own do.
-        shuffle: draw the training order anew each epoch.
-        num_workers: processes that collate; 0 does it in this one, which is fastest here.
+        pad_is_eos: write EOS where a row has no token, as for models without a PAD token.
+        shuffle: draw a new training order each epoch.
+        num_workers: processes that collate; 0 (the fastest for short rows) collates in this one.
         seed: of the order.
-        settings: of the source; the data group's own keys, such as ``data.path``.
+        source_options: arguments of ``source`` where it is a callable, such as ``path``.
+
+    Raises:
+        TypeError: ``source_options`` are given and ``source`` is not a callable.
     """
 
     def __init__(
@@ -46,17 +50,22 @@ class DataModule(L.LightningDataModule):
         shuffle: bool = True,
         num_workers: int = 0,
         seed: int = 0,
-        **settings: Any,
+        **source_options: Any,
     ) -> None:
         super().__init__()
-        self.source: Source = source(**settings) if callable(source) else source
+        if source_options and not callable(source):
+            raise TypeError(
+                f"data has keys that {type(source).__name__} does not take: "
+                f"{', '.join(source_options)}; put them under data.source"
+            )
+        self.source: Source = source(**source_options) if callable(source) else source
         self.batch_size, self.max_length = batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
         self.corpus: Corpus | None = None
 
     def load(self) -> Corpus:
-        """The corpus, read once; Lightning's hooks need not have run.
+        """Load the corpus once, without a trainer, and cut both splits into windows.
 
         Raises:
             ValueError: a split holds no document.
@@ -65,46 +74,47 @@ class DataModule(L.LightningDataModule):
             self.corpus = self.source.load()
             if self.pad_is_eos:
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
-            self.train_rows = self._rows("train", self.corpus.train)
-            self.val_rows = self._rows("val", self.corpus.val)
+            self.train_windows = self._windows("train", self.corpus.train)
+            self.val_windows = self._windows("val", self.corpus.val)
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
 
-    def _rows(self, split: str, documents: Documents) -> Documents:
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.train_windows, shuffle=self.shuffle, done=self._batches_done)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.val_windows, shuffle=False)
+
+    def _windows(self, split: str, documents: Documents) -> Documents:
         if not len(documents):
-            raise ValueError(f"the {split} split of the corpus is empty: it holds no document")
-        rows = documents.windows(self.max_length)
+            raise ValueError(f"the {split} split of the corpus holds no document")
+        windows = documents.windows(self.max_length)
         long = int((documents.lengths > self.max_length).sum())
         log.info(
             f"{split}: {len(documents):,} documents, {len(documents.tokens):,} tokens; {long:,} "
-            f"longer than data.max_length={self.max_length} were cut, making {len(rows):,} rows"
+            f"longer than data.max_length={self.max_length} were cut, which gives "
+            f"{len(windows):,} windows"
         )
-        return rows
+        return windows
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_rows, shuffle=self.shuffle, done=self._done)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_rows, shuffle=False)
-
-    def _done(self) -> int:
-        """Micro-batches trained on, over all epochs. Lightning's number of the epoch would not do:
-        it counts one that the run ended in the middle of."""
+    def _batches_done(self) -> int:
+        """Micro-batches trained on, over all epochs. Lightning's epoch number would not do: it
+        also counts an epoch in which the run was stopped."""
         return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
 
-    def _loader(self, rows: Documents, **order: Any) -> DataLoader[Batch]:
+    def _loader(self, windows: Documents, **order: Any) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
         return DataLoader(
-            rows,  # type: ignore[arg-type]  # collate turns documents into a Batch
+            windows,  # type: ignore[arg-type]  # the collator turns documents into a Batch
             batch_size=self.batch_size,
             sampler=DocumentSampler(
-                len(rows),
+                len(windows),
                 seed=self.seed,
                 rank=self.trainer.global_rank if self.trainer else 0,
                 world_size=self.trainer.world_size if self.trainer else 1,
-                lengths=rows.lengths.numpy() if self.layout == "bucketed" else None,
+                lengths=windows.lengths.numpy() if self.layout == "bucketed" else None,
                 batch_size=self.batch_size,
                 **order,
             ),

@@ -1,4 +1,4 @@
-"""Token documents of uneven length, stored flat."""
+"""Token documents of uneven length in one flat array, in memory or in a file."""
 
 import mmap
 from collections.abc import Iterable, Sequence
@@ -13,21 +13,24 @@ from torch.utils.data import Dataset
 
 from causal_lm.data.tokenizers import Tokenizer
 
-READS_KEPT, VALUES_KEPT = 64, 2**20
-"""Reads, and values of one read, after which a mapped file's pages are handed back."""
+RELEASE_AFTER_READS = 64
+"""Reads of a memory-mapped file after which its pages are released."""
+RELEASE_ABOVE_VALUES = 2**20
+"""Values of one read above which pages are released at once."""
 CHUNK_DOCUMENTS = 2**20
-"""Documents whose lengths are worked out at a time."""
+"""Documents whose lengths are computed at a time."""
 
 
-class Mapped:
-    """A flat array in a file: slices are copied out of a memory map, the whole never is.
+class MemoryMappedArray:
+    """A flat array in a file; a slice is copied out of the memory map as a tensor.
 
-    Every page that was touched counts as resident, and the kernel brings sixteen for one, so that
-    an epoch would end with the whole file in this process. Hence pages are handed back now and
-    then; they stay in the system's cache, from where the next read takes them in microseconds.
+    The kernel counts every mapped page that was read, and 15 around it, as memory of this process,
+    so an epoch would end with the whole file resident. The pages are therefore released
+    regularly; they stay in the system's file cache, and reading them again takes microseconds.
 
     Args:
-        path: a file of ``dtype`` values, at least one.
+        path: a file that holds at least one value.
+        dtype: NumPy name of the values' type, such as ``uint16``.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -40,22 +43,22 @@ class Mapped:
         return len(self._array)
 
     def __getitem__(self, piece: slice) -> Tensor:
-        """The values of a slice, in a dtype that torch knows well: bool, otherwise int64."""
+        """The values of a slice as bool where the file holds bool, otherwise as int64."""
         values = self._array[piece].astype(bool if self.dtype == "bool" else np.int64)
         self._reads += 1
-        enough = self._reads % READS_KEPT == 0 or len(values) > VALUES_KEPT
-        if enough and hasattr(mmap, "MADV_DONTNEED"):
+        release = self._reads % RELEASE_AFTER_READS == 0 or len(values) > RELEASE_ABOVE_VALUES
+        if release and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(values)
 
-    def __reduce__(self) -> tuple:  # a data loader's worker opens the file for itself
-        return Mapped, (self.path, self.dtype)
+    def __reduce__(self) -> tuple:  # a data-loader worker opens the file itself
+        return MemoryMappedArray, (self.path, self.dtype)
 
 
 class Document(NamedTuple):
-    """The tokens of one document, (n,).
+    """The tokens of one document, (n,), and which of them are learned.
 
-    loss_mask: bool (n,), False at tokens that are given and not to be learned; None: learn all.
+    loss_mask: bool (n,), False at tokens that are given (a prompt); None: every token is learned.
     """
 
     tokens: Tensor
@@ -63,30 +66,33 @@ class Document(NamedTuple):
 
 
 class Documents(Dataset[Document]):
-    """A sized, map-style data set of documents over one flat array.
+    """A map-style data set of D documents stored end to end in one flat array.
 
     Args:
-        tokens: (N,) every token, documents end to end.
-        offsets: (D + 1,) where each document begins; the last is where the last one ends.
+        tokens: (N,) the tokens of all documents.
+        offsets: (D + 1,) index of the first token of each document, and N at the end.
         loss_mask: bool (N,), see :class:`Document`.
     """
 
     def __init__(
         self,
-        tokens: Tensor | Mapped,
-        offsets: Tensor | Mapped,
-        loss_mask: Tensor | Mapped | None = None,
+        tokens: Tensor | MemoryMappedArray,
+        offsets: Tensor | MemoryMappedArray,
+        loss_mask: Tensor | MemoryMappedArray | None = None,
     ) -> None:
         self.tokens, self.offsets, self.loss_mask = tokens, offsets, loss_mask
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
-        """Raises:
-        ValueError: a document of fewer than two tokens (BOS and EOS count) has no target."""
+        """Documents from lists of token ids, BOS and EOS included.
+
+        Raises:
+            ValueError: a document has fewer than two tokens, so nothing to predict.
+        """
         arrays = [np.asarray(document, dtype=np.int32) for document in documents]
         for i, array in enumerate(arrays):
             if len(array) < 2:
-                raise ValueError(f"document {i} has {len(array)} token(s): it needs two")
+                raise ValueError(f"document {i} has {len(array)} token(s): at least 2 are needed")
         tokens = torch.from_numpy(np.concatenate(arrays) if arrays else np.empty(0, np.int32))
         return cls(tokens, torch.tensor([0, *map(len, arrays)]).cumsum(0))
 
@@ -94,13 +100,13 @@ class Documents(Dataset[Document]):
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Document:
-        """Index -1 (a sampler's filler) is a document of no tokens."""
-        here = self.span(index)
-        mask = None if self.loss_mask is None else self.loss_mask[here]
-        return Document(self.tokens[here], mask)
+        """One document; index -1, which a sampler fills its last batch with, has no tokens."""
+        span = self.span(index)
+        mask = None if self.loss_mask is None else self.loss_mask[span]
+        return Document(self.tokens[span], mask)
 
     def span(self, index: int) -> slice:
-        """Where in ``tokens`` a document lies."""
+        """The slice of ``tokens`` that holds one document."""
         if index < 0:
             return slice(0, 0)
         start, end = self.offsets[index : index + 2].tolist()
@@ -108,78 +114,77 @@ class Documents(Dataset[Document]):
 
     @property
     def lengths(self) -> Tensor:
-        """(D,) tokens of each document; int32 where that is wide enough."""
+        """(D,) tokens of each document, int32 where that is wide enough."""
         narrow = len(self.tokens) < 2**31
         lengths = torch.empty(len(self), dtype=torch.int32 if narrow else torch.int64)
         for start in range(0, len(self), CHUNK_DOCUMENTS):
-            here = self.offsets[start : start + CHUNK_DOCUMENTS + 1]
-            lengths[start : start + CHUNK_DOCUMENTS] = here.diff()
+            offsets = self.offsets[start : start + CHUNK_DOCUMENTS + 1]
+            lengths[start : start + CHUNK_DOCUMENTS] = offsets.diff()
         return lengths
 
     def windows(self, max_length: int) -> "Documents":
-        """Cut documents longer than ``max_length`` into windows that together keep every target.
+        """Cut documents longer than ``max_length`` tokens into windows, keeping every target.
 
-        Neighbouring windows share one token: the last of one, which only is a target there, is
-        the first of the next, where it only is an input. So the number of targets does not
-        depend on ``max_length``; only the context that precedes them does.
+        Neighboring windows share one token: it is only a target in the first and only an input in
+        the second. The number of targets thus does not depend on ``max_length``.
         """
-        rows = self.lengths.numpy()  # from here on in place: there may be 10^7 documents
-        rows -= 2
-        rows //= max_length - 1
-        rows += 1
-        np.cumsum(rows, dtype=rows.dtype, out=rows)
-        if not len(rows) or int(rows[-1]) == len(self):
+        window_ends = self.lengths.numpy()  # changed in place: there may be 10^7 documents
+        window_ends -= 2
+        window_ends //= max_length - 1
+        window_ends += 1
+        np.cumsum(window_ends, dtype=window_ends.dtype, out=window_ends)
+        if not len(window_ends) or int(window_ends[-1]) == len(self):
             return self
-        return Windows(self, max_length, rows)
+        return Windows(self, max_length, window_ends)
 
 
 class Windows(Documents):
-    """The rows of :meth:`Documents.windows`, computed when asked for.
+    """The windows of :meth:`Documents.windows`; where each lies is computed when it is read.
 
     Args:
-        rows: (D,) windows up to and including those of each document.
+        window_ends: (D,) number of windows up to and including those of each document.
     """
 
-    def __init__(self, documents: Documents, max_length: int, rows: np.ndarray) -> None:
+    def __init__(self, documents: Documents, max_length: int, window_ends: np.ndarray) -> None:
         super().__init__(documents.tokens, documents.offsets, documents.loss_mask)
-        self.documents, self.max_length, self.rows = documents, max_length, rows
+        self.documents, self.max_length, self.window_ends = documents, max_length, window_ends
 
     def __len__(self) -> int:
-        return int(self.rows[-1])
+        return int(self.window_ends[-1])
 
     def span(self, index: int) -> slice:
         if index < 0:
             return slice(0, 0)
-        owner = int(np.searchsorted(self.rows, index, side="right"))
-        rank = index - int(self.rows[owner - 1] if owner else 0)
-        whole = self.documents.span(owner)
-        start = whole.start + rank * (self.max_length - 1)
+        document = int(np.searchsorted(self.window_ends, index, side="right"))
+        number = index - int(self.window_ends[document - 1] if document else 0)
+        whole = self.documents.span(document)
+        start = whole.start + number * (self.max_length - 1)
         return slice(start, min(start + self.max_length, whole.stop))
 
     @property
     def lengths(self) -> Tensor:
-        """(R,) tokens of each window: ``max_length``, but for the last one of each document."""
+        """(W,) tokens of each window: ``max_length``, except for the last one of a document."""
         last = self.documents.lengths.numpy()
-        counts = np.diff(self.rows, prepend=self.rows.dtype.type(0))  # windows of each document
-        last -= (counts - 1) * (self.max_length - 1)
+        windows = np.diff(self.window_ends, prepend=self.window_ends.dtype.type(0))
+        last -= (windows - 1) * (self.max_length - 1)
         lengths = torch.full((len(self),), self.max_length, dtype=torch.from_numpy(last).dtype)
-        lengths[torch.from_numpy(self.rows) - 1] = torch.from_numpy(last)
+        lengths[torch.from_numpy(self.window_ends) - 1] = torch.from_numpy(last)
         return lengths
 
 
 class Language(Protocol):
-    """A source that knows its own probabilities."""
+    """A source's true distribution, where it is known."""
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Nats and number of the targets of ``documents`` under the true distribution."""
+        """Nats and number of all targets of ``documents`` under the true distribution."""
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
-        """bool: may ``following`` come after ``previous``?"""
+        """bool, elementwise: ``following`` has a chance after ``previous``."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a source gives: documents ``BOS … EOS`` of both splits, and how to read them."""
+    """What a source loads: documents ``BOS … EOS`` of both splits, and their tokenizer."""
 
     train: Documents
     val: Documents
@@ -188,6 +193,6 @@ class Corpus:
 
 
 class Source(Protocol):
-    """Anything with ``load() -> Corpus`` is a source."""
+    """Where documents come from: any object with ``load() -> Corpus``."""
 
     def load(self) -> Corpus: ...

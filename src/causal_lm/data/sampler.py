@@ -1,34 +1,34 @@
-"""Which document comes when: a function of (seed, epoch, rank), with nothing to lose on the way."""
+"""The order of documents: a function of (seed, epoch, rank), with no state to save."""
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
 
-POOL = 100
-"""Batches among which documents are sorted by length."""
-CHUNK_DOCUMENTS = 2**16
-"""Documents that are Python numbers at a time."""
+POOL_BATCHES = 100
+"""Batches within which documents are sorted by length."""
+CHUNK_INDICES = 2**16
+"""Indices that are turned into Python integers at a time."""
 
 
 class DocumentSampler(Sampler[int]):
-    """Every document once per epoch, over all ranks; the order is drawn anew each epoch.
+    """Indices of every document once per epoch over all ranks, in a new order each epoch.
 
-    Ranks must take the same number of steps. torch's ``DistributedSampler`` gets there by
-    repeating documents, which then count twice in the evaluation. Here the gap is filled with
-    index -1, which collates to a row of PAD and counts nothing.
+    All ranks must take the same number of steps. torch's ``DistributedSampler`` repeats documents
+    to get there, which an evaluation then counts twice. This one gives index -1 instead, which
+    collates to a row of PAD in which nothing counts.
 
-    Where it begins is asked each time, so a run that is continued goes on inside its epoch.
+    The start is asked for at each epoch, so that a resumed run continues inside its epoch.
 
     Args:
         size: number of documents.
         shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
         seed: of the order.
-        rank, world_size: this process takes every ``world_size``-th document from ``rank`` on.
-        lengths: (size,) of the documents; put those of like length together (see
-            :func:`bucketed`). None leaves the order as drawn.
-        batch_size: documents per batch and rank, which a bucket is made of.
-        done: how many batches of this rank are behind, over all epochs.
+        rank, world_size: this process takes every ``world_size``-th index, from ``rank`` on.
+        lengths: (size,) tokens of each document: batch those of similar length together (see
+            :func:`bucketed`); None: keep the drawn order.
+        batch_size: documents per batch and rank.
+        done: returns the number of batches that this rank has finished, over all epochs.
     """
 
     def __init__(
@@ -46,34 +46,37 @@ class DocumentSampler(Sampler[int]):
         return self.rest(self.done())
 
     def rest(self, done: int) -> Iterator[int]:
-        """What is left of an epoch when so many batches are behind, over all epochs."""
-        epoch, begun = divmod(done, -(-len(self) // self.batch_size))
-        draw = np.random.default_rng([self.seed, epoch])  # the pair: no two runs share one
+        """The remaining indices of the current epoch, after ``done`` batches over all epochs."""
+        epoch, batches = divmod(done, -(-len(self) // self.batch_size))
+        draw = np.random.default_rng([self.seed, epoch])
         order = draw.permutation(self.size) if self.shuffle else np.arange(self.size)
         if self.lengths is not None:
             group = self.batch_size * self.world_size
             order = bucketed(order, self.lengths, group, draw if self.shuffle else None)
-        mine = order[self.rank :: self.world_size]
-        for start in range(
-            begun * self.batch_size, len(mine), CHUNK_DOCUMENTS
-        ):  # Python's are large
-            yield from mine[start : start + CHUNK_DOCUMENTS].tolist()
-        yield from [-1] * (len(self) - len(mine))
+        own = order[self.rank :: self.world_size]
+        for start in range(batches * self.batch_size, len(own), CHUNK_INDICES):
+            yield from own[start : start + CHUNK_INDICES].tolist()
+        yield from [-1] * (len(self) - len(own))
 
 
 def bucketed(
     order: np.ndarray, lengths: np.ndarray, group: int, draw: np.random.Generator | None
 ) -> np.ndarray:
-    """The same documents in groups of like length, the groups in a drawn order.
+    """Reorder documents into groups of similar length, the groups in a drawn order.
 
-    Within each :data:`POOL` groups' worth of ``order`` documents are sorted by length, so which
-    documents meet still changes from epoch to epoch.
+    Documents are sorted by length within pools of :data:`POOL_BATCHES` groups, so that which
+    documents share a batch still changes from epoch to epoch.
+
+    Args:
+        order: (D,) indices of documents.
+        group: documents that all ranks together read at a step.
+        draw: of the order of the groups; None: keep them sorted.
     """
-    edges = range(group * POOL, len(order), group * POOL)
+    edges = range(group * POOL_BATCHES, len(order), group * POOL_BATCHES)
     pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in np.split(order, edges)]
-    sorted_ = np.concatenate(pools)
+    by_length = np.concatenate(pools)
     if draw is None:
-        return sorted_
-    whole = len(order) // group * group  # a last, smaller group stays last
-    return np.concatenate([draw.permutation(sorted_[:whole].reshape(-1, group)).ravel(),
-                           sorted_[whole:]])  # fmt: skip
+        return by_length
+    whole = len(order) // group * group  # a last, incomplete group stays last
+    groups = draw.permutation(by_length[:whole].reshape(-1, group))
+    return np.concatenate([groups.ravel(), by_length[whole:]])

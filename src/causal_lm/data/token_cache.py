@@ -1,4 +1,5 @@
-"""Tokenized corpora on disk: built once, whole or absent, and never mistaken for another."""
+"""Tokenized corpora on disk: each is built once, is complete or absent, and has a name that changes
+with whatever it was made from."""
 
 import hashlib
 import json
@@ -11,44 +12,44 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from causal_lm.data.documents import Documents, Mapped
+from causal_lm.data.documents import Documents, MemoryMappedArray
 
 SPLITS = ("train", "val")
-SAMPLE = 1 << 16
-"""Bytes at either end of a file that go into its identity."""
+SAMPLE_BYTES = 1 << 16
+"""Bytes at either end of a file that are part of its identity."""
 
 
-def default_cache() -> Path:
-    """``causal-lm`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+def default_folder() -> Path:
+    """``causal-lm`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "causal-lm"
 
 
 def fingerprint(data: Any) -> str:
-    """A name for plain data: equal data, equal name."""
+    """A hash of plain data, to name a folder by."""
     text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:24]
 
 
-def identity(path: Path) -> list:
-    """Plain data that changes whenever the file does, without reading the whole of it.
+def file_identity(path: Path) -> list:
+    """Plain data that changes whenever the file does, without reading all of it.
 
-    The time of the last change of the inode is part of it, because a program can set the time of
-    the last write back, but not this one.
+    The inode's time of change is part of it: a program can reset the time of the last write, but
+    not that one.
     """
     stat = path.stat()
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(SAMPLE))
-        file.seek(max(stat.st_size - SAMPLE, 0))
-        digest.update(file.read(SAMPLE))
+        digest = hashlib.sha256(file.read(SAMPLE_BYTES))
+        file.seek(max(stat.st_size - SAMPLE_BYTES, 0))
+        digest.update(file.read(SAMPLE_BYTES))
     times = [stat.st_mtime_ns, stat.st_ctime_ns]
     return [str(path.resolve()), stat.st_size, *times, digest.hexdigest()]
 
 
-def cached(folder: Path, build: Callable[[Path], None]) -> None:
-    """Have ``build`` fill ``folder``, unless somebody did.
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Let ``build`` fill ``folder``, unless it exists.
 
-    Of several processes (ranks, a sweep's jobs) one builds, and the others wait for it. What a
-    process leaves that died over it is cleared away by the next.
+    Of several processes (ranks, jobs of a sweep) one builds and the others wait for it. What a
+    killed process left unfinished is deleted first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -56,46 +57,55 @@ def cached(folder: Path, build: Callable[[Path], None]) -> None:
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             return
-        beside = folder.with_suffix(".building")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        unfinished = folder.with_suffix(".building")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
         try:
-            build(beside)
-            beside.rename(folder)
+            build(unfinished)
+            unfinished.rename(folder)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
-class Tokens(NamedTuple):
-    """Tokenized documents end to end, BOS and EOS included.
+class TokenizedChunk(NamedTuple):
+    """D tokenized documents end to end, BOS and EOS included.
 
-    ids     (N,) of the smallest unsigned dtype
-    lengths (D,) tokens of each document
-    counts  (N,) bool, which are targets; None: all are
-    val     (D,) bool, which documents are held out
-    ends    False where the last document goes on in the next part
+    ids        (N,) of the smallest unsigned dtype
+    lengths    (D,) tokens of each document
+    loss_mask  (N,) bool, False at tokens of a prompt; None: there are no prompts
+    val        (D,) bool, which documents are held out for validation
+    continued  the last document goes on in the next chunk
+    characters of the text
     """
 
     ids: np.ndarray
     lengths: np.ndarray
-    counts: np.ndarray | None
+    loss_mask: np.ndarray | None
     val: np.ndarray
-    ends: bool
+    continued: bool
+    characters: int
 
 
-def write(folder: Path, parts: Iterable[Tokens], dtype: str) -> tuple[int, int]:
-    """Both splits of a corpus, part by part. Returns the documents of training and validation."""
-    writers = [_Writer(folder, name, dtype) for name in SPLITS]
-    for part in parts:
+def write(
+    folder: Path, chunks: Iterable[TokenizedChunk], dtype: str, progress: Callable[[int], Any]
+) -> tuple[int, int]:
+    """Write both splits, chunk by chunk, and return the number of documents of each.
+
+    Args:
+        progress: called with the number of characters of each chunk.
+    """
+    writers = [_SplitWriter(folder, split, dtype) for split in SPLITS]
+    for chunk in chunks:
         for val, writer in enumerate(writers):
-            writer.append(part, part.val == bool(val))
+            writer.append(chunk, chunk.val == bool(val))
+        progress(chunk.characters)
     for writer in writers:
         writer.close()
     return writers[0].documents, writers[1].documents
 
 
-class _Writer:
-    """The files of one split: its tokens, where documents begin and end, and which are targets."""
+class _SplitWriter:
+    """Writes the files of one split: its tokens, the documents' offsets, and the loss mask."""
 
     def __init__(self, folder: Path, split: str, dtype: str) -> None:
         self.dtype, self.tokens_written, self.documents = dtype, 0, 0
@@ -104,18 +114,18 @@ class _Writer:
         self.offsets.write(np.zeros(1, np.int64).tobytes())
         self.mask = (folder / f"{split}.mask").open("wb")
 
-    def append(self, part: Tokens, mine: np.ndarray) -> None:
-        """The documents of ``part`` that are ``mine``, (D,) bool."""
-        if not mine.any():
+    def append(self, chunk: TokenizedChunk, own: np.ndarray) -> None:
+        """Write the documents that belong to this split. own: (D,) bool."""
+        if not own.any():
             return
-        lengths = part.lengths[mine]
-        here = slice(None) if mine.all() else np.repeat(mine, part.lengths)
-        self.tokens.write(part.ids[here].astype(self.dtype).tobytes())
-        if part.counts is not None:
-            self.mask.write(part.counts[here].tobytes())
+        lengths = chunk.lengths[own]
+        tokens = slice(None) if own.all() else np.repeat(own, chunk.lengths)
+        self.tokens.write(chunk.ids[tokens].astype(self.dtype).tobytes())
+        if chunk.loss_mask is not None:
+            self.mask.write(chunk.loss_mask[tokens].tobytes())
         ends = self.tokens_written + lengths.cumsum()
         self.tokens_written = int(ends[-1])
-        if mine[-1] and not part.ends:
+        if own[-1] and chunk.continued:
             ends = ends[:-1]
         self.documents += len(ends)
         self.offsets.write(ends.astype(np.int64).tobytes())
@@ -125,13 +135,13 @@ class _Writer:
             file.close()
 
 
-def describe(folder: Path, about: dict[str, Any]) -> None:
-    """``about.json``: the tokens' dtype, and whatever else is to be kept with them."""
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Write ``about.json``: the tokens' dtype and other plain data about the corpus."""
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
-    """Training and validation documents, and what ``about.json`` says of them."""
+    """The training documents, the validation documents, and the data of ``about.json``."""
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     train, val = (_documents(folder, split, about["dtype"]) for split in SPLITS)
     return train, val, about
@@ -140,7 +150,7 @@ def read(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
 def _documents(folder: Path, split: str, dtype: str) -> Documents:
     mask = folder / f"{split}.mask"
     return Documents(
-        Mapped(folder / f"{split}.tokens", dtype),
-        Mapped(folder / f"{split}.offsets", "int64"),
-        Mapped(mask, "bool") if mask.stat().st_size else None,
+        MemoryMappedArray(folder / f"{split}.tokens", dtype),
+        MemoryMappedArray(folder / f"{split}.offsets", "int64"),
+        MemoryMappedArray(mask, "bool") if mask.stat().st_size else None,
     )

@@ -1,119 +1,112 @@
-"""Chunks of text to tokens, here or in several processes."""
+"""Tokenize chunks of text, in this process or in several."""
 
 import collections
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from causal_lm.data.token_cache import Tokens
+from causal_lm.data.token_cache import TokenizedChunk
 from causal_lm.data.tokenizers import TextTokenizer, from_state
 
 Segments = tuple[str, ...]
 """A document's text: one segment, or a prompt and what follows it."""
+Part = tuple[Segments, bool]
+"""A document and True, or a part of a long one and whether it is the last part."""
 
 
 class Chunk(NamedTuple):
-    """Some whole documents, or a part of a long one.
+    """Some complete documents, or a part of one long document.
 
-    begins, ends: False where a long document goes on from the chunk before, or in the next.
-    val: the split of all; None: by a hash of each document's text.
+    continues: the first document began in the chunk before.
+    continued: the last document goes on in the next chunk.
+    val: whether all documents are held out; None: decided by a hash of each document's text.
     """
 
     documents: list[Segments]
-    begins: bool = True
-    ends: bool = True
+    continues: bool = False
+    continued: bool = False
     val: bool | None = None
 
-    def held_out(self, val_share: float) -> list[bool]:
-        """Which of the documents are in validation: a hash of each one's text decides."""
+    def held_out(self, val_fraction: float) -> list[bool]:
+        """Which documents are held out for validation."""
         if self.val is not None:
             return [self.val] * len(self.documents)
-        limit = min(int(val_share * 2**64), 2**64 - 1).to_bytes(8, "big")
+        limit = min(int(val_fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
         return [
             sha256("".join(segments).encode(errors="surrogatepass")).digest() < limit
             for segments in self.documents
         ]
 
 
-class TokenizeChunk:
-    """Chunk -> Tokens. It travels to other processes as plain data."""
+class ChunkTokenizer:
+    """Turns a Chunk into a TokenizedChunk; other processes receive it as plain data."""
 
-    def __init__(self, state: dict[str, Any], val_share: float) -> None:
-        self.state, self.val_share = state, val_share
+    def __init__(self, state: dict[str, Any], val_fraction: float) -> None:
+        self.state, self.val_fraction = state, val_fraction
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
-        return from_state(self.state)  # type: ignore[return-value]  # one of text, as it came
+        return from_state(self.state)  # type: ignore[return-value]  # the state of a TextTokenizer
 
     def __reduce__(self) -> tuple:
-        return TokenizeChunk, (self.state, self.val_share)
+        return ChunkTokenizer, (self.state, self.val_fraction)
 
-    def __call__(self, chunk: Chunk) -> tuple[Tokens, int]:
-        """The tokens, and how many characters they stand for."""
+    def __call__(self, chunk: Chunk) -> TokenizedChunk:
         tokenizer, documents = self.tokenizer, len(chunk.documents)
         texts = [text for segments in chunk.documents for text in segments]
         text_ids, sizes = tokenizer.encode_batch(texts)
         lengths = sizes.reshape(documents, -1).sum(axis=1)
-        lengths += 2  # BOS and EOS; a long document has them at its ends only
-        lengths[0] -= not chunk.begins
-        lengths[-1] -= not chunk.ends
+        lengths += 2  # BOS and EOS, which a continued document has at its two ends only
+        lengths[0] -= chunk.continues
+        lengths[-1] -= chunk.continued
         ends = lengths.cumsum()
         ids = np.empty(ends[-1], text_ids.dtype)
         is_text = np.ones(len(ids), bool)
-        for id_, places in (
-            (tokenizer.bos_id, (ends - lengths)[not chunk.begins :]),
-            (tokenizer.eos_id, ends[: documents - (not chunk.ends)] - 1),
+        for special, indices in (
+            (tokenizer.bos_id, (ends - lengths)[chunk.continues :]),
+            (tokenizer.eos_id, ends[: documents - chunk.continued] - 1),
         ):
-            ids[places], is_text[places] = id_, False
+            ids[indices], is_text[indices] = special, False
         ids[is_text] = text_ids
-        counts = None
-        if len(texts) > documents:  # each has a prompt, which is there to be read
-            counts = np.ones(len(ids), bool)
-            counts[is_text] = np.repeat(np.tile([False, True], documents), sizes)
-        val = np.array(chunk.held_out(self.val_share))
-        return Tokens(ids, lengths, counts, val, chunk.ends), sum(map(len, texts))
+        loss_mask = None
+        if len(texts) > documents:  # every document has a prompt, which is not learned
+            loss_mask = np.ones(len(ids), bool)
+            loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
+        val = np.array(chunk.held_out(self.val_fraction))
+        characters = sum(map(len, texts))
+        return TokenizedChunk(ids, lengths, loss_mask, val, chunk.continued, characters)
 
 
 def tokenize_chunks(
-    chunks: Iterable[Chunk],
-    tokenize: TokenizeChunk,
-    processes: int,
-    progress: Callable[[int], Any],
-) -> Iterator[Tokens]:
-    """The tokens of ``chunks``, in their order; a few chunks are held at a time, never all."""
-    alone = processes == 1
-    for tokens, size in map(tokenize, chunks) if alone else _in_order(chunks, tokenize, processes):
-        progress(size)
-        yield tokens
-
-
-def _in_order(
-    chunks: Iterable[Chunk], tokenize: TokenizeChunk, processes: int
-) -> Iterator[tuple[Tokens, int]]:
-    with multiprocessing.Pool(processes, _start, (tokenize,)) as pool:
+    chunks: Iterable[Chunk], tokenize: ChunkTokenizer, processes: int
+) -> Iterator[TokenizedChunk]:
+    """Tokenize ``chunks`` in their order, holding a few of them in memory at a time."""
+    if processes == 1:
+        yield from map(tokenize, chunks)
+        return
+    with multiprocessing.Pool(processes, _start_worker, (tokenize,)) as pool:
         waiting: collections.deque = collections.deque()
         for chunk in chunks:
-            waiting.append(pool.apply_async(_work, (chunk,)))
+            waiting.append(pool.apply_async(_tokenize_in_worker, (chunk,)))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().get()
         while waiting:
             yield waiting.popleft().get()
 
 
-def _start(tokenize: TokenizeChunk) -> None:
-    """Once in each process of the pool, which then is one of as many as there are cores."""
-    global _here
-    _here = tokenize
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def _start_worker(tokenize: ChunkTokenizer) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenize
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
 
 
-def _work(chunk: Chunk) -> tuple[Tokens, int]:
-    return _here(chunk)
+def _tokenize_in_worker(chunk: Chunk) -> TokenizedChunk:
+    return _worker_tokenizer(chunk)
 
 
-_here: TokenizeChunk
+_worker_tokenizer: ChunkTokenizer

@@ -1,5 +1,5 @@
-"""Text to ids and back. Ids 0, 1, 2 are PAD, BOS, EOS in both tokenizers here; ``subwords.py`` has
-those of the ``tokenizers`` library."""
+"""Text to token ids and back: tokenizers of bytes and of symbols. Their PAD, BOS and EOS are 0, 1
+and 2. (``subwords.py`` has the tokenizers of the ``tokenizers`` library.)"""
 
 import string
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causal_lm.data.subwords import SubwordTokenizer
+
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = {PAD: "<pad>", BOS: "<bos>", EOS: "<eos>"}
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
+    """What the project needs of a tokenizer."""
 
     vocab_size: int
     pad_id: int
@@ -22,31 +24,31 @@ class Tokenizer(Protocol):
     eos_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` alone, without BOS and EOS."""
+        """Ids of ``text``, without BOS and EOS."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens are left out."""
+        """The text of ``ids``; special tokens are dropped."""
 
     def token_bytes(self) -> Tensor | None:
-        """(V,) UTF-8 bytes per token, 0 for special ones; None where tokens are not text."""
+        """(V,) UTF-8 bytes of each token, 0 for special ones; None where tokens are not text."""
 
     def state(self) -> dict[str, Any]:
         """Plain data from which :func:`from_state` makes the same tokenizer."""
 
 
 class TextTokenizer(Tokenizer, Protocol):
-    """A tokenizer of text, which comes in large amounts."""
+    """A tokenizer that can encode many texts at once."""
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts end to end, and how many each has."""
+        """The ids of all texts end to end, and the number of ids of each text."""
 
 
-class Bytes:
-    """UTF-8 bytes, shifted by three to make room for PAD, BOS and EOS: 259 ids.
+class ByteTokenizer:
+    """UTF-8 bytes, shifted by three for PAD, BOS and EOS: 259 ids.
 
-    >>> Bytes().encode("né")
+    >>> ByteTokenizer().encode("né")
     [113, 198, 172]
-    >>> Bytes().decode([1, 113, 198, 172, 2])
+    >>> ByteTokenizer().decode([1, 113, 198, 172, 2])
     'né'
     """
 
@@ -71,8 +73,12 @@ class Bytes:
         return {"name": "bytes"}
 
 
-class Symbols:
-    """One character per symbol of an artificial language; not text, so without bytes."""
+class SymbolTokenizer:
+    """One character per symbol of the synthetic language. Symbols are not text: they have no bytes.
+
+    Args:
+        symbols: size of the alphabet ``a … z A … Z 0 … 9``, at most 62.
+    """
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     alphabet = string.ascii_letters + string.digits
@@ -81,12 +87,12 @@ class Symbols:
         self.vocab_size = symbols + len(SPECIAL)
 
     def encode(self, text: str) -> list[int]:
-        ids = [self.alphabet.find(character) + len(SPECIAL) for character in text]
-        for character, i in zip(text, ids, strict=True):
-            if not len(SPECIAL) <= i < self.vocab_size:
-                known = self.alphabet[: self.vocab_size - len(SPECIAL)]
-                raise ValueError(f"{character!r} is no symbol of this language: it has {known}")
-        return ids
+        """Raises ValueError on a character that is not in the alphabet, and names it."""
+        known = self.alphabet[: self.vocab_size - len(SPECIAL)]
+        for character in text:
+            if character not in known:
+                raise ValueError(f"{character!r} is not a symbol of this language ({known})")
+        return [known.index(character) + len(SPECIAL) for character in text]
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.alphabet[i - len(SPECIAL)] for i in ids if i >= len(SPECIAL))
@@ -99,23 +105,21 @@ class Symbols:
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that wrote ``state``.
+    """The tokenizer whose :meth:`Tokenizer.state` is ``state``.
 
     Raises:
-        ValueError: the name is not one of ours.
+        ValueError: its name is none of bytes, symbols and subwords.
     """
-    from causal_lm.data.subwords import Subwords  # which knows the protocol above
-
-    kinds = {"bytes": Bytes, "symbols": Symbols, "subwords": Subwords}
-    arguments = dict(state)
-    name = arguments.pop("name")
-    if name not in kinds:
-        raise ValueError(f"unknown tokenizer {name!r}: known are {', '.join(kinds)}")
-    return kinds[name](**arguments)
+    classes = {"bytes": ByteTokenizer, "symbols": SymbolTokenizer, "subwords": SubwordTokenizer}
+    options = dict(state)
+    name = options.pop("name")
+    if name not in classes:
+        raise ValueError(f"unknown tokenizer {name!r}: known are {', '.join(classes)}")
+    return classes[name](**options)
 
 
 def show(tokenizer: Tokenizer, token: int) -> str:
-    """One token as a person reads it: 'a', '<eos>', '\\n'."""
+    """One token in readable form: ``a``, ``<eos>``, ``\\n``."""
     names = {tokenizer.pad_id: "<pad>", tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
     if token in names:
         return names[token]

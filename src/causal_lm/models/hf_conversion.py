@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from causal_lm import extras
-from causal_lm.data.subwords import Subwords
-from causal_lm.data.tokenizers import SPECIAL, Bytes, Symbols, Tokenizer
+from causal_lm.data.subwords import SubwordTokenizer
+from causal_lm.data.tokenizers import SPECIAL, ByteTokenizer, SymbolTokenizer, Tokenizer
 
 Sizes = Mapping[str, Any]
 """What our decoder computes, by argument (its attribute ``sizes``)."""
@@ -237,14 +237,16 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
 def _same_ids(tokenizer: Tokenizer) -> tuple[Any, Any]:
     """The library ``tokenizers``, and its tokenizer with the ids of ours."""
     library = extras.load("tokenizers", "huggingface")
-    if isinstance(tokenizer, Subwords):
+    if isinstance(tokenizer, SubwordTokenizer):
         return library, library.Tokenizer.from_str(tokenizer.json)
     vocabulary = {text: i for i, text in SPECIAL.items()}
-    if isinstance(tokenizer, Bytes):  # no character is in the vocabulary: all fall back to bytes
+    if isinstance(tokenizer, ByteTokenizer):  # without characters, all text falls back to bytes
+        tokenizer, ByteTokenizer
+    ):  # no character is in the vocabulary: all fall back to bytes
         vocabulary |= {f"<0x{byte:02X}>": byte + len(SPECIAL) for byte in range(256)}
         decoders = [library.decoders.ByteFallback(), library.decoders.Fuse()]
-    elif isinstance(tokenizer, Symbols):
-        symbols = Symbols.alphabet[: tokenizer.vocab_size - len(SPECIAL)]
+    elif isinstance(tokenizer, SymbolTokenizer):
+        symbols = SymbolTokenizer.alphabet[: tokenizer.vocab_size - len(SPECIAL)]
         vocabulary |= {symbol: i for i, symbol in enumerate(symbols, start=len(SPECIAL))}
         decoders = [library.decoders.Fuse()]
     else:

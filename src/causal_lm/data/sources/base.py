@@ -1,4 +1,4 @@
-"""What all sources of text share: the split, the tokenizer, and what is kept of both."""
+"""TextSource: what all sources of text share (the split, the tokenizer, the cache on disk)."""
 
 import abc
 import collections
@@ -15,37 +15,37 @@ from tqdm import tqdm
 
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
-from causal_lm.data.subwords import Subwords
-from causal_lm.data.tokenize_corpus import Chunk, Segments, TokenizeChunk, tokenize_chunks
-from causal_lm.data.tokenizers import Bytes, TextTokenizer, from_state
+from causal_lm.data.subwords import SubwordTokenizer
+from causal_lm.data.tokenize_corpus import Chunk, ChunkTokenizer, Part, Segments, tokenize_chunks
+from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1 << 20
+CHUNK_CHARACTERS = 1 << 20
 """Characters that are tokenized at a time."""
-LEARN_FROM = 16 << 20
-"""Characters, spread evenly over the training part, that a BPE is trained on."""
+BPE_TRAINING_BYTES = 16 << 20
+"""Bytes of text that a BPE is trained on, spread evenly over the training documents."""
 SINGLE_PROCESS_BYTES = 16 << 20
-"""Bytes of a corpus up to which this process tokenizes alone: others take a second to start. Where
-tokens are bytes it always does, because handing text over costs more than making tokens of it."""
+"""Bytes of a corpus below which one process tokenizes: others take a second to start. A corpus of
+byte tokens is always tokenized by one, because sending text costs more than encoding it."""
 FORMAT = 1
-"""Of the files and of how text is cut; a new number leaves older caches aside."""
+"""Version of the cached files and of how text is cut; older caches are not read."""
 
 
 class TextSource(abc.ABC):
-    """A source of text documents, tokenized once and kept on disk.
+    """A source of text documents that are tokenized once and kept on disk.
 
-    A document's split is drawn from a hash of its text: it depends neither on the order nor on
-    other documents, and equal documents are on the same side.
+    A hash of its text decides whether a document is in training or validation. So the split does
+    not depend on the order or on other documents, and equal documents are on the same side.
 
     Args:
-        tokenizer: ``bytes``; ``bpe``, trained on the training part; the path of a
-            ``tokenizer.json``; or a tokenizer.
-        vocab_size: ids of a ``bpe``, PAD, BOS and EOS counted.
-        special_tokens: the names of ``pad``, ``bos`` and ``eos`` in a ``tokenizer.json``; null:
-            the usual ones (see :meth:`causal_lm.data.subwords.Subwords.resolve`).
-        val_share: share of the documents held out, where the source has no validation part.
-        cache_dir: where tokens are kept; null: see :func:`token_cache.default_cache`.
+        tokenizer: ``bytes``; ``bpe``, trained on the training documents; the path of a
+            ``tokenizer.json``; or a tokenizer object.
+        vocab_size: ids of a ``bpe``, PAD, BOS and EOS included.
+        special_tokens: names of ``pad``, ``bos`` and ``eos`` in a ``tokenizer.json``; null: the
+            usual ones (see :meth:`causal_lm.data.subwords.SubwordTokenizer.resolve`).
+        val_share: fraction of the documents held out, where the source has no validation data.
+        cache_dir: folder of the tokens; null: :func:`causal_lm.data.token_cache.default_folder`.
         num_proc: processes that tokenize; null: one per core.
     """
 
@@ -61,107 +61,109 @@ class TextSource(abc.ABC):
     ) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.special_tokens = dict(special_tokens or {})
-        self.val_share, self.num_proc = val_share, num_proc or os.cpu_count() or 1
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else token_cache.default_cache()
-        self.left_out: collections.Counter[str] = collections.Counter()
-        """What :meth:`read` passed over, by kind."""
+        self.val_fraction, self.num_proc = val_share, num_proc or os.cpu_count() or 1
+        folder = Path(cache_dir).expanduser() if cache_dir else token_cache.default_folder()
+        self.cache_dir = folder
+        self.skipped: collections.Counter[str] = collections.Counter()
+        """Number of skipped documents by kind, such as ``blank lines``; :meth:`parts` counts."""
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Plain data that changes whenever the texts do, or what is made of them."""
+        """Plain data that changes whenever the texts or how they are read do."""
 
     @abc.abstractmethod
-    def read(self) -> Iterator[Chunk]:
-        """All documents, in a fixed order."""
+    def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
+        """All documents in a fixed order, in groups of (documents, whether they are held out).
+
+        None in place of the latter: the hash of each document decides. A document is given as (its
+        segments, True); a long one may be given as (a part, False) … (its last part, True).
+        """
 
     @abc.abstractmethod
     def size(self) -> int:
-        """About how many bytes there are to read."""
+        """Approximate number of bytes of all documents."""
 
     def load(self) -> Corpus:
-        """TokenizeChunk, or take what was tokenized before.
+        """Tokenize the documents, or read the tokens from the cache.
 
         Raises:
             ValueError: a split holds no document.
         """
-        folder = self.cache_dir / token_cache.fingerprint(
-            [FORMAT, type(self).__name__, self.identity(), self.val_share, self._recipe()]
-        )
+        key = [FORMAT, type(self).__name__, self.identity(), self.val_fraction]
+        folder = self.cache_dir / token_cache.fingerprint([*key, self._tokenizer_identity()])
         started = time.perf_counter()
-        token_cache.cached(folder, self._build)
+        token_cache.build_once(folder, self._build)
         train, val, about = token_cache.read(folder)
         log.info(f"{about['summary']}; kept in {folder} ({time.perf_counter() - started:.1f} s)")
         return Corpus(train, val, from_state(about["tokenizer"]))
 
-    def _recipe(self) -> list:
-        """What the tokenizer depends on, before there is one."""
-        if self.tokenizer == "bpe":
-            return ["bpe", self.vocab_size]
-        return ["is", self._given().state()]
+    def chunks(self) -> Iterator[Chunk]:
+        """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
+        for parts, val in self.parts():
+            yield from self._chunks(parts, val)
 
-    @functools.lru_cache  # noqa: B019  # sources are few
-    def _given(self) -> TextTokenizer:
-        if not isinstance(self.tokenizer, str):
-            return self.tokenizer
-        if self.tokenizer == "bytes":
-            return Bytes()
-        return Subwords.from_file(self.tokenizer, self.special_tokens)
-
-    def chunks(
-        self, parts: Iterable[tuple[Segments, bool]], val: bool | None = None
-    ) -> Iterator[Chunk]:
-        """Gather documents, each given as (its text, True).
-
-        A long one is given as (a part, False) … (the last part, True); the hash of its first part
-        decides on its split.
-        """
+    def _chunks(self, parts: Iterable[Part], val: bool | None) -> Iterator[Chunk]:
+        """Each part of a long document is a chunk; the hash of the first decides on the split."""
         documents: list[Segments] = []
-        size, begins, side = 0, True, val
-        for segments, ends in parts:
-            if begins and ends:
+        size, continues, long_val = 0, False, val
+        for segments, complete in parts:
+            is_long = continues or not complete
+            if not is_long:
                 documents.append(segments)
                 size += len(segments[-1])
-            if documents and (size >= CHUNK or not ends):
+            if documents and (is_long or size >= CHUNK_CHARACTERS):
                 yield Chunk(documents, val=val)
                 documents, size = [], 0
-            if not (begins and ends):
-                if begins and val is None:
-                    side = Chunk([segments]).held_out(self.val_share)[0]
-                yield Chunk([segments], begins, ends, side)
-            begins = ends
+            if is_long:
+                if not continues:
+                    (long_val,) = Chunk([segments], val=val).held_out(self.val_fraction)
+                yield Chunk([segments], continues, not complete, long_val)
+            continues = not complete
         if documents:
             yield Chunk(documents, val=val)
 
+    def _tokenizer_identity(self) -> list:
+        if self.tokenizer == "bpe":  # which is trained only where the cache has no tokens
+            return ["bpe", self.vocab_size]
+        return ["is", self._given_tokenizer.state()]
+
+    @functools.cached_property
+    def _given_tokenizer(self) -> TextTokenizer:
+        if not isinstance(self.tokenizer, str):
+            return self.tokenizer
+        if self.tokenizer == "bytes":
+            return ByteTokenizer()
+        return SubwordTokenizer.from_file(self.tokenizer, self.special_tokens)
+
     def _build(self, folder: Path) -> None:
-        tokenizer = self._trained() if self.tokenizer == "bpe" else self._given()
+        """Tokenize all documents into ``folder``."""
+        tokenizer = self._train_bpe() if self.tokenizer == "bpe" else self._given_tokenizer
         state, size = tokenizer.state(), self.size()
-        self.left_out.clear()
+        dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
+        single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
+        tokenize = ChunkTokenizer(state, self.val_fraction)
+        self.skipped.clear()
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-            alone = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, Bytes)
-            processes = 1 if alone else self.num_proc
-            parts = tokenize_chunks(
-                self.read(), TokenizeChunk(state, self.val_share), processes, bar.update
-            )
-            dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
-            train, val = token_cache.write(folder, parts, dtype)
-        left_out = "".join(f"; {n:,} {kind}" for kind, n in sorted(self.left_out.items()))
-        summary = f"{train:,} documents for training, {val:,} for validation{left_out}"
+            chunks = tokenize_chunks(self.chunks(), tokenize, 1 if single else self.num_proc)
+            train, val = token_cache.write(folder, chunks, dtype, bar.update)
+        summary = f"{train:,} documents for training, {val:,} for validation"
+        summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
             raise ValueError(
-                f"{summary}: a run needs both; cut finer (data.unit=line), or give data.val_path, "
-                f"or another data.val_share"
+                f"{summary}: both splits need a document; set data.val_path, another "
+                f"data.val_share, or a smaller data.unit (line, paragraph)"
             )
-        token_cache.describe(folder, {"tokenizer": state, "dtype": dtype, "summary": summary})
+        token_cache.write_about(folder, {"tokenizer": state, "dtype": dtype, "summary": summary})
 
-    def _trained(self) -> Subwords:
-        """A BPE of the training part, or of a share of it spread evenly, where it is large."""
-        share = min(1.0, LEARN_FROM / max(self.size(), 1))
+    def _train_bpe(self) -> SubwordTokenizer:
+        """A BPE of the training documents; of every k-th chunk where they are many."""
+        fraction = min(1.0, BPE_TRAINING_BYTES / max(self.size(), 1))
 
         def texts() -> Iterator[list[str]]:
-            for n, chunk in enumerate(self.read()):
-                if int((n + 1) * share) > int(n * share):
-                    held = chunk.held_out(self.val_share)
-                    training = [d for d, out in zip(chunk.documents, held, strict=True) if not out]
-                    yield [text for document in training for text in document]
+            for n, chunk in enumerate(self.chunks()):
+                if int((n + 1) * fraction) > int(n * fraction):
+                    held_out = chunk.held_out(self.val_fraction)
+                    pairs = zip(chunk.documents, held_out, strict=True)
+                    yield [text for document, out in pairs if not out for text in document]
 
-        return Subwords.train(texts(), self.vocab_size)
+        return SubwordTokenizer.train(texts(), self.vocab_size)

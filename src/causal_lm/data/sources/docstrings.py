@@ -1,23 +1,24 @@
-"""The docstrings of the running Python's standard library: real text that everybody has."""
+"""Docstrings: a source of real text that every Python installation has."""
 
 import ast
 import functools
 import logging
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from causal_lm.data import token_cache
-from causal_lm.data.sources.base import Chunk, TextSource
+from causal_lm.data.sources.base import TextSource
+from causal_lm.data.tokenize_corpus import Part
 
 log = logging.getLogger(__name__)
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
-def files(root: Path) -> list[Path]:
-    """The Python files below ``root``, in a fixed order, without tests and installed packages."""
+def python_files(root: Path) -> list[Path]:
+    """The .py files below ``root``, sorted, without tests and installed packages."""
     return [
         path
         for path in sorted(root.rglob("*.py"))
@@ -27,23 +28,23 @@ def files(root: Path) -> list[Path]:
 
 def docstrings(root: Path) -> Iterator[str]:
     """Every docstring of the modules, classes and functions below ``root``, in a fixed order."""
-    for path in files(root):
+    for path in python_files(root):
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # a few files are broken on purpose
+        except (SyntaxError, ValueError):  # the standard library has a few broken test files
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text and text.strip():
-                    yield text.strip()
+                text = (ast.get_docstring(node) or "").strip()
+                if text:
+                    yield text
 
 
 class Docstrings(TextSource):
-    """Source of stdlib docstrings, one document each; duplicates are dropped.
+    """Source of the standard library's docstrings, one document each, without duplicates.
 
     Args:
-        root: folder to read instead of the standard library.
+        root: folder of .py files to read instead.
         options: see :class:`causal_lm.data.sources.base.TextSource`.
     """
 
@@ -53,20 +54,19 @@ class Docstrings(TextSource):
 
     @functools.cached_property
     def texts(self) -> list[str]:
-        """Raises:
-        FileNotFoundError: no docstring below the folder."""
+        """All docstrings. Raises FileNotFoundError where there is none."""
         found = list(docstrings(self.root))
         texts = list(dict.fromkeys(found))
         if not texts:
-            raise FileNotFoundError(f"no docstring in any .py file below {self.root}")
+            raise FileNotFoundError(f"no .py file in {self.root} has a docstring")
         log.info(f"{len(texts):,} docstrings ({len(found) - len(texts):,} duplicates dropped)")
         return texts
 
     def identity(self) -> dict[str, Any]:
-        return {"files": [token_cache.identity(path) for path in files(self.root)]}
+        return {"files": [token_cache.file_identity(path) for path in python_files(self.root)]}
 
     def size(self) -> int:
         return sum(map(len, self.texts))
 
-    def read(self) -> Iterator[Chunk]:
-        return self.chunks(((text,), True) for text in self.texts)
+    def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
+        yield (((text,), True) for text in self.texts), None

@@ -1,37 +1,36 @@
-"""Data sets of the ``datasets`` library: from the hub, from files, or saved to disk."""
+"""HuggingFaceDataset: a source of data sets of the ``datasets`` library."""
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
-from causal_lm.data.sources.base import TextSource
-from causal_lm.data.tokenize_corpus import Chunk, Segments
+from causal_lm.data.sources.file_reader import FileReader
+from causal_lm.data.tokenize_corpus import Part
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
-"""Suffix of a local file -> what reads it."""
-ROWS = 256
-"""Rows that are taken from the memory map at a time."""
+BATCH_ROWS = 256
+"""Rows that are taken from a data set's memory map at a time."""
 
 
-class HuggingFace(TextSource):
-    """Source of a data set's text column; a row is a document, and blank ones are none.
+class HuggingFaceDataset(FileReader):
+    """Source of a data set's text column, of which each row is a document.
 
-    Rows stay in memory-mapped Arrow files and are tokenized once.
+    The ``datasets`` library reads the hub and folders; a local file is read as ``data=text`` reads
+    it, a .txt line by line.
 
     Args:
-        path: a name on the hub; a folder that ``save_to_disk`` wrote; or a local file.
-        name: the configuration of a data set on the hub.
-        split: the split to train on.
-        val_split: the split held out; null: ``val_share`` of the documents.
+        path: a name on the hub; a folder that ``save_to_disk`` wrote or ``load_dataset`` reads; or
+            a local file.
+        name: configuration of a data set on the hub.
+        split: split to train on.
+        val_split: split to validate on; null: ``val_share`` of the documents.
         val_path: a data set to validate on, of which ``split`` is taken too.
-        field: the column of the text.
-        prompt_field: the column of a prompt, which comes before the text and is no target.
-        options: see :class:`causal_lm.data.sources.base.TextSource`.
+        options: see :class:`causal_lm.data.sources.file_reader.FileReader`.
     """
+
+    TXT_UNIT = "line"
 
     def __init__(
         self,
@@ -41,41 +40,57 @@ class HuggingFace(TextSource):
         split: str = "train",
         val_split: str | None = None,
         val_path: str | None = None,
-        field: str = "text",
-        prompt_field: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.path, self.name, self.field = path, name, field
-        self.fields = [prompt_field, field] if prompt_field else [field]
-        self.wanted = [(path, split, False if val_split or val_path else None)]
+        self.name = name
+        self.splits: list[tuple[str, str, bool | None]] = [(path, split, None)]
+        """Path, split, and whether it is held out (None: some of its documents are)."""
         if val_split or val_path:
-            self.wanted.append((val_path or path, val_split or split, True))
+            self.splits = [(path, split, False), (val_path or path, val_split or split, True)]
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Corpus:
-        """As every source of text; what ``datasets`` makes of local files is gone afterwards."""
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.cache_dir) as self._scratch:
-            try:
-                return super().load()
-            finally:
-                self._loaded.clear()
+        try:
+            return super().load()
+        finally:
+            self._loaded.clear()
 
     def identity(self) -> dict[str, Any]:
-        parts = [[self._fingerprint(path, split), split] for path, split, _ in self.wanted]
-        return {"parts": parts, "name": self.name, "fields": self.fields}
+        splits = [[self._split_identity(path, split), split] for path, split, _ in self.splits]
+        return super().identity() | {"splits": splits, "name": self.name}
 
-    def _fingerprint(self, path: str, split: str) -> Any:
-        """Of local data the files', which need not be loaded for it."""
+    def _split_identity(self, path: str, split: str) -> Any:
+        """Local data is not loaded for it: its files are identified."""
         local = Path(path).expanduser()
         if local.is_file():
-            return token_cache.identity(local)
-        if local.is_dir():
-            return [
-                token_cache.identity(file) for file in sorted(local.rglob("*")) if file.is_file()
-            ]
+            self.check(local)
+        if local.exists():
+            files = sorted(local.rglob("*")) if local.is_dir() else [local]
+            return [token_cache.file_identity(file) for file in files if file.is_file()]
         return [path, self._dataset(path, split)._fingerprint]
+
+    def size(self) -> int:
+        files = [Path(path).expanduser() for path, _, _ in self.splits]
+        return sum(
+            file.stat().st_size if file.is_file() else self._dataset(path, split).data.nbytes
+            for file, (path, split, _) in zip(files, self.splits, strict=True)
+        )
+
+    def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
+        for path, split, val in self.splits:
+            local = Path(path).expanduser()
+            if local.is_file():
+                yield self.documents(local), val
+            else:
+                yield self.records(self._dataset_rows(path, split)), val
+
+    def _dataset_rows(self, path: str, split: str) -> Iterator[tuple[str, Any]]:
+        found = self._dataset(path, split).select_columns(self.fields)
+        batches = found.with_format("arrow").iter(batch_size=BATCH_ROWS)
+        records = (record for batch in batches for record in batch.to_pylist())
+        where = f"{path} (split {split})"
+        yield from ((f"{where}, row {n}", record) for n, record in enumerate(records, start=1))
 
     def _dataset(self, path: str, split: str) -> Any:
         """Raises:
@@ -101,34 +116,4 @@ class HuggingFace(TextSource):
             return datasets.load_from_disk(str(local))[split]
         if (local / "state.json").exists():
             return datasets.load_from_disk(str(local))
-        if local.is_file():
-            if local.suffix not in BUILDERS:
-                raise ValueError(f"a file must be one of {', '.join(BUILDERS)}")
-            # In a folder of its own: the library knows a file by its time of writing alone.
-            return datasets.load_dataset(
-                BUILDERS[local.suffix], data_files=str(local), split="train",
-                cache_dir=self._scratch,
-            )  # fmt: skip
         return datasets.load_dataset(path, self.name, split=split, num_proc=self.num_proc)
-
-    def size(self) -> int:
-        return sum(self._dataset(path, split).data.nbytes for path, split, _ in self.wanted)
-
-    def read(self) -> Iterator[Chunk]:
-        for path, split, val in self.wanted:
-            yield from self.chunks(((row, True) for row in self._rows(path, split)), val=val)
-
-    def _rows(self, path: str, split: str) -> Iterator[Segments]:
-        found = self._dataset(path, split).select_columns(self.fields).with_format("arrow")
-        number = 0
-        for batch in found.iter(batch_size=ROWS):
-            columns = [batch.column(field).to_pylist() for field in self.fields]
-            for row in zip(*columns, strict=True):
-                number += 1
-                if not all(isinstance(text, str) for text in row):
-                    what = f"{path} (split {split}), row {number}: no text in column {self.fields}"
-                    raise ValueError(what)
-                if any(map(str.strip, row)):
-                    yield row
-                else:
-                    self.left_out["blank rows"] += 1

@@ -1,10 +1,11 @@
-"""A language whose own probabilities are known, so that the lowest possible loss is known too."""
+"""SyntheticLanguage: a source of which the lowest possible loss is known."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from causal_lm.data.documents import Corpus, Documents
-from causal_lm.data.tokenizers import BOS, EOS, SPECIAL, Symbols
+from causal_lm.data.tokenizers import BOS, EOS, SPECIAL, SymbolTokenizer
 
 
 class MarkovLanguage:
@@ -12,15 +13,15 @@ class MarkovLanguage:
 
     Each symbol may be followed by ``successors`` others (never by itself), with probabilities
     drawn once from ``seed``. After each symbol the document ends with probability ``1 / mean``;
-    after ``max_symbols`` it ends for certain. Lengths are therefore geometric: many short
-    documents, a long tail, and about three quarters of a padded batch is PAD.
+    after ``max_symbols`` it always ends. So lengths are geometric: many documents are short, a
+    few are long, and about three quarters of a padded batch is PAD.
 
     Args:
         symbols: size of the alphabet.
-        successors: symbols that may follow each symbol.
-        mean: of the geometric length, in symbols, before the cut at ``max_symbols``.
-        max_symbols: longest document.
-        seed: of the language itself.
+        successors: number of symbols that may follow each symbol.
+        mean: mean length in symbols, before the cut at ``max_symbols``.
+        max_symbols: length of the longest document in symbols.
+        seed: of the transition probabilities.
     """
 
     def __init__(
@@ -37,64 +38,64 @@ class MarkovLanguage:
             weights = torch.rand(successors, generator=generator, dtype=torch.float64) + 0.1
             chain[first + symbol, first + others] = weights / weights.sum()
         self.chain = chain
-        """(V, V) probability of the next symbol, given that there is one."""
+        """(V, V) probability of the next symbol, given that the document goes on."""
 
     def sample(self, documents: int, generator: torch.Generator) -> Documents:
-        """Draw whole documents, all of them at once, symbol by symbol."""
+        """Draw so many complete documents, all at once, symbol by symbol."""
         columns = [torch.full((documents,), BOS)]
-        going = torch.ones(documents, dtype=torch.bool)
+        unfinished = torch.ones(documents, dtype=torch.bool)
         lengths = torch.ones(documents, dtype=torch.int64)
         for _ in range(self.max_symbols):
             symbol = torch.full((documents,), EOS)
-            symbol[going] = torch.multinomial(
-                self.chain[columns[-1][going]], 1, generator=generator
+            symbol[unfinished] = torch.multinomial(
+                self.chain[columns[-1][unfinished]], 1, generator=generator
             ).squeeze(1)
             columns.append(symbol)
-            lengths += going
-            going &= torch.rand(documents, generator=generator) >= self.end
+            lengths += unfinished
+            unfinished &= torch.rand(documents, generator=generator) >= self.end
         columns.append(torch.full((documents,), EOS))
-        rows = torch.stack(columns, dim=1)  # (D, max_symbols + 2), EOS from the end on
+        padded = torch.stack(columns, dim=1)  # (D, max_symbols + 2), EOS from the end on
         lengths += 1
-        flat = rows[torch.arange(rows.shape[1]) < lengths[:, None]].int()
-        return Documents(flat, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+        tokens = padded[torch.arange(padded.shape[1]) < lengths[:, None]].int()
+        return Documents(tokens, F.pad(lengths.cumsum(0), (1, 0)))
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """(nats, targets): the negative log-probability of every target under the language.
+        """Nats and number of all targets of ``documents`` under the true distribution.
 
-        Their quotient is the exact lowest expected loss on these documents.
+        Nats / targets is the lowest expected loss on these documents, exactly.
         """
-        flat = documents.tokens[:].long()
-        targets = torch.ones(len(flat), dtype=torch.bool)
+        tokens = documents.tokens[:].long()
+        is_target = torch.ones(len(tokens), dtype=torch.bool)
         starts = documents.offsets[:-1]
-        targets[starts] = False  # BOS is given
-        previous, following = flat[:-1][targets[1:]], flat[1:][targets[1:]]
-        ending = following == EOS
-        # Symbols so far, at the token before each target: BOS sits at place 0 of its document.
-        place = torch.arange(len(flat)) - starts.repeat_interleave(documents.lengths)
-        place = place[:-1][targets[1:]]
-        end = torch.full(place.shape, self.end, dtype=torch.float64)
-        end[place == 0], end[place == self.max_symbols] = 0.0, 1.0
-        probability = torch.where(ending, end, (1 - end) * self.chain[previous, following])
+        is_target[starts] = False  # BOS is given
+        previous, following = tokens[:-1][is_target[1:]], tokens[1:][is_target[1:]]
+        # Symbols up to the token before each target: none at BOS.
+        symbols = torch.arange(len(tokens)) - starts.repeat_interleave(documents.lengths)
+        symbols = symbols[:-1][is_target[1:]]
+        end = torch.full(symbols.shape, self.end, dtype=torch.float64)
+        end[symbols == 0], end[symbols == self.max_symbols] = 0.0, 1.0
+        go_on = (1 - end) * self.chain[previous, following]
+        probability = torch.where(following == EOS, end, go_on)
         return float(-probability.log().sum()), len(following)
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
-        """bool, elementwise: the language gives ``following`` a chance after ``previous``."""
-        symbol_before = previous >= len(SPECIAL)
+        """bool, elementwise: ``following`` has a chance after ``previous``."""
+        after_symbol = previous >= len(SPECIAL)
         return torch.where(
-            following == EOS, symbol_before, self.chain.to(previous.device)[previous, following] > 0
+            following == EOS, after_symbol, self.chain.to(previous.device)[previous, following] > 0
         )
 
 
-class Synthetic:
-    """Source of a seeded :class:`MarkovLanguage`; nothing to download, nothing on disk.
+class SyntheticLanguage:
+    """Source of documents of a seeded :class:`MarkovLanguage`; needs no download and no disk.
 
     Args:
-        train_documents, val_documents: how many to draw, from independent streams.
-        max_length: tokens of the longest document, BOS and EOS counted.
-        copies: times that a document's symbols are written, one after the other, as crawled text
-            repeats its lines. With more than one the source knows neither floor nor legality.
-        copies_after: training documents, before those, that are written once.
-        Others: see :class:`MarkovLanguage`.
+        train_documents, val_documents: number of documents, drawn from independent streams.
+        max_length: tokens of the longest document, BOS and EOS included.
+        copies: times that a document's symbols are repeated, as lines are in crawled text. With
+            more than one the source knows neither the entropy floor nor which tokens are legal.
+        copies_after: number of training documents, before those, that are not repeated.
+        symbols, successors, mean, seed: see :class:`MarkovLanguage`.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Synthetic:
         copies: int = 1,
         copies_after: int = 0,
     ) -> None:
-        self.language, self.short = (
+        self.language, self.short_language = (
             MarkovLanguage(symbols, successors, mean, (max_length - 2) // times, seed)
             for times in (1, copies)
         )
@@ -119,17 +120,18 @@ class Synthetic:
 
     def load(self) -> Corpus:
         streams = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(2)]
+        tokenizer = SymbolTokenizer(self.symbols)
         if self.copies == 1:
             train, val = map(self.language.sample, self.sizes, streams)
-            return Corpus(train, val, Symbols(self.symbols), self.language)
-        once = self.language.sample(self.copies_after, streams[0])
-        train, val = map(self._copied, self.sizes, streams)
-        tokens = torch.cat([once.tokens[:], train.tokens[:]])
-        offsets = torch.cat([once.offsets[:-1], train.offsets[:] + len(once.tokens)])
-        return Corpus(Documents(tokens, offsets), val, Symbols(self.symbols))
+            return Corpus(train, val, tokenizer, self.language)
+        plain = self.language.sample(self.copies_after, streams[0])
+        train, val = map(self._sample_repeated, self.sizes, streams)
+        tokens = torch.cat([plain.tokens[:], train.tokens[:]])
+        offsets = torch.cat([plain.offsets[:-1], train.offsets[:] + len(plain.tokens)])
+        return Corpus(Documents(tokens, offsets), val, tokenizer)
 
-    def _copied(self, size: int, stream: torch.Generator) -> Documents:
-        """BOS s EOS -> BOS s s … s EOS."""
-        documents = self.short.sample(size, stream)
-        rows = (documents[i].tokens.tolist() for i in range(size))
-        return Documents.from_lists([*row[:1], *row[1:-1] * self.copies, *row[-1:]] for row in rows)
+    def _sample_repeated(self, size: int, stream: torch.Generator) -> Documents:
+        """Documents ``BOS s s … s EOS``."""
+        documents = self.short_language.sample(size, stream)
+        lists = (documents[i].tokens.tolist() for i in range(size))
+        return Documents.from_lists([bos, *s * self.copies, eos] for bos, *s, eos in lists)

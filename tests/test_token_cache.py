@@ -1,4 +1,4 @@
-"""Tokens on disk: never stale, never half-written, built once, read piece by piece."""
+"""Tokens on disk: never stale, never incomplete, built once, read piece by piece."""
 
 import itertools
 import json
@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from causal_lm import config
 from causal_lm.build import instantiate
 from causal_lm.data import documents, token_cache
-from causal_lm.data.documents import Documents, Mapped
+from causal_lm.data.documents import Documents, MemoryMappedArray
 from causal_lm.data.sources import base
 from causal_lm.data.sources.docstrings import Docstrings
-from causal_lm.data.sources.text_files import Text
+from causal_lm.data.sources.text_files import TextFiles
 
 
 def lines_of(corpus):
@@ -40,14 +40,14 @@ def path(tmp_path):
 def make(path, tmp_path):
     def make(**options):
         options = {"unit": "line", "val_share": 0.2, "cache_dir": str(tmp_path / "cache")} | options
-        return Text(path=str(path), **options)
+        return TextFiles(path=str(path), **options)
 
     return make
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """The folders that were built, not taken as they were."""
+    """The folders that were built rather than found."""
     folders = []
     build_ = base.TextSource._build
 
@@ -64,7 +64,7 @@ def built(monkeypatch):
 
 def test_the_second_start_reads_nothing(make, built, monkeypatch):
     first = lines_of(make().load())
-    monkeypatch.setattr(Text, "read", None)
+    monkeypatch.setattr(TextFiles, "parts", None)
     assert lines_of(make().load()) == first
     assert len(built) == 1
 
@@ -93,15 +93,15 @@ def test_a_changed_file_is_read_again(make, built, path):
 
 def test_a_change_in_the_middle_of_a_large_file_is_seen(tmp_path):
     path = tmp_path / "large"
-    content = bytearray(b"a" * 4 * token_cache.SAMPLE)
+    content = bytearray(b"a" * 4 * token_cache.SAMPLE_BYTES)
     path.write_bytes(content)
-    before, stat = token_cache.identity(path), path.stat()
-    assert token_cache.identity(path) == before
+    before, stat = token_cache.file_identity(path), path.stat()
+    assert token_cache.file_identity(path) == before
     time.sleep(0.05)  # the clock of a file system has ticks
-    content[2 * token_cache.SAMPLE] = ord("b")
+    content[2 * token_cache.SAMPLE_BYTES] = ord("b")
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert token_cache.identity(path) != before
+    assert token_cache.file_identity(path) != before
 
 
 @pytest.mark.extras
@@ -126,7 +126,7 @@ def test_docstrings_are_read_again_where_a_file_changed(tmp_path, built):
         file.write_text("\n".join(f'def f{i}():\n    """{name} {i}"""' for i in range(50)))
         corpus = Docstrings(root=str(tmp_path), val_share=0.3, cache_dir=str(tmp_path)).load()
         assert lines_of(corpus) == sorted(f"{name} {i}" for i in range(50))
-    assert len(built) == 3  # written anew is changed, whatever was written
+    assert len(built) == 3  # a file that was written again counts as changed
 
 
 # ---- whole or absent, built once ----
@@ -156,7 +156,7 @@ def build_slowly(folder):
 
 
 def start(folder):
-    token_cache.cached(folder, build_slowly)
+    token_cache.build_once(folder, build_slowly)
     return (folder / "whole").exists()
 
 
@@ -173,7 +173,7 @@ def test_several_processes_make_the_same_tokens(make, path, tmp_path, monkeypatc
     path.write_text("\n".join(f"line {i} " * 20 for i in range(3000)))
     alone = make(num_proc=1).load()
     monkeypatch.setattr(base, "SINGLE_PROCESS_BYTES", 0)
-    monkeypatch.setattr(base, "CHUNK", 10_000)  # 50 chunks
+    monkeypatch.setattr(base, "CHUNK_CHARACTERS", 10_000)  # 50 chunks
     several = make(num_proc=2, cache_dir=str(tmp_path / "other")).load()
     for one, other in ((alone.train, several.train), (alone.val, several.val)):
         assert torch.equal(one.tokens[:], other.tokens[:])
@@ -196,7 +196,7 @@ def test_every_document_once_per_epoch_in_full(path, tmp_path):
     for i in range(len(data.corpus.train)):
         ids = data.corpus.train[i].tokens.tolist()
         expected += itertools.pairwise(ids)
-    assert len(data.train_rows) > len(data.corpus.train) > 100
+    assert len(data.train_windows) > len(data.corpus.train) > 100
     assert sorted(pairs) == sorted(expected)
 
 
@@ -224,12 +224,12 @@ def resident(kind="RssFile"):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-@pytest.mark.parametrize("kept", [documents.READS_KEPT, 10**9])
+@pytest.mark.parametrize("kept", [documents.RELEASE_AFTER_READS, 10**9])
 def test_reading_all_of_a_file_keeps_little_of_it(kept, tmp_path, monkeypatch):
-    """And it would keep the whole, were pages not handed back."""
-    monkeypatch.setattr(documents, "READS_KEPT", kept)
+    """It would keep all of it if pages were not released."""
+    monkeypatch.setattr(documents, "RELEASE_AFTER_READS", kept)
     np.zeros(30 << 20, np.uint16).tofile(tmp_path / "tokens")  # 60 MiB
-    tokens = Mapped(tmp_path / "tokens", "uint16")
+    tokens = MemoryMappedArray(tmp_path / "tokens", "uint16")
     before = resident()
     for start_ in range(0, len(tokens), 1000):
         tokens[start_ : start_ + 1000]
@@ -255,9 +255,9 @@ def test_windows_by_loop(lengths, max_length):
             if end == n:
                 break
             begin = end - 1
-    rows = whole.windows(max_length)
-    found = [rows[i].tokens.tolist() for i in range(len(rows))]
-    starts, sizes = [rows.span(i).start for i in range(len(rows))], rows.lengths.tolist()
+    windows = whole.windows(max_length)
+    found = [windows[i].tokens.tolist() for i in range(len(windows))]
+    starts, sizes = [windows.span(i).start for i in range(len(windows))], windows.lengths.tolist()
     assert list(zip(starts, sizes, found, strict=True)) == expected
 
 

@@ -1,0 +1,273 @@
+"""Reads the documents of one text file: .txt, .jsonl, .json, .csv or .parquet."""
+
+import codecs
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from causal_lm import extras
+from causal_lm.data.sources.base import TextSource
+from causal_lm.data.tokenize_corpus import Part, Segments
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+BLOCK_BYTES = 1 << 20
+"""Bytes that are read from a file at a time."""
+MAX_UNIT_BYTES = 16 << 20
+"""Bytes of a line, paragraph or record; a longer one is a fault, mostly of a file without lines."""
+
+
+class FileReader(TextSource):
+    """What the sources of files and records share: cutting a file into documents.
+
+    Faults are an empty file, bytes that are not UTF-8, a line of more than 16 MiB, and a record
+    that is not JSON or lacks the field. They raise, or what they are in is skipped and counted. A
+    blank line, paragraph or record is counted and never a document.
+
+    Args:
+        unit: one document is a ``file``, ``line`` or ``paragraph`` (up to a blank line) of a .txt,
+            or a ``record`` of another file; None: :data:`TXT_UNIT` or record.
+        field: key or column of a record's text.
+        prompt_field: key or column of a prompt, which precedes the text and is not learned.
+        on_error: ``raise`` or ``skip``.
+        options: see :class:`causal_lm.data.sources.base.TextSource`.
+    """
+
+    TXT_UNIT = "file"
+
+    def __init__(
+        self,
+        *,
+        unit: str | None = None,
+        field: str = "text",
+        prompt_field: str | None = None,
+        on_error: str = "raise",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.unit, self.on_error = unit, on_error
+        self.fields = [prompt_field, field] if prompt_field else [field]
+
+    def identity(self) -> dict[str, Any]:
+        return {"unit": self.unit, "fields": self.fields, "on_error": self.on_error}
+
+    def check(self, path: Path) -> None:
+        """Raises ValueError for a kind of file that is not read, or lacks the unit or fields."""
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: its suffix must be one of {', '.join(SUFFIXES)}")
+        units = ("file", "line", "paragraph") if path.suffix == ".txt" else ("record",)
+        if self.unit and self.unit not in units:
+            raise ValueError(
+                f"data.unit={self.unit}: {path} can be cut by {' or '.join(units)} only"
+            )
+        if len(self.fields) > 1 and path.suffix == ".txt":
+            raise ValueError(f"data.prompt_field is a key of records, which {path} does not have")
+
+    def unit_of(self, path: Path) -> str:
+        return self.unit or (self.TXT_UNIT if path.suffix == ".txt" else "record")
+
+    def documents(self, path: Path) -> Iterator[Part]:
+        """The documents of a file. Only whole files come in several parts."""
+        unit = self.unit_of(path)
+        if unit == "file":
+            yield from self.whole_file(path)
+            return
+        if not path.stat().st_size:
+            return self._fault("empty files", f"{path} is empty")
+        if unit == "record":
+            yield from self.records(self._file_rows(path))
+        else:
+            texts = self._lines(path) if unit == "line" else self._paragraphs(path)
+            yield from self._not_blank(((text,) for text in texts), f"blank {unit}s")
+
+    def whole_file(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[Part]:
+        """The bytes from ``start`` to ``end`` of a file as one document, in parts that end with a
+        line."""
+        size = path.stat().st_size
+        if not size:
+            return self._fault("empty files", f"{path} is empty")
+        if error := _utf8_error(path):
+            return self._fault("files that are not UTF-8", f"{path}, {error}")
+        decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
+        text, left = "", (size if end is None else end) - start
+        with path.open("rb") as file:
+            file.seek(start)
+            while block := file.read(min(BLOCK_BYTES, left)):
+                left -= len(block)
+                text += decoder.decode(block)
+                if left:
+                    cut = text.rfind("\n") + 1 or len(text)
+                    yield (text[:cut],), False
+                    text = text[cut:]
+        yield (text,), True
+
+    def records(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Part]:
+        """The documents of records, each given as (where it is, the record)."""
+        return self._not_blank(self._segments(rows), "blank records")
+
+    def _segments(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Segments]:
+        for where, record in rows:
+            fault = self._record_fault(record)
+            if fault is None:
+                yield tuple(record[field] for field in self.fields)
+            else:
+                self._fault(fault[0], f"{where}: {fault[1]}")
+
+    def _record_fault(self, record: Any) -> tuple[str, str] | None:
+        """The kind of fault of a record, and what it is."""
+        if not isinstance(record, dict):
+            return "records without the field", "not an object with keys"
+        for field in self.fields:
+            if field not in record:
+                has = ", ".join(record)
+                return "records without the field", f"no key {field!r}; the record has {has}"
+            if not isinstance(record[field], str):
+                value = repr(record[field])[:40]
+                return "records without the field", f"{field!r} is {value}, which is not a text"
+            if not _is_unicode(record[field]):
+                return "records that are not Unicode", f"{field!r} has half a surrogate pair"
+        return None
+
+    def _not_blank(self, documents: Iterable[Segments], kind: str) -> Iterator[Part]:
+        for segments in documents:
+            if any(map(str.strip, segments)):
+                yield segments, True
+            else:
+                self.skipped[kind] += 1
+
+    def _fault(self, kind: str, what: str) -> None:
+        """Raise ValueError, or count what is skipped."""
+        if self.on_error == "raise":
+            raise ValueError(f"{what}: correct it, or skip such {kind} with data.on_error=skip")
+        self.skipped[kind] += 1
+
+    def _lines(self, path: Path) -> Iterator[str]:
+        for number, raw in enumerate(_raw_lines(path), start=1):
+            text = self._decode(raw, path, number, "lines")
+            if text is not None:
+                yield text.removesuffix("\r")
+
+    def _paragraphs(self, path: Path) -> Iterator[str]:
+        lines: list[bytes] = []
+        first = size = 0
+        for number, raw in enumerate(chain(_raw_lines(path), [b""]), start=1):
+            if raw.strip():
+                first = first if lines else number
+                if size <= MAX_UNIT_BYTES:
+                    lines.append(raw)
+                    size += len(raw) + 1
+            elif lines:
+                text = self._decode(b"\n".join(lines).rstrip(b"\r"), path, first, "paragraphs")
+                if text is not None:
+                    yield text
+                lines, size = [], 0
+
+    def _file_rows(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """The records of a file, each with where it is."""
+        if path.suffix == ".parquet":
+            return self._parquet(path)
+        if path.suffix == ".csv":
+            return self._csv(path)
+        if path.suffix == ".json" and next(_raw_lines(path), b"").lstrip().startswith(b"["):
+            return self._json_array(path)
+        return self._jsonl(path)
+
+    def _jsonl(self, path: Path) -> Iterator[tuple[str, Any]]:
+        for number, raw in enumerate(_raw_lines(path), start=1):
+            text = self._decode(raw, path, number, "records")
+            if text is None:
+                continue
+            if not text.strip():
+                self.skipped["blank records"] += 1
+                continue
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                self._fault("records that are not JSON", f"{path}, line {number}: {error}")
+                continue
+            yield f"{path}, line {number}", record
+
+    def _json_array(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """An array of records, which is read as a whole."""
+        try:
+            records = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return self._fault("files that are not JSON", f"{path}: {error}")
+        yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, start=1))
+
+    def _csv(self, path: Path) -> Iterator[tuple[str, Any]]:
+        csv.field_size_limit(MAX_UNIT_BYTES)
+        rows = csv.DictReader((f"{line}\n" for line in self._lines(path)), restkey="surplus")
+        try:
+            yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
+        except csv.Error as error:
+            self._fault("files that are not CSV", f"{path}, line {rows.line_num}: {error}")
+
+    def _parquet(self, path: Path) -> Iterator[tuple[str, Any]]:
+        arrow = extras.load("pyarrow", "huggingface")
+        parquet = extras.load("pyarrow.parquet", "huggingface")
+        try:
+            file = parquet.ParquetFile(path, memory_map=True)
+        except arrow.ArrowInvalid as error:
+            return self._fault("files that are not parquet", f"{path}: {error}")
+        for field in self.fields:
+            if field not in file.schema_arrow.names:
+                what = f"{path}: no column {field!r}; it has {', '.join(file.schema_arrow.names)}"
+                return self._fault("files without the field", what)
+        batches = file.iter_batches(batch_size=256, columns=self.fields)
+        records = (record for batch in batches for record in batch.to_pylist())
+        yield from ((f"{path}, row {n}", record) for n, record in enumerate(records, start=1))
+
+    def _decode(self, raw: bytes, path: Path, number: int, units: str) -> str | None:
+        """The text of the unit that begins in line ``number``; None where it is skipped."""
+        if len(raw) > MAX_UNIT_BYTES:
+            limit = f"longer than {MAX_UNIT_BYTES >> 20} MiB"
+            self._fault(f"{units} {limit}", f"{path}, line {number}: {limit}")
+            return None
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            line = number + raw.count(b"\n", 0, error.start)
+            what = f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8"
+            self._fault(f"{units} that are not UTF-8", what)
+            return None
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half a surrogate pair, which no encoding has."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """Lines without their line feeds. A line that is too long is cut one byte above the limit."""
+    rest = b""
+    with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        while block := file.read(BLOCK_BYTES):
+            *lines, rest = (rest + block).split(b"\n")
+            yield from lines
+            rest = rest[: MAX_UNIT_BYTES + 1]
+    if rest:
+        yield rest
+
+
+def _utf8_error(path: Path) -> str | None:
+    """Where the first byte is that is not UTF-8; None where there is none."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with path.open("rb") as file:
+        while True:
+            block = file.read(BLOCK_BYTES)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                return f"line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
+            if not block:
+                return None
+            line += block.count(b"\n")
