@@ -68,8 +68,6 @@ class Yardstick:
     def __init__(
         self, train: Tensor | MemoryMappedArray, val: Tensor | MemoryMappedArray, steps: int
     ) -> None:
-        self, train: Tensor | MemoryMappedArray, val: Tensor | MemoryMappedArray, steps: int
-    ) -> None:
         used, ids = torch.cat([train[:], val[:]]).unique(return_inverse=True)
         self.train, self.val = ids[: len(train)], ids[len(train) :]
         self.steps, self.step, self.seconds = steps, 0, 0.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from causal_lm.data.documents import Documents
-from causal_lm.data.tokenizers import BOS, EOS
+from causal_lm.data.tokenizers import BOS, EOS, ByteTokenizer
 from causal_lm.report.consistency import (
     SentenceEmbedder,
     consistency,

@@ -241,8 +241,6 @@ def _same_ids(tokenizer: Tokenizer) -> tuple[Any, Any]:
         return library, library.Tokenizer.from_str(tokenizer.json)
     vocabulary = {text: i for i, text in SPECIAL.items()}
     if isinstance(tokenizer, ByteTokenizer):  # without characters, all text falls back to bytes
-        tokenizer, ByteTokenizer
-    ):  # no character is in the vocabulary: all fall back to bytes
         vocabulary |= {f"<0x{byte:02X}>": byte + len(SPECIAL) for byte in range(256)}
         decoders = [library.decoders.ByteFallback(), library.decoders.Fuse()]
     elif isinstance(tokenizer, SymbolTokenizer):
