@@ -46,6 +46,10 @@ def wrong():
 def number():
     return 3
 
+def nothing():
+    model, batch, _ = make(False)
+    return model, batch, lambda model, batch: model.head.weight.sum()
+
 def breaks():
     raise RuntimeError("no such file of weights")
 """
@@ -98,6 +102,12 @@ def test_command_on_a_configured_run():
     assert faulty.returncode == 1
     assert json.loads(faulty.stdout)["faults"] == ["shift", "pad", "causal"]
     assert preflight("experiment=fux").returncode == 2
+
+
+def test_command_where_nothing_could_be_examined(theirs):
+    done = preflight(f"{theirs}:nothing", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["audited"] is False
 
 
 def test_the_example_shows_a_right_and_a_faulty_loss():
