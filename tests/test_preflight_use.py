@@ -125,7 +125,8 @@ def test_every_label_has_a_place_to_look():
 def test_the_callback_of_a_configured_run(tmp_path):
     tokenizer = Symbols(5)
     right = make_preflight(config.load(["experiment=fix"]), tokenizer, tmp_path)
-    assert (right.pad_id, right.eos_id) == (tokenizer.pad_id, tokenizer.eos_id)
+    ids = right.options["pad_id"], right.options["eos_id"]
+    assert ids == (tokenizer.pad_id, tokenizer.eos_id)
     assert right.figures() == {"preflight/faults": [], "seconds/preflight": None}
     wrong = make_preflight(config.load(["pitfalls.unshifted_labels=true"]), tokenizer, None)
     wrong.report = Report([Finding("shift", "seen", "mend"), Finding("causal", "seen", "mend")])

@@ -45,9 +45,9 @@ class Theirs(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module, callback, tmp_path, **options):
+def fit(module, callback, tmp_path, batch=None, **options):
     ids = torch.tensor([[1, 3, 4, 5, 6, 2], [1, 7, 8, 2, 0, 0], [1, 9, 5, 4, 2, 0]])
-    data = [{"input_ids": ids, "attention_mask": (ids != 0).long()}] * 3
+    data = [batch or {"input_ids": ids, "attention_mask": (ids != 0).long()}] * 3
     trainer = L.Trainer(
         max_steps=2, max_epochs=1, accelerator="cpu", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -219,6 +219,18 @@ def test_manual_optimization_is_audited_and_left_as_it_was(tmp_path, way):
     assert states[0] == states[1]
     with pytest.raises(PreflightError, match="shift"):
         fit(Manual(2, way), Preflight(pad_id=0, eos_id=2), tmp_path, logger=Memory())
+
+
+def test_keys_of_the_batch_are_passed_on(tmp_path):
+    class Renamed(Theirs):
+        def training_step(self, batch, batch_idx):
+            return super().training_step({"input_ids": batch["tokens"]}, batch_idx)
+
+    ids = torch.tensor([[1, 3, 4, 5, 6, 2], [1, 7, 8, 2, 0, 0], [1, 9, 5, 4, 2, 0]])
+    for key, audited in (("tokens", True), ("input_ids", False)):
+        callback = Preflight(pad_id=0, eos_id=2, input_key=key)
+        fit(Renamed(1), callback, tmp_path, batch={"tokens": ids})
+        assert callback.report.clean == audited, str(callback.report)
 
 
 def test_a_step_without_a_loss_is_not_audited(tmp_path, capsys):

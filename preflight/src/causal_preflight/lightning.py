@@ -46,7 +46,7 @@ class Preflight(L.Callback):
         remedies: label of a fault -> what to change in this project, for the error message.
         override: what to set to train in spite of a fault, for the error message.
         name: token id -> text that a person can read.
-        options: further options of `causal_preflight.preflight`, as `input_key`.
+        input_key, labels_key: names of ids and labels in the batch.
 
     Raises:
         PreflightError: on every rank, with the evidence and the remedy.
@@ -62,12 +62,15 @@ class Preflight(L.Callback):
         remedies: Mapping[str, str] | None = None,
         override: str = 'Preflight("warn")',
         name: Callable[[int], str] = str,
-        **options: Any,
+        input_key: str = "input_ids",
+        labels_key: str = "labels",
     ) -> None:
         if on_fault not in ("error", "warn", "off"):
             raise ValueError(f"on_fault must be error, warn or off, not {on_fault!r}")
-        self.on_fault, self.pad_id, self.eos_id, self.options = on_fault, pad_id, eos_id, options
-        self.directory, self.remedies = directory, remedies or {}
+        self.on_fault, self.directory, self.remedies = on_fault, directory, remedies or {}
+        self.options: dict[str, Any] = {
+            "pad_id": pad_id, "eos_id": eos_id, "input_key": input_key, "labels_key": labels_key,
+        }  # fmt: skip
         self.override, self.name = override, name
         self.report: Report | None = None
 
@@ -106,8 +109,8 @@ class Preflight(L.Callback):
         with _without_effects(trainer, module) as losses:
             try:
                 return audit_batch(
-                    module, batch, loss_of, pad_id=self.pad_id, eos_id=self.eos_id,
-                    parted=trainer.accumulate_grad_batches * trainer.world_size > 1, **self.options,
+                    module, batch, loss_of, **self.options,
+                    parted=trainer.accumulate_grad_batches * trainer.world_size > 1,
                 )  # fmt: skip
             except ValueError as error:  # the first training step raises what the model has to say
                 return Report(skipped={"preflight": str(error)})
