@@ -4,7 +4,8 @@
                                                        (model, batch, loss_fn)
     python scripts/preflight.py experiment=bug …       a configured run and its first batch
 
-examples/audit_me.py is such a file. Exit code 0: no fault found; 1: faults; 2: it could not run.
+examples/audit_me.py is such a file. Exit code 0: no fault found; 1: faults; 2: it could not run, or
+nothing could be examined.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> int:
 
         write_text(args.html, to_html(report))
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
-    return 1 if report.faults else 0
+    return 1 if report.faults else 0 if report.audited else 2
 
 
 def _audit(args: argparse.Namespace) -> Any:

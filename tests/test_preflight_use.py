@@ -46,6 +46,10 @@ def wrong():
 def number():
     return 3
 
+def nothing():
+    model, batch, _ = make(False)
+    return model, batch, lambda model, batch: model.head.weight.sum()
+
 def breaks():
     raise RuntimeError("no such file of weights")
 """
@@ -100,6 +104,12 @@ def test_command_on_a_configured_run():
     assert preflight("experiment=fux").returncode == 2
 
 
+def test_command_where_nothing_could_be_examined(theirs):
+    done = preflight(f"{theirs}:nothing", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["audited"] is False
+
+
 def test_the_example_shows_a_right_and_a_faulty_loss():
     example = str(ROOT / "examples" / "audit_me.py")
     for function, code in (("right", 0), ("unshifted", 1)):
@@ -115,7 +125,8 @@ def test_every_label_has_a_place_to_look():
 def test_the_callback_of_a_configured_run(tmp_path):
     tokenizer = SymbolTokenizer(5)
     right = make_preflight(config.load(["experiment=fix"]), tokenizer, tmp_path)
-    assert (right.pad_id, right.eos_id) == (tokenizer.pad_id, tokenizer.eos_id)
+    ids = right.options["pad_id"], right.options["eos_id"]
+    assert ids == (tokenizer.pad_id, tokenizer.eos_id)
     assert right.figures() == {"preflight/faults": [], "seconds/preflight": None}
     wrong = make_preflight(config.load(["pitfalls.unshifted_labels=true"]), tokenizer, None)
     wrong.report = Report([Finding("shift", "seen", "mend"), Finding("causal", "seen", "mend")])

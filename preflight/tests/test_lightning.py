@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import random
 from collections import namedtuple
 from functools import cached_property
 
@@ -14,6 +16,8 @@ from torch.utils.data import DataLoader
 from audit_cases.parts import Tiny, ce, padded
 
 L = pytest.importorskip("lightning")
+
+from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from causal_preflight.lightning import Preflight, PreflightError, audit_batch  # noqa: E402
 
@@ -41,13 +45,13 @@ class Theirs(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module, callback, tmp_path, **options):
+def fit(module, callback, tmp_path, batch=None, **options):
     ids = torch.tensor([[1, 3, 4, 5, 6, 2], [1, 7, 8, 2, 0, 0], [1, 9, 5, 4, 2, 0]])
-    data = [{"input_ids": ids, "attention_mask": (ids != 0).long()}] * 3
+    data = [batch or {"input_ids": ids, "attention_mask": (ids != 0).long()}] * 3
     trainer = L.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-        default_root_dir=tmp_path, **options,
+        max_steps=2, max_epochs=1, accelerator="cpu", enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, **({"callbacks": [callback], "logger": False} | options),
     )  # fmt: skip
     trainer.fit(module, DataLoader(data, batch_size=None))
     return trainer
@@ -141,6 +145,124 @@ def test_named_tuples_and_dataclasses(kind, parted, shifted):
     if not shifted:
         assert not report.faults, str(report)
         assert {"alignment", "future", "reduction"} <= set(report.passed)
+
+
+class Manual(Theirs):
+    """Manual optimization: steps, zeroes, clips, schedules and logs inside `training_step`."""
+
+    def __init__(self, shift: int, way: str = "manual_backward") -> None:
+        super().__init__(shift)
+        self.automatic_optimization, self.way = False, way
+
+    def training_step(self, batch, batch_idx):
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        random.random()
+        loss = super().training_step(batch, batch_idx)["loss"]
+        if self.logger is not None:
+            self.logger.experiment.append(loss.item())
+        optimizer.param_groups[0]["lr"] *= 0.5
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, 1.0, "norm")
+        if self.way == "trainer":
+            self.trainer.optimizers[0].step()
+        else:
+            optimizer.step()
+        scheduler.step()
+        return loss if self.way == "returned" else None
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
+
+
+class Memory(Logger):
+    """A logger whose experiment is a list."""
+
+    name, version = "memory", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experiment: list[float] = []
+
+    def log_metrics(self, *args, **kwargs): ...
+    def log_hyperparams(self, *args, **kwargs): ...
+
+
+class State(L.Callback):
+    """What the optimizer, scheduler, trainer and random states are before the first step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            (optimizer,) = trainer.optimizers
+            self.seen = [
+                dict(optimizer.state), optimizer.param_groups[0]["lr"], "step" in vars(optimizer),
+                trainer.lr_scheduler_configs[0].scheduler.state_dict(), trainer.global_step,
+                list(trainer.logger.experiment), random.getstate(), torch.get_rng_state().tolist(),
+                [p.grad for p in pl_module.parameters()],
+            ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["manual_backward", "returned", "trainer"])
+def test_manual_optimization_is_audited_and_left_as_it_was(tmp_path, way):
+    states = []
+    for on_fault in ("error", "off"):
+        callback, state, module = Preflight(on_fault, pad_id=0, eos_id=2), State(), Manual(1, way)
+        random.seed(1)
+        torch.manual_seed(7)
+        trainer = fit(module, callback, tmp_path, callbacks=[callback, state], logger=Memory())
+        assert trainer.global_step == (2 if way != "trainer" else 0)
+        states.append([state.seen, [p.tolist() for p in module.parameters()]])
+        if on_fault == "error":
+            assert callback.report.clean, str(callback.report)
+            assert {"alignment", "reduction", "future"} <= set(callback.report.passed)
+    assert states[0] == states[1]
+    with pytest.raises(PreflightError, match="shift"):
+        fit(Manual(2, way), Preflight(pad_id=0, eos_id=2), tmp_path, logger=Memory())
+
+
+def test_keys_of_the_batch_are_passed_on(tmp_path):
+    class Renamed(Theirs):
+        def training_step(self, batch, batch_idx):
+            return super().training_step({"input_ids": batch["tokens"]}, batch_idx)
+
+    ids = torch.tensor([[1, 3, 4, 5, 6, 2], [1, 7, 8, 2, 0, 0], [1, 9, 5, 4, 2, 0]])
+    for key, audited in (("tokens", True), ("input_ids", False)):
+        callback = Preflight(pad_id=0, eos_id=2, input_key=key)
+        fit(Renamed(1), callback, tmp_path, batch={"tokens": ids})
+        assert callback.report.clean == audited, str(callback.report)
+
+
+def test_a_step_without_a_loss_is_not_audited(tmp_path, capsys):
+    class Silent(Manual):
+        def training_step(self, batch, batch_idx):
+            self.optimizers().step()
+
+    callback = Preflight(pad_id=0, eos_id=2)
+    assert fit(Silent(1), callback, tmp_path, logger=Memory()).global_step == 2
+    assert not callback.report.audited and not callback.report.clean
+    assert "manual_backward" in callback.report.skipped["preflight"]
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_it_is_heard_once_whatever_the_logging(tmp_path, handled, monkeypatch, capsys):
+    lines = []
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [Lines()] if handled else [logging.NullHandler()])
+    level = root.level
+    root.setLevel(logging.INFO if handled else logging.WARNING)
+    try:
+        fit(Theirs(1), Preflight(pad_id=0, eos_id=2), tmp_path)
+    finally:
+        root.setLevel(level)
+    heard = "\n".join(lines if handled else [capsys.readouterr().err])
+    assert heard.count("no fault found") == 1
+    assert ("no fault found" in capsys.readouterr().err) is False
 
 
 def test_another_type_of_batch_is_named():

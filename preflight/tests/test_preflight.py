@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -119,6 +120,90 @@ def test_bad_batches_are_refused_in_one_line(batch: Batch, words: str) -> None:
     with pytest.raises(ValueError, match=words) as raised:
         preflight(Tiny(), batch, token_mean)
     assert "\n" not in str(raised.value)
+
+
+def nano(seed: int, shift: int = 1) -> tuple[Tensor, Tensor]:
+    """(x, y) as nanoGPT gives them: y is x one token on (or `shift`), cut from one stream."""
+    stream = torch.randint(3, V, (4, 20), generator=torch.Generator().manual_seed(seed))
+    return stream[:, :12], stream[:, shift : 12 + shift]
+
+
+def xy_loss(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return ce(model(x), y)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_tuple_of_inputs_and_shifted_labels(kind: Any) -> None:
+    report = preflight(Tiny(), kind(nano(0)), xy_loss)
+    assert report.clean, str(report)
+    assert {"alignment", "reduction", "future"} <= set(report.passed)
+    assert preflight(Tiny(), kind(nano(0, 0)), xy_loss).faults == {"shift"}
+    assert preflight(Tiny(), kind(nano(0, 2)), xy_loss).faults == {"shift"}
+
+
+def test_other_keys_and_a_bare_tensor() -> None:
+    x, y = nano(0)
+    keys = {"input_key": "x", "labels_key": "y"}
+    for target, faults in ((y, set()), (x, {"shift"})):
+        batch = {"x": x, "y": target, "name": "a string"}
+        report = preflight(Tiny(), batch, lambda m, b: ce(m(b["x"]), b["y"]), **keys)
+        assert report.faults == faults and report.audited, str(report)
+    with pytest.raises(ValueError, match=r"`input_ids`.* x, y.*input_key="):
+        preflight(Tiny(), {"x": x, "y": y}, xy_loss)
+    report = preflight(Tiny(), x, lambda m, b: ce(m(b)[:, :-1], b[:, 1:]))
+    assert report.clean, str(report)
+
+
+def test_an_unknown_eos_is_not_called_checked() -> None:
+    for batch in (full(0), nano(0)):
+        loss = xy_loss if isinstance(batch, tuple) else token_mean
+        report = preflight(Tiny(), batch, loss)
+        assert "ending" in report.skipped and "ending" not in report.passed
+
+
+def test_nothing_examined_is_not_clean() -> None:
+    """No logits and no labels to perturb; and a batch in which nothing is trained."""
+    model = nn.Embedding(V, 1)
+    report = preflight(model, full(0), lambda m, b: m(b["input_ids"]).mean())
+    assert not report.audited and not report.clean and not report.faults
+    assert "NOT AUDITED" in str(report) and "no fault" not in str(report)
+    assert "NOT AUDITED" in to_html(report)
+    assert report.to_dict()["audited"] is False
+    nothing = preflight(Tiny(), full(0), lambda m, b: 0.0 * m(b["input_ids"]).sum())
+    assert not nothing.clean, str(nothing)
+
+
+class FrozenNorm(BatchNormed):
+    """BatchNorm that stays in eval mode whatever is asked of it."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_frozen_batch_norm_is_right(mode: bool) -> None:
+    torch.manual_seed(0)
+    assert preflight(FrozenNorm().train(mode), padded(0), token_mean, **KNOWN).clean
+    assert preflight(BatchNormed().train(mode), padded(0), token_mean, **KNOWN).faults == {"causal"}
+    by_hand = BatchNormed().train()
+    by_hand.bn.eval()
+    assert preflight(by_hand, padded(0), token_mean, **KNOWN).clean
+
+
+def test_random_states_of_python_and_numpy_are_kept() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        noise = random.random() + float(numpy.random.rand())
+        return ce(feed(model, batch) + noise * torch.arange(V) / V, targets(batch))
+
+    before = random.getstate(), numpy.random.get_state()[1].tolist()
+    report = preflight(Tiny(), padded(0), loss, **KNOWN)
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before
+    assert report.clean, str(report)  # every run draws the same
 
 
 def test_a_model_without_loss_is_told_what_to_pass() -> None:

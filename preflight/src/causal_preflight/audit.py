@@ -4,16 +4,15 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from causal_preflight import fused, html_page, padding, position, readout, reduction, visibility
 from causal_preflight.audit_batch import AuditBatch, UnexaminableError
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
-from causal_preflight.parse_batch import parse_batch
+from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
-from causal_preflight.sandbox import Sandbox
+from causal_preflight.sandbox import Sandbox, preserved_random_states
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
@@ -42,12 +41,14 @@ PROBES: tuple[Probe, ...] = (
 
 def preflight(
     model: nn.Module,
-    batch: dict[str, Any],
+    batch: Any,
     loss_fn: LossFn | None = None,
     *,
     pad_id: int | None = None,
     eos_id: int | None = None,
     seed: int = 0,
+    input_key: str = "input_ids",
+    labels_key: str = "labels",
 ) -> Report:
     """Check label shift, PAD handling, causal mask, reduction, EOS and positions by behavior.
 
@@ -55,11 +56,14 @@ def preflight(
         model: any module; it may return a tensor, a tuple, a dict or an object with `.logits`.
         batch: `input_ids` (B, T) and, where there are any, `attention_mask` (1 = real), `labels`
             (not shifted, -100 = ignore), `position_ids`, `document_ids` (-1 at PAD), each (B, T).
+            A dict, named tuple or dataclass of these; a tuple (ids, labels, ...), whose labels may
+            be shifted already; or the ids alone.
         loss_fn: `loss_fn(model, batch)` -> scalar training loss; may call the model several times.
             Without it, `model(**batch).loss`.
         pad_id: the id of PAD; inferred from the batch where it can be.
         eos_id: the id that ends a document.
         seed: of the swapped tokens and of the dropout in train mode.
+        input_key, labels_key: the keys of ids and labels in `batch`, where they have other names.
 
     Returns:
         A `Report`; `report.faults` holds some of "shift", "pad", "causal", "reduction", "eos",
@@ -71,15 +75,15 @@ def preflight(
     Parameters, buffers, gradients, modes and random state are left exactly as they were.
     """
     started = time.perf_counter()
-    parsed = parse_batch(batch, pad_id, eos_id)
+    raw, rebuild = named_tensors(batch, input_key, labels_key)
+    parsed = parse_batch(raw, pad_id, eos_id)
     _check_range(model, parsed)
     report = Report()
     full, work = _sampled(parsed, report)
     sandbox = Sandbox(model)
-    instrumented = InstrumentedModel(model, loss_fn, sandbox, seed)
+    instrumented = InstrumentedModel(model, loss_fn, sandbox, seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(cuda):
+    with preserved_random_states():
         try:
             _find_logits(ctx)
             for probe in PROBES if instrumented.logits_module is not None else (fused.labels,):

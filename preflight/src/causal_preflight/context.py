@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import AuditBatch
+from causal_preflight.audit_batch import AuditBatch, require
 from causal_preflight.instrumented_model import InstrumentedModel, Observation, Readout
 from causal_preflight.report import REMEDIES, Finding, Report
 
@@ -19,6 +19,7 @@ Probe = Callable[["Context"], list[Finding]]
 _ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3}
 _COARSE = 2e-2  # bfloat16 and below
 _RESHAPED = 4.0
+NONE_COUNTS = "no logit that counts is left to watch"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Context:
         home[-1] = -1  # slot -1 is in no batch
         index = home[other.slot]
         watch = self.counted(other) & b.made & (index >= 0)
+        require(watch.any(), NONE_COUNTS)
         old = a.logits.flatten(0, 1)[index]
         return self.largest_move(other, b.logits, old, watch, reshaped=True)
 

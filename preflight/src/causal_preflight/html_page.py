@@ -68,7 +68,7 @@ def to_html(report: Report, name: Callable[[int], str] = str) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Preflight</title>'
         f"<style>{_STYLE}</style><h1>Preflight</h1>"
-        f'<p class="verdict{" bad" if report.faults else ""}">{escape(report.verdict)}</p>'
+        f'<p class="verdict{"" if report.clean else " bad"}">{escape(report.verdict)}</p>'
         + _list(found)
         + _alignment(report.pictures.get("alignment") or [], name)
         + _visibility(report.pictures.get("visibility") or {}, name)

@@ -24,7 +24,7 @@ _NO_LOGITS = 0.5  # residual of the fit from which a tensor is surely no logits
 _NO_GRADIENT = 0.4  # residual given to a tensor without a gradient to judge by
 _MAX_FITTED = 2**21  # numbers are enough to tell logits from hidden states
 _TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
-LossFn = Callable[[Any, dict[str, Any]], Tensor]
+LossFn = Callable[[Any, Any], Tensor]
 
 
 @dataclass
@@ -96,10 +96,15 @@ class InstrumentedModel:
     """
 
     def __init__(
-        self, module: nn.Module, loss_fn: LossFn | None, sandbox: Sandbox, seed: int
+        self,
+        module: nn.Module,
+        loss_fn: LossFn | None,
+        sandbox: Sandbox,
+        seed: int,
+        rebuild: Callable[[dict[str, Any]], Any],
     ) -> None:
         self.module, self.loss_fn = module, loss_fn or _loss_of_model
-        self.sandbox, self.seed = sandbox, seed
+        self.sandbox, self.seed, self.rebuild = sandbox, seed, rebuild
         self.forwards = 0
         self.input_module: nn.Module | None = None
         self.logits_module: nn.Module | None = None
@@ -114,7 +119,7 @@ class InstrumentedModel:
         self.forwards += 1
         raw = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.raw.items()}
         with torch.enable_grad():
-            loss = self.loss_fn(self.module, raw)
+            loss = self.loss_fn(self.module, self.rebuild(raw))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("loss_fn must return the scalar training loss as a tensor")
         return loss
@@ -259,8 +264,8 @@ class InstrumentedModel:
                 hook.remove()
 
 
-def _loss_of_model(model: Any, raw: dict[str, Any]) -> Tensor:
-    loss = get(model(**raw), ("loss",))
+def _loss_of_model(model: Any, batch: Any) -> Tensor:
+    loss = get(model(**batch), ("loss",)) if isinstance(batch, dict) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the model returns no `.loss`: pass loss_fn(model, batch)")
     return loss

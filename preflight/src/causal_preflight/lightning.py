@@ -3,12 +3,12 @@
 Needs the extra: `pip install 'causal-preflight[lightning]'`.
 """
 
-import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from causal_preflight import Report, preflight, to_html
+from causal_preflight.parse_batch import named_tensors
 
 try:
     import lightning as L
+    from lightning.pytorch.loggers.logger import DummyLogger
 except ImportError as missing:
     raise ImportError(
         "causal_preflight.lightning needs Lightning: pip install 'causal-preflight[lightning]'"
@@ -38,12 +40,13 @@ class Preflight(L.Callback):
     or a dataclass with the fields that `causal_preflight.preflight` knows.
 
     Args:
-        on_fault: "error" stops the run, "warn" logs the faults and goes on, "off" does nothing.
+        on_fault: "error" stops the run, "warn" prints the faults and goes on, "off" does nothing.
         pad_id, eos_id: token ids, where they are known.
         directory: gets `preflight.json` and `preflight.html`; None writes nothing.
         remedies: label of a fault -> what to change in this project, for the error message.
         override: what to set to train in spite of a fault, for the error message.
         name: token id -> text that a person can read.
+        input_key, labels_key: names of ids and labels in the batch.
 
     Raises:
         PreflightError: on every rank, with the evidence and the remedy.
@@ -59,11 +62,15 @@ class Preflight(L.Callback):
         remedies: Mapping[str, str] | None = None,
         override: str = 'Preflight("warn")',
         name: Callable[[int], str] = str,
+        input_key: str = "input_ids",
+        labels_key: str = "labels",
     ) -> None:
         if on_fault not in ("error", "warn", "off"):
             raise ValueError(f"on_fault must be error, warn or off, not {on_fault!r}")
-        self.on_fault, self.pad_id, self.eos_id = on_fault, pad_id, eos_id
-        self.directory, self.remedies = directory, remedies or {}
+        self.on_fault, self.directory, self.remedies = on_fault, directory, remedies or {}
+        self.options: dict[str, Any] = {
+            "pad_id": pad_id, "eos_id": eos_id, "input_key": input_key, "labels_key": labels_key,
+        }  # fmt: skip
         self.override, self.name = override, name
         self.report: Report | None = None
 
@@ -75,7 +82,7 @@ class Preflight(L.Callback):
         report = self.audit(trainer, pl_module, batch) if trainer.is_global_zero else Report()
         self.report = report = trainer.strategy.broadcast(report)
         if trainer.is_global_zero:
-            log.info(f"trained pairs: {trained_pairs(report, self.name)}\n{report}")
+            _announce(f"trained pairs: {trained_pairs(report, self.name)}\n{report}", report.clean)
             if self.directory is not None:
                 text = json.dumps(report.to_dict(), indent=2) + "\n"
                 _write(Path(self.directory) / "preflight.json", text)
@@ -93,32 +100,101 @@ class Preflight(L.Callback):
         """
 
         def mean_of_steps(*micro_batches: Any) -> Tensor:
-            outs = [module.training_step(part, 0) for part in micro_batches]
-            losses: list[Any] = [out["loss"] if isinstance(out, Mapping) else out for out in outs]
-            return torch.stack(losses).mean()
+            return torch.stack([_step_loss(module, part, losses) for part in micro_batches]).mean()
 
         def loss_of(*micro_batches: Any) -> Tensor:
             with trainer.precision_plugin.train_step_context():
                 return getattr(module, "accumulated_loss", mean_of_steps)(*micro_batches)
 
-        silent = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
-        module.__dict__.update(silent)
-        try:
-            return audit_batch(
-                module, batch, loss_of, pad_id=self.pad_id, eos_id=self.eos_id,
-                parted=trainer.accumulate_grad_batches * trainer.world_size > 1,
-            )  # fmt: skip
-        except ValueError as error:  # the first training step raises what the model has to say
-            return Report(skipped={"preflight": str(error)})
-        finally:
-            for method in silent:
-                del module.__dict__[method]
+        with _without_effects(trainer, module) as losses:
+            try:
+                return audit_batch(
+                    module, batch, loss_of, **self.options,
+                    parted=trainer.accumulate_grad_batches * trainer.world_size > 1,
+                )  # fmt: skip
+            except ValueError as error:  # the first training step raises what the model has to say
+                return Report(skipped={"preflight": str(error)})
 
     def message(self, report: Report) -> str:
         """One line: each fault with its evidence and what to change."""
         own = {label: f"change {where}" for label, where in self.remedies.items()}
         faults = (f"{f.label}: {f.seen}; {own.get(f.label, f.remedy)}" for f in report.findings)
         return f"preflight found {'. '.join(faults)}. To train in spite of it: {self.override}"
+
+
+class _Idle:
+    """Stands in for an optimizer or a scheduler: it can be read, and its steps do nothing."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def step(self, *args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        closure = closure or next(filter(callable, args), None)
+        return closure() if closure else None
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def toggle_model(self, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext()
+
+
+@contextmanager
+def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[list[Tensor]]:
+    """Run `training_step` without logging, backward passes, or steps of optimizers and schedulers.
+
+    Manual optimization calls all of these itself. Yields the list that the losses given to
+    `manual_backward` are put into. What `training_step` writes into the settings of an optimizer or
+    a scheduler is undone.
+    """
+    losses: list[Tensor] = []
+    idle = {
+        name: [_Idle(x) for x in items if x is not None]
+        for name, items in (
+            ("optimizers", trainer.optimizers),
+            ("lr_schedulers", [c.scheduler for c in trainer.lr_scheduler_configs]),
+        )
+    }
+    stubs: dict[str, Callable[..., Any]] = {
+        name: lambda *args, _all=found, **kwargs: _all[0] if len(_all) == 1 else _all or None
+        for name, found in idle.items()
+    }
+    stubs["manual_backward"] = lambda loss, *args, **kwargs: losses.append(loss)
+    for name in ("log", "log_dict", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"):
+        stubs[name] = lambda *args, **kwargs: None
+    settings = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    settings += [vars(x.inner) for found in idle.values() for x in found]
+    kept, loggers = [dict(group) for group in settings], trainer.loggers
+    for optimizer in trainer.optimizers:  # where training_step reaches it by the trainer
+        vars(optimizer).update(step=stubs["clip_gradients"], zero_grad=stubs["clip_gradients"])
+    module.__dict__.update(stubs)
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield losses
+    finally:
+        for name in stubs:
+            del module.__dict__[name]
+        trainer.loggers = loggers
+        for group, was in zip(settings, kept, strict=True):
+            group.clear()
+            group.update(was)
+
+
+def _step_loss(module: L.LightningModule, batch: Any, losses: list[Tensor]) -> Tensor:
+    """The loss that `training_step` returns or, in manual optimization, passes to backward."""
+    losses.clear()
+    out = module.training_step(batch, 0)
+    loss = out.get("loss") if isinstance(out, Mapping) else out
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        return loss
+    if losses:
+        return torch.stack([part.sum() for part in losses]).sum()
+    if not isinstance(loss, Tensor):
+        raise ValueError("training_step returns no loss, and passes none to self.manual_backward")
+    return loss
 
 
 def audit_batch(
@@ -129,9 +205,10 @@ def audit_batch(
     parted: bool = False,
     **options: Any,
 ) -> Report:
-    """`preflight` of a batch that is a dict, a named tuple or a dataclass.
+    """`preflight` with a loss that takes the batch alone, or two micro-batches of it.
 
     Args:
+        batch: any kind that `preflight` understands.
         loss_of: gets a batch of the same type, with edited tensors, and returns the scalar loss.
         parted: pass two micro-batches of half the rows each to `loss_of` instead.
         options: those of `preflight`.
@@ -139,44 +216,27 @@ def audit_batch(
     A model with a method `whole_logits()`, a context in which its loss uses whole logits, is run in
     that context.
     """
-    given, rebuild = _fields(batch)
+    keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
+    total = len(named_tensors(batch, **keys)[0]["input_ids"])
 
-    def loss(_: nn.Module, edited: dict[str, Any]) -> Tensor:
-        rows = len(edited["input_ids"])
+    def loss(_: nn.Module, edited: Any) -> Tensor:
+        raw, rebuild = named_tensors(edited, **keys)
+        rows = len(raw["input_ids"])
         size = (rows + 1) // 2 if parted else rows
         parts = [
             {
                 name: v[start : start + size] if isinstance(v, Tensor) and len(v) == rows else v
-                for name, v in edited.items()
+                for name, v in raw.items()
             }
             for start in range(0, rows, size)
         ]
-        return loss_of(*(rebuild(**part) for part in parts))
+        return loss_of(*map(rebuild, parts))
 
     with getattr(model, "whole_logits", nullcontext)():
-        report = preflight(model, given, loss, **options)
-    if parted and len(given["input_ids"]) == 1:
+        report = preflight(model, batch, loss, **options)
+    if parted and total == 1:
         report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
     return report
-
-
-def _fields(batch: Any) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """The tensors of a batch by name, and the constructor that makes another of its type.
-
-    A dataclass is rebuilt by its constructor, so that a property cached on the original is computed
-    anew from the edited tensors.
-    """
-    if isinstance(batch, Mapping):
-        return dict(batch), dict
-    if dataclasses.is_dataclass(batch):
-        names = [f.name for f in dataclasses.fields(batch) if f.init]
-        return {name: getattr(batch, name) for name in names}, type(batch)
-    if hasattr(batch, "_asdict"):
-        return batch._asdict(), type(batch)
-    raise ValueError(
-        f"a batch of type {type(batch).__name__} cannot be audited: pass a dict, a named tuple or "
-        "a dataclass with `input_ids`"
-    )
 
 
 def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> str:
@@ -184,6 +244,20 @@ def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> 
     cells = (report.pictures.get("alignment") or [[]])[0]
     pairs = [f"{name(c['input'])} → {name(c['target'])}" for c in cells if c["target"] is not None]
     return ",  ".join(pairs[:most]) or "none could be read"
+
+
+def _announce(text: str, clean: bool) -> None:
+    """Log the text, or print it where no handler would show it."""
+    level, logger = (logging.INFO if clean else logging.WARNING), log
+    shown = False
+    while logger and not shown:
+        kinds = (h for h in logger.handlers if not isinstance(h, logging.NullHandler))
+        shown = log.isEnabledFor(level) and any(h.level <= level for h in kinds)
+        logger = logger.parent if logger.propagate else None  # type: ignore[assignment]
+    if shown:
+        log.log(level, text)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from causal_preflight.audit_batch import AuditBatch, require
-from causal_preflight.context import Context, Move
+from causal_preflight.context import NONE_COUNTS, Context, Move
 from causal_preflight.locate import iter_integer_tensors, locate
 from causal_preflight.report import Finding
 from causal_preflight.visibility import Setting, find_leak, leak_finding
@@ -81,6 +81,7 @@ def embedding(ctx: Context) -> list[Finding]:
     if not ctx.explained & {"future", "cross_row"}:  # else PAD on the right is seen as well
         sides.append(~work.real & ~work.left_pad)
     sides = [side for side in sides if bool(side.any())]
+    require(sides, "a look at later tokens explains what moves with PAD on the right")
 
     def changed(ctx: Context, s: Setting, part: Tensor) -> Tensor:
         with _EmbeddingNoise(s.batch, part, ctx.seed) as noise:
@@ -108,18 +109,22 @@ def extension(ctx: Context) -> list[Finding]:
     base = work.cols(0, width - more)
     base = base.rows(base.real.any(1).nonzero()[:, 0])
     longer = base.pad(more, left, work)
+    examined = False
     if not ctx.explained & {"future", "cross_row", "padding", "context", "finite"}:
         move = ctx.compare(base, longer)
         if move:
             label = "pad" if move.size == float("inf") else "position"
             return [ctx.finding(label, "{where} when PAD is added", "length", move)]
+        examined = True
     if ctx.explained & {"pad target", "shift"}:
+        require(examined, "another fault moves logits and weights already")
         return []
     for train in (True, False):
         r, s = (ctx.model.readout(batch, train) for batch in (base, longer))
         factor = (s.weight[longer.slot >= 0].view_as(r.weight) / r.weight)[r.trained]
         if not len(factor):
             continue
+        examined = True
         if float((factor - 1).abs().max()) > max(2e-3, 3 * r.residual):
             seen = "added columns of PAD change the weight of a real token by a factor of {size}"
             return [ctx.finding("reduction", seen, "divide", Move(float(factor.median())))]
@@ -129,6 +134,7 @@ def extension(ctx: Context) -> list[Finding]:
         if clear and not (train and _random_loss(ctx, base, r.loss)):
             seen = "the loss moves by {size} of itself with PAD added; logits and weights do not: "
             return [ctx.finding("pad", seen + "a term counts PAD", "pad targets", Move(drift))]
+    require(examined, NONE_COUNTS)
     return []
 
 

@@ -4,6 +4,8 @@ What the batch states (document_ids, attention_mask) is believed. What it does n
 from pad_id, from the labels, or from positions that restart. The model is not looked at.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +14,55 @@ from torch import Tensor
 from causal_preflight.audit_batch import IGNORE, AuditBatch
 
 
+def named_tensors(
+    batch: Any, input_key: str = "input_ids", labels_key: str = "labels"
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """Name the parts of a batch `input_ids`, `labels`, ...; and the way back to its own type.
+
+    Understood are a mapping, a named tuple, a dataclass, a tuple (ids, labels, ...) and a tensor of
+    ids. A dataclass is rebuilt by its constructor, so that a property cached on the original is
+    computed anew from edited tensors.
+
+    Raises:
+        ValueError: no (B, T) token ids are found in it; one line that names what was found.
+    """
+    own = {"input_ids": input_key, "labels": labels_key}
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}, lambda raw: raw["input_ids"]
+    if type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor):
+        second = getattr(batch[-1] if len(batch) == 1 else batch[1], "shape", None)
+        labels = "labels" if second == batch[0].shape else "1"
+        keys = ["input_ids", labels, *map(str, range(2, len(batch)))][: len(batch)]
+        return dict(zip(keys, batch, strict=True)), lambda raw: type(batch)(raw[k] for k in keys)
+    if isinstance(batch, Mapping):
+        fields, make = dict(batch), lambda **parts: parts
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [f.name for f in dataclasses.fields(batch) if f.init]
+        fields, make = {name: getattr(batch, name) for name in names}, type(batch)
+    elif hasattr(batch, "_asdict"):
+        fields, make = batch._asdict(), type(batch)
+    else:
+        kind = type(batch).__name__
+        raise ValueError(f"a batch of type {kind} cannot be audited: pass a dict with `input_ids`")
+    if input_key not in fields:
+        raise ValueError(
+            f"batch needs `{input_key}`, but has {', '.join(map(str, fields)) or 'nothing'}: pass "
+            "input_key= (and labels_key=)"
+        )
+    to_ours = {theirs: ours for ours, theirs in own.items()}
+    raw = {to_ours.get(k, k): v for k, v in fields.items()}
+    return raw, lambda raw: make(**{own.get(k, k): v for k, v in raw.items()})
+
+
 def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> AuditBatch:
     """Check the batch and infer what it does not state.
 
     Raises:
         ValueError: it cannot be audited; one line that says what to change.
     """
-    if not hasattr(raw, "keys") or not isinstance(raw.get("input_ids"), Tensor):
-        raise ValueError("batch needs `input_ids`: pass a dict with a (B, T) tensor of token ids")
     ids = raw["input_ids"]
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"`input_ids` must be a (B, T) tensor of ids, got {type(ids).__name__}")
     if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
         raise ValueError(f"`input_ids` must be integers (B, T), got {ids.dtype} {tuple(ids.shape)}")
     if int(ids.min()) < 0:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from causal_preflight.audit_batch import AuditBatch, UnexaminableError, require, span
-from causal_preflight.context import Context, moved
+from causal_preflight.context import NONE_COUNTS, Context, moved
 from causal_preflight.nested_outputs import get, iter_float_tensors
 from causal_preflight.report import Finding
 
@@ -41,6 +41,7 @@ def alone(ctx: Context) -> list[Finding]:
     _require_clean(ctx)
     require("order" not in ctx.explained, "logits depend on the row already")
     work, pads = ctx.work, (~ctx.work.real).sum(1)
+    require(ctx.counted(work).any(), NONE_COUNTS)
     for b in pads.argsort(descending=True, stable=True)[:2].tolist():
         if not bool(ctx.counted(work)[b].any()):
             continue

@@ -19,6 +19,8 @@ _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position pl
 def alignment(ctx: Context) -> list[Finding]:
     """Is every counted position trained on the next token of its own document, and none on PAD?"""
     found: dict[str, Finding] = {}
+    counts = any(bool(ctx.readout(train).trained.any()) for train in (True, False))
+    require(counts, "no position of the batch is trained on a target")
     for train in (True, False):
         for f in _alignment(ctx, ctx.readout(train), "" if train else "in eval mode: "):
             found.setdefault(f.label, f)
@@ -171,13 +173,16 @@ def ending(ctx: Context) -> list[Finding]:
     is_target = batch.has_target.roll(1, 1)  # has_target is False in the last column
     counted = r.trained.roll(1, 1) & is_target
     ends = ends & is_target
-    if offset_of(batch, r) != 1 or bool((counted & ends).any()) or not bool(ends.any()):
+    require(ends.any(), "no document is seen to end in this batch")
+    require(offset_of(batch, r) == 1, "the targets are not the next tokens")
+    tokens, others = batch.ids[ends], is_target & ~ends
+    same = len(tokens) > 1 and bool((tokens == tokens[0]).all())
+    seen = bool((counted & ends).any())
+    if batch.eos_id is None and not same:  # a fault only if nothing but the ends does not count
+        only = len(tokens) > 1 and bool(others.any()) and bool(counted[others].all())
+        require(only and not seen, "which id is EOS cannot be told: pass eos_id")
+    if seen:
         return []
-    if batch.eos_id is None:  # a fault only if all ends share a token, or only ends do not count
-        tokens, others = batch.ids[ends], is_target & ~ends
-        same = bool((tokens == tokens[0]).all())
-        if len(tokens) < 2 or not (same or (bool(others.any()) and bool(counted[others].all()))):
-            return []
     return [_never_ends(ctx, "the last token of a document is never a counted target", ends)]
 
 

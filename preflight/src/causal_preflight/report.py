@@ -78,8 +78,21 @@ class Report:
         return Faults(f.label for f in self.findings)
 
     @property
+    def audited(self) -> bool:
+        """Was it seen what the loss trains? Without that, no other probe says anything."""
+        return bool(self.findings or {"alignment", "labels"} & set(self.passed))
+
+    @property
+    def clean(self) -> bool:
+        """Audited, and no fault found."""
+        return self.audited and not self.findings
+
+    @property
     def verdict(self) -> str:
-        """One line: the faults, or that there are none, and what it took."""
+        """One line: the faults, or that there are none, or that nothing could be examined."""
+        if not self.audited:
+            why = (self.skipped.get(k) for k in ("preflight", "labels", "alignment"))
+            return f"NOT AUDITED: {next(filter(None, why), 'nothing could be examined')}"
         faults = ", ".join(x for x in LABELS if x in self.faults)
         cost = f"({self.forwards} forward passes, {self.seconds:.1f} s)"
         return f"{f'FAULTS {faults}' if faults else 'no fault found'} {cost}"
@@ -90,7 +103,8 @@ class Report:
         del plain["pictures"]
         for f in plain["findings"]:
             f["size"] = f["size"] if abs(f["size"]) < float("inf") else None
-        return {"faults": [label for label in LABELS if label in self.faults], **plain}
+        faults = [label for label in LABELS if label in self.faults]
+        return {"faults": faults, "audited": self.audited, **plain}
 
     def __str__(self) -> str:
         lines = [f"preflight: {self.verdict}"]

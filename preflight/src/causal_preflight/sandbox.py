@@ -4,6 +4,8 @@ Covered: parameters, their gradients (also whether there were any) and `requires
 plain attributes of modules, where some keep a hidden state; the mode of every submodule.
 """
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,10 +39,16 @@ class Sandbox:
 
     @torch.no_grad()
     def rewind(self, seed: int, train: bool) -> None:
-        """Same state, mode and seed for every run; calls `reset()` of modules that have one."""
+        """Same state, mode and seed for every run; calls `reset()` of modules that have one.
+
+        A model found in train mode keeps the mode of each submodule in train mode, and one that
+        overrides `train()` is asked by it: a part that is frozen in eval mode stays so.
+        """
         self._restore_state()
+        root = self.modules[0]
+        if not (train and root.training):
+            root.train(train)
         for m in self.modules:
-            m.training = train
             reset = getattr(m, "reset", None)
             if callable(reset):
                 try:
@@ -48,6 +56,9 @@ class Sandbox:
                 except TypeError:  # takes arguments: not the kind that clears a hidden state
                     continue
         torch.manual_seed(seed)
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed % 2**32)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -95,6 +106,21 @@ class Sandbox:
             with torch.no_grad():
                 for p, v in zip(self.params, self.values, strict=True):
                     p.copy_(v)
+
+
+@contextmanager
+def preserved_random_states() -> Iterator[None]:
+    """The random states of torch (and its CUDA devices), Python and NumPy return at the end."""
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    numpy, python = sys.modules.get("numpy"), random.getstate()
+    kept = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(cuda):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(kept)
 
 
 def _rescale(p: Tensor, gen: torch.Generator) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from causal_preflight.audit_batch import AuditBatch, UnexaminableError, require
-from causal_preflight.context import Context, Move, moved
+from causal_preflight.context import NONE_COUNTS, Context, Move, moved
 from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding
 
@@ -45,15 +45,22 @@ def find_leak(
     settings: Iterable[Setting],
     changed: Callable[[Context, Setting, Tensor], Tensor] = _swapped,
 ) -> Leak | None:
-    """The first part whose change moves a counted logit outside of it."""
+    """The first part whose change moves a counted logit outside of it.
+
+    Raises:
+        UnexaminableError: no part leaves a counted logit to watch.
+    """
+    watched = False
     for s in settings:
         with ctx.weights(s.rescaled):
             base = ctx.model.observe(s.batch, s.train).logits
             for part in s.parts:
                 watch = ctx.counted(s.batch) & ~part
+                watched = watched or bool(watch.any())
                 move = ctx.largest_move(s.batch, changed(ctx, s, part), base, watch)
                 if move:
                     return s, part, move
+    require(watched, NONE_COUNTS)
     return None
 
 
