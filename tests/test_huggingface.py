@@ -107,7 +107,7 @@ def test_faults_are_named(saved, make):
     for name in ("a.jsonl", "disk"):
         with pytest.raises(ValueError, match=rf"{name}.* 'body'.* text, q, n"):
             make(saved / name, field="body").load()
-        with pytest.raises(ValueError, match=rf"{name}.* 1: 'n' is 0"):
+        with pytest.raises(ValueError, match=rf"{name}.* 1: .*'n'.* 0"):
             make(saved / name, field="n").load()
     with pytest.raises(ValueError, match=r"data\.path=.*parts.*dev"):
         make(saved / "parts", split="dev").load()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from causal_lm.data.documents import Documents, MemoryMappedArray
+from causal_lm.data.documents import Documents, FileArray
 
 SPLITS = ("train", "val")
 SAMPLE_BYTES = 1 << 16
@@ -150,7 +150,7 @@ def read(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
 def _documents(folder: Path, split: str, dtype: str) -> Documents:
     mask = folder / f"{split}.mask"
     return Documents(
-        MemoryMappedArray(folder / f"{split}.tokens", dtype),
-        MemoryMappedArray(folder / f"{split}.offsets", "int64"),
-        MemoryMappedArray(mask, "bool") if mask.stat().st_size else None,
+        FileArray(folder / f"{split}.tokens", dtype),
+        FileArray(folder / f"{split}.offsets", "int64"),
+        FileArray(mask, "bool") if mask.stat().st_size else None,
     )

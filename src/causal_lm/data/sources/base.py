@@ -28,7 +28,7 @@ BPE_TRAINING_BYTES = 16 << 20
 SINGLE_PROCESS_BYTES = 16 << 20
 """Bytes of a corpus below which one process tokenizes: others take a second to start. A corpus of
 byte tokens is always tokenized by one, because sending text costs more than encoding it."""
-FORMAT = 1
+FORMAT = 2
 """Version of the cached files and of how text is cut; older caches are not read."""
 
 
@@ -62,8 +62,7 @@ class TextSource(abc.ABC):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.special_tokens = dict(special_tokens or {})
         self.val_fraction, self.num_proc = val_share, num_proc or os.cpu_count() or 1
-        folder = Path(cache_dir).expanduser() if cache_dir else token_cache.default_folder()
-        self.cache_dir = folder
+        self.cache_dir = Path(cache_dir or token_cache.default_folder()).expanduser()
         self.skipped: collections.Counter[str] = collections.Counter()
         """Number of skipped documents by kind, such as ``blank lines``; :meth:`parts` counts."""
 
@@ -89,8 +88,10 @@ class TextSource(abc.ABC):
         Raises:
             ValueError: a split holds no document.
         """
-        key = [FORMAT, type(self).__name__, self.identity(), self.val_fraction]
-        folder = self.cache_dir / token_cache.fingerprint([*key, self._tokenizer_identity()])
+        trained_here = self.tokenizer == "bpe"  # only where the cache has no tokens
+        tokenizer = self.vocab_size if trained_here else self._given_tokenizer.state()
+        key = [FORMAT, type(self).__name__, self.identity(), self.val_fraction, tokenizer]
+        folder = self.cache_dir / token_cache.fingerprint(key)
         started = time.perf_counter()
         token_cache.build_once(folder, self._build)
         train, val, about = token_cache.read(folder)
@@ -100,32 +101,23 @@ class TextSource(abc.ABC):
     def chunks(self) -> Iterator[Chunk]:
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
         for parts, val in self.parts():
-            yield from self._chunks(parts, val)
-
-    def _chunks(self, parts: Iterable[Part], val: bool | None) -> Iterator[Chunk]:
-        """Each part of a long document is a chunk; the hash of the first decides on the split."""
-        documents: list[Segments] = []
-        size, continues, long_val = 0, False, val
-        for segments, complete in parts:
-            is_long = continues or not complete
-            if not is_long:
-                documents.append(segments)
-                size += len(segments[-1])
-            if documents and (is_long or size >= CHUNK_CHARACTERS):
+            documents: list[Segments] = []
+            size, continues, long_val = 0, False, val
+            for segments, complete in parts:
+                is_long = continues or not complete
+                if not is_long:
+                    documents.append(segments)
+                    size += len(segments[-1])
+                if documents and (is_long or size >= CHUNK_CHARACTERS):
+                    yield Chunk(documents, val=val)
+                    documents, size = [], 0
+                if is_long:  # each part is a chunk; the hash of the first decides on the split
+                    if not continues:
+                        (long_val,) = Chunk([segments], val=val).held_out(self.val_fraction)
+                    yield Chunk([segments], continues, not complete, long_val)
+                continues = not complete
+            if documents:
                 yield Chunk(documents, val=val)
-                documents, size = [], 0
-            if is_long:
-                if not continues:
-                    (long_val,) = Chunk([segments], val=val).held_out(self.val_fraction)
-                yield Chunk([segments], continues, not complete, long_val)
-            continues = not complete
-        if documents:
-            yield Chunk(documents, val=val)
-
-    def _tokenizer_identity(self) -> list:
-        if self.tokenizer == "bpe":  # which is trained only where the cache has no tokens
-            return ["bpe", self.vocab_size]
-        return ["is", self._given_tokenizer.state()]
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:

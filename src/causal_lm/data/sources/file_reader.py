@@ -80,16 +80,17 @@ class FileReader(TextSource):
             yield from self.records(self._file_rows(path))
         else:
             texts = self._lines(path) if unit == "line" else self._paragraphs(path)
-            yield from self._not_blank(((text,) for text in texts), f"blank {unit}s")
+            yield from self._not_blank(((text,) for text in texts), f"{unit}s")
 
     def whole_file(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[Part]:
         """The bytes from ``start`` to ``end`` of a file as one document, in parts that end with a
         line."""
-        size = path.stat().st_size
+        try:
+            size = _utf8_size(path)
+        except ValueError as error:
+            return self._fault("files that are not UTF-8", str(error))
         if not size:
             return self._fault("empty files", f"{path} is empty")
-        if error := _utf8_error(path):
-            return self._fault("files that are not UTF-8", f"{path}, {error}")
         decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
         text, left = "", (size if end is None else end) - start
         with path.open("rb") as file:
@@ -105,37 +106,23 @@ class FileReader(TextSource):
 
     def records(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Part]:
         """The documents of records, each given as (where it is, the record)."""
-        return self._not_blank(self._segments(rows), "blank records")
-
-    def _segments(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Segments]:
         for where, record in rows:
-            fault = self._record_fault(record)
-            if fault is None:
-                yield tuple(record[field] for field in self.fields)
+            values = record if isinstance(record, dict) else {}
+            faults = [field for field in self.fields if not _is_text(values.get(field))]
+            if faults:
+                key = faults[0]
+                has = f"the record has {', '.join(values) or 'no keys'}"
+                has = f"it is {values[key]!r:.40}" if key in values else has
+                self._fault("records without a text", f"{where}: no text at key {key!r}; {has}")
             else:
-                self._fault(fault[0], f"{where}: {fault[1]}")
+                yield from self._not_blank([tuple(record[f] for f in self.fields)], "records")
 
-    def _record_fault(self, record: Any) -> tuple[str, str] | None:
-        """The kind of fault of a record, and what it is."""
-        if not isinstance(record, dict):
-            return "records without the field", "not an object with keys"
-        for field in self.fields:
-            if field not in record:
-                has = ", ".join(record)
-                return "records without the field", f"no key {field!r}; the record has {has}"
-            if not isinstance(record[field], str):
-                value = repr(record[field])[:40]
-                return "records without the field", f"{field!r} is {value}, which is not a text"
-            if not _is_unicode(record[field]):
-                return "records that are not Unicode", f"{field!r} has half a surrogate pair"
-        return None
-
-    def _not_blank(self, documents: Iterable[Segments], kind: str) -> Iterator[Part]:
+    def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[Part]:
         for segments in documents:
             if any(map(str.strip, segments)):
                 yield segments, True
             else:
-                self.skipped[kind] += 1
+                self.skipped[f"blank {units}"] += 1
 
     def _fault(self, kind: str, what: str) -> None:
         """Raise ValueError, or count what is skipped."""
@@ -229,16 +216,20 @@ class FileReader(TextSource):
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            line = number + raw.count(b"\n", 0, error.start)
-            what = f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8"
-            self._fault(f"{units} that are not UTF-8", what)
+            self._fault(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
             return None
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON can spell half a surrogate pair, which no encoding has."""
+def _where(error: UnicodeDecodeError, first_line: int) -> str:
+    """The line and the byte of a decoding error in bytes that begin in ``first_line``."""
+    line = first_line + error.object.count(b"\n", 0, error.start)
+    return f"line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string, without half surrogate pairs (JSON can spell these)."""
     try:
-        return text.encode() is not None
+        return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
 
@@ -257,17 +248,15 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         yield rest
 
 
-def _utf8_error(path: Path) -> str | None:
-    """Where the first byte is that is not UTF-8; None where there is none."""
-    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+def _utf8_size(path: Path) -> int:
+    """The number of bytes of a file. Raises ValueError, with the line, where it is not UTF-8."""
+    decoder, line, size = codecs.getincrementaldecoder("utf-8")(), 1, 0
     with path.open("rb") as file:
-        while True:
-            block = file.read(BLOCK_BYTES)
+        for block in chain(iter(lambda: file.read(BLOCK_BYTES), b""), [b""]):
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                line += error.object.count(b"\n", 0, error.start)
-                return f"line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
-            if not block:
-                return None
+                raise ValueError(f"{path}, {_where(error, line)}") from error
             line += block.count(b"\n")
+            size += len(block)
+    return size
