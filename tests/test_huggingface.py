@@ -111,9 +111,6 @@ def test_faults_are_named(saved, make):
             make(saved / name, field="n").load()
     with pytest.raises(ValueError, match=r"data\.path=.*parts.*dev"):
         make(saved / "parts", split="dev").load()
-    (saved / "a.xyz").write_text("")
-    with pytest.raises(ValueError, match=r"a\.xyz.*\.txt"):
-        make(saved / "a.xyz").load()
 
 
 def test_without_the_extra_it_is_named(saved, make, monkeypatch):

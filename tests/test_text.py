@@ -1,13 +1,14 @@
 """Text files to documents: units, faults and splits; decoding gives the text of the files."""
 
 import csv
+import gzip
 import json
 import logging
 
 import pytest
 
 from causal_lm import config
-from causal_lm.data.sources import file_reader
+from causal_lm.data.sources import file_reader, files
 from causal_lm.data.sources.text_files import TextFiles
 
 
@@ -190,11 +191,55 @@ def test_a_line_of_50_mb(tmp_path):
 
 def test_missing_and_unknown_files_are_named(tmp_path):
     (tmp_path / "a.xyz").write_text("a,b")
-    for path in ("nowhere", "*.jsonl", "."):
-        with pytest.raises(FileNotFoundError, match=r"data\.path=.*\.txt, \.jsonl"):
+    for path in ("nowhere", "*.jsonl", ".", "*.xyz"):
+        with pytest.raises(FileNotFoundError, match=r"data\.path=.*txt, jsonl") as error:
             source(tmp_path / path, tmp_path).load()
-    with pytest.raises(ValueError, match=r"a\.xyz.*\.txt"):
-        source(tmp_path / "*.xyz", tmp_path).load()
+        assert ("1 .xyz" in str(error.value)) == (path in (".", "*.xyz"))
+    with pytest.raises(ValueError, match=r"data\.format=xyz"):
+        source(tmp_path / "a.xyz", tmp_path, format="xyz").load()
+
+
+def test_hidden_and_other_files_are_counted_and_not_read(tmp_path, caplog):
+    folder = tmp_path / "texts"
+    for name in ("a.txt", "b.TXT", "c.md", "README", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("".join(f"{name} {i}\n" for i in range(10)))
+
+    def names(path, **options):
+        found = every_text(path, tmp_path, unit="line", **options)
+        return sorted({text.split()[0] for text in found})
+
+    with caplog.at_level(logging.WARNING):
+        assert names(folder) == ["a.txt", "b.TXT"]
+    assert "1 .md, 2 hidden, 1 without a suffix" in caplog.text
+    assert names(folder / "*") == ["a.txt", "b.TXT"]
+    assert names(folder, format="txt") == ["README", "a.txt", "b.TXT", "c.md"]
+    for name in ("c.md", "README", ".hidden.txt"):  # a file that is named itself
+        assert names(folder / name) == [name]
+
+
+def test_compressed_files_are_read_as_their_content(tmp_path):
+    rows = [{"text": f"text {i} é"} for i in range(200)]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    (tmp_path / "a.JSONL.gz").write_bytes(gzip.compress(content))
+    expected = sorted(row["text"] for row in rows)
+    assert every_text(tmp_path, tmp_path) == expected
+    book = "".join(f"é {i}\n" for i in range(3000))
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(book.encode()))
+    corpus = source(tmp_path / "book.txt.gz", tmp_path, val_share=0.1).load()
+    (head,), (tail,) = (texts(s, corpus.tokenizer) for s in (corpus.train, corpus.val))
+    assert head + tail == book and 0.08 < len(tail) / len(book) < 0.12
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(book.encode())[:-20])
+    for unit in ("line", "file"):
+        with pytest.raises(ValueError, match=r"torn\.txt\.gz"):
+            source(tmp_path / "torn.txt.gz", tmp_path, unit=unit).load()
+
+
+def test_zstandard_files(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    content = "\n".join(GOOD).encode()
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
+    assert every_text(tmp_path / "a.txt.zst", tmp_path, unit="line") == sorted(GOOD)
 
 
 def test_configuration_says_what_is_missing():
@@ -236,7 +281,7 @@ def test_separate_validation_files(lines, tmp_path):
 
 @pytest.mark.parametrize("content", ["".join(f"é {i}\n" for i in range(3000)), "é" * 30_000])
 def test_of_one_long_document_the_last_part_is_held_out(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(file_reader, "BLOCK_BYTES", 1000)  # so that it comes in many parts
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)  # so that it comes in many parts
     path = tmp_path / "book.txt"
     path.write_text(content)
     corpus = source(path, tmp_path, val_share=0.1).load()
@@ -259,7 +304,7 @@ def test_an_empty_split_names_the_keys_to_change(tmp_path):
 
 def test_windows_hold_every_byte_of_every_document(tmp_path, monkeypatch):
     """Long documents come in several parts and are cut into windows; nothing is lost."""
-    monkeypatch.setattr(file_reader, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
     contents = {f"{i}.txt": f"{i} – ∂é\n" * (400 * i + 1) for i in range(9)}
     for name, content in contents.items():
         (tmp_path / name).write_text(content)

@@ -8,6 +8,7 @@ from causal_lm import extras
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
 from causal_lm.data.sources.file_reader import FileReader
+from causal_lm.data.sources.files import text_size
 from causal_lm.data.tokenize_corpus import Part
 
 BATCH_ROWS = 256
@@ -73,7 +74,7 @@ class HuggingFaceDataset(FileReader):
     def size(self) -> int:
         files = [Path(path).expanduser() for path, _, _ in self.splits]
         return sum(
-            file.stat().st_size if file.is_file() else self._dataset(path, split).data.nbytes
+            text_size(file) if file.is_file() else self._dataset(path, split).data.nbytes
             for file, (path, split, _) in zip(files, self.splits, strict=True)
         )
 
