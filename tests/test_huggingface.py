@@ -72,6 +72,11 @@ def test_separate_validation_data(saved, make):
     assert lines_of(corpus.val, corpus.tokenizer) == expected
 
 
+def test_a_file_has_no_split_to_validate_on(saved, make):
+    with pytest.raises(ValueError, match=r"data\.val_split=test.*a\.jsonl"):
+        make(saved / "a.jsonl", val_split="test")
+
+
 def test_a_prompt_is_no_target(saved, make):
     corpus = make(saved / "a.jsonl", prompt_field="q").load()
     ids, mask = corpus.val[0]

@@ -1,5 +1,6 @@
 """Text files to documents: units, faults and splits; decoding gives the text of the files."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -8,6 +9,7 @@ import logging
 import pytest
 
 from causal_lm import config
+from causal_lm.data.datamodule import DataModule
 from causal_lm.data.sources import file_reader, files
 from causal_lm.data.sources.text_files import TextFiles
 
@@ -106,9 +108,12 @@ def test_parquet_is_read_as_jsonl_is(tmp_path):
     parquet.write_table(arrow.Table.from_pylist([*rows, {"text": None, "body": ""}]), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 301: .*'text'"):
         source(path, tmp_path).load()
-    path.write_bytes(b"none")
-    with pytest.raises(ValueError, match=r"a\.parquet: "):
-        source(path, tmp_path).load()
+    parquet.write_table(arrow.Table.from_pylist(rows), path, compression="none")
+    whole = path.read_bytes()
+    for broken in (b"none", whole[:4] + b"\xff" * (len(whole) // 2) + whole[4 + len(whole) // 2 :]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"a\.parquet: "):
+            source(path, tmp_path).load()
 
 
 # ---- faults ----
@@ -299,6 +304,30 @@ def test_an_empty_split_names_the_keys_to_change(tmp_path):
         source(path, tmp_path, val_share=0.5).load()
 
 
+def test_validation_files_that_repeat_the_training_files_are_refused(lines, tmp_path, caplog):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(lines.read_text(encoding="utf-8"), encoding="utf-8")
+    for unit in ("line", "file"):
+        with pytest.raises(ValueError, match=r"100\.0%.*data\.max_overlap"):
+            source(lines, tmp_path, unit=unit, val_path=str(copy)).load()
+    copy.write_text("line 3 é\nnew\nnew too\nand new\n", encoding="utf-8")
+    for limit, refused in ((0.5, False), (0.2, True)):  # the second time from the cache
+        options = {"unit": "line", "val_path": str(copy), "max_overlap": limit}
+        with caplog.at_level(logging.WARNING), contextlib.ExitStack() as stack:
+            if refused:
+                stack.enter_context(pytest.raises(ValueError, match=r"data\.max_overlap=0\.2"))
+            source(lines, tmp_path, **options).load()
+    assert "25.0%" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["\n \n", "a", ""])
+def test_a_file_without_text_for_both_splits_is_refused(content, tmp_path):
+    (tmp_path / "a.txt").write_text(content)
+    for unit in ("file", "line"):
+        with pytest.raises(ValueError, match=r"data\.val_path|a\.txt"):
+            source(tmp_path / "a.txt", tmp_path, unit=unit).load()
+
+
 # ---- long documents, windows, prompts ----
 
 
@@ -328,7 +357,7 @@ def test_windows_hold_every_byte_of_every_document(tmp_path, monkeypatch):
     assert sorted(rebuilt) == sorted(contents.values())
 
 
-def test_a_prompt_is_context_and_no_target(tmp_path):
+def test_a_prompt_is_context_and_no_target(tmp_path, caplog):
     rows = [{"q": f"Q{i}?" * (i % 3), "text": f"answer {i}"} for i in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -348,6 +377,9 @@ def test_a_prompt_is_context_and_no_target(tmp_path):
         assert len(short[-1].loss_mask) == len(short[-1].tokens) == 0
     assert found == {row["text"]: row["q"] for row in rows}
     assert source(path, tmp_path).load().train[0].loss_mask is None
+    with caplog.at_level(logging.WARNING):
+        DataModule(source(path, tmp_path, prompt_field="q"), batch_size=2, max_length=4).load()
+    assert "data.max_length=4" in caplog.text
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(ValueError, match=r"data\.prompt_field.*b\.txt"):
         source(tmp_path, tmp_path, prompt_field="q").load()

@@ -151,6 +151,26 @@ def test_the_library_alone_makes_special_tokens_of_text(kind):
     assert (2 in library.encode("</s>", add_special_tokens=False).ids) == (kind != "BPE")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_vocabulary_lacks_is_counted(kind):
+    unknown = OF_KINDS[kind].unknown(["ab é a", "éé"])
+    assert unknown == ({"é": 1, "éé": 1} if kind == "WordLevel" else {"é": 3})
+    assert not BPE.unknown(["ab é a \x00"])
+
+
+def test_a_corpus_with_characters_that_the_vocabulary_lacks(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("\n".join(f"ab ü {'a' * i}" for i in range(50)))
+    (tmp_path / "tokenizer.json").write_text(library_of("BPE"))
+    options = {"unit": "line", "val_share": 0.2, "cache_dir": str(tmp_path / "cache")}
+    for _ in range(2):  # the second time from the cache
+        with caplog.at_level(logging.WARNING):
+            TextFiles(
+                path=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "tokenizer.json"), **options
+            ).load()
+        assert "'ü' (50)" in caplog.text
+        caplog.clear()
+
+
 def test_special_tokens_that_text_needs_are_refused():
     for name in ("!", " the"):
         with pytest.raises(ValueError, match="special token"):

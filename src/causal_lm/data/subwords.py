@@ -3,6 +3,7 @@
 import logging
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from json import dumps, loads
 from pathlib import Path
@@ -62,6 +63,12 @@ class SubwordTokenizer:
         self.vocab_size = max(self.library.get_vocab().values()) + 1
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
         self._bytes_of_token = _bytes_of_token(settings)
+        model = settings["model"]
+        spelled = set((self._bytes_of_token or {}).values())
+        self._has_all_bytes = all(bytes([byte]) in spelled for byte in range(256))
+        self._has_words, self._is_known = model["type"] == "WordLevel", dict[str, bool]()
+        unk = model.get("unk_token")
+        self._unk_id = model.get("unk_id") if unk is None else model["vocab"].get(unk)
         self._word_by_word, self._cached_words = _encodes_word_by_word(settings), dict[str, bytes]()
 
     @classmethod
@@ -154,6 +161,21 @@ class SubwordTokenizer:
         cached.update(zip(new, self._encode(new), strict=True))
         self._cached_words = cached
         return [b"".join([cached[word] for word in words]) for words in split]
+
+    def unknown(self, texts: Sequence[str]) -> Counter[str]:
+        """Characters (words, for a WordLevel model) of which no token or only <unk> is left."""
+        found: Counter[str] = Counter()
+        if self._has_all_bytes:
+            return found
+        for text in texts:
+            for unit in set(text.split() if self._has_words else text):
+                if unit not in self._is_known:
+                    ids = self.library.encode(unit, add_special_tokens=False).ids
+                    known = bool(ids) and self._unk_id not in ids
+                    self._is_known[unit] = known or unit.isspace()
+                if not self._is_known[unit]:
+                    found[unit] += text.count(unit)
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._bytes_of_token is None:

@@ -99,7 +99,7 @@ class FileReader(TextSource):
         if not size:
             return self._fault("empty files", f"{path} is empty")
         decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
-        text, left = "", (size if end is None else end) - start
+        text, left, long = "", (size if end is None else end) - start, False
         with files.open_bytes(path) as file:
             file.seek(start)
             while block := file.read(min(files.BLOCK_BYTES, left)):
@@ -108,8 +108,12 @@ class FileReader(TextSource):
                 if left:
                     cut = text.rfind("\n") + 1 or len(text)
                     yield (text[:cut],), False
+                    long = True
                     text = text[cut:]
-        yield (text,), True
+        if long or text.strip():
+            yield (text,), True
+        else:
+            self.skipped["blank files"] += 1
 
     def records(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Part]:
         """The documents of records, each given as (where it is, the record)."""

@@ -48,7 +48,12 @@ class HuggingFaceDataset(FileReader):
         self.splits: list[tuple[str, str, bool | None]] = [(path, split, None)]
         """Path, split, and whether it is held out (None: some of its documents are)."""
         if val_split or val_path:
-            self.splits = [(path, split, False), (val_path or path, val_split or split, True)]
+            self.splits = [(val_path or path, val_split or split, True), (path, split, False)]
+            self.has_separate_val = True
+        if val_split and not val_path and Path(path).expanduser().is_file():
+            raise ValueError(
+                f"data.val_split={val_split}: {path} is a file and has no splits; set data.val_path"
+            )
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Corpus:

@@ -26,7 +26,7 @@ class TextFiles(FileReader):
 
     def __init__(self, *, path: str, val_path: str | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.path, self.val_path = path, val_path
+        self.path, self.val_path, self.has_separate_val = path, val_path, bool(val_path)
 
     @functools.cached_property
     def files(self) -> tuple[list[Path], list[Path]]:
@@ -56,8 +56,8 @@ class TextFiles(FileReader):
     def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
         train, val = self.files
         if val:
-            yield chain.from_iterable(map(self.documents, train)), False
             yield chain.from_iterable(map(self.documents, val)), True
+            yield chain.from_iterable(map(self.documents, train)), False
         elif len(train) == 1 and self.unit_of(train[0]) == "file":
             cut = _start_of_last_part(train[0], self.val_fraction)
             yield self.whole_file(train[0], 0, cut), False
