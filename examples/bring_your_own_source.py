@@ -40,7 +40,7 @@ class Sums:
 
     @staticmethod
     def _documents(pairs: list[tuple[int, int]], tokenizer: ByteTokenizer) -> Documents:
-        """``BOS a+b=c EOS`` for each pair, end to end; the loss mask leaves out ``a+b=``."""
+        """``BOS a+b=c EOS`` for each pair, end to end, with a loss mask that omits ``a+b=``."""
         tokens, loss_mask, offsets = [], [], [0]
         for a, b in pairs:
             prompt, answer = tokenizer.encode(f"{a}+{b}="), tokenizer.encode(f"{a + b}")

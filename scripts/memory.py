@@ -1,4 +1,4 @@
-"""Does a run's memory grow with its corpus? Trains on a small and on a large file of made-up lines.
+"""Measure whether a run's memory grows with its corpus: train on a small and on a large text file.
 
 python scripts/memory.py --large 1000
 """
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", type=int, default=10, help="megabytes")
-    parser.add_argument("--large", type=int, default=300, help="megabytes")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--small", type=int, default=10, help="MB of the small file")
+    parser.add_argument("--large", type=int, default=300, help="MB of the large file")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each run")
     parser.add_argument("overrides", nargs="*", help="of train.py, such as data.unit=file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -27,31 +27,31 @@ def main() -> None:
 
 
 def peak(folder: Path, size: int, args: argparse.Namespace) -> float:
-    """Most megabytes resident in a run that tokenizes the text and one that finds it tokenized."""
+    """Peak resident memory in MB of two runs on ``size`` MB of text, tokenizing it and cached."""
     path = folder / f"{size}.txt"
-    write(path, size * 10**6)
-    most = []
+    write_lines(path, size * 10**6)
+    peaks = []
     for start in ("tokenizing", "cached"):
         command = [
             sys.executable, ROOT / "train.py", "data=text", f"data.path={path}", "data.unit=line",
             f"data.cache_dir={folder}", f"hydra.run.dir={folder}/run", "trainer=cpu",
             f"trainer.max_steps={args.steps}", f"trainer.val_check_interval={args.steps}",
             "data.val_share=0.0001", "trainer.enable_progress_bar=false",
-            # These have peaks of their own, whatever the corpus.
+            # These have peaks that do not depend on the corpus.
             "samples.count=0", "samples.self_check.count=1", "preflight.on_fault=off",
             *args.overrides,
         ]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            sys.exit(f"the run ended with {status}")
-        most.append(usage.ru_maxrss / 1024 * 1.048576)
-        print(f"{size} MB, {start}: {most[-1]:.0f} MB resident at most", flush=True)
-    return max(most)
+            sys.exit(f"the run failed with exit status {status}")
+        peaks.append(usage.ru_maxrss * 1024 / 10**6)
+        print(f"{size} MB, {start}: {peaks[-1]:.0f} MB resident at most", flush=True)
+    return max(peaks)
 
 
-def write(path: Path, size: int) -> None:
-    """Lines of 3 to 30 words, from a vocabulary of 20,000."""
+def write_lines(path: Path, size: int) -> None:
+    """Write ``size`` bytes of lines of 3 to 30 words from a vocabulary of 20,000."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(20_000)]
     with path.open("w", encoding="ascii") as file:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causal_lm.data.documents import MemoryMappedArray
+from causal_lm.data.documents import FileArray
 
 WIDTH, HEADS, LAYERS, BLOCK, BATCH = 128, 4, 4, 64, 12
 PEAK_LR, FINAL_LR, WARMUP_STEPS = 1e-3, 1e-4, 100
@@ -66,7 +66,7 @@ class Yardstick:
     """
 
     def __init__(
-        self, train: Tensor | MemoryMappedArray, val: Tensor | MemoryMappedArray, steps: int
+        self, train: Tensor | FileArray, val: Tensor | FileArray, steps: int
     ) -> None:
         used, ids = torch.cat([train[:], val[:]]).unique(return_inverse=True)
         self.train, self.val = ids[: len(train)], ids[len(train) :]

@@ -72,6 +72,11 @@ def test_separate_validation_data(saved, make):
     assert lines_of(corpus.val, corpus.tokenizer) == expected
 
 
+def test_a_file_has_no_split_to_validate_on(saved, make):
+    with pytest.raises(ValueError, match=r"data\.val_split=test.*a\.jsonl"):
+        make(saved / "a.jsonl", val_split="test")
+
+
 def test_a_prompt_is_no_target(saved, make):
     corpus = make(saved / "a.jsonl", prompt_field="q").load()
     ids, mask = corpus.val[0]
@@ -107,13 +112,10 @@ def test_faults_are_named(saved, make):
     for name in ("a.jsonl", "disk"):
         with pytest.raises(ValueError, match=rf"{name}.* 'body'.* text, q, n"):
             make(saved / name, field="body").load()
-        with pytest.raises(ValueError, match=rf"{name}.* 1: 'n' is 0"):
+        with pytest.raises(ValueError, match=rf"{name}.* 1: .*'n'.* 0"):
             make(saved / name, field="n").load()
     with pytest.raises(ValueError, match=r"data\.path=.*parts.*dev"):
         make(saved / "parts", split="dev").load()
-    (saved / "a.xyz").write_text("")
-    with pytest.raises(ValueError, match=r"a\.xyz.*\.txt"):
-        make(saved / "a.xyz").load()
 
 
 def test_without_the_extra_it_is_named(saved, make, monkeypatch):

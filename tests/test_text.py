@@ -1,13 +1,16 @@
 """Text files to documents: units, faults and splits; decoding gives the text of the files."""
 
+import contextlib
 import csv
+import gzip
 import json
 import logging
 
 import pytest
 
 from causal_lm import config
-from causal_lm.data.sources import file_reader
+from causal_lm.data.datamodule import DataModule
+from causal_lm.data.sources import file_reader, files
 from causal_lm.data.sources.text_files import TextFiles
 
 
@@ -105,9 +108,12 @@ def test_parquet_is_read_as_jsonl_is(tmp_path):
     parquet.write_table(arrow.Table.from_pylist([*rows, {"text": None, "body": ""}]), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 301: .*'text'"):
         source(path, tmp_path).load()
-    path.write_bytes(b"none")
-    with pytest.raises(ValueError, match=r"a\.parquet: "):
-        source(path, tmp_path).load()
+    parquet.write_table(arrow.Table.from_pylist(rows), path, compression="none")
+    whole = path.read_bytes()
+    for broken in (b"none", whole[:4] + b"\xff" * (len(whole) // 2) + whole[4 + len(whole) // 2 :]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"a\.parquet: "):
+            source(path, tmp_path).load()
 
 
 # ---- faults ----
@@ -133,12 +139,12 @@ FAULTS = [
      ["line 41: "], "paragraphs longer than 0 MiB"),
     ("a.jsonl", None, jsonl(b'{"text": "a'), ["line 2: "], "records that are not JSON"),
     ("a.jsonl", None, jsonl(b"", b'{"a": 1, "b": 2}'),
-     ["line 3: ", "'text'", "a, b"], "records without the field"),
+     ["line 3: ", "'text'", "a, b"], "records without a text"),
     ("a.jsonl", None, jsonl(b'{"text": 5}'), ["line 2: ", "'text'", "5"],
-     "records without the field"),
-    ("a.jsonl", None, jsonl(b"[1]"), ["line 2: "], "records without the field"),
+     "records without a text"),
+    ("a.jsonl", None, jsonl(b"[1]"), ["line 2: "], "records without a text"),
     ("a.jsonl", None, jsonl(b'{"text": "\\ud800"}'), ["line 2: ", "'text'"],
-     "records that are not Unicode"),
+     "records without a text"),
     ("a.jsonl", None, jsonl(b'{"text": "\xe9"}'), ["line 2: ", "0xe9"],
      "records that are not UTF-8"),
 ]  # fmt: skip
@@ -190,11 +196,55 @@ def test_a_line_of_50_mb(tmp_path):
 
 def test_missing_and_unknown_files_are_named(tmp_path):
     (tmp_path / "a.xyz").write_text("a,b")
-    for path in ("nowhere", "*.jsonl", "."):
-        with pytest.raises(FileNotFoundError, match=r"data\.path=.*\.txt, \.jsonl"):
+    for path in ("nowhere", "*.jsonl", ".", "*.xyz"):
+        with pytest.raises(FileNotFoundError, match=r"data\.path=.*txt, jsonl") as error:
             source(tmp_path / path, tmp_path).load()
-    with pytest.raises(ValueError, match=r"a\.xyz.*\.txt"):
-        source(tmp_path / "*.xyz", tmp_path).load()
+        assert ("1 .xyz" in str(error.value)) == (path in (".", "*.xyz"))
+    with pytest.raises(ValueError, match=r"data\.format=xyz"):
+        source(tmp_path / "a.xyz", tmp_path, format="xyz").load()
+
+
+def test_hidden_and_other_files_are_counted_and_not_read(tmp_path, caplog):
+    folder = tmp_path / "texts"
+    for name in ("a.txt", "b.TXT", "c.md", "README", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("".join(f"{name} {i}\n" for i in range(10)))
+
+    def names(path, **options):
+        found = every_text(path, tmp_path, unit="line", **options)
+        return sorted({text.split()[0] for text in found})
+
+    with caplog.at_level(logging.WARNING):
+        assert names(folder) == ["a.txt", "b.TXT"]
+    assert "1 .md, 2 hidden, 1 without a suffix" in caplog.text
+    assert names(folder / "*") == ["a.txt", "b.TXT"]
+    assert names(folder, format="txt") == ["README", "a.txt", "b.TXT", "c.md"]
+    for name in ("c.md", "README", ".hidden.txt"):  # a file that is named itself
+        assert names(folder / name) == [name]
+
+
+def test_compressed_files_are_read_as_their_content(tmp_path):
+    rows = [{"text": f"text {i} é"} for i in range(200)]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    (tmp_path / "a.JSONL.gz").write_bytes(gzip.compress(content))
+    expected = sorted(row["text"] for row in rows)
+    assert every_text(tmp_path, tmp_path) == expected
+    book = "".join(f"é {i}\n" for i in range(3000))
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(book.encode()))
+    corpus = source(tmp_path / "book.txt.gz", tmp_path, val_share=0.1).load()
+    (head,), (tail,) = (texts(s, corpus.tokenizer) for s in (corpus.train, corpus.val))
+    assert head + tail == book and 0.08 < len(tail) / len(book) < 0.12
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(book.encode())[:-20])
+    for unit in ("line", "file"):
+        with pytest.raises(ValueError, match=r"torn\.txt\.gz"):
+            source(tmp_path / "torn.txt.gz", tmp_path, unit=unit).load()
+
+
+def test_zstandard_files(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    content = "\n".join(GOOD).encode()
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
+    assert every_text(tmp_path / "a.txt.zst", tmp_path, unit="line") == sorted(GOOD)
 
 
 def test_configuration_says_what_is_missing():
@@ -236,7 +286,7 @@ def test_separate_validation_files(lines, tmp_path):
 
 @pytest.mark.parametrize("content", ["".join(f"é {i}\n" for i in range(3000)), "é" * 30_000])
 def test_of_one_long_document_the_last_part_is_held_out(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(file_reader, "BLOCK_BYTES", 1000)  # so that it comes in many parts
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)  # so that it comes in many parts
     path = tmp_path / "book.txt"
     path.write_text(content)
     corpus = source(path, tmp_path, val_share=0.1).load()
@@ -254,12 +304,36 @@ def test_an_empty_split_names_the_keys_to_change(tmp_path):
         source(path, tmp_path, val_share=0.5).load()
 
 
+def test_validation_files_that_repeat_the_training_files_are_refused(lines, tmp_path, caplog):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(lines.read_text(encoding="utf-8"), encoding="utf-8")
+    for unit in ("line", "file"):
+        with pytest.raises(ValueError, match=r"100\.0%.*data\.max_overlap"):
+            source(lines, tmp_path, unit=unit, val_path=str(copy)).load()
+    copy.write_text("line 3 é\nnew\nnew too\nand new\n", encoding="utf-8")
+    for limit, refused in ((0.5, False), (0.2, True)):  # the second time from the cache
+        options = {"unit": "line", "val_path": str(copy), "max_overlap": limit}
+        with caplog.at_level(logging.WARNING), contextlib.ExitStack() as stack:
+            if refused:
+                stack.enter_context(pytest.raises(ValueError, match=r"data\.max_overlap=0\.2"))
+            source(lines, tmp_path, **options).load()
+    assert "25.0%" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["\n \n", "a", ""])
+def test_a_file_without_text_for_both_splits_is_refused(content, tmp_path):
+    (tmp_path / "a.txt").write_text(content)
+    for unit in ("file", "line"):
+        with pytest.raises(ValueError, match=r"data\.val_path|a\.txt"):
+            source(tmp_path / "a.txt", tmp_path, unit=unit).load()
+
+
 # ---- long documents, windows, prompts ----
 
 
 def test_windows_hold_every_byte_of_every_document(tmp_path, monkeypatch):
     """Long documents come in several parts and are cut into windows; nothing is lost."""
-    monkeypatch.setattr(file_reader, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
     contents = {f"{i}.txt": f"{i} – ∂é\n" * (400 * i + 1) for i in range(9)}
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
@@ -283,7 +357,7 @@ def test_windows_hold_every_byte_of_every_document(tmp_path, monkeypatch):
     assert sorted(rebuilt) == sorted(contents.values())
 
 
-def test_a_prompt_is_context_and_no_target(tmp_path):
+def test_a_prompt_is_context_and_no_target(tmp_path, caplog):
     rows = [{"q": f"Q{i}?" * (i % 3), "text": f"answer {i}"} for i in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -303,6 +377,9 @@ def test_a_prompt_is_context_and_no_target(tmp_path):
         assert len(short[-1].loss_mask) == len(short[-1].tokens) == 0
     assert found == {row["text"]: row["q"] for row in rows}
     assert source(path, tmp_path).load().train[0].loss_mask is None
+    with caplog.at_level(logging.WARNING):
+        DataModule(source(path, tmp_path, prompt_field="q"), batch_size=2, max_length=4).load()
+    assert "data.max_length=4" in caplog.text
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(ValueError, match=r"data\.prompt_field.*b\.txt"):
         source(tmp_path, tmp_path, prompt_field="q").load()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from causal_lm import config
 from causal_lm.build import instantiate
 from causal_lm.data import documents, token_cache
-from causal_lm.data.documents import Documents, MemoryMappedArray
+from causal_lm.data.documents import Documents, FileArray
 from causal_lm.data.sources import base
 from causal_lm.data.sources.docstrings import Docstrings
 from causal_lm.data.sources.text_files import TextFiles
@@ -218,22 +218,34 @@ def test_a_mapped_file_travels_by_name(make):
     assert torch.equal(copy[3].tokens, train[3].tokens)
 
 
-def resident(kind="RssFile"):
+def resident():
+    """MiB of files in this process's memory."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(kind)) / 1024
+        return next(int(line.split()[1]) for line in status if line.startswith("RssFile")) / 1024
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-@pytest.mark.parametrize("kept", [documents.RELEASE_AFTER_READS, 10**9])
-def test_reading_all_of_a_file_keeps_little_of_it(kept, tmp_path, monkeypatch):
-    """It would keep all of it if pages were not released."""
-    monkeypatch.setattr(documents, "RELEASE_AFTER_READS", kept)
+def test_reading_all_of_a_file_keeps_none_of_it(tmp_path):
     np.zeros(30 << 20, np.uint16).tofile(tmp_path / "tokens")  # 60 MiB
-    tokens = MemoryMappedArray(tmp_path / "tokens", "uint16")
+    tokens = FileArray(tmp_path / "tokens", "uint16")
     before = resident()
-    for start_ in range(0, len(tokens), 1000):
-        tokens[start_ : start_ + 1000]
-    assert (resident() - before < 25) == (kept < 10**9)
+    for first in range(0, len(tokens), 1000):
+        tokens[first : first + 1000]
+    assert resident() - before < 10
+    mapped = np.memmap(tmp_path / "tokens", np.uint16)
+    mapped.sum()
+    assert resident() - before > 50  # the figure would show pages that are kept
+
+
+@pytest.mark.parametrize("limit", [documents.MAX_PREAD_VALUES, 0])
+def test_slices_of_a_file_are_those_of_the_array(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_PREAD_VALUES", limit)
+    values = np.random.default_rng(0).integers(0, 60_000, 100).astype(np.uint16)
+    values.tofile(tmp_path / "tokens")
+    tokens = FileArray(tmp_path / "tokens", "uint16")
+    assert len(tokens) == 100
+    for piece in (slice(None), slice(3, 9), slice(5, 5), slice(None, -1), slice(90, 200)):
+        assert tokens[piece].tolist() == values[piece].tolist()
 
 
 def test_threads_may_read_at_once(make):

@@ -1,6 +1,7 @@
 """Subword tokenizers: text round-trips, bytes add up, text never makes a special token."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from causal_lm.data.sources.text_files import TextFiles
 from causal_lm.data.tokenizers import ByteTokenizer, from_state
 
 tokenizers = pytest.importorskip("tokenizers")
-from causal_lm.data.subwords import SubwordTokenizer  # noqa: E402
+from causal_lm.data.subwords import WORD, SubwordTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.extras
 
@@ -61,15 +62,20 @@ GPT2 = SubwordTokenizer.resolve(gpt2(), {})
 RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, ByteTokenizer())]
 
 
+PIECES = [" ", "\n", "'s", "'ll", "'", "it's", "é", "—", "\u0301", "²", "_", "١", "\u3000", "漢字"]
+
+
+def test_a_contraction_before_a_character_beyond_ascii():
+    assert WORD.findall("it's—well") == ["it", "'s", "—well"]
+
+
 @settings(max_examples=500)
 @given(
     st.one_of(
         st.text(),
-        st.text("ab '\n\r\t\x1c\x1f\x85\u2028\xa0.,1é"),
+        st.text("ab'sltdmrve '\n\r\t\x1c\x1f\x85\u2028\xa0.,1é—\u0301\u0bbeª²٣ⅷ’İ"),
         st.text(st.characters(codec="ascii")),
-        st.lists(st.sampled_from([*CODE.split(" "), " ", "\n", "'s", "'ll", "é", "²", "_"])).map(
-            "".join
-        ),
+        st.lists(st.sampled_from([*CODE.split(" "), *PIECES])).map("".join),
     )
 )
 def test_word_by_word_is_what_the_library_does(text):
@@ -94,6 +100,90 @@ def test_text_that_looks_special_is_text(tokenizer):
     assert tokenizer.decode(ids) == LIKE_SPECIAL
 
 
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+CHARACTERS = "abps</> "
+
+
+def library_of(kind: str) -> str:
+    """The JSON of a small tokenizer whose vocabulary holds its special tokens."""
+    models, pre = tokenizers.models, tokenizers.pre_tokenizers
+    ids = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS, "ab"])}
+    if kind == "Unigram":
+        scores = [(token, -float(i > 3)) for token, i in ids.items()]
+        library = tokenizers.Tokenizer(models.Unigram(scores, unk_id=3))
+    elif kind == "WordPiece":
+        ids |= {f"##{token}": 50 + i for token, i in ids.items()}
+        library = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
+    elif kind == "WordLevel":
+        library = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    else:
+        whole = kind == "BPE with ignore_merges"
+        bpe = models.BPE(ids, [("a", "b")], unk_token="<unk>", ignore_merges=whole)
+        library = tokenizers.Tokenizer(bpe)
+    if kind in ("WordLevel", "BPE with ignore_merges"):
+        library.pre_tokenizer = pre.WhitespaceSplit()
+    library.add_special_tokens(SPECIAL)
+    return library.to_str()
+
+
+KINDS = ["Unigram", "WordPiece", "WordLevel", "BPE", "BPE with ignore_merges"]
+OF_KINDS = {kind: SubwordTokenizer.resolve(library_of(kind), {}) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.sampled_from([*SPECIAL, *CHARACTERS, "ab", " </s> ", "é"])).map("".join))
+def test_no_text_makes_a_special_token(kind, text):
+    """<unk> aside, which stands for what the vocabulary lacks."""
+    tokenizer = OF_KINDS[kind]
+    assert not {0, 1, 2} & set(tokenizer.encode(text))
+    library = tokenizers.Tokenizer.from_str(tokenizer.json)
+    library.encode_special_tokens = True
+    plain = library.encode(text, add_special_tokens=False).ids
+    if not {0, 1, 2, 3} & set(plain):  # nothing else changes
+        assert tokenizer.encode(text) == plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_library_alone_makes_special_tokens_of_text(kind):
+    """Guards the test above: there is something to prevent, in all but a BPE with merges."""
+    library = tokenizers.Tokenizer.from_str(library_of(kind))
+    library.encode_special_tokens = True
+    assert (2 in library.encode("</s>", add_special_tokens=False).ids) == (kind != "BPE")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_vocabulary_lacks_is_counted(kind):
+    unknown = OF_KINDS[kind].unknown(["ab é a", "éé"])
+    assert unknown == ({"é": 1, "éé": 1} if kind == "WordLevel" else {"é": 3})
+    assert not BPE.unknown(["ab é a \x00"])
+
+
+def test_a_corpus_with_characters_that_the_vocabulary_lacks(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("\n".join(f"ab ü {'a' * i}" for i in range(50)))
+    (tmp_path / "tokenizer.json").write_text(library_of("BPE"))
+    options = {"unit": "line", "val_share": 0.2, "cache_dir": str(tmp_path / "cache")}
+    for _ in range(2):  # the second time from the cache
+        with caplog.at_level(logging.WARNING):
+            TextFiles(
+                path=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "tokenizer.json"), **options
+            ).load()
+        assert "'ü' (50)" in caplog.text
+        caplog.clear()
+
+
+def test_special_tokens_that_text_needs_are_refused():
+    for name in ("!", " the"):
+        with pytest.raises(ValueError, match="special token"):
+            SubwordTokenizer.resolve(BPE.json, {"pad": name.replace(" ", "Ġ")})
+
+
+def test_an_empty_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*empty"):
+        SubwordTokenizer.from_file(str(path), {})
+
+
 def test_special_tokens_by_usual_name():
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "<s>", "</s>", "a", "b"])}
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="b"))
@@ -103,16 +193,18 @@ def test_special_tokens_by_usual_name():
     assert found.token_bytes() is None  # words are not bytes
 
 
-def test_special_tokens_by_key_or_added():
-    named = SubwordTokenizer.resolve(gpt2(), {"pad": "!", "bos": "<start>"})
-    assert named.pad_id == named.library.token_to_id("!")
+def test_special_tokens_by_key_or_added(caplog):
+    end = json.loads(gpt2())["model"]["vocab"]["<|endoftext|>"]
+    named = SubwordTokenizer.resolve(gpt2(), {"pad": "<|endoftext|>", "bos": "<start>"})
+    assert named.pad_id == named.eos_id == end
     assert named.bos_id == 280 and named.vocab_size == 281  # added
-    assert named.eos_id == named.library.token_to_id("<|endoftext|>")
     bare = json.loads(gpt2())
     bare["added_tokens"], bare["model"]["vocab"] = [], dict(bare["model"]["vocab"])
     bare["model"]["vocab"]["x-endoftext"] = bare["model"]["vocab"].pop("<|endoftext|>")
-    added = SubwordTokenizer.resolve(json.dumps(bare), {})
+    with caplog.at_level(logging.WARNING):
+        added = SubwordTokenizer.resolve(json.dumps(bare), {})
     assert added.pad_id == added.bos_id == added.eos_id == 280
+    assert "<eos>" in caplog.text and "data.special_tokens.eos" in caplog.text
 
 
 def test_a_token_that_is_special_here_only_is_no_text():

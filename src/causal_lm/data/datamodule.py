@@ -13,6 +13,9 @@ from causal_lm.data.sampler import DocumentSampler
 
 log = logging.getLogger(__name__)
 
+CHECKED_WINDOWS = 10_000
+"""Windows of a split, evenly spaced, that are checked for targets where documents have prompts."""
+
 
 class DataModule(L.LightningDataModule):
     """Cut, order, pad and collate the documents of a source.
@@ -97,6 +100,15 @@ class DataModule(L.LightningDataModule):
             f"longer than data.max_length={self.max_length} were cut, which gives "
             f"{len(windows):,} windows"
         )
+        if documents.loss_mask is not None:
+            step = -(-len(windows) // CHECKED_WINDOWS)
+            masks = [windows[i].loss_mask for i in range(0, len(windows), step)]
+            empty = sum(not mask[1:].any() for mask in masks if mask is not None) / len(masks)
+            if empty:
+                log.warning(
+                    f"{split}: {empty:.1%} of the windows hold a prompt and no target: raise "
+                    f"data.max_length={self.max_length}, or shorten the prompts"
+                )
         return windows
 
     def _batches_done(self) -> int:

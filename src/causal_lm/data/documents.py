@@ -1,6 +1,6 @@
 """Token documents of uneven length in one flat array, in memory or in a file."""
 
-import mmap
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,46 +13,43 @@ from torch.utils.data import Dataset
 
 from causal_lm.data.tokenizers import Tokenizer
 
-RELEASE_AFTER_READS = 64
-"""Reads of a memory-mapped file after which its pages are released."""
-RELEASE_ABOVE_VALUES = 2**20
-"""Values of one read above which pages are released at once."""
+MAX_PREAD_VALUES = 2**20
+"""Values that are read in one system call; the kernel limits it to 2 GiB."""
 CHUNK_DOCUMENTS = 2**20
 """Documents whose lengths are computed at a time."""
 
 
-class MemoryMappedArray:
-    """A flat array in a file; a slice is copied out of the memory map as a tensor.
+class FileArray:
+    """A flat array in a file, of which a slice is read when it is asked for.
 
-    The kernel counts every mapped page that was read, and 15 around it, as memory of this process,
-    so an epoch would end with the whole file resident. The pages are therefore released
-    regularly; they stay in the system's file cache, and reading them again takes microseconds.
+    It is not memory-mapped: mapped pages count as memory of this process, so an epoch would end
+    with the whole file resident.
 
     Args:
-        path: a file that holds at least one value.
-        dtype: NumPy name of the values' type, such as ``uint16``.
+        path: a file of values.
+        dtype: NumPy name of their type, such as ``uint16``.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
-        self.path, self.dtype, self._reads = path, dtype, 0
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._array = np.frombuffer(self._map, dtype=dtype)
+        self.path, self.dtype, self._itemsize = path, dtype, np.dtype(dtype).itemsize
+        self._file = path.open("rb")
 
     def __len__(self) -> int:
-        return len(self._array)
+        return self.path.stat().st_size // self._itemsize
 
     def __getitem__(self, piece: slice) -> Tensor:
         """The values of a slice as bool where the file holds bool, otherwise as int64."""
-        values = self._array[piece].astype(bool if self.dtype == "bool" else np.int64)
-        self._reads += 1
-        release = self._reads % RELEASE_AFTER_READS == 0 or len(values) > RELEASE_ABOVE_VALUES
-        if release and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(values)
+        start, stop, _ = piece.indices(len(self))
+        count, offset = max(stop - start, 0), start * self._itemsize
+        if hasattr(os, "pread") and count <= MAX_PREAD_VALUES:  # six times as fast as fromfile
+            raw = os.pread(self._file.fileno(), count * self._itemsize, offset)
+            values = np.frombuffer(raw, self.dtype)
+        else:
+            values = np.fromfile(self.path, self.dtype, count, offset=offset)
+        return torch.from_numpy(values.astype(bool if self.dtype == "bool" else np.int64))
 
     def __reduce__(self) -> tuple:  # a data-loader worker opens the file itself
-        return MemoryMappedArray, (self.path, self.dtype)
+        return FileArray, (self.path, self.dtype)
 
 
 class Document(NamedTuple):
@@ -76,9 +73,9 @@ class Documents(Dataset[Document]):
 
     def __init__(
         self,
-        tokens: Tensor | MemoryMappedArray,
-        offsets: Tensor | MemoryMappedArray,
-        loss_mask: Tensor | MemoryMappedArray | None = None,
+        tokens: Tensor | FileArray,
+        offsets: Tensor | FileArray,
+        loss_mask: Tensor | FileArray | None = None,
     ) -> None:
         self.tokens, self.offsets, self.loss_mask = tokens, offsets, loss_mask
 

@@ -1,8 +1,11 @@
 """Tokenizers of the ``tokenizers`` library: a BPE trained here, or any ``tokenizer.json``."""
 
-import json
+import logging
 import re
+import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 
 from causal_lm import extras
+
+log = logging.getLogger(__name__)
 
 USUAL_NAMES = {
     "eos": ("<eos>", "</s>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
@@ -22,13 +27,14 @@ USUAL_NAMES = {
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 NOT_BEFORE = r"(?![^\0-\x7f])"
 WORD = re.compile(
-    rf"'(?:[sdmt]|ll|ve|re){NOT_BEFORE}"
+    rf"'(?:[sdmt]|ll|ve|re)"
     rf"| ?[A-Za-z]++{NOT_BEFORE}| ?[0-9]++{NOT_BEFORE}"
     rf"| ?[^{SPACE}A-Za-z0-9\x80-\U0010ffff]++{NOT_BEFORE}"
     rf"| ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+"
 )
-"""Cuts a text where GPT-2's pattern does, though at fewer places: a word with a character beyond
-ASCII goes on to the next space, because Python's letters are not quite Unicode's."""
+"""Cuts a text at some of the places where GPT-2's pattern does, and nowhere else. A word with a
+character beyond ASCII goes on to the next space, because Python's letters are not quite Unicode's;
+the library cuts it further."""
 MAX_CACHED_WORDS = 300_000
 """Words whose ids are remembered."""
 
@@ -36,24 +42,34 @@ MAX_CACHED_WORDS = 300_000
 class SubwordTokenizer:
     """A tokenizer of the ``tokenizers`` library, made from its own JSON.
 
-    A special token's name in a text (``<eos>``) is text: it is encoded in ordinary tokens. PAD, BOS
-    and EOS may share one id, as in GPT-2.
+    No text gives the id of a special token: its name in a text (``<eos>``) is encoded in ordinary
+    tokens. PAD, BOS and EOS may share one id, as in GPT-2.
 
     Args:
         json: the output of ``tokenizers.Tokenizer.to_str``.
-        pad, bos, eos: ids.
+        pad, bos, eos: ids of special tokens.
+
+    Raises:
+        ValueError: a special token is one that ordinary text needs.
     """
 
     def __init__(self, json: str, pad: int, bos: int, eos: int) -> None:
         self.json, self.pad_id, self.bos_id, self.eos_id = json, pad, bos, eos
-        self.library = extras.load("tokenizers", "huggingface").Tokenizer.from_str(json)
+        settings = loads(json)
+        tokenizers = extras.load("tokenizers", "huggingface")
+        self.library = tokenizers.Tokenizer.from_str(dumps(_hide_special_tokens(settings)))
         self.library.no_truncation()
         self.library.no_padding()
-        self.library.encode_special_tokens = True  # encode their names as ordinary text
         self.vocab_size = max(self.library.get_vocab().values()) + 1
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
-        self._bytes_of_token = _bytes_of_token(self.library, json)
-        self._word_by_word, self._cached_words = _encodes_word_by_word(json), dict[str, bytes]()
+        self._bytes_of_token = _bytes_of_token(settings)
+        model = settings["model"]
+        spelled = set((self._bytes_of_token or {}).values())
+        self._has_all_bytes = all(bytes([byte]) in spelled for byte in range(256))
+        self._has_words, self._is_known = model["type"] == "WordLevel", dict[str, bool]()
+        unk = model.get("unk_token")
+        self._unk_id = model.get("unk_id") if unk is None else model["vocab"].get(unk)
+        self._word_by_word, self._cached_words = _encodes_word_by_word(settings), dict[str, bytes]()
 
     @classmethod
     def train(cls, texts: Iterable[Sequence[str]], vocab_size: int) -> "SubwordTokenizer":
@@ -72,8 +88,8 @@ class SubwordTokenizer:
             show_progress=False,
         )
         library.train_from_iterator(texts, trainer)
-        names = {role: f"<{role}>" for role in ("pad", "bos", "eos")}
-        return cls.resolve(library.to_str(), names)
+        library.add_special_tokens(["<eos>", "<bos>", "<pad>"])
+        return cls.resolve(library.to_str(), {})
 
     @classmethod
     def from_file(cls, path: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
@@ -98,8 +114,13 @@ class SubwordTokenizer:
             names: of the roles ``pad``, ``bos`` and ``eos``. A name that the vocabulary lacks is
                 added to it. A role without a name takes the first of its usual names that is in
                 the vocabulary; otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
+
+        Raises:
+            ValueError: the vocabulary is empty, or a special token is one that text needs.
         """
         library = extras.load("tokenizers", "huggingface").Tokenizer.from_str(text)
+        if not library.get_vocab_size():
+            raise ValueError("its vocabulary is empty")
         ids: dict[str, int] = {}
         for role in ("eos", "bos", "pad"):
             usual = next((n for n in USUAL_NAMES[role] if library.token_to_id(n) is not None), None)
@@ -108,12 +129,17 @@ class SubwordTokenizer:
                 ids[role] = ids["eos"]
                 continue
             name = name or "<eos>"
+            if library.token_to_id(name) is None:
+                log.warning(
+                    f"{name!r} is not in the tokenizer's vocabulary and was added as {role}; if "
+                    f"another token has that role, set data.special_tokens.{role}"
+                )
             library.add_special_tokens([name])  # marks it as special where it is there already
             ids[role] = library.token_to_id(name)
-        settings = json.loads(library.to_str())
+        settings = loads(library.to_str())
         for token in settings["added_tokens"]:  # some were added before, but not as special ones
             token["special"] |= token["id"] in ids.values()
-        return cls(json.dumps(settings, ensure_ascii=False), **ids)
+        return cls(dumps(settings, ensure_ascii=False), **ids)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -136,6 +162,21 @@ class SubwordTokenizer:
         self._cached_words = cached
         return [b"".join([cached[word] for word in words]) for words in split]
 
+    def unknown(self, texts: Sequence[str]) -> Counter[str]:
+        """Characters (words, for a WordLevel model) of which no token or only <unk> is left."""
+        found: Counter[str] = Counter()
+        if self._has_all_bytes:
+            return found
+        for text in texts:
+            for unit in set(text.split() if self._has_words else text):
+                if unit not in self._is_known:
+                    ids = self.library.encode(unit, add_special_tokens=False).ids
+                    known = bool(ids) and self._unk_id not in ids
+                    self._is_known[unit] = known or unit.isspace()
+                if not self._is_known[unit]:
+                    found[unit] += text.count(unit)
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         if self._bytes_of_token is None:
             return self.library.decode(list(ids), skip_special_tokens=True)
@@ -151,35 +192,72 @@ class SubwordTokenizer:
         return {"name": "subwords", "json": self.json} | ids
 
 
-def _bytes_of_token(library: Any, text: str) -> dict[int, bytes] | None:
-    """The bytes of each id of a byte-level vocabulary, none for special tokens; None where tokens
-    are not bytes.
+def _hide_special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's JSON with special tokens renamed, at random, to names that no text contains.
 
-    Such a vocabulary writes each byte as one printable character.
+    The library can be told not to look for special tokens in a text, but a model that has them in
+    its vocabulary (Unigram, WordLevel, WordPiece, BPE with ``ignore_merges``) finds them still.
     """
-    settings = json.loads(text)
-    if '"ByteLevel"' not in json.dumps(settings["decoder"]):
-        return None
+    suffix, model = secrets.token_hex(16), settings["model"]
+    special = {token["content"] for token in settings["added_tokens"] if token["special"]}
+    needed = {part for merge in model.get("merges", ()) for part in (*merge, "".join(merge))}
+    if _is_byte_level(settings):
+        needed |= set(_byte_of_character())
+    if special & needed:
+        raise ValueError(
+            f"special token {min(special & needed)!r} is part of ordinary text: name another in "
+            f"data.special_tokens, such as <eos>"
+        )
+
+    def rename(token: str | None) -> str | None:
+        return f"{token}{suffix}" if token in special else token
+
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        renamed: Any = {rename(token): i for token, i in vocab.items()}
+    else:
+        renamed = [[rename(token), score] for token, score in vocab]
+    added = [token | {"content": rename(token["content"])} for token in settings["added_tokens"]]
+    model = model | {"vocab": renamed}
+    if "unk_token" in model:
+        model["unk_token"] = rename(model["unk_token"])
+    return settings | {"model": model, "added_tokens": added, "post_processor": None}
+
+
+def _is_byte_level(settings: dict[str, Any]) -> bool:
+    return '"ByteLevel"' in dumps(settings["decoder"])
+
+
+def _byte_of_character() -> dict[str, int]:
+    """A byte-level vocabulary writes each byte as one printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _bytes_of_token(settings: dict[str, Any]) -> dict[int, bytes] | None:
+    """The bytes of each id of a byte-level vocabulary, none for special tokens; None where tokens
+    are not bytes."""
+    if not _is_byte_level(settings):
+        return None
+    byte_of = _byte_of_character()
     bytes_of = {
         i: bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
-        for token, i in library.get_vocab(with_added_tokens=False).items()
+        for token, i in settings["model"]["vocab"].items()
     }
     for token in settings["added_tokens"]:
         bytes_of[token["id"]] = b"" if token["special"] else token["content"].encode()
     return bytes_of
 
 
-def _encodes_word_by_word(text: str) -> bool:
+def _encodes_word_by_word(settings: dict[str, Any]) -> bool:
     """Whether the ids of a text are those of its words, one after the other, as for GPT-2."""
-    settings = json.loads(text)
     pre = settings["pre_tokenizer"] or {}
     return (
         settings["normalizer"] is None
         and settings["model"]["type"] == "BPE"
+        and not settings["model"].get("dropout")
         and pre.get("type") == "ByteLevel"
         and pre.get("use_regex", True)
         and not pre["add_prefix_space"]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from causal_lm.data.documents import Documents, MemoryMappedArray
+from causal_lm.data.documents import Documents, FileArray
 
 SPLITS = ("train", "val")
 SAMPLE_BYTES = 1 << 16
@@ -75,7 +76,9 @@ class TokenizedChunk(NamedTuple):
     loss_mask  (N,) bool, False at tokens of a prompt; None: there are no prompts
     val        (D,) bool, which documents are held out for validation
     continued  the last document goes on in the next chunk
-    characters of the text
+    hashes     (D,) of each document's text, or none at all
+    characters number of characters of the text
+    unknown    characters or words that the vocabulary lacks, with their number
     """
 
     ids: np.ndarray
@@ -83,22 +86,17 @@ class TokenizedChunk(NamedTuple):
     loss_mask: np.ndarray | None
     val: np.ndarray
     continued: bool
+    hashes: list[bytes]
     characters: int
+    unknown: Counter[str]
 
 
-def write(
-    folder: Path, chunks: Iterable[TokenizedChunk], dtype: str, progress: Callable[[int], Any]
-) -> tuple[int, int]:
-    """Write both splits, chunk by chunk, and return the number of documents of each.
-
-    Args:
-        progress: called with the number of characters of each chunk.
-    """
+def write(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> tuple[int, int]:
+    """Write both splits, chunk by chunk, and return the number of documents of each."""
     writers = [_SplitWriter(folder, split, dtype) for split in SPLITS]
     for chunk in chunks:
         for val, writer in enumerate(writers):
             writer.append(chunk, chunk.val == bool(val))
-        progress(chunk.characters)
     for writer in writers:
         writer.close()
     return writers[0].documents, writers[1].documents
@@ -150,7 +148,7 @@ def read(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
 def _documents(folder: Path, split: str, dtype: str) -> Documents:
     mask = folder / f"{split}.mask"
     return Documents(
-        MemoryMappedArray(folder / f"{split}.tokens", dtype),
-        MemoryMappedArray(folder / f"{split}.offsets", "int64"),
-        MemoryMappedArray(mask, "bool") if mask.stat().st_size else None,
+        FileArray(folder / f"{split}.tokens", dtype),
+        FileArray(folder / f"{split}.offsets", "int64"),
+        FileArray(mask, "bool") if mask.stat().st_size else None,
     )

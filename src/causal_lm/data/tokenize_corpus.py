@@ -32,29 +32,36 @@ class Chunk(NamedTuple):
     continued: bool = False
     val: bool | None = None
 
+    def hashes(self) -> list[bytes]:
+        """A hash of each document's text."""
+        return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
+
     def held_out(self, val_fraction: float) -> list[bool]:
         """Which documents are held out for validation."""
         if self.val is not None:
             return [self.val] * len(self.documents)
         limit = min(int(val_fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
-        return [
-            sha256("".join(segments).encode(errors="surrogatepass")).digest() < limit
-            for segments in self.documents
-        ]
+        return [digest < limit for digest in self.hashes()]
 
 
 class ChunkTokenizer:
-    """Turns a Chunk into a TokenizedChunk; other processes receive it as plain data."""
+    """Turns a Chunk into a TokenizedChunk; other processes receive it as plain data.
 
-    def __init__(self, state: dict[str, Any], val_fraction: float) -> None:
-        self.state, self.val_fraction = state, val_fraction
+    Args:
+        state: of the tokenizer.
+        val_fraction: fraction of the documents that are held out.
+        keep_hashes: give the hashes of the texts too.
+    """
+
+    def __init__(self, state: dict[str, Any], val_fraction: float, keep_hashes: bool) -> None:
+        self.state, self.val_fraction, self.keep_hashes = state, val_fraction, keep_hashes
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
         return from_state(self.state)  # type: ignore[return-value]  # the state of a TextTokenizer
 
     def __reduce__(self) -> tuple:
-        return ChunkTokenizer, (self.state, self.val_fraction)
+        return ChunkTokenizer, (self.state, self.val_fraction, self.keep_hashes)
 
     def __call__(self, chunk: Chunk) -> TokenizedChunk:
         tokenizer, documents = self.tokenizer, len(chunk.documents)
@@ -78,8 +85,11 @@ class ChunkTokenizer:
             loss_mask = np.ones(len(ids), bool)
             loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
         val = np.array(chunk.held_out(self.val_fraction))
-        characters = sum(map(len, texts))
-        return TokenizedChunk(ids, lengths, loss_mask, val, chunk.continued, characters)
+        hashes = chunk.hashes() if self.keep_hashes else []
+        return TokenizedChunk(
+            ids, lengths, loss_mask, val, chunk.continued, hashes, sum(map(len, texts)),
+            tokenizer.unknown(texts),
+        )  # fmt: skip
 
 
 def tokenize_chunks(

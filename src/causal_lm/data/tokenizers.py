@@ -2,6 +2,7 @@
 and 2. (``subwords.py`` has the tokenizers of the ``tokenizers`` library.)"""
 
 import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -42,6 +43,9 @@ class TextTokenizer(Tokenizer, Protocol):
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts end to end, and the number of ids of each text."""
 
+    def unknown(self, texts: Sequence[str]) -> Counter[str]:
+        """Characters (or words) that the vocabulary lacks, and how often each is in ``texts``."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes, shifted by three for PAD, BOS and EOS: 259 ids.
@@ -62,6 +66,9 @@ class ByteTokenizer:
         encoded = [text.encode() for text in texts]
         ids = np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint16)
         return ids + np.uint16(len(SPECIAL)), np.array([len(e) for e in encoded], np.int64)
+
+    def unknown(self, texts: Sequence[str]) -> Counter[str]:
+        return Counter()
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i - len(SPECIAL) for i in ids if i >= len(SPECIAL)).decode(errors="replace")

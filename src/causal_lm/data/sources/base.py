@@ -16,6 +16,7 @@ from tqdm import tqdm
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
 from causal_lm.data.subwords import SubwordTokenizer
+from causal_lm.data.token_cache import TokenizedChunk
 from causal_lm.data.tokenize_corpus import Chunk, ChunkTokenizer, Part, Segments, tokenize_chunks
 from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 
@@ -28,7 +29,9 @@ BPE_TRAINING_BYTES = 16 << 20
 SINGLE_PROCESS_BYTES = 16 << 20
 """Bytes of a corpus below which one process tokenizes: others take a second to start. A corpus of
 byte tokens is always tokenized by one, because sending text costs more than encoding it."""
-FORMAT = 1
+EXAMPLES = 8
+"""Characters that are named where a tokenizer's vocabulary lacks some."""
+FORMAT = 2
 """Version of the cached files and of how text is cut; older caches are not read."""
 
 
@@ -47,7 +50,11 @@ class TextSource(abc.ABC):
         val_share: fraction of the documents held out, where the source has no validation data.
         cache_dir: folder of the tokens; null: :func:`causal_lm.data.token_cache.default_folder`.
         num_proc: processes that tokenize; null: one per core.
+        max_overlap: fraction of separate validation documents that may also be training documents.
     """
+
+    has_separate_val = False
+    """Whether :meth:`parts` gives the validation documents on their own; they must come first."""
 
     def __init__(
         self,
@@ -58,12 +65,13 @@ class TextSource(abc.ABC):
         val_share: float = 0.05,
         cache_dir: str | None = None,
         num_proc: int | None = None,
+        max_overlap: float = 0.5,
     ) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.special_tokens = dict(special_tokens or {})
         self.val_fraction, self.num_proc = val_share, num_proc or os.cpu_count() or 1
-        folder = Path(cache_dir).expanduser() if cache_dir else token_cache.default_folder()
-        self.cache_dir = folder
+        self.max_overlap = max_overlap
+        self.cache_dir = Path(cache_dir or token_cache.default_folder()).expanduser()
         self.skipped: collections.Counter[str] = collections.Counter()
         """Number of skipped documents by kind, such as ``blank lines``; :meth:`parts` counts."""
 
@@ -87,45 +95,46 @@ class TextSource(abc.ABC):
         """Tokenize the documents, or read the tokens from the cache.
 
         Raises:
-            ValueError: a split holds no document.
+            ValueError: a split holds no document, or the splits share too many.
         """
-        key = [FORMAT, type(self).__name__, self.identity(), self.val_fraction]
-        folder = self.cache_dir / token_cache.fingerprint([*key, self._tokenizer_identity()])
+        trained_here = self.tokenizer == "bpe"  # only where the cache has no tokens
+        tokenizer = self.vocab_size if trained_here else self._given_tokenizer.state()
+        key = [FORMAT, type(self).__name__, self.identity(), self.val_fraction, tokenizer]
+        folder = self.cache_dir / token_cache.fingerprint(key)
         started = time.perf_counter()
         token_cache.build_once(folder, self._build)
         train, val, about = token_cache.read(folder)
         log.info(f"{about['summary']}; kept in {folder} ({time.perf_counter() - started:.1f} s)")
+        if about["overlap"]:
+            message = f"{about['overlap']:.1%} of the validation documents are also in training"
+            if about["overlap"] > self.max_overlap:
+                raise ValueError(f"{message}: more than data.max_overlap={self.max_overlap}")
+            log.warning(message)
+        if about["unknown"]:
+            examples = ", ".join(f"{unit!r} ({n:,})" for unit, n in about["unknown"])
+            log.warning(f"the tokenizer's vocabulary lacks {examples}; set another data.tokenizer")
         return Corpus(train, val, from_state(about["tokenizer"]))
 
     def chunks(self) -> Iterator[Chunk]:
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
         for parts, val in self.parts():
-            yield from self._chunks(parts, val)
-
-    def _chunks(self, parts: Iterable[Part], val: bool | None) -> Iterator[Chunk]:
-        """Each part of a long document is a chunk; the hash of the first decides on the split."""
-        documents: list[Segments] = []
-        size, continues, long_val = 0, False, val
-        for segments, complete in parts:
-            is_long = continues or not complete
-            if not is_long:
-                documents.append(segments)
-                size += len(segments[-1])
-            if documents and (is_long or size >= CHUNK_CHARACTERS):
+            documents: list[Segments] = []
+            size, continues, long_val = 0, False, val
+            for segments, complete in parts:
+                is_long = continues or not complete
+                if not is_long:
+                    documents.append(segments)
+                    size += len(segments[-1])
+                if documents and (is_long or size >= CHUNK_CHARACTERS):
+                    yield Chunk(documents, val=val)
+                    documents, size = [], 0
+                if is_long:  # each part is a chunk; the hash of the first decides on the split
+                    if not continues:
+                        (long_val,) = Chunk([segments], val=val).held_out(self.val_fraction)
+                    yield Chunk([segments], continues, not complete, long_val)
+                continues = not complete
+            if documents:
                 yield Chunk(documents, val=val)
-                documents, size = [], 0
-            if is_long:
-                if not continues:
-                    (long_val,) = Chunk([segments], val=val).held_out(self.val_fraction)
-                yield Chunk([segments], continues, not complete, long_val)
-            continues = not complete
-        if documents:
-            yield Chunk(documents, val=val)
-
-    def _tokenizer_identity(self) -> list:
-        if self.tokenizer == "bpe":  # which is trained only where the cache has no tokens
-            return ["bpe", self.vocab_size]
-        return ["is", self._given_tokenizer.state()]
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:
@@ -141,11 +150,12 @@ class TextSource(abc.ABC):
         state, size = tokenizer.state(), self.size()
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
         single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
-        tokenize = ChunkTokenizer(state, self.val_fraction)
+        tokenize = ChunkTokenizer(state, self.val_fraction, self.has_separate_val)
         self.skipped.clear()
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
             chunks = tokenize_chunks(self.chunks(), tokenize, 1 if single else self.num_proc)
-            train, val = token_cache.write(folder, chunks, dtype, bar.update)
+            observed = _Observer(bar)
+            train, val = token_cache.write(folder, observed(chunks), dtype)
         summary = f"{train:,} documents for training, {val:,} for validation"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
@@ -153,7 +163,10 @@ class TextSource(abc.ABC):
                 f"{summary}: both splits need a document; set data.val_path, another "
                 f"data.val_share, or a smaller data.unit (line, paragraph)"
             )
-        token_cache.write_about(folder, {"tokenizer": state, "dtype": dtype, "summary": summary})
+        about = {"tokenizer": state, "dtype": dtype, "summary": summary,
+                 "overlap": len(observed.shared) / max(len(observed.val), 1),
+                 "unknown": observed.unknown.most_common(EXAMPLES)}  # fmt: skip
+        token_cache.write_about(folder, about)
 
     def _train_bpe(self) -> SubwordTokenizer:
         """A BPE of the training documents; of every k-th chunk where they are many."""
@@ -167,3 +180,23 @@ class TextSource(abc.ABC):
                     yield [text for document, out in pairs if not out for text in document]
 
         return SubwordTokenizer.train(texts(), self.vocab_size)
+
+
+class _Observer:
+    """Counts, while chunks go by, what both splits share and what the vocabulary lacks."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+        self.val: set[bytes] = set()
+        self.shared: set[bytes] = set()
+        self.unknown: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, chunks: Iterable[TokenizedChunk]) -> Iterator[TokenizedChunk]:
+        for chunk in chunks:
+            self.bar.update(chunk.characters)
+            self.unknown += chunk.unknown
+            if chunk.val[0]:
+                self.val.update(chunk.hashes)
+            else:
+                self.shared |= self.val.intersection(chunk.hashes)
+            yield chunk

@@ -1,4 +1,4 @@
-"""Reads the documents of one text file: .txt, .jsonl, .json, .csv or .parquet."""
+"""FileReader: cuts files (.txt, .jsonl, .json, .csv, .parquet) into documents."""
 
 import codecs
 import csv
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
+from causal_lm.data.sources import files
 from causal_lm.data.sources.base import TextSource
+from causal_lm.data.sources.files import FORMATS, known_format, read_blocks
 from causal_lm.data.tokenize_corpus import Part, Segments
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-BLOCK_BYTES = 1 << 20
-"""Bytes that are read from a file at a time."""
 MAX_UNIT_BYTES = 16 << 20
 """Bytes of a line, paragraph or record; a longer one is a fault, mostly of a file without lines."""
 
@@ -27,8 +26,10 @@ class FileReader(TextSource):
     blank line, paragraph or record is counted and never a document.
 
     Args:
-        unit: one document is a ``file``, ``line`` or ``paragraph`` (up to a blank line) of a .txt,
-            or a ``record`` of another file; None: :data:`TXT_UNIT` or record.
+        format: of all files: one of :data:`FORMATS`; None: by each one's suffix, and ``txt`` where
+            that is another. Files that end in .gz or .zst are decompressed.
+        unit: one document is a ``file``, ``line`` or ``paragraph`` (up to a blank line) of txt, or
+            a ``record`` of another format; None: :data:`TXT_UNIT` or record.
         field: key or column of a record's text.
         prompt_field: key or column of a prompt, which precedes the text and is not learned.
         on_error: ``raise`` or ``skip``.
@@ -40,6 +41,7 @@ class FileReader(TextSource):
     def __init__(
         self,
         *,
+        format: str | None = None,
         unit: str | None = None,
         field: str = "text",
         prompt_field: str | None = None,
@@ -47,26 +49,31 @@ class FileReader(TextSource):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.unit, self.on_error = unit, on_error
+        if format not in (None, *FORMATS):
+            raise ValueError(f"data.format={format}: valid formats are {', '.join(FORMATS)}")
+        self.format, self.unit, self.on_error = format, unit, on_error
         self.fields = [prompt_field, field] if prompt_field else [field]
 
     def identity(self) -> dict[str, Any]:
-        return {"unit": self.unit, "fields": self.fields, "on_error": self.on_error}
+        reading = [self.format, self.unit, self.fields, self.on_error]
+        return {"reading": reading}
+
+    def format_of(self, path: Path) -> str:
+        return self.format or known_format(path) or "txt"
 
     def check(self, path: Path) -> None:
-        """Raises ValueError for a kind of file that is not read, or lacks the unit or fields."""
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: its suffix must be one of {', '.join(SUFFIXES)}")
-        units = ("file", "line", "paragraph") if path.suffix == ".txt" else ("record",)
+        """Raises ValueError for a file whose format does not have the unit or the fields."""
+        is_txt = self.format_of(path) == "txt"
+        units = ("file", "line", "paragraph") if is_txt else ("record",)
         if self.unit and self.unit not in units:
             raise ValueError(
                 f"data.unit={self.unit}: {path} can be cut by {' or '.join(units)} only"
             )
-        if len(self.fields) > 1 and path.suffix == ".txt":
+        if len(self.fields) > 1 and is_txt:
             raise ValueError(f"data.prompt_field is a key of records, which {path} does not have")
 
     def unit_of(self, path: Path) -> str:
-        return self.unit or (self.TXT_UNIT if path.suffix == ".txt" else "record")
+        return self.unit or (self.TXT_UNIT if self.format_of(path) == "txt" else "record")
 
     def documents(self, path: Path) -> Iterator[Part]:
         """The documents of a file. Only whole files come in several parts."""
@@ -74,68 +81,59 @@ class FileReader(TextSource):
         if unit == "file":
             yield from self.whole_file(path)
             return
-        if not path.stat().st_size:
+        if not next(read_blocks(path), b""):
             return self._fault("empty files", f"{path} is empty")
         if unit == "record":
             yield from self.records(self._file_rows(path))
         else:
             texts = self._lines(path) if unit == "line" else self._paragraphs(path)
-            yield from self._not_blank(((text,) for text in texts), f"blank {unit}s")
+            yield from self._not_blank(((text,) for text in texts), f"{unit}s")
 
     def whole_file(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[Part]:
         """The bytes from ``start`` to ``end`` of a file as one document, in parts that end with a
         line."""
-        size = path.stat().st_size
+        try:
+            size = _utf8_size(path)
+        except ValueError as error:
+            return self._fault("files that are not UTF-8 or not complete", str(error))
         if not size:
             return self._fault("empty files", f"{path} is empty")
-        if error := _utf8_error(path):
-            return self._fault("files that are not UTF-8", f"{path}, {error}")
         decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
-        text, left = "", (size if end is None else end) - start
-        with path.open("rb") as file:
+        text, left, long = "", (size if end is None else end) - start, False
+        with files.open_bytes(path) as file:
             file.seek(start)
-            while block := file.read(min(BLOCK_BYTES, left)):
+            while block := file.read(min(files.BLOCK_BYTES, left)):
                 left -= len(block)
                 text += decoder.decode(block)
                 if left:
                     cut = text.rfind("\n") + 1 or len(text)
                     yield (text[:cut],), False
+                    long = True
                     text = text[cut:]
-        yield (text,), True
+        if long or text.strip():
+            yield (text,), True
+        else:
+            self.skipped["blank files"] += 1
 
     def records(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Part]:
         """The documents of records, each given as (where it is, the record)."""
-        return self._not_blank(self._segments(rows), "blank records")
-
-    def _segments(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Segments]:
         for where, record in rows:
-            fault = self._record_fault(record)
-            if fault is None:
-                yield tuple(record[field] for field in self.fields)
+            values = record if isinstance(record, dict) else {}
+            faults = [field for field in self.fields if not _is_text(values.get(field))]
+            if faults:
+                key = faults[0]
+                has = f"the record has {', '.join(values) or 'no keys'}"
+                has = f"it is {values[key]!r:.40}" if key in values else has
+                self._fault("records without a text", f"{where}: no text at key {key!r}; {has}")
             else:
-                self._fault(fault[0], f"{where}: {fault[1]}")
+                yield from self._not_blank([tuple(record[f] for f in self.fields)], "records")
 
-    def _record_fault(self, record: Any) -> tuple[str, str] | None:
-        """The kind of fault of a record, and what it is."""
-        if not isinstance(record, dict):
-            return "records without the field", "not an object with keys"
-        for field in self.fields:
-            if field not in record:
-                has = ", ".join(record)
-                return "records without the field", f"no key {field!r}; the record has {has}"
-            if not isinstance(record[field], str):
-                value = repr(record[field])[:40]
-                return "records without the field", f"{field!r} is {value}, which is not a text"
-            if not _is_unicode(record[field]):
-                return "records that are not Unicode", f"{field!r} has half a surrogate pair"
-        return None
-
-    def _not_blank(self, documents: Iterable[Segments], kind: str) -> Iterator[Part]:
+    def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[Part]:
         for segments in documents:
             if any(map(str.strip, segments)):
                 yield segments, True
             else:
-                self.skipped[kind] += 1
+                self.skipped[f"blank {units}"] += 1
 
     def _fault(self, kind: str, what: str) -> None:
         """Raise ValueError, or count what is skipped."""
@@ -166,13 +164,11 @@ class FileReader(TextSource):
 
     def _file_rows(self, path: Path) -> Iterator[tuple[str, Any]]:
         """The records of a file, each with where it is."""
-        if path.suffix == ".parquet":
-            return self._parquet(path)
-        if path.suffix == ".csv":
-            return self._csv(path)
-        if path.suffix == ".json" and next(_raw_lines(path), b"").lstrip().startswith(b"["):
-            return self._json_array(path)
-        return self._jsonl(path)
+        format_ = self.format_of(path)
+        if format_ == "json" and not next(_raw_lines(path), b"").lstrip().startswith(b"["):
+            format_ = "jsonl"
+        read = {"parquet": self._parquet, "csv": self._csv, "json": self._json_array}
+        return read.get(format_, self._jsonl)(path)
 
     def _jsonl(self, path: Path) -> Iterator[tuple[str, Any]]:
         for number, raw in enumerate(_raw_lines(path), start=1):
@@ -192,7 +188,7 @@ class FileReader(TextSource):
     def _json_array(self, path: Path) -> Iterator[tuple[str, Any]]:
         """An array of records, which is read as a whole."""
         try:
-            records = json.loads(path.read_bytes())
+            records = json.loads(b"".join(read_blocks(path)))
         except (ValueError, RecursionError) as error:
             return self._fault("files that are not JSON", f"{path}: {error}")
         yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, start=1))
@@ -210,15 +206,16 @@ class FileReader(TextSource):
         parquet = extras.load("pyarrow.parquet", "huggingface")
         try:
             file = parquet.ParquetFile(path, memory_map=True)
-        except arrow.ArrowInvalid as error:
-            return self._fault("files that are not parquet", f"{path}: {error}")
-        for field in self.fields:
-            if field not in file.schema_arrow.names:
-                what = f"{path}: no column {field!r}; it has {', '.join(file.schema_arrow.names)}"
-                return self._fault("files without the field", what)
-        batches = file.iter_batches(batch_size=256, columns=self.fields)
-        records = (record for batch in batches for record in batch.to_pylist())
-        yield from ((f"{path}, row {n}", record) for n, record in enumerate(records, start=1))
+            for field in self.fields:
+                if field not in file.schema_arrow.names:
+                    has = ", ".join(file.schema_arrow.names)
+                    what = f"{path}: no column {field!r}; it has {has}"
+                    return self._fault("files without the field", what)
+            batches = file.iter_batches(batch_size=256, columns=self.fields)
+            records = (record for batch in batches for record in batch.to_pylist())
+            yield from ((f"{path}, row {n}", record) for n, record in enumerate(records, start=1))
+        except (arrow.ArrowException, OSError) as error:  # OSError: the data of a column
+            self._fault("files that are not parquet", f"{path}: {error}")
 
     def _decode(self, raw: bytes, path: Path, number: int, units: str) -> str | None:
         """The text of the unit that begins in line ``number``; None where it is skipped."""
@@ -229,16 +226,20 @@ class FileReader(TextSource):
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            line = number + raw.count(b"\n", 0, error.start)
-            what = f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8"
-            self._fault(f"{units} that are not UTF-8", what)
+            self._fault(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
             return None
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON can spell half a surrogate pair, which no encoding has."""
+def _where(error: UnicodeDecodeError, first_line: int) -> str:
+    """The line and the byte of a decoding error in bytes that begin in ``first_line``."""
+    line = first_line + error.object.count(b"\n", 0, error.start)
+    return f"line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string, without half surrogate pairs (JSON can spell these)."""
     try:
-        return text.encode() is not None
+        return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
 
@@ -246,28 +247,23 @@ def _is_unicode(text: str) -> bool:
 def _raw_lines(path: Path) -> Iterator[bytes]:
     """Lines without their line feeds. A line that is too long is cut one byte above the limit."""
     rest = b""
-    with path.open("rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
-        while block := file.read(BLOCK_BYTES):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from lines
-            rest = rest[: MAX_UNIT_BYTES + 1]
+    for number, block in enumerate(read_blocks(path)):
+        block = block if number else block.removeprefix(codecs.BOM_UTF8)
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+        rest = rest[: MAX_UNIT_BYTES + 1]
     if rest:
         yield rest
 
 
-def _utf8_error(path: Path) -> str | None:
-    """Where the first byte is that is not UTF-8; None where there is none."""
-    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
-    with path.open("rb") as file:
-        while True:
-            block = file.read(BLOCK_BYTES)
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                line += error.object.count(b"\n", 0, error.start)
-                return f"line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
-            if not block:
-                return None
-            line += block.count(b"\n")
+def _utf8_size(path: Path) -> int:
+    """The number of bytes of a file. Raises ValueError, with the line, where it is not UTF-8."""
+    decoder, line, size = codecs.getincrementaldecoder("utf-8")(), 1, 0
+    for block in chain(read_blocks(path), [b""]):
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, {_where(error, line)}") from error
+        line += block.count(b"\n")
+        size += len(block)
+    return size

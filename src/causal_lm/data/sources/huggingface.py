@@ -8,6 +8,7 @@ from causal_lm import extras
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
 from causal_lm.data.sources.file_reader import FileReader
+from causal_lm.data.sources.files import text_size
 from causal_lm.data.tokenize_corpus import Part
 
 BATCH_ROWS = 256
@@ -47,7 +48,12 @@ class HuggingFaceDataset(FileReader):
         self.splits: list[tuple[str, str, bool | None]] = [(path, split, None)]
         """Path, split, and whether it is held out (None: some of its documents are)."""
         if val_split or val_path:
-            self.splits = [(path, split, False), (val_path or path, val_split or split, True)]
+            self.splits = [(val_path or path, val_split or split, True), (path, split, False)]
+            self.has_separate_val = True
+        if val_split and not val_path and Path(path).expanduser().is_file():
+            raise ValueError(
+                f"data.val_split={val_split}: {path} is a file and has no splits; set data.val_path"
+            )
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Corpus:
@@ -73,7 +79,7 @@ class HuggingFaceDataset(FileReader):
     def size(self) -> int:
         files = [Path(path).expanduser() for path, _, _ in self.splits]
         return sum(
-            file.stat().st_size if file.is_file() else self._dataset(path, split).data.nbytes
+            text_size(file) if file.is_file() else self._dataset(path, split).data.nbytes
             for file, (path, split, _) in zip(files, self.splits, strict=True)
         )
 

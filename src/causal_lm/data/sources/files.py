@@ -1,0 +1,105 @@
+"""Find the files of a corpus, and read them decompressed."""
+
+import collections
+import glob
+import gzip
+import importlib
+import logging
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("txt", "jsonl", "json", "csv", "parquet")
+COMPRESSIONS = (".gz", ".zst")
+COMPRESSION_RATIO = 4
+"""Bytes of text per byte of a compressed file, roughly."""
+BLOCK_BYTES = 1 << 20
+"""Bytes that are read from a file at a time."""
+
+
+def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
+    """The files of a path, a folder or a glob, sorted.
+
+    A file that is named itself is always taken. Of a folder or a glob, hidden files and those of
+    other formats are not; a warning counts them.
+
+    Args:
+        key: configuration key that ``pattern`` comes from, for messages.
+        every: take files of other formats too.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    root = Path(pattern).expanduser()
+    if root.is_file():
+        return [root]
+    is_folder = root.is_dir()
+    paths = root.rglob("*") if is_folder else map(Path, glob.glob(str(root), recursive=True))
+    found, others = [], collections.Counter[str]()
+    for path in sorted(path for path in paths if path.is_file()):
+        below = path.relative_to(root).parts if is_folder else path.parts[-1:]
+        if any(part.startswith(".") for part in below):
+            others["hidden"] += 1
+        elif every or known_format(path):
+            found.append(path)
+        else:
+            others[path.suffix or "without a suffix"] += 1
+    said = ", ".join(f"{n:,} {kind}" for kind, n in sorted(others.items()))
+    if not found:
+        hint = f", but other files are ({said}): set data.format to read them" if said else ""
+        raise FileNotFoundError(f"{key}={pattern}: no {', '.join(FORMATS)} file is there{hint}")
+    if said:
+        log.warning(f"{key}={pattern}: {len(found):,} files are read; not read: {said}")
+    return found
+
+
+def known_format(path: Path) -> str | None:
+    """The format that a file's suffix names, in any case and before .gz or .zst; None: another."""
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    suffix = name.rpartition(".")[2]
+    return suffix if suffix in FORMATS else None
+
+
+def text_size(path: Path) -> int:
+    """Bytes of a file's text, roughly where it is compressed."""
+    return path.stat().st_size * (COMPRESSION_RATIO if is_compressed(path) else 1)
+
+
+def is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSIONS
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file, decompressed where it ends in .gz or .zst.
+
+    Raises:
+        ModuleNotFoundError: it is a .zst, and zstandard is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]  # a GzipFile reads bytes
+    if suffix == ".zst":
+        try:
+            return importlib.import_module("zstandard").open(path)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{path} needs zstandard: pip install zstandard") from error
+    return path.open("rb")
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The decompressed bytes of a file, :data:`BLOCK_BYTES` at a time.
+
+    Raises:
+        ValueError: it cannot be decompressed.
+    """
+    with open_bytes(path) as file:
+        try:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} cannot be decompressed: {error}") from error
