@@ -144,7 +144,12 @@ def draw(run: Run, prefix: str) -> str:
     black, colors = "#000000", {"reported": "#c4532d", "true": "#2f7fc1"}
     for name, color in colors.items():
         if curve := getattr(run, name):
-            axes.plot(*zip(*curve, strict=True), color=color, label=name, marker=".")
+            axes.plot(
+                *zip(*curve, strict=True),
+                color=color,
+                label=name,
+                marker="." if len(curve) < 60 else "",
+            )
     if (floor := run.summary.get("floor/loss")) is not None:
         axes.axhline(floor, color=black, linestyle="--", linewidth=1, label="entropy floor")
     axes.set_ylim(bottom=0)
