@@ -82,6 +82,7 @@ TINY, HUGGINGFACE = "causal_lm.models.tiny.Tiny", "causal_lm.models.external.hug
         {"_target_": f"{TINY}.__init__"},
         {"_target_": None},
         {"_target_": WRITE},
+        {"_target_": [TINY]},
         {"_target_": TINY, "d_model": "${oc.env:HOME}"},
         {"_target_": TINY, "_args_": [WRITE]},
         {"_target_": TINY, "_partial_": True},
@@ -100,7 +101,7 @@ def test_a_checkpoint_does_not_say_what_runs(changes, path, tmp_path):
 
     saved[CONFIG]["model"] |= named(changes)
     torch.save(saved, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match=r"--trust|name code|must be"):
+    with pytest.raises(ValueError, match=r"--trust|names code|must be"):
         restore(tmp_path / "bad.ckpt", trust=[TARGET])
     assert not marker.exists()
     open(file=str(marker), mode="w").close()  # the guard: that call does leave the file

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from causal_lm.callbacks import checkpoint
 from causal_lm.callbacks.sample_monitor import SampleMonitor
-from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, unknown
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, unknown
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state, show
@@ -26,10 +26,9 @@ from causal_lm.schema import is_float16
 from causal_preflight import Report
 from causal_preflight.lightning import Preflight, audit_batch
 
-OWN_MODELS = frozenset(
-    f"causal_lm.models.{name}"
-    for name in ("tiny.Tiny", "decoder.Llama", "gru.GRU", "external.XTransformers",
-                 "external.huggingface")
+OWN_MODELS = (
+    "causal_lm.models.tiny.Tiny", "causal_lm.models.decoder.Llama", "causal_lm.models.gru.GRU",
+    "causal_lm.models.external.XTransformers", "causal_lm.models.external.huggingface",
 )  # fmt: skip
 """Every ``_target_`` that a checkpoint may name without being trusted."""
 
@@ -230,30 +229,25 @@ def model_of(
     """
     options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
     target = str(options.pop("_target_", None))
-    classes = (
-        {name: hydra.utils.get_object(name) for name in trust} if target not in OWN_MODELS else {}
-    )
-    classes |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in classes.values()}
+    if _names_code(options):
+        raise ValueError(f"{path} is refused: an option of its model names code to run")
     if target in OWN_MODELS:
-        classes = {target: hydra.utils.get_object(target)}
-        check_values(dict(_leaves(options, "model.")))
+        check_values(dict(leaves(options, "model.")))
+        return hydra.utils.get_object(target)(vocab_size=vocab_size, **options)
+    classes = {name: hydra.utils.get_object(name) for name in trust}
+    for kind in list(classes.values()):  # a class may be trusted under another name than stored
+        classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
         raise ValueError(
             f"{path} holds a model of class {target}, which is not part of causal_lm. To run the "
             f"code of that class, add --trust {target}, or name it as model._target_ in your own "
             f"configuration"
         )
-    for key, _ in _leaves(options, "model."):
-        if key.rpartition(".")[2] in HYDRA_KEYS:
-            raise ValueError(f"{path}: {key} is refused: a checkpoint may not name code to run")
     return classes[target](vocab_size=vocab_size, **options)
 
 
-def _leaves(node: Any, prefix: str) -> Iterable[tuple[str, Any]]:
-    """(dotted key, value) of everything in a plain structure, inside lists too."""
-    items = node.items() if isinstance(node, Mapping) else enumerate(node)
-    for key, value in items:
-        if isinstance(value, (Mapping, list, tuple)) and len(value):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _names_code(value: Any) -> bool:
+    """Whether Hydra would call something, had it to instantiate this value."""
+    if isinstance(value, Mapping):
+        return any(key in HYDRA_KEYS or _names_code(v) for key, v in value.items())
+    return isinstance(value, list | tuple) and any(map(_names_code, value))
