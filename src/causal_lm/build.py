@@ -12,8 +12,8 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from causal_lm.callbacks import checkpoint
 from causal_lm.callbacks.sample_monitor import SampleMonitor
+from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read
 from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, unknown
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
@@ -151,19 +151,22 @@ def make_trainer(
     """Lightning's Trainer with these callbacks and loggers, and those of the configuration.
 
     The configuration has its own in the groups ``callbacks`` and ``logger``, and in
-    ``trainer.callbacks`` and ``trainer.logger``.
+    ``trainer.callbacks``, ``trainer.logger`` and ``trainer.plugins``.
 
     Raises:
         ValueError: the machine lacks the accelerator.
     """
     callbacks = [*callbacks, *instantiate_all(cfg.get("callbacks"))]
     callbacks += instantiate_all(cfg.trainer.get("callbacks"))
+    plugins = [AtomicCheckpointIO(), *instantiate_all(cfg.trainer.get("plugins"))]
     own = cfg.trainer.get("logger")
     loggers = [*logger, *instantiate_all(cfg.get("logger")), *instantiate_all(own)]
     if own is False:
         loggers = []
     try:
-        return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **more)
+        return instantiate(
+            cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **more
+        )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         if any(words in str(error) for words in NO_ACCELERATOR):
             raise ValueError(
@@ -205,15 +208,21 @@ def restore(
         trust: dotted names of model classes from outside causal_lm that the checkpoint may name.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`causal_lm.callbacks.checkpoint.read` and
+        FileNotFoundError, ValueError: see :func:`causal_lm.checkpoint_file.read` and
             :func:`model_of`.
     """
-    saved = checkpoint.read(path)
-    config, tokenizer = saved[checkpoint.CONFIG], from_state(saved[checkpoint.TOKENIZER])
-    model = model_of(path, config["model"], tokenizer.vocab_size, trust)
+    saved = read(path)
+    try:
+        tokenizer = from_state(saved[TOKENIZER])
+    except Exception as error:
+        raise ValueError(f"{path} holds a tokenizer that cannot be read: {error!r}") from error
+    model = model_of(path, saved[CONFIG]["model"], tokenizer.vocab_size, trust)
     module = CausalLM(model, token_bytes=tokenizer.token_bytes())
-    module.load_state_dict(saved["state_dict"], strict=True)
-    return module.eval(), tokenizer, config
+    try:
+        module.load_state_dict(saved["state_dict"], strict=True)
+    except Exception as error:
+        raise ValueError(f"{path} holds weights that do not fit its model: {error}") from error
+    return module.eval(), tokenizer, saved[CONFIG]
 
 
 def model_of(
@@ -231,10 +240,8 @@ def model_of(
     target = str(options.pop("_target_", None))
     if _names_code(options):
         raise ValueError(f"{path} is refused: an option of its model names code to run")
-    if target in OWN_MODELS:
-        check_values(dict(leaves(options, "model.")))
-        return hydra.utils.get_object(target)(vocab_size=vocab_size, **options)
-    classes = {name: hydra.utils.get_object(name) for name in trust}
+    names = [target] if target in OWN_MODELS else list(trust)
+    classes = {name: hydra.utils.get_object(name) for name in names}
     for kind in list(classes.values()):  # a class may be trusted under another name than stored
         classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
@@ -243,7 +250,12 @@ def model_of(
             f"code of that class, add --trust {target}, or name it as model._target_ in your own "
             f"configuration"
         )
-    return classes[target](vocab_size=vocab_size, **options)
+    try:
+        if target in OWN_MODELS:
+            check_values(dict(leaves(options, "model.")))
+        return classes[target](vocab_size=vocab_size, **options)
+    except (ConfigError, TypeError) as error:
+        raise ValueError(f"{path} holds options that its model does not take: {error}") from error
 
 
 def _names_code(value: Any) -> bool:

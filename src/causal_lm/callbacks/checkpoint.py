@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the weights, which checkpoints are kept, and reading one."""
+"""What a checkpoint holds beside the weights, and which checkpoints are kept."""
 
 import math
 from pathlib import Path
@@ -8,9 +8,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from causal_lm.renamed import rename_file
+from causal_lm.checkpoint_file import CONFIG, TOKENIZER, read
 
-CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
+__all__ = ["CONFIG", "TOKENIZER", "CheckpointMetadata", "EvalCheckpoint", "RefusedError", "read"]
 
 
 class CheckpointMetadata(L.Callback):
@@ -123,24 +123,3 @@ def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
     if has_stable:
         figures["checkpoint/steady"] = figures["checkpoint/stable"]
     return figures
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint of this project onto the CPU: tensors and plain data only.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a checkpoint of this project.
-    """
-    path = rename_file(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
-        ) from error
-    if not isinstance(checkpoint, dict) or CONFIG not in checkpoint:
-        raise ValueError(f"{path} holds no configuration: it was not written by this project")
-    return checkpoint
