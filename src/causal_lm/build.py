@@ -32,6 +32,9 @@ OWN_MODELS = (
 )  # fmt: skip
 """Every ``_target_`` that a checkpoint may name without being trusted."""
 
+CODE_KEYS = (*HYDRA_KEYS, "auto_map", "trust_remote_code")
+"""Keys by which a stored option would name code."""
+
 LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 """``loss.chunk_tokens=auto``: chunks of so many tokens, from this vocabulary size on."""
 
@@ -238,8 +241,8 @@ def model_of(
     """
     options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
     target = str(options.pop("_target_", None))
-    if _names_code(options):
-        raise ValueError(f"{path} is refused: an option of its model names code to run")
+    if _names_code(options) or (target in OWN_MODELS and options.get("init_from")):
+        raise ValueError(f"{path} is refused: an option of its model names code or files to load")
     names = [target] if target in OWN_MODELS else list(trust)
     classes = {name: hydra.utils.get_object(name) for name in names}
     for kind in list(classes.values()):  # a class may be trusted under another name than stored
@@ -259,7 +262,10 @@ def model_of(
 
 
 def _names_code(value: Any) -> bool:
-    """Whether Hydra would call something, had it to instantiate this value."""
+    """Whether Hydra or transformers would load or call something that this option names."""
     if isinstance(value, Mapping):
-        return any(key in HYDRA_KEYS or _names_code(v) for key, v in value.items())
+        kernels = (v for k, v in value.items() if str(k).endswith("_implementation"))
+        if any("/" in str(v) for v in kernels):  # of the hub
+            return True
+        return any(k in CODE_KEYS or _names_code(v) for k, v in value.items())
     return isinstance(value, list | tuple) and any(map(_names_code, value))
