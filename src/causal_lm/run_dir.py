@@ -43,11 +43,10 @@ class RunDir:
         found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
         for path in sorted(found, key=lambda path: path.name != "last.ckpt"):
             try:
-                step = read(path)["global_step"]
+                read(path)
             except ValueError as error:
                 log.warning(str(error))
                 continue
-            log.info(f"ckpt_path=auto: continues from {path}, step {step}")
             cfg.ckpt_path = str(path)
             return cfg
         if found:

@@ -1,16 +1,30 @@
 """What a checkpoint holds beside the weights, and which checkpoints are kept."""
 
+import logging
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, read
+from causal_lm.config import leaves
+from causal_lm.renamed import new_name
+
+log = logging.getLogger(__name__)
 
 __all__ = ["CONFIG", "TOKENIZER", "CheckpointMetadata", "EvalCheckpoint", "RefusedError", "read"]
+
+
+FIXED = ("model.*", "tokenizer.*", "optimizer._target_")
+"""Keys that must not change when a run is continued."""
+KEPT = ("optimizer.*",)
+"""Keys whose values are those of the checkpoint, as they are part of the optimizer's state."""
+UNREPORTED = ("ckpt_path",)
 
 
 class CheckpointMetadata(L.Callback):
@@ -26,23 +40,35 @@ class CheckpointMetadata(L.Callback):
         checkpoint[TOKENIZER] = self.tokenizer
 
     def check_continues(self, path: str) -> int:
-        """The step of a checkpoint whose model and tokenizer are those of this run.
+        """The step of a checkpoint that this run can continue; logs which keys have changed.
 
         Raises:
-            RefusedError: naming the first key of model or tokenizer that differs.
+            RefusedError: naming the first key that must not differ (:data:`FIXED`).
         """
         saved = read(path)
-        for part, before, here in (
-            ("model", saved[CONFIG]["model"], self.config["model"]),
-            ("tokenizer", saved[TOKENIZER], self.tokenizer),
-        ):
-            for key in sorted(before.keys() | here.keys()):
-                if before.get(key) != here.get(key):
-                    raise RefusedError(
-                        f"{path} was written with {part}.{key}={_short(before.get(key))}, but this "
-                        f"run has {_short(here.get(key))}: set it back, or remove ckpt_path"
-                    )
+        before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
+        before |= leaves(saved[TOKENIZER], "tokenizer.")
+        here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
+        differ = [k for k in sorted(before.keys() | here.keys()) if before.get(k) != here.get(k)]
+        values = {key: f"{_short(before.get(key))} -> {_short(here.get(key))}" for key in differ}
+        for key in differ:
+            if _matches(key, FIXED):
+                raise RefusedError(
+                    f"{path} was written with {key}={_short(before.get(key))}, but this run has "
+                    f"{_short(here.get(key))}: set it back, or remove ckpt_path"
+                )
+        kept = [k for k in differ if _matches(k, KEPT)]
+        changed = [f"{k} {v}" for k, v in values.items() if k not in kept and k not in UNREPORTED]
+        rank_zero_only(log.info)(
+            f"continues {path} from step {saved['global_step']}; "
+            f"changed: {', '.join(changed) or 'nothing'}; kept from the checkpoint: "
+            f"{', '.join(f'{k}={_short(before.get(k))}' for k in kept) or 'nothing'}"
+        )
         return saved["global_step"]
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(key, pattern) for pattern in patterns)
 
 
 class RefusedError(ValueError):
