@@ -50,19 +50,21 @@ class CheckpointMetadata(L.Callback):
         before |= leaves(saved[TOKENIZER], "tokenizer.")
         here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
         differ = [k for k in sorted(before.keys() | here.keys()) if before.get(k) != here.get(k)]
-        values = {key: f"{_short(before.get(key))} -> {_short(here.get(key))}" for key in differ}
         for key in differ:
             if _matches(key, FIXED):
                 raise RefusedError(
                     f"{path} was written with {key}={_short(before.get(key))}, but this run has "
                     f"{_short(here.get(key))}: set it back, or remove ckpt_path"
                 )
-        kept = [k for k in differ if _matches(k, KEPT)]
-        changed = [f"{k} {v}" for k, v in values.items() if k not in kept and k not in UNREPORTED]
+        changed = ", ".join(
+            f"{key} {_short(before.get(key))} -> {_short(here.get(key))}"
+            for key in differ
+            if not _matches(key, KEPT + UNREPORTED)
+        )
+        kept = ", ".join(f"{k}={_short(before.get(k))}" for k in differ if _matches(k, KEPT))
         rank_zero_only(log.info)(
-            f"continues {path} from step {saved['global_step']}; "
-            f"changed: {', '.join(changed) or 'nothing'}; kept from the checkpoint: "
-            f"{', '.join(f'{k}={_short(before.get(k))}' for k in kept) or 'nothing'}"
+            f"continues {path} from step {saved['global_step']}; changed: {changed or 'nothing'}; "
+            f"kept from the checkpoint: {kept or 'nothing'}"
         )
         return saved["global_step"]
 
