@@ -74,7 +74,7 @@ hydra: {sweeper: {params: {seed: "1,-1"}}}
 
 
 def test_a_configuration_directory_of_ones_own(tmp_path):
-    """Groups, callbacks, loggers and interpolations as Hydra has them; no file of ours is edited."""
+    """Groups, callbacks, loggers and interpolations, with no file of ours edited."""
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     (tmp_path / "own" / "experiment" / "own.yaml").write_text(OWN)
     where = f"{ROOT}/src:{ROOT}/preflight/src:{ROOT}/tests"
