@@ -65,9 +65,7 @@ class Yardstick:
         steps: optimizer steps in all.
     """
 
-    def __init__(
-        self, train: Tensor | FileArray, val: Tensor | FileArray, steps: int
-    ) -> None:
+    def __init__(self, train: Tensor | FileArray, val: Tensor | FileArray, steps: int) -> None:
         used, ids = torch.cat([train[:], val[:]]).unique(return_inverse=True)
         self.train, self.val = ids[: len(train)], ids[len(train) :]
         self.steps, self.step, self.seconds = steps, 0, 0.0

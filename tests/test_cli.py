@@ -62,3 +62,28 @@ def test_no_gpu_is_said_in_one_line(tmp_path):
     assert done.stderr.startswith("error: trainer.accelerator=gpu")
     assert "trainer=cpu" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+OWN = """# @package _global_
+experiment: own
+callbacks: {mine: {_target_: support.outside.Figure, value: 3.0}}
+logger: {mine: {_target_: lightning.pytorch.loggers.CSVLogger, save_dir: "${paths.logs}"}}
+paths: {logs: "${hydra:runtime.output_dir}/logs"}
+hydra: {sweeper: {params: {seed: "1,-1"}}}
+"""
+
+
+def test_a_configuration_directory_of_ones_own(tmp_path):
+    """Groups, callbacks, loggers and interpolations, with no file of ours edited."""
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "own.yaml").write_text(OWN)
+    where = f"{ROOT}/src:{ROOT}/preflight/src:{ROOT}/tests"
+    words = ["--config-dir", str(tmp_path / "own"), *SHORT, "experiment=own"]
+    run = tmp_path / "run"
+    done = command("train.py", *words, f"hydra.run.dir={run}", PYTHONPATH=where)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "summary.json").read_text())["own/figure"] == 3.0
+    assert list((run / "logs").rglob("metrics.csv"))
+    done = command("train.py", "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert done.returncode == 2  # the sweeper's own axis is validated too
+    assert "seed" in done.stderr and not (tmp_path / "sweep").exists()

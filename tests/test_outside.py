@@ -75,6 +75,9 @@ TINY, HUGGINGFACE = "causal_lm.models.tiny.Tiny", "causal_lm.models.external.hug
         {"_target_": TARGET, "dropout": WRITE},
         {"_target_": TARGET, "dropout": [[0.0, WRITE]]},
         {"_target_": HUGGINGFACE, "config": {"model_type": "gpt2", "n_embd": WRITE}},
+        {"_target_": HUGGINGFACE, "config": {"model_type": "gpt2", "auto_map": {"a": "b--c.d"}}},
+        {"_target_": HUGGINGFACE, "config": {"attn_implementation": "somebody/kernel"}},
+        {"_target_": HUGGINGFACE, "init_from": "somebody/model"},
         {"_target_": "builtins.open", "mode": "w"},
         {"_target_": "pathlib.Path.touch"},
         {"_target_": "causal_lm.models.external.torch.hub.load"},
@@ -82,6 +85,7 @@ TINY, HUGGINGFACE = "causal_lm.models.tiny.Tiny", "causal_lm.models.external.hug
         {"_target_": f"{TINY}.__init__"},
         {"_target_": None},
         {"_target_": WRITE},
+        {"_target_": [TINY]},
         {"_target_": TINY, "d_model": "${oc.env:HOME}"},
         {"_target_": TINY, "_args_": [WRITE]},
         {"_target_": TINY, "_partial_": True},
@@ -100,7 +104,7 @@ def test_a_checkpoint_does_not_say_what_runs(changes, path, tmp_path):
 
     saved[CONFIG]["model"] |= named(changes)
     torch.save(saved, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match=r"--trust|name code|must be"):
+    with pytest.raises(ValueError, match=r"--trust|names code|must be"):
         restore(tmp_path / "bad.ckpt", trust=[TARGET])
     assert not marker.exists()
     open(file=str(marker), mode="w").close()  # the guard: that call does leave the file

@@ -73,6 +73,20 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_what_changed_is_said_and_the_optimizer_is_that_of_the_checkpoint(
+    finished, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    path = finished[0] / "checkpoints" / "last.ckpt"
+    words = [f"ckpt_path={path}", "trainer.max_steps=8", "optimizer.lr=1e-7"]
+    short_run(tmp_path / "more", *words)
+    (line,) = [m for m in caplog.messages if str(path) in m and "step 6" in m]
+    assert "trainer.max_steps 6 -> 8" in line.partition("kept")[0]
+    assert "optimizer.lr" in line.partition("kept")[2] and "1e-07" not in line
+    with pytest.raises(ValueError, match=r"optimizer\._target_"):
+        short_run(tmp_path / "sgd", f"ckpt_path={path}", "optimizer=sgd")
+
+
 def test_the_old_name_of_a_checkpoint_is_understood(finished, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "last.ckpt").rename(tmp_path / "checkpoints" / "stable.ckpt")

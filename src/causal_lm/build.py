@@ -11,9 +11,9 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from causal_lm.callbacks import checkpoint
 from causal_lm.callbacks.sample_monitor import SampleMonitor
-from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, unknown
+from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, unknown
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state
@@ -23,12 +23,14 @@ from causal_lm.objective import LossConfig
 from causal_lm.renamed import new_name
 from causal_lm.schema import is_float16
 
-OWN_MODELS = frozenset(
-    f"causal_lm.models.{name}"
-    for name in ("tiny.Tiny", "decoder.Decoder", "gru.GRU", "external.XTransformers",
-                 "external.huggingface")
+OWN_MODELS = (
+    "causal_lm.models.tiny.Tiny", "causal_lm.models.decoder.Decoder", "causal_lm.models.gru.GRU",
+    "causal_lm.models.external.XTransformers", "causal_lm.models.external.huggingface",
 )  # fmt: skip
 """Every ``_target_`` that a checkpoint may name without being trusted."""
+
+CODE_KEYS = (*HYDRA_KEYS, "auto_map", "trust_remote_code")
+"""Keys by which a stored option would name code."""
 
 LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 """``loss.chunk_tokens=auto``: chunks of so many tokens, from this vocabulary size on."""
@@ -120,19 +122,22 @@ def make_trainer(
     """Lightning's Trainer with these callbacks and loggers, and those of the configuration.
 
     The configuration has its own in the groups ``callbacks`` and ``logger``, and in
-    ``trainer.callbacks`` and ``trainer.logger``.
+    ``trainer.callbacks``, ``trainer.logger`` and ``trainer.plugins``.
 
     Raises:
         ValueError: the machine lacks the accelerator.
     """
     callbacks = [*callbacks, *instantiate_all(cfg.get("callbacks"))]
     callbacks += instantiate_all(cfg.trainer.get("callbacks"))
+    plugins = [AtomicCheckpointIO(), *instantiate_all(cfg.trainer.get("plugins"))]
     own = cfg.trainer.get("logger")
     loggers = [*logger, *instantiate_all(cfg.get("logger")), *instantiate_all(own)]
     if own is False:
         loggers = []
     try:
-        return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, **more)
+        return instantiate(
+            cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **more
+        )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         if any(words in str(error) for words in NO_ACCELERATOR):
             raise ValueError(
@@ -165,15 +170,21 @@ def restore(
         trust: dotted names of model classes from outside causal_lm that the checkpoint may name.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`causal_lm.callbacks.checkpoint.read` and
+        FileNotFoundError, ValueError: see :func:`causal_lm.checkpoint_file.read` and
             :func:`model_of`.
     """
-    saved = checkpoint.read(path)
-    config, tokenizer = saved[checkpoint.CONFIG], from_state(saved[checkpoint.TOKENIZER])
-    model = model_of(path, config["model"], tokenizer.vocab_size, trust)
+    saved = read(path)
+    try:
+        tokenizer = from_state(saved[TOKENIZER])
+    except Exception as error:
+        raise ValueError(f"{path} holds a tokenizer that cannot be read: {error!r}") from error
+    model = model_of(path, saved[CONFIG]["model"], tokenizer.vocab_size, trust)
     module = CausalLM(model, token_bytes=tokenizer.token_bytes())
-    module.load_state_dict(saved["state_dict"], strict=True)
-    return module.eval(), tokenizer, config
+    try:
+        module.load_state_dict(saved["state_dict"], strict=True)
+    except Exception as error:
+        raise ValueError(f"{path} holds weights that do not fit its model: {error}") from error
+    return module.eval(), tokenizer, saved[CONFIG]
 
 
 def model_of(
@@ -189,30 +200,31 @@ def model_of(
     """
     options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
     target = str(options.pop("_target_", None))
-    classes = (
-        {name: hydra.utils.get_object(name) for name in trust} if target not in OWN_MODELS else {}
-    )
-    classes |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in classes.values()}
-    if target in OWN_MODELS:
-        classes = {target: hydra.utils.get_object(target)}
-        check_values(dict(_leaves(options, "model.")))
+    if _names_code(options) or (target in OWN_MODELS and options.get("init_from")):
+        raise ValueError(f"{path} is refused: an option of its model names code or files to load")
+    names = [target] if target in OWN_MODELS else list(trust)
+    classes = {name: hydra.utils.get_object(name) for name in names}
+    for kind in list(classes.values()):  # a class may be trusted under another name than stored
+        classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
         raise ValueError(
             f"{path} holds a model of class {target}, which is not part of causal_lm. To run the "
             f"code of that class, add --trust {target}, or name it as model._target_ in your own "
             f"configuration"
         )
-    for key, _ in _leaves(options, "model."):
-        if key.rpartition(".")[2] in HYDRA_KEYS:
-            raise ValueError(f"{path}: {key} is refused: a checkpoint may not name code to run")
-    return classes[target](vocab_size=vocab_size, **options)
+    try:
+        if target in OWN_MODELS:
+            check_values(dict(leaves(options, "model.")))
+        return classes[target](vocab_size=vocab_size, **options)
+    except (ConfigError, TypeError) as error:
+        raise ValueError(f"{path} holds options that its model does not take: {error}") from error
 
 
-def _leaves(node: Any, prefix: str) -> Iterable[tuple[str, Any]]:
-    """(dotted key, value) of everything in a plain structure, inside lists too."""
-    items = node.items() if isinstance(node, Mapping) else enumerate(node)
-    for key, value in items:
-        if isinstance(value, (Mapping, list, tuple)) and len(value):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _names_code(value: Any) -> bool:
+    """Whether Hydra or transformers would load or call something that this option names."""
+    if isinstance(value, Mapping):
+        kernels = (v for k, v in value.items() if str(k).endswith("_implementation"))
+        if any("/" in str(v) for v in kernels):  # of the hub
+            return True
+        return any(k in CODE_KEYS or _names_code(v) for k, v in value.items())
+    return isinstance(value, list | tuple) and any(map(_names_code, value))

@@ -279,8 +279,8 @@ def _check_together(v: Mapping[str, Any]) -> None:
     d_model, n_heads = v.get("model.d_model"), v.get("model.n_heads")
     if v.get("model.n_kv_heads") and d_model and n_heads and d_model // n_heads % 2:
         raise ConfigError(
-            f"model.d_model={d_model} over model.n_heads={n_heads} is an odd head width: rotary "
-            f"positions need an even one"
+            f"model.d_model={d_model} over model.n_heads={n_heads} gives heads of odd width: "
+            f"rotary positions need an even one"
         )
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
         raise ConfigError(

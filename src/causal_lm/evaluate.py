@@ -8,7 +8,7 @@ import lightning as L
 import torch
 
 from causal_lm.build import instantiate, restore
-from causal_lm.callbacks import checkpoint as checkpoints
+from causal_lm.checkpoint_file import CONFIG, read
 from causal_lm.config import ConfigError, load
 from causal_lm.data.datamodule import DataModule
 
@@ -47,7 +47,7 @@ def evaluate(
     """
     if not any(word.startswith("data=") for word in overrides):
         raise ConfigError("name the data: data=docstrings, or data=text data.path=…")
-    saved = checkpoints.read(checkpoint)[checkpoints.CONFIG]
+    saved = read(checkpoint)[CONFIG]
     cfg = load([f"data.max_length={saved['data']['max_length']}", *overrides])
     longest = saved["model"].get("max_positions", cfg.data.max_length)
     if cfg.data.max_length > longest:

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
+from causal_lm.callbacks.checkpoint import RefusedError
+from causal_lm.checkpoint_file import AtomicCheckpointIO, read
 from causal_lm.report.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -29,25 +31,44 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
 
     def resume(self, cfg: DictConfig) -> DictConfig:
-        """The configuration with ``ckpt_path=auto`` replaced by ``last.ckpt`` here, or null."""
-        if cfg.ckpt_path != "auto":
+        """The configuration with ``ckpt_path=auto`` replaced by a checkpoint here, or null.
+
+        That is ``last.ckpt``; if it cannot be read, the newest one that can.
+
+        Raises:
+            RefusedError: there are checkpoints, but none can be read.
+        """
+        cfg = deepcopy(cfg)
+        cfg.ckpt_path = None
+        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
+        for path in sorted(found, key=lambda path: path.name != "last.ckpt"):
+            try:
+                read(path)
+            except ValueError as error:
+                log.warning(str(error))
+                continue
+            cfg.ckpt_path = str(path)
             return cfg
-        cfg, last = deepcopy(cfg), self.checkpoints / "last.ckpt"
-        cfg.ckpt_path = str(last) if last.exists() else None
+        if found:
+            raise RefusedError(
+                f"no checkpoint in {self.checkpoints} can be read: delete them to start anew"
+            )
         return cfg
 
     def finished(self, max_steps: int) -> dict[str, Any] | None:
         """The summary of the run of so many steps that is finished here; None if there is none."""
         path = self.path / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
-        finished = summary.get("status") == "finished" and summary["steps"] >= max_steps
+        try:
+            summary = json.loads(path.read_text())
+            finished = summary["status"] == "finished" and summary["steps"] >= max_steps
+        except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+            return None
         return summary if finished else None
 
     def holds(self, ckpt_path: str | None) -> bool:
         """Whether the checkpoint is in this directory."""
-        return bool(ckpt_path) and Path(ckpt_path or "").resolve().is_relative_to(
-            self.path.resolve()
-        )
+        here = self.path.resolve()
+        return ckpt_path is not None and Path(ckpt_path).resolve().is_relative_to(here)
 
     def begin(self, cfg: DictConfig, step: int) -> None:
         """Delete what an earlier run left, after ``step`` where it is continued; write config.yaml.
@@ -58,6 +79,8 @@ class RunDir:
             return
         for name in FILES[1:] if step else FILES:
             (self.path / name).unlink(missing_ok=True)
+        for path in self.checkpoints.glob(f".*{AtomicCheckpointIO.SUFFIX}"):
+            path.unlink()  # of a process that was killed
         for path in (self.path / "samples").glob("step_*.txt"):
             if not step or int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
@@ -67,15 +90,28 @@ class RunDir:
         """The logger of ``metrics.csv``, with the rows up to ``step``, which Lightning deletes."""
         logger, path = CSVLogger(self.path, name="", version=""), self.path / "metrics.csv"
         if is_rank_zero() and path.exists():
-            with path.open(newline="") as file:
-                rows: list[Any] = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-            logger.experiment.metrics = rows
+            logger.experiment.metrics = _rows(path, step)
             logger.save()
         return logger
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if is_rank_zero():
             write_json(self.path / "summary.json", summary)
+
+
+def _rows(path: Path, step: int) -> list[Any]:
+    """The rows of ``metrics.csv`` before ``step``, up to the first that is damaged."""
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
+                if None in row or None in row.values():  # more or fewer fields than names
+                    raise ValueError("a row is incomplete")
+                if int(row["step"]) < step:
+                    rows.append(row)
+    except (ValueError, KeyError, csv.Error) as error:
+        log.warning(f"{path} is damaged after {len(rows)} rows, which are kept: {error!r}")
+    return rows
 
 
 def is_rank_zero() -> bool:

@@ -1,16 +1,30 @@
-"""What a checkpoint holds beside the weights, which checkpoints are kept, and reading one."""
+"""What a checkpoint holds beside the weights, and which checkpoints are kept."""
 
+import logging
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
-from causal_lm.renamed import rename_file
+from causal_lm.checkpoint_file import CONFIG, TOKENIZER, read
+from causal_lm.config import leaves
+from causal_lm.renamed import new_name
 
-CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
+log = logging.getLogger(__name__)
+
+__all__ = ["CONFIG", "TOKENIZER", "CheckpointMetadata", "EvalCheckpoint", "RefusedError", "read"]
+
+
+FIXED = ("model.*", "tokenizer.*", "optimizer._target_")
+"""Keys that must not change when a run is continued."""
+KEPT = ("optimizer.*",)
+"""Keys whose values are those of the checkpoint, as they are part of the optimizer's state."""
+UNREPORTED = ("ckpt_path",)
 
 
 class CheckpointMetadata(L.Callback):
@@ -26,23 +40,37 @@ class CheckpointMetadata(L.Callback):
         checkpoint[TOKENIZER] = self.tokenizer
 
     def check_continues(self, path: str) -> int:
-        """The step of a checkpoint whose model and tokenizer are those of this run.
+        """The step of a checkpoint that this run can continue; logs which keys have changed.
 
         Raises:
-            RefusedError: naming the first key of model or tokenizer that differs.
+            RefusedError: naming the first key that must not differ (:data:`FIXED`).
         """
         saved = read(path)
-        for part, before, here in (
-            ("model", saved[CONFIG]["model"], self.config["model"]),
-            ("tokenizer", saved[TOKENIZER], self.tokenizer),
-        ):
-            for key in sorted(before.keys() | here.keys()):
-                if before.get(key) != here.get(key):
-                    raise RefusedError(
-                        f"{path} was written with {part}.{key}={_short(before.get(key))}, but this "
-                        f"run has {_short(here.get(key))}: set it back, or remove ckpt_path"
-                    )
+        before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
+        before |= leaves(saved[TOKENIZER], "tokenizer.")
+        here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
+        differ = [k for k in sorted(before.keys() | here.keys()) if before.get(k) != here.get(k)]
+        for key in differ:
+            if _matches(key, FIXED):
+                raise RefusedError(
+                    f"{path} was written with {key}={_short(before.get(key))}, but this run has "
+                    f"{_short(here.get(key))}: set it back, or remove ckpt_path"
+                )
+        changed = ", ".join(
+            f"{key} {_short(before.get(key))} -> {_short(here.get(key))}"
+            for key in differ
+            if not _matches(key, KEPT + UNREPORTED)
+        )
+        kept = ", ".join(f"{k}={_short(before.get(k))}" for k in differ if _matches(k, KEPT))
+        rank_zero_only(log.info)(
+            f"continues {path} from step {saved['global_step']}; changed: {changed or 'nothing'}; "
+            f"kept from the checkpoint: {kept or 'nothing'}"
+        )
         return saved["global_step"]
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(key, pattern) for pattern in patterns)
 
 
 class RefusedError(ValueError):
@@ -123,24 +151,3 @@ def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
     if has_stable:
         figures["checkpoint/steady"] = figures["checkpoint/stable"]
     return figures
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint of this project onto the CPU: tensors and plain data only.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a checkpoint of this project.
-    """
-    path = rename_file(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
-        ) from error
-    if not isinstance(checkpoint, dict) or CONFIG not in checkpoint:
-        raise ValueError(f"{path} holds no configuration: it was not written by this project")
-    return checkpoint

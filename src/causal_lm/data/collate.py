@@ -23,9 +23,9 @@ from causal_lm.data.documents import Document
 from causal_lm.masks import AttentionMask
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Batch:
-    """One micro-batch of B rows and T slots; ids are int64.
+    """One micro-batch of B rows and T slots; ids are int64. Make changed copies with ``replace``.
 
     input_ids     (B, T) tokens, the PAD id where there is none
     position_ids  (B, T) 0, 1, 2 … within each document; they continue into PAD on the right
