@@ -58,6 +58,8 @@ folder = Rule(lambda v: isinstance(v, str) and Path(v).is_dir(), "a folder that 
 
 _GROUPED: list[tuple[Rule, str]] = [
     (text, "experiment data.split data.field trainer.strategy"),
+    (one_of(None, "txt", "jsonl", "json", "csv", "parquet"), "data.format"),
+    (real(low=0), "data.max_overlap"),
     (optional(text), """
         data.special_tokens.* data.cache_dir data.root data.val_path data.name data.val_split
         data.prompt_field model.init_from"""),
