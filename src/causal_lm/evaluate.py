@@ -17,7 +17,7 @@ class _Totals(L.Callback):
     """Takes the figures and the counts before the module resets them."""
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        metric = pl_module.val
+        metric = pl_module.val_metric
         self.figures = {name: float(value) for name, value in metric.compute().items()}
         self.figures |= {"tokens": int(metric.tokens), "bytes": int(metric.bytes)}
 
