@@ -103,7 +103,7 @@ def test_the_checkpoint_is_all_that_sampling_needs(finished):
     assert once.stdout.count("\nab") == 4
     bad = command("scripts/generate.py", str(path), "--prompt", "é")
     assert bad.returncode == 1
-    assert bad.stderr.startswith("error: 'é' is no symbol")
+    assert bad.stderr.startswith("error: 'é' is not a symbol")
 
 
 def test_a_fault_that_nobody_asked_for_stops_the_run(tmp_path):

@@ -8,7 +8,7 @@ from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus, Documents
 from causal_lm.data.tokenizers import SymbolTokenizer
 from causal_lm.module import CausalLM
-from causal_lm.nonfinite import rows
+from causal_lm.nonfinite import dataset_indices
 from support import make_model
 
 STEPS = 12
@@ -39,7 +39,9 @@ class Reads(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, number):
         self.batches.append(batch.input_ids[batch.document_ids >= 0].tolist())
-        named = [trainer.datamodule.train_rows[i].tokens for i in rows(trainer, number)]
+        named = [
+            trainer.datamodule.train_windows[i].tokens for i in dataset_indices(trainer, number)
+        ]
         assert sorted(torch.cat(named).tolist()) == sorted(self.batches[-1])
 
 
