@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from examples.bring_your_own_model import TestConvLM  # noqa: F401  # the contract on it
 
 from causal_lm.models.decoder import Decoder
 from causal_lm.models.gru import GRU

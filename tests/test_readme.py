@@ -49,7 +49,7 @@ def test_the_extras_are_those_that_ci_installs():
 def elsewhere(tmp_path_factory):
     """A copy to run in, so that runs/ of this checkout stays as it is."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "docs", "scripts"):
+    for name in ("configs", "docs", "examples", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "train.py", folder)
     return folder

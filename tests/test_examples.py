@@ -1,0 +1,39 @@
+"""The examples of a model and a callback from outside the package, through whole short runs."""
+
+import json
+
+import pytest
+
+from causal_lm import config
+from causal_lm.build import restore
+from causal_lm.evaluate import evaluate
+from causal_lm.fit import run
+from support import ROOT
+from support.runs import SHORT
+
+SEARCH = f"hydra.searchpath=[file://{ROOT / 'examples' / 'configs'}]"
+OWN_MODEL = [*(word for word in SHORT if not word.startswith("model.")), SEARCH,
+             "model=conv", "model.width=16", "model.layers=2"]  # fmt: skip
+CLASS = "examples.bring_your_own_model.ConvLM"
+
+
+def test_a_model_of_ones_own_trains_resumes_and_evaluates(tmp_path):
+    first = run(config.load([*OWN_MODEL, "trainer.max_steps=4"]), tmp_path)
+    assert first["preflight/faults"] == [] and first["steps"] == 4
+    more = run(config.load([*OWN_MODEL, "ckpt_path=auto"]), tmp_path)
+    assert more["steps"] == 6
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=CLASS):
+        restore(path)
+    module, _, _ = restore(path, trust=[CLASS])
+    assert type(module.model).__name__ == "ConvLM"
+    data = [word for word in OWN_MODEL if word.startswith("data.")]
+    found = evaluate(str(path), ["data=synthetic", *data], trust=[CLASS])
+    assert found["loss"] == pytest.approx(more["val/loss"], rel=1e-5)
+
+
+def test_a_callback_of_ones_own_is_in_the_summary(tmp_path):
+    words = [*SHORT, SEARCH, "+callbacks=token_accuracy", "callbacks.token_accuracy.k=43"]
+    summary = run(config.load(words), tmp_path)
+    assert summary["val/accuracy_43"] == 1.0  # all tokens of the vocabulary
+    assert json.loads((tmp_path / "summary.json").read_text())["val/accuracy_43"] == 1.0
