@@ -1,4 +1,4 @@
-"""A model, a batch and a loss of your own for the preflight: a small GRU, right and unshifted.
+"""Example for scripts/preflight.py: a small GRU with a correct and an unshifted loss.
 
 python scripts/preflight.py examples/audit_me.py:right --pad-id 0 --eos-id 2
 """

@@ -25,7 +25,7 @@ class ConvLayer(nn.Module):
         mixed, normed = x, self.norm(x)  # (B, T, C)
         for back, tap in enumerate(self.taps):
             earlier = F.pad(normed, (0, 0, back, 0))[:, : x.shape[1]]
-            # Positions start anew in each document, so they tell what is still inside of it.
+            # Positions restart in each document: mask what reaches before its first token.
             mixed = mixed + tap * earlier * (position_ids >= back)[..., None]
         value, gate = self.mix(mixed).chunk(2, dim=-1)
         return x + value * gate.sigmoid()

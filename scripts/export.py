@@ -13,16 +13,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a file that train.py wrote")
     parser.add_argument("folder", type=Path, help="a new folder")
-    parser.add_argument(
-        "--trust", metavar="package.module.Class", help="model class of yours in the checkpoint"
-    )
+    cli.add_trust(parser)
     args = parser.parse_args()
 
     from causal_lm.build import restore
     from causal_lm.models import hf_conversion
 
-    trust = {"trust": args.trust} if args.trust else {}
-    module, tokenizer, config = restore(args.checkpoint, **trust)
+    module, tokenizer, config = restore(args.checkpoint, args.trust)
     max_length = config["data"]["max_length"]
     print(f"written to {hf_conversion.export(module.model, tokenizer, max_length, args.folder)}")
 

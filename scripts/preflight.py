@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("subject", nargs="*", help="FILE.py:FUNCTION, or overrides of train.py")
+    parser.add_argument("target", nargs="*", help="FILE.py:FUNCTION, or overrides of train.py")
     parser.add_argument("--pad-id", type=int, help="token id of PAD")
     parser.add_argument("--eos-id", type=int, help="token id that ends a document")
     parser.add_argument("--seed", type=int, default=0)
@@ -45,13 +45,13 @@ def main() -> int:
 
 def _audit(args: argparse.Namespace) -> Any:
     """The report; torch is imported only once the arguments are known to be right."""
-    if len(args.subject) == 1 and ".py:" in args.subject[0]:
-        file, _, function = args.subject[0].rpartition(":")
+    if len(args.target) == 1 and ".py:" in args.target[0]:
+        file, _, function = args.target[0].rpartition(":")
         made = _call(file, function)
         from causal_preflight import preflight
 
         return preflight(*made, pad_id=args.pad_id, eos_id=args.eos_id, seed=args.seed)
-    cfg = config.load(args.subject)
+    cfg = config.load(args.target)
     from causal_lm.build import prepare
     from causal_lm.callbacks.preflight import audit_first_batch
 

@@ -22,7 +22,7 @@ def faulty(*names):
     return make_module(pitfalls.faulty_module(dict.fromkeys(names, True), PAD))
 
 
-# ---- the seed model ----
+# ---- the smallest model ----
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -325,7 +325,7 @@ def test_first_loss_is_near_uniform(batch):
     assert float(make_module().accumulated_loss(batch)) == pytest.approx(math.log(V), rel=0.15)
 
 
-def test_without_a_mask_the_seed_model_is_causal():
+def test_without_a_mask_tiny_is_causal():
     model, batch = make_model(), make_batch()
     real = batch.document_ids >= 0
     args = batch.input_ids, batch.position_ids
