@@ -64,27 +64,20 @@ class CausalLM(L.LightningModule):
         nonfinite: NonFiniteGuard | None = None,
     ) -> None:
         super().__init__()
-        self.loss = loss or LossConfig()
+        self.loss, name = loss or LossConfig(), type(model).__name__
         if not isinstance(model, CausalModel):
-            raise TypeError(
-                f"{type(model).__name__} is not a CausalModel: derive it from "
-                f"causal_lm.models.base.BaseCausalModel"
-            )
-        name, head = type(model).__name__, model.lm_head
-        if head is not None and head.bias is not None:
+            base = "causal_lm.models.base.BaseCausalModel"
+            raise TypeError(f"{name} is not a CausalModel: derive it from {base}")
+        if model.lm_head is not None and model.lm_head.bias is not None:
             raise ValueError(f"{name}: lm_head has a bias; set it to None and override forward")
-        if self.loss.chunk_tokens and head is None:
+        if self.loss.chunk_tokens and model.lm_head is None:
             raise ValueError(
                 f"{name} has no lm_head, so its loss cannot be computed in chunks: set "
                 f"loss.chunk_tokens=null"
             )
-        self.model = model
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
-        self.val_metric = TokenPerplexity(token_bytes)
-        self.val_objective = MeanMetric()
-        self.guard = nonfinite or NonFiniteGuard()
-        self.accumulator = StepAccumulator()
+        self.model, self.make_optimizer, self.make_scheduler = model, optimizer, scheduler
+        self.val_metric, self.val_objective = TokenPerplexity(token_bytes), MeanMetric()
+        self.guard, self.accumulator = nonfinite or NonFiniteGuard(), StepAccumulator()
         self.step_loss: float | None = None
         """Loss of the last optimizer step, in nats; None where the step was skipped."""
 
@@ -120,13 +113,12 @@ class CausalLM(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the denominator of all micro-batches and ranks."""
-        step = self.accumulator.sums(self.trainer.strategy)
-        self.loss_is_finite = math.isfinite(step.nats)
-        if step.denominator:
-            self.step_loss = step.nats / step.denominator
-            divide_gradients(
-                self.parameters(), step.denominator, self.trainer.world_size, self.fp16_grad_scale
-            )
+        nats, denominator = self.accumulator.sums(self.trainer.strategy)
+        self.loss_is_finite = math.isfinite(nats)
+        if denominator:
+            self.step_loss = nats / denominator
+            ranks, scale = self.trainer.world_size, self.fp16_grad_scale
+            divide_gradients(self.parameters(), denominator, ranks, scale)
             return
         self.step_loss = None
         if self.trainer.is_global_zero:
@@ -134,10 +126,7 @@ class CausalLM(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)  # no gradient, no change: not even weight decay
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Clip by the global norm and log it; skip the step where loss or norm is not finite."""
         micro_batches = self.accumulator.clear()

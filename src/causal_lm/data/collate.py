@@ -11,8 +11,8 @@ to: ``masks.py`` uses them to hide documents from each other, ``objective.py`` t
 from predicting the next. So loss and gradient do not depend on the layout.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -58,21 +58,17 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on ``device``, with the attention mask it already has."""
-        mask = self.attention_mask.to(device, non_blocking)
-        ids = (self.input_ids, self.position_ids, self.loss_mask)
-        inputs, positions, loss_mask = (
-            None if x is None else x.to(device, non_blocking=non_blocking) for x in ids
-        )
-        moved = Batch(inputs, positions, mask.document_ids, loss_mask)  # type: ignore[arg-type]
-        moved.__dict__["attention_mask"] = mask
-        return moved
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from where a GPU copies it in the background."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        pinned = replace(self, **{k: x.pin_memory() for k, x in values.items() if x is not None})
-        pinned.__dict__["attention_mask"] = self.attention_mask
-        return pinned
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        ids = move(self.input_ids), move(self.position_ids), move(self.document_ids)
+        moved = Batch(*ids, None if self.loss_mask is None else move(self.loss_mask))
+        moved.__dict__["attention_mask"] = replace(self.attention_mask, document_ids=ids[2])
+        return moved
 
 
 class Collate:
@@ -89,12 +85,7 @@ class Collate:
     """
 
     def __init__(
-        self,
-        pad_id: int,
-        vocab_size: int,
-        *,
-        padding_side: str = "right",
-        packed: int | None = None,
+        self, pad_id: int, vocab_size: int, *, padding_side="right", packed: int | None = None
     ) -> None:
         self.pad_id, self.vocab_size = pad_id, vocab_size
         self.left, self.packed = padding_side == "left", packed
@@ -126,9 +117,8 @@ class Collate:
 
         # Of each token: its row, its position in the document, and its slot.
         row, first = rows.repeat_interleave(lengths), firsts.repeat_interleave(lengths)
-        position = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(
-            lengths
-        )
+        begins = lengths.cumsum(0) - lengths  # of each document in ``tokens``
+        position = torch.arange(len(tokens)) - begins.repeat_interleave(lengths)
         slot = first + position
 
         last = torch.zeros(n_rows, dtype=torch.int64).scatter_reduce_(0, rows, firsts, "amax")
@@ -175,8 +165,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Te
     >>> first_fit([3, 6, 2], 8)
     (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))
     """
-    used: list[int] = [0]
-    held: list[int] = [0]
+    used, held = [0], [0]  # of each row: slots and documents
     placed = torch.zeros(3, len(lengths), dtype=torch.int64)
     for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
         length = lengths[document]
@@ -189,5 +178,4 @@ def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Te
         placed[:, document] = torch.tensor([row, held[row], used[row]])
         used[row] += length
         held[row] += 1
-    rows, numbers, firsts = placed
-    return rows, numbers, firsts
+    return placed[0], placed[1], placed[2]

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from causal_lm.masks import AttentionMask
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, Mask
 
 Cache = dict[str, Tensor]
 """The hidden state after the positions seen so far, under ``state``; empty before the first."""
@@ -20,7 +19,6 @@ class GRU(BaseCausalModel):
     Args:
         vocab_size: V, number of tokens, special ones included.
         d_model: width C of the embedding and of the hidden state.
-        n_layers: recurrent layers.
         dropout: probability in [0, 1) between layers.
     """
 
@@ -31,13 +29,8 @@ class GRU(BaseCausalModel):
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Cache | None = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        """See :class:`causal_lm.models.base.CausalModel`. A cache is updated in place."""
         x = self.token_embedding(input_ids)  # (B, T, C)
         if cache is not None:
             x, cache["state"] = self.gru(x, cache.get("state"))

@@ -1,12 +1,9 @@
 """The smallest model here: a pre-norm ``nn.TransformerEncoder`` made causal by its mask."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from causal_lm.masks import AttentionMask
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, Mask
 
 
 class Tiny(BaseCausalModel):
@@ -16,10 +13,12 @@ class Tiny(BaseCausalModel):
         vocab_size: V, number of tokens, special ones included.
         d_model: width C.
         n_heads: attention heads; divides ``d_model``.
-        n_layers: transformer blocks.
         d_ff: width of the hidden layer of each block's MLP.
         max_positions: longest row.
         dropout: probability in [0, 1), applied as ``nn.TransformerEncoderLayer`` does.
+
+    Raises:
+        ValueError: a row is longer than the position table.
     """
 
     def __init__(
@@ -54,17 +53,8 @@ class Tiny(BaseCausalModel):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        """See :class:`causal_lm.models.base.CausalModel`.
-
-        Raises:
-            ValueError: a row is longer than the position table.
-        """
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(
