@@ -42,13 +42,9 @@ class StepAccumulator:
         self.micro_batches.append(MicroBatch(batch_idx, batch, sums))
 
     def sums(self, strategy: Any) -> tuple[float, float]:
-        """Nats (may be NaN) and denominator over all micro-batches and ranks.
-
-        Waits for the device, once per optimizer step.
-        """
+        """Nats (may be NaN) and denominator of the step, over all ranks; waits for the device."""
         own: Any = sum(part.sums for part in self.micro_batches)
-        nats, denominator = strategy.reduce(own, reduce_op="sum").tolist()
-        return nats, denominator
+        return tuple(strategy.reduce(own, reduce_op="sum").tolist())
 
     def clear(self) -> list[MicroBatch]:
         """Forget the micro-batches of a completed step, and return them."""

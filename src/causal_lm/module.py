@@ -43,8 +43,8 @@ class CausalLM(L.LightningModule):
         model: see :class:`causal_lm.models.base.CausalModel`.
         optimizer: parameter groups (see ``optim/parameter_groups.py``) -> optimizer; None for a
             module that is not trained.
-        scheduler: total optimizer steps -> (step -> factor of the peak rate, see
-            ``optim/schedules.py``); None for a constant rate.
+        scheduler: total optimizer steps -> factor of each step (see ``optim/schedules.py``); None
+            for a constant rate.
         token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None: not text.
         loss: how the token losses are reduced.
         nonfinite: what to do about a loss or gradient that is not finite; None stops the run.
@@ -190,6 +190,11 @@ class CausalLM(L.LightningModule):
         hidden, head = self.hidden_states(batch), self.model.lm_head.weight
         return objective.chunked_token_nll(hidden, head, batch.labels, chunk)
 
+    @property
+    def has_own_objective(self) -> bool:
+        """Does the training objective differ from the mean over tokens that is measured?"""
+        return self.loss.reduction != "token"
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_metric.update(self.token_nll(batch), batch.labels)
         if self.has_own_objective:
@@ -198,19 +203,12 @@ class CausalLM(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metric.compute()
-        self.val_metric.reset()
         for name, value in values.items():
             self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
-        as_trained = values["loss"]
-        if self.has_own_objective:
-            as_trained = self.val_objective.compute()
-            self.val_objective.reset()
-        self.log("val/loss_as_trained", as_trained.float())
-
-    @property
-    def has_own_objective(self) -> bool:
-        """Does the training objective differ from the mean over tokens that is measured?"""
-        return self.loss.reduction != "token"
+        own = self.val_objective.compute() if self.has_own_objective else values["loss"]
+        self.log("val/loss_as_trained", own.float())
+        self.val_metric.reset()
+        self.val_objective.reset()
 
     # ---- optimizer, schedule, checkpoint ----
 

@@ -80,9 +80,9 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits (B, T, V), labels (B, T) -> (B, T). Computed in float32 whatever the logits' dtype.
     """
-    return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view_as(labels)
+    rows = logits.flatten(0, -2).float()  # (B T, V)
+    nll = F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return nll.view_as(labels)
 
 
 def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:
@@ -148,10 +148,8 @@ def chunked_token_nll(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens
     """:func:`token_nll` of the logits ``hidden @ head.T``, a chunk at a time, without gradients."""
     nll = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     counted = labels != IGNORE
-    chunks = zip(
-        hidden[counted].split(chunk_tokens), labels[counted].split(chunk_tokens), strict=True
-    )
-    nll[counted] = torch.cat([token_nll(F.linear(x, head), y) for x, y in chunks])
+    parts = (x[counted].split(chunk_tokens) for x in (hidden, labels))
+    nll[counted] = torch.cat([token_nll(F.linear(x, head), y) for x, y in zip(*parts, strict=True)])
     return nll
 
 

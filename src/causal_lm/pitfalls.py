@@ -58,9 +58,9 @@ class ShiftedTwice(Pitfall):
     label = "shift"
 
     def targets(self, batch: Batch) -> Tensor:
-        return objective.shift_left(objective.shift_left(batch.input_ids)).where(
-            objective.shift_left(self.has_target(batch).long()) == 1, IGNORE
-        )
+        next_has_target = objective.shift_left(self.has_target(batch).long()) == 1
+        twice = objective.shift_left(objective.shift_left(batch.input_ids))
+        return twice.where(next_has_target, IGNORE)
 
 
 # ---- which targets count ----
@@ -137,8 +137,8 @@ class PaddingAttended(Pitfall):
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         pad = (batch.document_ids < 0)[:, None, :]
-        visible = (masks.same_document(batch.document_ids) | pad).tril()
-        return batch.attention_mask.replaced_by(visible)
+        visible = masks.same_document(batch.document_ids) | pad
+        return batch.attention_mask.replaced_by(visible.tril())
 
 
 class LeakyPacking(Pitfall):

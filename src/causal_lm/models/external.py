@@ -102,7 +102,8 @@ class Transformers(External):
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask, cache: Any
     ) -> dict[str, Any]:
         """Our inputs as keyword arguments of theirs; a mask is passed as (B, 1, T, T)."""
-        seen = 0 if cache is None else cache.get_seq_length()
+        # The cache of a recurrent model, whose positions are unlimited, cannot tell its length.
+        seen = 0 if cache is None or self.max_positions is None else cache.get_seq_length()
         mask, dense = self.checked_mask(seen + input_ids.shape[1], attention_mask), None
         if mask is not None:
             is_bool = self.net.config._attn_implementation == "sdpa"
