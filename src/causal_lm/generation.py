@@ -74,8 +74,7 @@ def sample_in_batches(
 ) -> Tensor:
     """:func:`sample` from ``prompts`` (N, P), ``batch_size`` rows at a time: (N, length), on CPU.
 
-    The global random state is not used: the same weights and ``seed`` give the same samples. The
-    module is in eval mode; ``options`` are ``temperature`` and ``top_k``.
+    The global random state is not used: the same weights and ``seed`` give the same samples.
     """
     options["generator"] = torch.Generator().manual_seed(seed)
     parts = prompts.to(module.device).split(batch_size)

@@ -48,19 +48,14 @@ class AttentionMask:
     The collator makes it from ``document_ids`` on the CPU, so no forward pass has to wait for the
     device to learn how rows are laid out. (The idea: ``AttentionMask`` of levanter.)
 
-    Args:
-        document_ids: (B, T) document of each slot within its row, -1 at PAD.
-        plain_causal: each row is one document, with PAD, if any, on the right. Plain causal then
-            gives the same logits at every real token, and has the fastest kernels.
-        segment_lengths: slots of each run of equal document ids, row after row (a run of PAD is
-            one, too); they sum to B * T.
-        dense: bool (B, T, T), an explicit mask that replaces the rule (used by pitfalls only).
+    ``plain_causal``: each row is one document, with PAD, if any, on the right. Plain causal then
+    gives the same logits at every real token, and has the fastest kernels.
     """
 
-    document_ids: Tensor
+    document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
     plain_causal: bool
-    segment_lengths: tuple[int, ...]
-    dense: Tensor | None = None
+    segment_lengths: tuple[int, ...]  # of each run of equal ids, PAD too; they sum to B * T
+    dense: Tensor | None = None  # bool (B, T, T) that replaces the rule (used by pitfalls only)
 
     @classmethod
     def from_document_ids(cls, document_ids: Tensor) -> "AttentionMask":
@@ -79,11 +74,10 @@ class AttentionMask:
         plain = bool(((ids[:, 1:] == ids[:, :-1]) | (ids[:, 1:] < 0)).all())
         return cls(document_ids, plain, tuple(lengths.tolist()))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionMask":
+    def to(self, device: torch.device | str) -> "AttentionMask":
         """The same mask with its tensors on ``device``."""
-        dense = None if self.dense is None else self.dense.to(device, non_blocking=non_blocking)
-        ids = self.document_ids.to(device, non_blocking=non_blocking)
-        return replace(self, document_ids=ids, dense=dense)
+        dense = None if self.dense is None else self.dense.to(device)
+        return replace(self, document_ids=self.document_ids.to(device), dense=dense)
 
     def replaced_by(self, dense: Tensor) -> "AttentionMask":
         """The mask with an explicit bool (B, T, T) in place of the rule."""
@@ -103,9 +97,7 @@ class AttentionMask:
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
     def cu_seqlens(self) -> tuple[Tensor, int]:
-        """Cumulative segment lengths, int32 (S + 1,) on the CPU, and the longest segment.
-
-        This is what variable-length kernels take for the batch flattened to (B * T,).
-        """
+        """What variable-length kernels take for the batch flattened to (B * T,): the cumulative
+        segment lengths, int32 (S + 1,) on the CPU, and the longest segment."""
         lengths = torch.tensor((0, *self.segment_lengths), dtype=torch.int32)
         return lengths.cumsum(0, dtype=torch.int32), max(self.segment_lengths)

@@ -26,8 +26,7 @@ from causal_lm.optim.schedules import Factor
 from causal_lm.schema import is_float16
 
 log = logging.getLogger(__name__)
-TRAINING_STATE = "causal_lm_training"
-"""Key of a checkpoint for what :meth:`CausalLM.on_save_checkpoint` adds."""
+TRAINING_STATE = "causal_lm_training"  # key of a checkpoint, see CausalLM.on_save_checkpoint
 FP16_GRAD_SCALE = 2.0**-10
 """The gradients of a summed loss are large, and float16 ends at 65,504: scale them down first."""
 
@@ -39,15 +38,8 @@ class CausalLM(L.LightningModule):
     the mask of the batch itself. A subclass that overrides the former changes what is trained, and
     cannot change what is measured (see ``pitfalls.py``).
 
-    Args:
-        model: see :class:`causal_lm.models.base.CausalModel`.
-        optimizer: parameter groups (see ``optim/parameter_groups.py``) -> optimizer; None for a
-            module that is not trained.
-        scheduler: total optimizer steps -> factor of each step (see ``optim/schedules.py``); None
-            for a constant rate.
-        token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None: not text.
-        loss: how the token losses are reduced.
-        nonfinite: what to do about a loss or gradient that is not finite; None stops the run.
+    ``optimizer`` makes one from parameter groups, and ``scheduler`` a factor of the learning rate
+    from the number of steps (see ``optim/``). A module that is only evaluated needs neither.
 
     Raises:
         TypeError: ``model`` lacks a member of ``CausalModel`` (named).
@@ -58,10 +50,10 @@ class CausalLM(L.LightningModule):
         self,
         model: CausalModel,
         optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None = None,
-        scheduler: Callable[[int], Factor] | None = None,
-        token_bytes: Tensor | None = None,
+        scheduler: Callable[[int], Factor] | None = None,  # None: a constant rate
+        token_bytes: Tensor | None = None,  # (V,) UTF-8 bytes of each token; None: not text
         loss: LossConfig | None = None,
-        nonfinite: NonFiniteGuard | None = None,
+        nonfinite: NonFiniteGuard | None = None,  # None: stop at what is not finite
     ) -> None:
         super().__init__()
         self.loss, name = loss or LossConfig(), type(model).__name__

@@ -21,10 +21,8 @@ log = logging.getLogger(__name__)
 class NonFiniteGuard:
     """Skips a limited number of non-finite optimizer steps in a row, then stops the run.
 
-    Args:
-        on_nonfinite: ``stop`` at the first one, or ``skip``. float16's loss scaler skips steps as a
-            matter of course, whatever this says.
-        max_skipped: most skipped steps in a row, under ``skip`` or that scaler.
+    With ``on_nonfinite="stop"`` the limit is 0, except for steps that float16's loss scaler skips,
+    as it does from time to time; otherwise ``max_skipped``.
     """
 
     def __init__(self, on_nonfinite: str = "stop", max_skipped: int = 10) -> None:
@@ -56,16 +54,13 @@ class NonFiniteGuard:
 def describe_nonfinite(module: Any, micro_batches: Sequence[MicroBatch]) -> str:
     """Name what is not finite and where it began (batch, rows, layer); the same on every rank.
 
-    Args:
-        module: a ``CausalLM`` after its backward pass, before its gradients are clipped.
-        micro_batches: of this step, on this rank.
+    To be called after the backward pass, with this rank's micro-batches of the step.
     """
     ranks = module.trainer.world_size
     lost = next((part for part in micro_batches if not part.sums.isfinite().all()), None)
     own: Any = (_describe_loss(module, lost) if lost else None), nonfinite_layers(module)
-    by_rank: list[Any] = [own]
+    by_rank: list[Any] = [own] * ranks
     if ranks > 1:  # each rank has batches of its own, and may have parameters of its own
-        by_rank = [None] * ranks
         torch.distributed.all_gather_object(by_rank, own)
     for rank, (finding, _) in enumerate(by_rank):
         if finding:

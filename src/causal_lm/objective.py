@@ -28,17 +28,15 @@ REDUCTIONS = ("token", "sequence", "padded")
 class LossConfig:
     """How the token losses are reduced to one number.
 
-    reduction: ``token``, every counted token has the same weight; ``sequence``, every document (or
-        window of one) has the same weight, whatever its length; ``padded``, the sum is divided by
-        ``length`` slots per document, counted or not, so that short documents weigh less.
-    length: slots per document for ``padded``.
-    chunk_tokens: compute head and loss for this many tokens at a time (:func:`chunked_nll`); None
-        computes all logits at once.
+    token: every counted token has the same weight.
+    sequence: every document (or window of one) has the same weight, whatever its length.
+    padded: the sum is divided by ``length`` slots per document, counted or not, so that short
+        documents weigh less.
     """
 
     reduction: str = "token"
-    length: int | None = None
-    chunk_tokens: int | None = None
+    length: int | None = None  # slots per document, for ``padded``
+    chunk_tokens: int | None = None  # tokens whose logits exist at a time (:func:`chunked_nll`)
 
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:
@@ -68,10 +66,7 @@ def has_target(document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
 
 
 def make_labels(input_ids: Tensor, document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-    """The labels of a batch: the next token of the same document, IGNORE where there is none.
-
-    input_ids, document_ids and loss_mask (B, T), see :func:`has_target` -> (B, T).
-    """
+    """(B, T): the next token of the same document, IGNORE where :func:`has_target` is False."""
     return shift_left(input_ids).masked_fill(~has_target(document_ids, loss_mask), IGNORE)
 
 
@@ -90,13 +85,10 @@ def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tup
 
     Two rows of three slots with three and one counted targets (x):
 
-                 token      sequence            padded, length 3
-        x x x    1  1  1    1/3  1/3  1/3       1  1  1
-        x · ·    1  ·  ·     1    ·    ·        1  ·  ·
-        over        4            2                 6
-
-    A token of the first row therefore weighs 1/4, 1/6 or 1/6 in the loss, and that of the second
-    1/4, 1/2 or 1/6. Denominators are summed over micro-batches and ranks; quotients must not be.
+                       token      sequence            padded, length 3
+        x x x          1  1  1    1/3  1/3  1/3       1  1  1
+        x · ·          1  ·  ·     1    ·    ·        1  ·  ·
+        denominator       4            2                 6
     """
     counted = labels != IGNORE
     if loss.reduction == "token":

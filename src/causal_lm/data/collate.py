@@ -27,19 +27,16 @@ from causal_lm.masks import AttentionMask
 class Batch:
     """One micro-batch of B rows and T slots; ids are int64. Make changed copies with ``replace``.
 
-    input_ids     (B, T) tokens, the PAD id where there is none
-    position_ids  (B, T) 0, 1, 2 … within each document; they continue into PAD on the right
-    document_ids  (B, T) document of each slot within its row, -1 at PAD
-    loss_mask     (B, T) bool, False at tokens that are context only (a prompt); None: no such token
-
     Whether a slot is PAD is told by ``document_ids``, which come from lengths, never by the token
     value (PAD may be EOS).
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    loss_mask: Tensor | None = None
+    input_ids: Tensor  # (B, T) tokens, the PAD id where there is none
+    position_ids: (
+        Tensor  # (B, T) 0, 1, 2 … within each document; they continue into PAD on the right
+    )
+    document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
+    loss_mask: Tensor | None = None  # (B, T) bool, False at context (a prompt); None: all True
 
     @cached_property
     def labels(self) -> Tensor:
@@ -75,17 +72,15 @@ class Collate:
     """Puts one document into each row, or several with ``packed``, and pads to the longest row.
 
     A document of no tokens (a filler of the sampler) becomes a row of PAD without targets.
-
-    Args:
-        pad_id: token written where there is none.
-        vocab_size: ids must lie below it.
-        padding_side: ``right`` or ``left``.
-        packed: slots per row; documents are packed first-fit, longest first. None gives each
-            document its own row.
     """
 
     def __init__(
-        self, pad_id: int, vocab_size: int, *, padding_side="right", packed: int | None = None
+        self,
+        pad_id: int,
+        vocab_size: int,  # ids must lie below it
+        *,
+        padding_side: str = "right",  # or "left"
+        packed: int | None = None,  # slots per row; None: each document has its own row
     ) -> None:
         self.pad_id, self.vocab_size = pad_id, vocab_size
         self.left, self.packed = padding_side == "left", packed

@@ -180,47 +180,29 @@ class Block(nn.Module):
 class Decoder(BaseCausalModel):
     """Embedding, blocks, final norm, linear head.
 
-    Args:
-        vocab_size: V, number of tokens, special ones included.
-        d_model: width C.
-        n_heads: H, query heads; ``d_model / n_heads`` must be a whole, even number.
-        n_kv_heads: KV, key and value heads; divides ``n_heads``.
-        d_ff: width of the hidden layer of each block's MLP.
-        rope_theta: base of the rotary angles.
-        norm_eps: added to the mean square in each norm.
-        tied: head and embedding share one weight.
-        mlp: ``swiglu``, or ``relu2``.
-        qk_norm: normalize queries and keys, without weights (Henry et al. 2020,
-            https://arxiv.org/abs/2010.04245): scores stay below sqrt(D), which allows high rates.
-        zero_init_residual: blocks add zero to the residual stream at first, and an untied head
-            starts with small logits.
-        token_smear: previous tokens whose embeddings are added to each one (:class:`TokenSmear`).
-        checkpoint_activations: recompute each block in the backward pass: less memory, a third more
-            time, the same gradients.
-        init_from: a folder with a Llama of ``transformers`` to start from, or None. The sizes above
-            must be its sizes.
-
     Raises:
         FileNotFoundError, ValueError: ``init_from`` cannot be read, or has other sizes.
     """
 
     def __init__(
         self,
-        vocab_size: int,
-        d_model: int,
-        n_heads: int,
-        n_kv_heads: int,
+        vocab_size: int,  # V, special tokens included
+        d_model: int,  # width C
+        n_heads: int,  # H query heads; d_model / n_heads must be a whole, even number
+        n_kv_heads: int,  # KV key and value heads; divides n_heads
         n_layers: int,
-        d_ff: int,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-5,
-        tied: bool = False,
-        mlp: str = "swiglu",
+        d_ff: int,  # F, width of the hidden layer of each block's MLP
+        rope_theta: float = 10_000.0,  # base of the rotary angles
+        norm_eps: float = 1e-5,  # added to the mean square in each norm
+        tied: bool = False,  # head and embedding share one weight
+        mlp: str = "swiglu",  # or "relu2"
+        # Normalize queries and keys, without weights: scores stay below sqrt(D), which allows high
+        # rates (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
         qk_norm: bool = False,
-        zero_init_residual: bool = False,
-        token_smear: int = 0,
-        checkpoint_activations: bool = False,
-        init_from: str | None = None,
+        zero_init_residual: bool = False,  # blocks add zero at first, and an untied head is small
+        token_smear: int = 0,  # previous tokens whose embeddings are added to each one
+        checkpoint_activations: bool = False,  # less memory, a third more time, the same gradients
+        init_from: str | None = None,  # folder with a Llama of transformers of the same sizes
     ) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {
@@ -266,7 +248,7 @@ class Decoder(BaseCausalModel):
         x = self.token_embedding(input_ids)  # (B, T, C)
         if self.token_smear is not None:
             x = self.token_smear(x, position_ids, cache)
-        rotary = self._rotary(position_ids)
+        rotary = self._rotary(position_ids)  # (B, T, 1, D/2) each
         visible = self._visible(input_ids, attention_mask, 0 if cache is None else len(cache))
         for block in self.blocks:
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():

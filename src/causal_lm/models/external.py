@@ -24,11 +24,7 @@ CACHE = ("past_key_values", "cache")
 
 @torch.no_grad()
 def keeps_documents_apart(model: Callable[..., Tensor], vocab_size: int) -> bool:
-    """Does each of two documents in a packed row get the logits that it gets alone?
-
-    Args:
-        model: (input_ids, position_ids, AttentionMask or None) -> logits, in eval mode.
-    """
+    """Does each of two documents in a packed row get the logits that it gets alone (eval mode)?"""
     ids = torch.arange(7)[None] % vocab_size
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
@@ -44,13 +40,7 @@ def keeps_documents_apart(model: Callable[..., Tensor], vocab_size: int) -> bool
 
 
 class External(BaseCausalModel):
-    """What the models of both libraries share.
-
-    Args:
-        net: their model.
-        vocab_size: V, of the tokenizer.
-        max_positions: longest row; None where positions are unlimited.
-    """
+    """What the models of both libraries share: ``net`` is theirs, limited to ``max_positions``."""
 
     def __init__(self, net: Any, vocab_size: int, max_positions: int | None) -> None:
         super().__init__()
@@ -82,12 +72,7 @@ class External(BaseCausalModel):
 
 
 class Transformers(External):
-    """A causal language model of ``transformers``; :func:`huggingface` makes one.
-
-    Args:
-        net, vocab_size: as in :class:`External`.
-        standalone: what :meth:`standalone_config` returns.
-    """
+    """A causal language model of ``transformers``; :func:`huggingface` makes one."""
 
     def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any]) -> None:
         self.accepted = frozenset(inspect.signature(net.forward).parameters)
@@ -149,10 +134,9 @@ def has_plain_head(net: Any) -> bool:
 def huggingface(
     vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> Transformers:
-    """Any causal language model of ``transformers``, new or pretrained.
+    """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
     Args:
-        vocab_size: V, of the tokenizer.
         config: ``model_type`` of a new model, and what else its configuration takes.
         init_from: instead of that, a folder with a pretrained model, or its name on the hub.
 
@@ -180,13 +164,7 @@ def huggingface(
 
 
 class XTransformers(External):
-    """A decoder of ``x-transformers``.
-
-    Args:
-        vocab_size: V, of the tokenizer.
-        d_model, n_heads, n_layers: sizes, as in our own models.
-        max_positions: longest row.
-        decoder: further arguments of ``x_transformers.Decoder``.
+    """A decoder of ``x-transformers``; ``decoder`` has more arguments of its ``Decoder``.
 
     Raises:
         ModuleNotFoundError: the extra is not installed.
@@ -197,10 +175,8 @@ class XTransformers(External):
         decoder: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         library = extras.load("x_transformers", "x-transformers")
-        layers = library.Decoder(
-            dim=d_model, depth=n_layers, heads=n_heads, attn_dim_head=d_model // n_heads,
-            **(decoder or {}),
-        )  # fmt: skip
+        sizes = {"dim": d_model, "depth": n_layers, "heads": n_heads}
+        layers = library.Decoder(**sizes, attn_dim_head=d_model // n_heads, **(decoder or {}))
         net = library.TransformerWrapper(
             num_tokens=vocab_size, max_seq_len=max_positions, attn_layers=layers
         )

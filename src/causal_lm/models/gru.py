@@ -16,10 +16,7 @@ class GRU(BaseCausalModel):
     A mask cannot hide the past from a recurrent state. So each document gets a row, and a fresh
     state, of its own. (An explicit dense mask, as pitfalls use, has no effect.)
 
-    Args:
-        vocab_size: V, number of tokens, special ones included.
-        d_model: width C of the embedding and of the hidden state.
-        dropout: probability in [0, 1) between layers.
+    vocab_size: V; d_model: width C of embedding and state; dropout: probability between layers.
     """
 
     def __init__(self, vocab_size: int, d_model: int, n_layers: int, dropout: float = 0.0) -> None:

@@ -148,8 +148,7 @@ def _yaml(value: Any) -> str:
 def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> Path:
     """Write ``model`` and ``tokenizer`` into a new ``folder``, completely or not at all.
 
-    Args:
-        max_length: longest row in training, in tokens.
+    Rows had up to ``max_length`` tokens in training.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -174,9 +173,6 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     Any model may have a method ``to_transformers()``, which returns a ``PreTrainedModel`` with the
     same logits. Without one, our decoder (told by its ``sizes``) is written as a Llama, and a model
     of transformers (the attribute ``net``) as it is.
-
-    Raises:
-        ValueError: it is none of these, or a decoder that is no plain Llama.
     """
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
     if hasattr(model, "to_transformers"):
@@ -196,11 +192,7 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
 
 
 def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
-    """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text.
-
-    Raises:
-        ValueError: the kind of tokenizer has no counterpart in transformers.
-    """
+    """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text."""
     library, fast = extras.load("tokenizers", "huggingface"), _same_ids(tokenizer)
     names = {role: fast.id_to_token(getattr(tokenizer, f"{role}_id")) for role in SPECIAL_ROLES}
     bos = names["bos"]
