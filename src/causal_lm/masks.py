@@ -19,9 +19,11 @@ document; PAD counts as a document of its own (id -1). The diagonal is always Tr
 empty and no softmax is NaN. The rule covers padding on either side and several documents per row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -67,17 +69,16 @@ class AttentionMask:
         (2, 1)
         """
         ids = document_ids.cpu()
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        first = starts.flatten().nonzero().flatten()
-        lengths = first.diff(append=first.new_tensor([ids.numel()]))
-        plain = bool(((ids[:, 1:] == ids[:, :-1]) | (ids[:, 1:] < 0)).all())
+        same = ids[:, 1:] == ids[:, :-1]
+        starts = F.pad(~same, (1, 0), value=True).flatten().nonzero().flatten()
+        lengths = starts.diff(append=starts.new_tensor([ids.numel()]))
+        plain = bool((same | (ids[:, 1:] < 0)).all())
         return cls(document_ids, plain, tuple(lengths.tolist()))
 
-    def to(self, device: torch.device | str) -> "AttentionMask":
-        """The same mask with its tensors on ``device``."""
-        dense = None if self.dense is None else self.dense.to(device)
-        return replace(self, document_ids=self.document_ids.to(device), dense=dense)
+    def map(self, move: Callable[[Tensor], Tensor]) -> "AttentionMask":
+        """The same mask with ``move`` applied to its tensors (to another device, say)."""
+        dense = None if self.dense is None else move(self.dense)
+        return replace(self, document_ids=move(self.document_ids), dense=dense)
 
     def replaced_by(self, dense: Tensor) -> "AttentionMask":
         """The mask with an explicit bool (B, T, T) in place of the rule."""

@@ -95,8 +95,7 @@ def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tup
         return counted.float(), counted.sum()
     # The tokens of a document are neighbors: each document begins where the id changes. (A stretch
     # of PAD is numbered too; it has no targets.)
-    begins = torch.ones_like(counted)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
     document = begins.flatten().cumsum(0) - 1  # (B T,)
     targets = torch.zeros_like(document).scatter_add_(0, document, counted.flatten().long())
     documents = (targets > 0).sum()

@@ -27,21 +27,18 @@ from causal_lm.objective import IGNORE, LossConfig
 from causal_lm.optim.parameter_groups import parameter_groups
 
 PAD = 0
-CAPACITY = 16
-"""Slots of a packed row."""
+CAPACITY = 16  # slots of a packed row
 
 
 class ModelContract:
-    """What a model must do to be trained here. Define :meth:`make_model`; change what you need.
+    """What a model must do to be trained here, on documents of up to 12 tokens in rows of up to 16.
 
-    Documents have up to 12 tokens, and rows up to 16.
+    Define :meth:`make_model`; change what you need.
     """
 
     vocab_size = 19
-    lengths = (5, 3, 12, 7, 4)
-    """Tokens of each test document, BOS and EOS counted."""
-    tolerance = 1e-5
-    """Largest difference of logits between runs that must agree."""
+    lengths = (5, 3, 12, 7, 4)  # tokens of each test document, BOS and EOS counted
+    tolerance = 1e-5  # largest difference of logits between runs that must agree
     learning_rate = 1e-2
     overfit_steps = 300
 
@@ -69,9 +66,9 @@ class ModelContract:
         return Collate(PAD, self.vocab_size, packed=slots)(self.documents())
 
     @staticmethod
+    @torch.no_grad()
     def logits(model: nn.Module, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return model(batch.input_ids, batch.position_ids, batch.attention_mask)
+        return model(batch.input_ids, batch.position_ids, batch.attention_mask)
 
     def assert_close(self, found: Tensor, expected: Tensor, times: float = 1.0) -> None:
         """The two agree within ``times`` the :attr:`tolerance`."""
@@ -99,18 +96,15 @@ class ModelContract:
             self.assert_close(found[document], logits)
 
     def test_plain_causal_and_the_explicit_mask_agree(self) -> None:
-        model, batch = self.model(), self.batch()
+        model, batch, explicit = self.model(), self.batch(), self.batch()
         assert batch.attention_mask.plain_causal
-        explicit = replace(batch.attention_mask, plain_causal=False)
-        with torch.no_grad():
-            found = model(batch.input_ids, batch.position_ids, explicit)
+        explicit.attention_mask = replace(batch.attention_mask, plain_causal=False)
         real = batch.document_ids >= 0
-        self.assert_close(found[real], self.logits(model, batch)[real])
+        self.assert_close(self.logits(model, explicit)[real], self.logits(model, batch)[real])
 
     def test_the_chunked_loss_is_the_whole_loss(self) -> None:
         """Loss and gradients; only for models that declare ``lm_head``."""
-        model = self.model()
-        if model.lm_head is None:
+        if self.model().lm_head is None:
             return
         losses, gradients = [], []
         for chunk in (None, 3):

@@ -12,7 +12,7 @@ from predicting the next. So loss and gradient do not depend on the layout.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -62,9 +62,10 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        ids = move(self.input_ids), move(self.position_ids), move(self.document_ids)
+        mask = self.attention_mask.map(move)
+        ids = move(self.input_ids), move(self.position_ids), mask.document_ids
         moved = Batch(*ids, None if self.loss_mask is None else move(self.loss_mask))
-        moved.__dict__["attention_mask"] = replace(self.attention_mask, document_ids=ids[2])
+        moved.__dict__["attention_mask"] = mask
         return moved
 
 
@@ -111,10 +112,9 @@ class Collate:
             firsts = firsts + (width - filled)[rows]
 
         # Of each token: its row, its position in the document, and its slot.
-        row, first = rows.repeat_interleave(lengths), firsts.repeat_interleave(lengths)
-        begins = lengths.cumsum(0) - lengths  # of each document in ``tokens``
-        position = torch.arange(len(tokens)) - begins.repeat_interleave(lengths)
-        slot = first + position
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # of its document
+        position = torch.arange(len(tokens)) - starts
+        row, slot = rows.repeat_interleave(lengths), firsts.repeat_interleave(lengths) + position
 
         last = torch.zeros(n_rows, dtype=torch.int64).scatter_reduce_(0, rows, firsts, "amax")
         position_ids = (torch.arange(width) - last[:, None]).clamp(min=0)

@@ -59,7 +59,7 @@ class External(BaseCausalModel):
         if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
                 f"a row of {length} tokens is longer than the model's {self.max_positions} "
-                f"positions: lower data.max_length or samples.self_check.length, or raise the limit"
+                f"positions: lower data.max_length or samples.self_check.length, or give it more"
             )
         if attention_mask is None or attention_mask.plain_causal:
             return None
@@ -93,9 +93,8 @@ class Transformers(External):
         if mask is not None:
             is_bool = self.net.config._attn_implementation == "sdpa"
             dense = (mask.to_dense() if is_bool else mask.to_additive())[:, None]
-        given = {"position_ids": position_ids, "attention_mask": dense} | dict.fromkeys(
-            CACHE, cache
-        )
+        given = dict.fromkeys(CACHE, cache)
+        given |= {"position_ids": position_ids, "attention_mask": dense}
         given = {name: value for name, value in given.items() if name in self.accepted}
         return {"input_ids": input_ids, "use_cache": cache is not None} | given
 

@@ -47,11 +47,10 @@ def parameter_groups(model: nn.Module | CausalModel) -> ParameterGroups:
             role = "head"
         if parameter.requires_grad:
             params[role].append((name, parameter))
-    groups: ParameterGroups = [
-        {"role": role, "params": named} | ({"weight_decay": 0.0} if role in WITHOUT_DECAY else {})
-        for role, named in params.items()
-        if named
-    ]
+    groups: ParameterGroups = [{"role": role, "params": ps} for role, ps in params.items() if ps]
+    for group in groups:
+        if group["role"] in WITHOUT_DECAY:
+            group["weight_decay"] = 0.0
     assert_complete(model, groups)
     return groups
 
@@ -62,9 +61,8 @@ def assert_complete(model: nn.Module | CausalModel, groups: ParameterGroups) -> 
     Raises:
         AssertionError: naming the parameters that are missing, or held twice.
     """
-    held = Counter(
-        id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]
-    )
+    params = [p for group in groups for p in group["params"]]
+    held = Counter(id(p[1] if isinstance(p, tuple) else p) for p in params)
     trained = [(name, held[id(p)]) for name, p in model.named_parameters() if p.requires_grad]
     wrong = [f"{name} ({times} times)" for name, times in trained if times != 1]
     assert not wrong, f"parameters must be in one optimizer group each: {', '.join(wrong)}"
