@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class NonFiniteGuard:
     """Skips a limited number of non-finite optimizer steps in a row, then stops the run.
 
-    With ``on_nonfinite="stop"`` the limit is 0, except for steps that float16's loss scaler skips,
-    as it does from time to time; otherwise ``max_skipped``.
+    The limit is ``max_skipped`` with ``on_nonfinite="skip"``, and always for steps that float16's
+    loss scaler skips as a matter of course. With ``stop`` it is 0 for all others.
     """
 
     def __init__(self, on_nonfinite: str = "stop", max_skipped: int = 10) -> None:

@@ -59,7 +59,8 @@ class External(BaseCausalModel):
         if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
                 f"a row of {length} tokens is longer than the model's {self.max_positions} "
-                f"positions: lower data.max_length or samples.self_check.length, or give it more"
+                f"positions: lower data.max_length or samples.self_check.length, or raise the "
+                f"model's"
             )
         if attention_mask is None or attention_mask.plain_causal:
             return None
