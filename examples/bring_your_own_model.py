@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causal_lm.masks import AttentionMask
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, Mask
 from causal_lm.testing import ModelContract
 
 
@@ -41,11 +40,7 @@ class ConvLM(BaseCausalModel):
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: None = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
         x = self.embedding(input_ids)
         for layer in self.layers:

@@ -36,7 +36,7 @@ def same_logits(ours, theirs):
     found = theirs(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask[:, None]
     ).logits
-    expected = ours(batch.input_ids, batch.position_ids, mask)
+    expected = ours(batch.input_ids, batch.position_ids, batch.attention_mask)
     assert expected.abs().max() > 1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -44,7 +44,7 @@ def same_logits(ours, theirs):
 @pytest.mark.parametrize("tied", [True, False])
 def test_ours_to_theirs_and_back(transformers, tmp_path, tied):
     ours = make("llama_tied" if tied else "llama")
-    ours.norm.weight.data.fill_(1.0)
+    ours.final_norm.weight.data.fill_(1.0)
     write(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"

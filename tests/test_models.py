@@ -68,7 +68,7 @@ def test_the_preflight_finds_nothing(name, layout):
     module = CausalLM(make(name, loud=False))
     report = audit_batch(module, layout(), module.accumulated_loss, pad_id=PAD)
     assert report.faults == set(), str(report)
-    assert {"alignment", "future", "past"} <= set(report.passed)
+    assert {"alignment", "future", "context"} <= set(report.passed)
 
 
 REGRESSION = {

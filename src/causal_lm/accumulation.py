@@ -7,7 +7,6 @@ before clipping, by the denominator of the whole step.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,36 +16,20 @@ from causal_lm.data.collate import Batch
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of the optimizer step in progress.
+    """A micro-batch of the optimizer step in progress."""
 
-    batch_idx: index of the batch within the epoch
-    batch: the tensors, kept so that a report can name what was not finite
-    sums: (2,) float32, the sum of weighted losses in nats and the denominator
-    """
-
-    batch_idx: int
-    batch: Batch
-    sums: Tensor
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """The sums of one optimizer step over all micro-batches and ranks; ``nats`` may be NaN."""
-
-    nats: float
-    denominator: float
+    batch_idx: int  # within the epoch
+    batch: Batch  # kept so that a report can name what was not finite
+    sums: Tensor  # (2,) float32: the sum of weighted losses in nats, and the denominator
 
 
 class StepAccumulator:
-    """Collects the micro-batches of one optimizer step on this rank, and divides its gradients.
-
-    ``random_state`` is that of the generators that dropout draws from, before the first
-    micro-batch: a run that is resumed from the last optimizer step starts from there.
-    """
+    """Collects the micro-batches of one optimizer step on this rank."""
 
     def __init__(self) -> None:
         self.micro_batches: list[MicroBatch] = []
         self.random_state: dict[str, Tensor] = {}
+        """Of the generators that dropout draws from, before the first micro-batch."""
 
     def start(self, device: torch.device) -> None:
         """Call before the forward pass of each micro-batch."""
@@ -58,11 +41,10 @@ class StepAccumulator:
         sums = torch.stack([nats.detach().float(), denominator.float()])
         self.micro_batches.append(MicroBatch(batch_idx, batch, sums))
 
-    def sums(self, strategy: Any) -> StepSums:
-        """The sums over all micro-batches and ranks. Waits for the device, once per step."""
+    def sums(self, strategy: Any) -> tuple[float, float]:
+        """Nats (may be NaN) and denominator of the step, over all ranks; waits for the device."""
         own: Any = sum(part.sums for part in self.micro_batches)
-        nats, denominator = strategy.reduce(own, reduce_op="sum").tolist()
-        return StepSums(nats, denominator)
+        return tuple(strategy.reduce(own, reduce_op="sum").tolist())
 
     def clear(self) -> list[MicroBatch]:
         """Forget the micro-batches of a completed step, and return them."""
@@ -77,11 +59,9 @@ class StepAccumulator:
 def divide_gradients(
     parameters: Iterable[torch.nn.Parameter], denominator: float, world_size: int, scale: float
 ) -> None:
-    """Turn gradients of a sum into gradients of ``sum / denominator``, in place.
+    """Turn gradients of ``scale * sum`` into gradients of ``sum / denominator``, in place.
 
-    Args:
-        world_size: DDP has averaged over the ranks; times their number is the sum over them.
-        scale: factor that the summed loss was multiplied by (float16's range).
+    DDP has averaged them over the ranks; times ``world_size`` they are the sum.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, world_size / (denominator * scale))

@@ -25,14 +25,9 @@ def filter_top_k(logits: Tensor, k: int | None) -> Tensor:
 
 @torch.inference_mode()
 def sample(
-    logits_of: Callable[..., Tensor],
-    prompt: Tensor,
-    length: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    logits_of: Callable[..., Tensor], prompt: Tensor, length: int, *, temperature: float = 1.0,
+    top_k: int | None = None, generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
     """Continue each row of ``prompt`` (B, P) to ``length`` tokens in all: (B, length).
 
     Sampling does not stop at EOS; cut the rows with :func:`until_eos`. Tokens are drawn on the CPU
@@ -53,7 +48,7 @@ def sample(
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
     if not 0 < prompt.shape[1] <= length:
         raise ValueError(
-            f"a prompt of {prompt.shape[1]} tokens cannot be continued to a length of {length}"
+            f"a prompt of {prompt.shape[1]} tokens cannot grow to a length of {length}"
         )
     cache = logits_of.make_cache() if hasattr(logits_of, "make_cache") else None
     ids, cached = prompt, 0
@@ -77,22 +72,13 @@ def sample(
 def sample_in_batches(
     module: Any, prompts: Tensor, length: int, *, seed: int, batch_size: int, **options: Any
 ) -> Tensor:
-    """:func:`sample` from each row of ``prompts`` (N, P), ``batch_size`` rows at a time.
+    """:func:`sample` from ``prompts`` (N, P), ``batch_size`` rows at a time: (N, length), on CPU.
 
     The global random state is not used: the same weights and ``seed`` give the same samples.
-
-    Args:
-        module: in eval mode; the prompts are moved to its ``device``.
-        options: ``temperature`` and ``top_k``.
-
-    Returns:
-        (N, length) token ids, on the CPU.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([
-        sample(module, part.to(module.device), length, generator=generator, **options).cpu()
-        for part in prompts.split(batch_size)
-    ])  # fmt: skip
+    options["generator"] = torch.Generator().manual_seed(seed)
+    parts = prompts.to(module.device).split(batch_size)
+    return torch.cat([sample(module, part, length, **options).cpu() for part in parts])
 
 
 def until_eos(row: list[int], eos_id: int) -> list[int]:

@@ -19,9 +19,11 @@ document; PAD counts as a document of its own (id -1). The diagonal is always Tr
 empty and no softmax is NaN. The rule covers padding on either side and several documents per row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,19 +50,14 @@ class AttentionMask:
     The collator makes it from ``document_ids`` on the CPU, so no forward pass has to wait for the
     device to learn how rows are laid out. (The idea: ``AttentionMask`` of levanter.)
 
-    Args:
-        document_ids: (B, T) document of each slot within its row, -1 at PAD.
-        plain_causal: each row is one document, with PAD, if any, on the right. Plain causal then
-            gives the same logits at every real token, and has the fastest kernels.
-        segment_lengths: slots of each run of equal document ids, row after row (a run of PAD is
-            one, too); they sum to B * T.
-        dense: bool (B, T, T), an explicit mask that replaces the rule (used by pitfalls only).
+    ``plain_causal``: each row is one document, with PAD, if any, on the right. Plain causal then
+    gives the same logits at every real token, and has the fastest kernels.
     """
 
-    document_ids: Tensor
+    document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
     plain_causal: bool
-    segment_lengths: tuple[int, ...]
-    dense: Tensor | None = None
+    segment_lengths: tuple[int, ...]  # of each run of equal ids, PAD too; they sum to B * T
+    dense: Tensor | None = None  # bool (B, T, T) that replaces the rule (used by pitfalls only)
 
     @classmethod
     def from_document_ids(cls, document_ids: Tensor) -> "AttentionMask":
@@ -72,18 +69,16 @@ class AttentionMask:
         (2, 1)
         """
         ids = document_ids.cpu()
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        first = starts.flatten().nonzero().flatten()
-        lengths = first.diff(append=first.new_tensor([ids.numel()]))
-        plain = bool(((ids[:, 1:] == ids[:, :-1]) | (ids[:, 1:] < 0)).all())
+        same = ids[:, 1:] == ids[:, :-1]
+        starts = F.pad(~same, (1, 0), value=True).flatten().nonzero().flatten()
+        lengths = starts.diff(append=starts.new_tensor([ids.numel()]))
+        plain = bool((same | (ids[:, 1:] < 0)).all())
         return cls(document_ids, plain, tuple(lengths.tolist()))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionMask":
-        """The same mask with its tensors on ``device``."""
-        dense = None if self.dense is None else self.dense.to(device, non_blocking=non_blocking)
-        ids = self.document_ids.to(device, non_blocking=non_blocking)
-        return replace(self, document_ids=ids, dense=dense)
+    def map(self, move: Callable[[Tensor], Tensor]) -> "AttentionMask":
+        """The same mask with ``move`` applied to its tensors (to another device, say)."""
+        dense = None if self.dense is None else move(self.dense)
+        return replace(self, document_ids=move(self.document_ids), dense=dense)
 
     def replaced_by(self, dense: Tensor) -> "AttentionMask":
         """The mask with an explicit bool (B, T, T) in place of the rule."""
@@ -103,9 +98,7 @@ class AttentionMask:
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
     def cu_seqlens(self) -> tuple[Tensor, int]:
-        """Cumulative segment lengths, int32 (S + 1,) on the CPU, and the longest segment.
-
-        This is what variable-length kernels take for the batch flattened to (B * T,).
-        """
+        """What variable-length kernels take for the batch flattened to (B * T,): the cumulative
+        segment lengths, int32 (S + 1,) on the CPU, and the longest segment."""
         lengths = torch.tensor((0, *self.segment_lengths), dtype=torch.int32)
         return lengths.cumsum(0, dtype=torch.int32), max(self.segment_lengths)

@@ -55,11 +55,8 @@ class TokenPerplexity(Metric):
         Bits per byte divides *all* nats, those of EOS included, by the bytes of the text.
         """
         loss = self.nats / self.tokens
-        return {
-            "loss": loss,
-            "ppl": loss.exp(),
-            "bpb": self.nats / math.log(2) / self.bytes if self.bytes > 0 else loss * math.nan,
-        }
+        bpb = self.nats / math.log(2) / self.bytes if self.bytes > 0 else loss * math.nan
+        return {"loss": loss, "ppl": loss.exp(), "bpb": bpb}
 
     def _apply(self, fn: Callable, exclude_state=()) -> "TokenPerplexity":
         """Follow the module's device, never its dtype. (float32 on MPS, which has no float64.)"""

@@ -26,8 +26,7 @@ from causal_lm.optim.schedules import Factor
 from causal_lm.schema import is_float16
 
 log = logging.getLogger(__name__)
-TRAINING_STATE = "causal_lm_training"
-"""Key of a checkpoint for what :meth:`CausalLM.on_save_checkpoint` adds."""
+TRAINING_STATE = "causal_lm_training"  # key of a checkpoint, see CausalLM.on_save_checkpoint
 FP16_GRAD_SCALE = 2.0**-10
 """The gradients of a summed loss are large, and float16 ends at 65,504: scale them down first."""
 
@@ -39,15 +38,8 @@ class CausalLM(L.LightningModule):
     the mask of the batch itself. A subclass that overrides the former changes what is trained, and
     cannot change what is measured (see ``pitfalls.py``).
 
-    Args:
-        model: see :class:`causal_lm.models.base.CausalModel`.
-        optimizer: parameter groups (see ``optim/parameter_groups.py``) -> optimizer; None for a
-            module that is not trained.
-        scheduler: total optimizer steps -> (step -> factor of the peak rate, see
-            ``optim/schedules.py``); None for a constant rate.
-        token_bytes: (V,) UTF-8 bytes of each token, for bits per byte; None: not text.
-        loss: how the token losses are reduced.
-        nonfinite: what to do about a loss or gradient that is not finite; None stops the run.
+    ``optimizer`` makes one from parameter groups, and ``scheduler`` a factor of the learning rate
+    from the number of steps (see ``optim/``). A module that is only evaluated needs neither.
 
     Raises:
         TypeError: ``model`` lacks a member of ``CausalModel`` (named).
@@ -58,33 +50,26 @@ class CausalLM(L.LightningModule):
         self,
         model: CausalModel,
         optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None = None,
-        scheduler: Callable[[int], Factor] | None = None,
-        token_bytes: Tensor | None = None,
+        scheduler: Callable[[int], Factor] | None = None,  # None: a constant rate
+        token_bytes: Tensor | None = None,  # (V,) UTF-8 bytes of each token; None: not text
         loss: LossConfig | None = None,
-        nonfinite: NonFiniteGuard | None = None,
+        nonfinite: NonFiniteGuard | None = None,  # None: stop at what is not finite
     ) -> None:
         super().__init__()
-        self.loss = loss or LossConfig()
+        self.loss, name = loss or LossConfig(), type(model).__name__
         if not isinstance(model, CausalModel):
-            raise TypeError(
-                f"{type(model).__name__} is not a CausalModel: derive it from "
-                f"causal_lm.models.base.BaseCausalModel"
-            )
-        name, head = type(model).__name__, model.lm_head
-        if head is not None and head.bias is not None:
+            base = "causal_lm.models.base.BaseCausalModel"
+            raise TypeError(f"{name} is not a CausalModel: derive it from {base}")
+        if model.lm_head is not None and model.lm_head.bias is not None:
             raise ValueError(f"{name}: lm_head has a bias; set it to None and override forward")
-        if self.loss.chunk_tokens and head is None:
+        if self.loss.chunk_tokens and model.lm_head is None:
             raise ValueError(
                 f"{name} has no lm_head, so its loss cannot be computed in chunks: set "
                 f"loss.chunk_tokens=null"
             )
-        self.model = model
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
-        self.val_metric = TokenPerplexity(token_bytes)
-        self.val_objective = MeanMetric()
-        self.guard = nonfinite or NonFiniteGuard()
-        self.accumulator = StepAccumulator()
+        self.model, self.make_optimizer, self.make_scheduler = model, optimizer, scheduler
+        self.val_metric, self.val_objective = TokenPerplexity(token_bytes), MeanMetric()
+        self.guard, self.accumulator = nonfinite or NonFiniteGuard(), StepAccumulator()
         self.step_loss: float | None = None
         """Loss of the last optimizer step, in nats; None where the step was skipped."""
 
@@ -120,13 +105,12 @@ class CausalLM(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the denominator of all micro-batches and ranks."""
-        step = self.accumulator.sums(self.trainer.strategy)
-        self.loss_is_finite = math.isfinite(step.nats)
-        if step.denominator:
-            self.step_loss = step.nats / step.denominator
-            divide_gradients(
-                self.parameters(), step.denominator, self.trainer.world_size, self.fp16_grad_scale
-            )
+        nats, denominator = self.accumulator.sums(self.trainer.strategy)
+        self.loss_is_finite = math.isfinite(nats)
+        if denominator:
+            self.step_loss = nats / denominator
+            ranks, scale = self.trainer.world_size, self.fp16_grad_scale
+            divide_gradients(self.parameters(), denominator, ranks, scale)
             return
         self.step_loss = None
         if self.trainer.is_global_zero:
@@ -134,10 +118,7 @@ class CausalLM(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)  # no gradient, no change: not even weight decay
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Clip by the global norm and log it; skip the step where loss or norm is not finite."""
         micro_batches = self.accumulator.clear()
@@ -201,6 +182,11 @@ class CausalLM(L.LightningModule):
         hidden, head = self.hidden_states(batch), self.model.lm_head.weight
         return objective.chunked_token_nll(hidden, head, batch.labels, chunk)
 
+    @property
+    def has_own_objective(self) -> bool:
+        """Does the training objective differ from the mean over tokens that is measured?"""
+        return self.loss.reduction != "token"
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_metric.update(self.token_nll(batch), batch.labels)
         if self.has_own_objective:
@@ -209,19 +195,12 @@ class CausalLM(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metric.compute()
-        self.val_metric.reset()
         for name, value in values.items():
             self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
-        as_trained = values["loss"]
-        if self.has_own_objective:
-            as_trained = self.val_objective.compute()
-            self.val_objective.reset()
-        self.log("val/loss_as_trained", as_trained.float())
-
-    @property
-    def has_own_objective(self) -> bool:
-        """Does the training objective differ from the mean over tokens that is measured?"""
-        return self.loss.reduction != "token"
+        own = self.val_objective.compute() if self.has_own_objective else values["loss"]
+        self.log("val/loss_as_trained", own.float())
+        self.val_metric.reset()
+        self.val_objective.reset()
 
     # ---- optimizer, schedule, checkpoint ----
 

@@ -2,13 +2,15 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from causal_lm.accumulation import MicroBatch
 from causal_lm.data.sampler import DocumentSampler
@@ -19,9 +21,8 @@ log = logging.getLogger(__name__)
 class NonFiniteGuard:
     """Skips a limited number of non-finite optimizer steps in a row, then stops the run.
 
-    Args:
-        on_nonfinite: ``stop`` at the first one, or ``skip``.
-        max_skipped: most skipped steps in a row, under ``skip`` or float16's loss scaler.
+    The limit is ``max_skipped`` with ``on_nonfinite="skip"``, and always for steps that float16's
+    loss scaler skips as a matter of course. With ``stop`` it is 0 for all others.
     """
 
     def __init__(self, on_nonfinite: str = "stop", max_skipped: int = 10) -> None:
@@ -29,12 +30,7 @@ class NonFiniteGuard:
         self.skipped = self.in_a_row = 0
 
     def skip_step(self, step: int, finding: str, by_scaler: bool = False) -> None:
-        """Count and log a skipped step.
-
-        Args:
-            finding: what is not finite, from :func:`describe_nonfinite`.
-            by_scaler: float16's loss scaler skips steps as a matter of course, whatever
-                ``on_nonfinite`` says.
+        """Count and log a skipped step; ``finding`` is what :func:`describe_nonfinite` returned.
 
         Raises:
             FloatingPointError: more than the limit in a row.
@@ -58,17 +54,13 @@ class NonFiniteGuard:
 def describe_nonfinite(module: Any, micro_batches: Sequence[MicroBatch]) -> str:
     """Name what is not finite and where it began (batch, rows, layer); the same on every rank.
 
-    Args:
-        module: a LightningModule with ``loss_terms(batch)``, after its backward pass and before
-            gradients are clipped.
-        micro_batches: of this step, on this rank.
+    To be called after the backward pass, with this rank's micro-batches of the step.
     """
     ranks = module.trainer.world_size
     lost = next((part for part in micro_batches if not part.sums.isfinite().all()), None)
     own: Any = (_describe_loss(module, lost) if lost else None), nonfinite_layers(module)
-    by_rank: list[Any] = [own]
+    by_rank: list[Any] = [own] * ranks
     if ranks > 1:  # each rank has batches of its own, and may have parameters of its own
-        by_rank = [None] * ranks
         torch.distributed.all_gather_object(by_rank, own)
     for rank, (finding, _) in enumerate(by_rank):
         if finding:
@@ -99,32 +91,19 @@ def first_nonfinite_layer(model: nn.Module, forward: Callable[[], Any]) -> str |
     """Name of the first submodule that returns a non-finite output while ``forward`` runs."""
     found: list[str] = []
 
-    def make_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(torch.isfinite(x).all() for x in _float_tensors(output)):
-                found.append(name)
+    def check(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if not found and not all(x.isfinite().all() for x in tensors):
+            found.append(name)
 
-        return hook
-
-    handles = [
-        m.register_forward_hook(make_hook(name)) for name, m in model.named_modules() if name
-    ]
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(partial(check, name)) for name, module in modules]
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-def _float_tensors(output: Any) -> Iterator[Tensor]:
-    """Floating-point tensors in a module's output: a tensor, or tuples, lists and dicts of them."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping | Sequence) and not isinstance(output, str):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _float_tensors(value)
 
 
 def layer_of(name: str) -> str:
@@ -139,12 +118,8 @@ def layer_of(name: str) -> str:
 
 def nonfinite_layers(model: nn.Module) -> list[str]:
     """Layers with a non-finite gradient, in the model's own order."""
-    names = [
-        layer_of(name)
-        for name, p in model.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
-    return list(dict.fromkeys(names))
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    return list(dict.fromkeys(layer_of(name) for name, g in gradients if not g.isfinite().all()))
 
 
 def dataset_indices(trainer: Any, batch_index: int) -> list[int]:

@@ -28,17 +28,15 @@ REDUCTIONS = ("token", "sequence", "padded")
 class LossConfig:
     """How the token losses are reduced to one number.
 
-    reduction: ``token``, every counted token has the same weight; ``sequence``, every document (or
-        window of one) has the same weight, whatever its length; ``padded``, the sum is divided by
-        ``length`` slots per document, counted or not, so that short documents weigh less.
-    length: slots per document for ``padded``.
-    chunk_tokens: compute head and loss for this many tokens at a time (:func:`chunked_nll`); None
-        computes all logits at once.
+    token: every counted token has the same weight.
+    sequence: every document (or window of one) has the same weight, whatever its length.
+    padded: the sum is divided by ``length`` slots per document, counted or not, so that short
+        documents weigh less.
     """
 
     reduction: str = "token"
-    length: int | None = None
-    chunk_tokens: int | None = None
+    length: int | None = None  # slots per document, for ``padded``
+    chunk_tokens: int | None = None  # tokens whose logits exist at a time (:func:`chunked_nll`)
 
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:
@@ -68,10 +66,7 @@ def has_target(document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
 
 
 def make_labels(input_ids: Tensor, document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-    """The labels of a batch: the next token of the same document, IGNORE where there is none.
-
-    input_ids, document_ids and loss_mask (B, T), see :func:`has_target` -> (B, T).
-    """
+    """(B, T): the next token of the same document, IGNORE where :func:`has_target` is False."""
     return shift_left(input_ids).masked_fill(~has_target(document_ids, loss_mask), IGNORE)
 
 
@@ -80,9 +75,9 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits (B, T, V), labels (B, T) -> (B, T). Computed in float32 whatever the logits' dtype.
     """
-    return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view_as(labels)
+    rows = logits.flatten(0, -2).float()  # (B T, V)
+    nll = F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return nll.view_as(labels)
 
 
 def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:
@@ -90,21 +85,17 @@ def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tup
 
     Two rows of three slots with three and one counted targets (x):
 
-                 token      sequence            padded, length 3
-        x x x    1  1  1    1/3  1/3  1/3       1  1  1
-        x · ·    1  ·  ·     1    ·    ·        1  ·  ·
-        over        4            2                 6
-
-    A token of the first row therefore weighs 1/4, 1/6 or 1/6 in the loss, and that of the second
-    1/4, 1/2 or 1/6. Denominators are summed over micro-batches and ranks; quotients must not be.
+                       token      sequence            padded, length 3
+        x x x          1  1  1    1/3  1/3  1/3       1  1  1
+        x · ·          1  ·  ·     1    ·    ·        1  ·  ·
+        denominator       4            2                 6
     """
     counted = labels != IGNORE
     if loss.reduction == "token":
         return counted.float(), counted.sum()
     # The tokens of a document are neighbors: each document begins where the id changes. (A stretch
     # of PAD is numbered too; it has no targets.)
-    begins = torch.ones_like(counted)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
     document = begins.flatten().cumsum(0) - 1  # (B T,)
     targets = torch.zeros_like(document).scatter_add_(0, document, counted.flatten().long())
     documents = (targets > 0).sum()
@@ -148,10 +139,8 @@ def chunked_token_nll(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens
     """:func:`token_nll` of the logits ``hidden @ head.T``, a chunk at a time, without gradients."""
     nll = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     counted = labels != IGNORE
-    chunks = zip(
-        hidden[counted].split(chunk_tokens), labels[counted].split(chunk_tokens), strict=True
-    )
-    nll[counted] = torch.cat([token_nll(F.linear(x, head), y) for x, y in chunks])
+    parts = (x[counted].split(chunk_tokens) for x in (hidden, labels))
+    nll[counted] = torch.cat([token_nll(F.linear(x, head), y) for x, y in zip(*parts, strict=True)])
     return nll
 
 

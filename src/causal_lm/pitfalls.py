@@ -22,11 +22,12 @@ class Pitfall(CausalLM):
     Validation also logs the training objective, as ``val/loss_as_trained``.
     """
 
-    label: str
-    """What the preflight calls the fault."""
-
+    label: str  # what the preflight calls the fault
     pad_id: int
     has_own_objective = True
+
+    def __init_subclass__(cls, label: str = "") -> None:
+        cls.label = label or cls.label
 
     def targets(self, batch: Batch) -> Tensor:
         """(B, T): the token that each position is trained to predict."""
@@ -43,61 +44,49 @@ class Pitfall(CausalLM):
 # ---- which token is the target ----
 
 
-class UnshiftedLabels(Pitfall):
+class UnshiftedLabels(Pitfall, label="shift"):
     """Each position is trained on its own input: the model learns to copy; the loss goes to 0."""
-
-    label = "shift"
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.input_ids
 
 
-class ShiftedTwice(Pitfall):
+class ShiftedTwice(Pitfall, label="shift"):
     """The data shifts the labels and so does the model: each position learns token t + 2."""
 
-    label = "shift"
-
     def targets(self, batch: Batch) -> Tensor:
-        return objective.shift_left(objective.shift_left(batch.input_ids)).where(
-            objective.shift_left(self.has_target(batch).long()) == 1, IGNORE
-        )
+        next_has_target = objective.shift_left(self.has_target(batch).long()) == 1
+        twice = objective.shift_left(objective.shift_left(batch.input_ids))
+        return twice.where(next_has_target, IGNORE)
 
 
 # ---- which targets count ----
 
 
-class PadInLoss(Pitfall):
+class PadInLoss(Pitfall, label="pad"):
     """Every slot counts, PAD included: easy PAD -> PAD targets dilute the loss, and are learned."""
-
-    label = "pad"
 
     def has_target(self, batch: Batch) -> Tensor:
         return torch.ones_like(batch.input_ids, dtype=torch.bool)
 
 
-class InputMaskOnTargets(Pitfall):
+class InputMaskOnTargets(Pitfall, label="pad"):
     """A target counts where its *input* is real: the EOS of each document learns to predict PAD."""
-
-    label = "pad"
 
     def has_target(self, batch: Batch) -> Tensor:
         right = super().has_target(batch)
         return right | ((batch.document_ids >= 0) & ~objective.has_target(batch.document_ids))
 
 
-class PadIsEosByValue(Pitfall):
+class PadIsEosByValue(Pitfall, label="eos"):
     """Targets equal to the PAD id are ignored; where PAD is EOS, no document learns to end."""
-
-    label = "eos"
 
     def has_target(self, batch: Batch) -> Tensor:
         return super().has_target(batch) & (objective.shift_left(batch.input_ids) != self.pad_id)
 
 
-class LabelCrossesDocuments(Pitfall):
+class LabelCrossesDocuments(Pitfall, label="shift"):
     """The EOS of each packed document is trained to predict the start of an unrelated one."""
-
-    label = "shift"
 
     def has_target(self, batch: Batch) -> Tensor:
         return objective.has_target(_merge_documents(batch), batch.loss_mask)
@@ -106,22 +95,18 @@ class LabelCrossesDocuments(Pitfall):
 # ---- which positions see which ----
 
 
-class NoCausalMask(Pitfall):
+class NoCausalMask(Pitfall, label="causal"):
     """Every position sees its whole document, the answer included: the model looks it up."""
-
-    label = "causal"
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         return batch.attention_mask.replaced_by(masks.same_document(batch.document_ids))
 
 
-class InvertedMask(Pitfall):
+class InvertedMask(Pitfall, label="causal"):
     """True is taken for "masked out": each position sees exactly what it must not.
 
     A position that would see nothing sees itself, as a softmax over nothing is NaN.
     """
-
-    label = "causal"
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         wrong = batch.attention_mask.to_masked_out()
@@ -130,21 +115,17 @@ class InvertedMask(Pitfall):
         return batch.attention_mask.replaced_by(visible)
 
 
-class PaddingAttended(Pitfall):
+class PaddingAttended(Pitfall, label="pad"):
     """PAD is attended to like any token; padded on the left, by every token of the document."""
-
-    label = "pad"
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         pad = (batch.document_ids < 0)[:, None, :]
-        visible = (masks.same_document(batch.document_ids) | pad).tril()
-        return batch.attention_mask.replaced_by(visible)
+        visible = masks.same_document(batch.document_ids) | pad
+        return batch.attention_mask.replaced_by(visible.tril())
 
 
-class LeakyPacking(Pitfall):
+class LeakyPacking(Pitfall, label="causal"):
     """Causal over the whole packed row: documents see those before them."""
-
-    label = "causal"
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         return AttentionMask.from_document_ids(_merge_documents(batch))
@@ -158,10 +139,8 @@ def _merge_documents(batch: Batch) -> Tensor:
 # ---- how the losses are reduced ----
 
 
-class MaskAfterMean(Pitfall):
+class MaskAfterMean(Pitfall, label="pad"):
     """The mask is applied after the mean over every slot, which is a scalar: it cancels out."""
-
-    label = "pad"
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.model(batch.input_ids, batch.position_ids, self.training_mask(batch))
@@ -170,13 +149,11 @@ class MaskAfterMean(Pitfall):
         return (mean * mask).sum(), mask.sum()
 
 
-class MeanOfMeans(Pitfall):
+class MeanOfMeans(Pitfall, label="reduction"):
     """Each micro-batch and rank has the same weight, however few targets it holds.
 
     Lightning does this to a mean over tokens under accumulation, and DDP does it across ranks.
     """
-
-    label = "reduction"
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         nats, denominator = super().loss_terms(batch)

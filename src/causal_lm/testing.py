@@ -11,6 +11,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,21 +27,18 @@ from causal_lm.objective import IGNORE, LossConfig
 from causal_lm.optim.parameter_groups import parameter_groups
 
 PAD = 0
-CAPACITY = 16
-"""Slots of a packed row."""
+CAPACITY = 16  # slots of a packed row
 
 
 class ModelContract:
-    """What a model must do to be trained here. Define :meth:`make_model`; change what you need.
+    """What a model must do to be trained here, on documents of up to 12 tokens in rows of up to 16.
 
-    Documents have up to 12 tokens, and rows up to 16.
+    Define :meth:`make_model`; change what you need.
     """
 
     vocab_size = 19
-    lengths = (5, 3, 12, 7, 4)
-    """Tokens of each test document, BOS and EOS counted."""
-    tolerance = 1e-5
-    """Largest difference of logits between runs that must agree."""
+    lengths = (5, 3, 12, 7, 4)  # tokens of each test document, BOS and EOS counted
+    tolerance = 1e-5  # largest difference of logits between runs that must agree
     learning_rate = 1e-2
     overfit_steps = 300
 
@@ -59,23 +57,23 @@ class ModelContract:
 
     def documents(self) -> list[Document]:
         """Random documents ``BOS … EOS`` (ids 1 and 2)."""
-        generator = torch.Generator().manual_seed(0)
-        return [
-            Document(torch.tensor([
-                1, *torch.randint(3, self.vocab_size, (n - 2,), generator=generator).tolist(), 2
-            ]))
-            for n in self.lengths
-        ]  # fmt: skip
+        draw = partial(torch.randint, generator=torch.Generator().manual_seed(0))
+        return [_document(draw(3, self.vocab_size, (n - 2,))) for n in self.lengths]
 
     def batch(self, packed: bool = False) -> Batch:
         """All documents, one per row or packed."""
-        collate = Collate(PAD, self.vocab_size, packed=CAPACITY if packed else None)
-        return collate(self.documents())
+        slots = CAPACITY if packed else None
+        return Collate(PAD, self.vocab_size, packed=slots)(self.documents())
 
     @staticmethod
+    @torch.no_grad()
     def logits(model: nn.Module, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return model(batch.input_ids, batch.position_ids, batch.attention_mask)
+        return model(batch.input_ids, batch.position_ids, batch.attention_mask)
+
+    def assert_close(self, found: Tensor, expected: Tensor, times: float = 1.0) -> None:
+        """The two agree within ``times`` the :attr:`tolerance`."""
+        limit = times * self.tolerance
+        torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
 
     # ---- the contract ----
 
@@ -83,9 +81,8 @@ class ModelContract:
         """The alignments are right by behavior, on padded and packed rows."""
         for packed in (False, True):
             module = CausalLM(self.model())
-            report = audit_batch(
-                module, self.batch(packed), module.accumulated_loss, pad_id=PAD, eos_id=2
-            )
+            loss = module.accumulated_loss
+            report = audit_batch(module, self.batch(packed), loss, pad_id=PAD, eos_id=2)
             assert not report.faults, str(report)
             assert {"alignment", "future"} <= set(report.passed), str(report)
 
@@ -96,25 +93,18 @@ class ModelContract:
         found = _by_document(self.logits(model, packed), packed)
         assert found.keys() == expected.keys()
         for document, logits in expected.items():
-            torch.testing.assert_close(
-                found[document], logits, rtol=self.tolerance, atol=self.tolerance
-            )
+            self.assert_close(found[document], logits)
 
     def test_plain_causal_and_the_explicit_mask_agree(self) -> None:
-        model, batch = self.model(), self.batch()
+        model, batch, explicit = self.model(), self.batch(), self.batch()
         assert batch.attention_mask.plain_causal
-        explicit = replace(batch.attention_mask, plain_causal=False)
-        with torch.no_grad():
-            found = model(batch.input_ids, batch.position_ids, explicit)
+        explicit.attention_mask = replace(batch.attention_mask, plain_causal=False)
         real = batch.document_ids >= 0
-        torch.testing.assert_close(
-            found[real], self.logits(model, batch)[real], rtol=self.tolerance, atol=self.tolerance
-        )
+        self.assert_close(self.logits(model, explicit)[real], self.logits(model, batch)[real])
 
     def test_the_chunked_loss_is_the_whole_loss(self) -> None:
         """Loss and gradients; only for models that declare ``lm_head``."""
-        model = self.model()
-        if model.lm_head is None:
+        if self.model().lm_head is None:
             return
         losses, gradients = [], []
         for chunk in (None, 3):
@@ -137,14 +127,12 @@ class ModelContract:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         edges = [0, 3, *range(4, ids.shape[1] + 1)]
         with torch.no_grad():
-            parts = [
-                model(ids[:, a:b], positions[:, a:b], None, cache)
-                for a, b in itertools.pairwise(edges)
-            ]
+            cached = torch.cat([
+                model(ids[:, start:end], positions[:, start:end], None, cache)
+                for start, end in itertools.pairwise(edges)
+            ], dim=1)  # fmt: skip
             whole = model(ids, positions)
-        torch.testing.assert_close(
-            torch.cat(parts, dim=1), whole, rtol=10 * self.tolerance, atol=10 * self.tolerance
-        )
+        self.assert_close(cached, whole, times=10)
 
     def test_a_checkpoint_round_trip_keeps_the_logits(self) -> None:
         """The weights of one model, loaded into another from a different seed."""
@@ -162,19 +150,15 @@ class ModelContract:
 
     def test_ten_documents_are_learned_by_heart(self) -> None:
         """The loss of ten documents falls to the entropy of their first tokens, almost 0."""
-        torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
         rows = torch.randint(3, self.vocab_size, (10, 8), generator=generator)
         rows[:, 1] = torch.arange(10) % (self.vocab_size - 3) + 3  # told apart by one token
-        ends = torch.tensor([1]), torch.tensor([2])
-        documents = [Document(torch.cat([ends[0], row, ends[1]])) for row in rows]
-        batch = Collate(PAD, self.vocab_size)(documents)
+        batch = Collate(PAD, self.vocab_size)([_document(row) for row in rows])
         labels = batch.labels.clone()
         labels[:, :2] = IGNORE  # the first two tokens cannot be known
         model = self.model().train()
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=self.learning_rate
-        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
         loss = torch.tensor(float("inf"))
         for _ in range(self.overfit_steps):
             logits = model(batch.input_ids, batch.position_ids, batch.attention_mask)
@@ -183,6 +167,10 @@ class ModelContract:
             loss.backward()
             optimizer.step()
         assert float(loss.detach()) < 0.05, f"the loss is still {float(loss.detach()):.3f} nats"
+
+
+def _document(tokens: Tensor) -> Document:
+    return Document(torch.cat([torch.tensor([1]), tokens, torch.tensor([2])]))
 
 
 def _by_document(logits: Tensor, batch: Batch) -> dict[tuple[int, ...], Tensor]:

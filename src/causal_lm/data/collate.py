@@ -11,8 +11,8 @@ to: ``masks.py`` uses them to hide documents from each other, ``objective.py`` t
 from predicting the next. So loss and gradient do not depend on the layout.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -27,19 +27,16 @@ from causal_lm.masks import AttentionMask
 class Batch:
     """One micro-batch of B rows and T slots; ids are int64. Make changed copies with ``replace``.
 
-    input_ids     (B, T) tokens, the PAD id where there is none
-    position_ids  (B, T) 0, 1, 2 … within each document; they continue into PAD on the right
-    document_ids  (B, T) document of each slot within its row, -1 at PAD
-    loss_mask     (B, T) bool, False at tokens that are context only (a prompt); None: no such token
-
     Whether a slot is PAD is told by ``document_ids``, which come from lengths, never by the token
     value (PAD may be EOS).
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    loss_mask: Tensor | None = None
+    input_ids: Tensor  # (B, T) tokens, the PAD id where there is none
+    position_ids: (
+        Tensor  # (B, T) 0, 1, 2 … within each document; they continue into PAD on the right
+    )
+    document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
+    loss_mask: Tensor | None = None  # (B, T) bool, False at context (a prompt); None: all True
 
     @cached_property
     def labels(self) -> Tensor:
@@ -58,43 +55,33 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on ``device``, with the attention mask it already has."""
-        mask = self.attention_mask.to(device, non_blocking)
-        ids = (self.input_ids, self.position_ids, self.loss_mask)
-        inputs, positions, loss_mask = (
-            None if x is None else x.to(device, non_blocking=non_blocking) for x in ids
-        )
-        moved = Batch(inputs, positions, mask.document_ids, loss_mask)  # type: ignore[arg-type]
-        moved.__dict__["attention_mask"] = mask
-        return moved
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from where a GPU copies it in the background."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        pinned = replace(self, **{k: x.pin_memory() for k, x in values.items() if x is not None})
-        pinned.__dict__["attention_mask"] = self.attention_mask
-        return pinned
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        mask = self.attention_mask.map(move)
+        ids = move(self.input_ids), move(self.position_ids), mask.document_ids
+        moved = Batch(*ids, None if self.loss_mask is None else move(self.loss_mask))
+        moved.__dict__["attention_mask"] = mask
+        return moved
 
 
 class Collate:
     """Puts one document into each row, or several with ``packed``, and pads to the longest row.
 
     A document of no tokens (a filler of the sampler) becomes a row of PAD without targets.
-
-    Args:
-        pad_id: token written where there is none.
-        vocab_size: ids must lie below it.
-        padding_side: ``right`` or ``left``.
-        packed: slots per row; documents are packed first-fit, longest first. None gives each
-            document its own row.
     """
 
     def __init__(
         self,
         pad_id: int,
-        vocab_size: int,
+        vocab_size: int,  # ids must lie below it
         *,
-        padding_side: str = "right",
-        packed: int | None = None,
+        padding_side: str = "right",  # or "left"
+        packed: int | None = None,  # slots per row; None: each document has its own row
     ) -> None:
         self.pad_id, self.vocab_size = pad_id, vocab_size
         self.left, self.packed = padding_side == "left", packed
@@ -125,11 +112,9 @@ class Collate:
             firsts = firsts + (width - filled)[rows]
 
         # Of each token: its row, its position in the document, and its slot.
-        row, first = rows.repeat_interleave(lengths), firsts.repeat_interleave(lengths)
-        position = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths).repeat_interleave(
-            lengths
-        )
-        slot = first + position
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # of its document
+        position = torch.arange(len(tokens)) - starts
+        row, slot = rows.repeat_interleave(lengths), firsts.repeat_interleave(lengths) + position
 
         last = torch.zeros(n_rows, dtype=torch.int64).scatter_reduce_(0, rows, firsts, "amax")
         position_ids = (torch.arange(width) - last[:, None]).clamp(min=0)
@@ -175,8 +160,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Te
     >>> first_fit([3, 6, 2], 8)
     (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))
     """
-    used: list[int] = [0]
-    held: list[int] = [0]
+    used, held = [0], [0]  # of each row: slots and documents
     placed = torch.zeros(3, len(lengths), dtype=torch.int64)
     for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
         length = lengths[document]
@@ -189,5 +173,4 @@ def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Te
         placed[:, document] = torch.tensor([row, held[row], used[row]])
         used[row] += length
         held[row] += 1
-    rows, numbers, firsts = placed
-    return rows, numbers, firsts
+    return placed[0], placed[1], placed[2]

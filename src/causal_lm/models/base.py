@@ -8,15 +8,18 @@ from torch import Tensor, nn
 
 from causal_lm.masks import AttentionMask
 
+Mask = AttentionMask | None
+"""None: plain causal within each row."""
+
 
 @runtime_checkable
 class CausalModel(Protocol):
     """A causal language model. Derive from :class:`BaseCausalModel` to get the optional parts.
 
     All inputs are (B, T): ``input_ids``, *not shifted*; ``position_ids``, 0, 1, 2 … within each
-    document; ``attention_mask``, what each position may see (None: plain causal within each row);
-    and, where the model has one, a ``cache``. With a cache the inputs are the T new positions, and
-    ``attention_mask``, unless it is None, covers the S positions in the cache as well.
+    document; ``attention_mask``, what each position may see; and, where the model has one, a
+    ``cache``. With a cache the inputs are the T new positions, and ``attention_mask``, unless it is
+    None, covers the S positions in the cache as well.
     """
 
     lm_head: nn.Linear | None
@@ -24,22 +27,14 @@ class CausalModel(Protocol):
     in chunks. It may share its weight with an embedding. None otherwise."""
 
     def __call__(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
         """Logits (B, T, V)."""
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        """Hidden states (B, T, C), as the head reads them."""
+        """Hidden states (B, T, C), as the head reads them. A cache is extended in place."""
 
     def make_cache(self) -> Any:
         """An empty cache for generation; None: the model has none, and rows are computed anew."""
@@ -71,33 +66,20 @@ class BaseCausalModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
-    ) -> Tensor:
-        """Hidden states (B, T, C), as the head reads them."""
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
+    ) -> Tensor: ...
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        """Logits (B, T, V)."""
         assert self.lm_head is not None, "set lm_head, or override forward"
         return self.lm_head(self.hidden_states(input_ids, position_ids, attention_mask, cache))
 
     def make_cache(self) -> Any:
-        """An empty cache for generation; None: the model has none."""
         return None
 
     def embeddings(self) -> list[nn.Embedding]:
-        """Every ``nn.Embedding`` in the model."""
         return [module for module in self.modules() if isinstance(module, nn.Embedding)]
 
     def standalone_config(self) -> dict[str, Any]:
-        """Constructor arguments to change so that a checkpoint needs no other file: none."""
         return {}

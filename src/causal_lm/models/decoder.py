@@ -13,19 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from causal_lm.masks import AttentionMask
 from causal_lm.models import hf_conversion
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, Mask
 
 EMBEDDING_STD = 0.3
 """As in ``tiny.py``; docs/NOTES.md has what other values gave."""
-
-RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")
-"""The matrices of a block whose output is added to the residual stream."""
-
 LOGIT_STD = 0.1
 """Standard deviation of the first logits: above 0 so that they depend on the input, small enough
 for a first loss of ln V + LOGIT_STD² / 2."""
+RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")
+"""The matrices of a block whose output is added to the residual stream."""
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of the angle of each position and pair of channels, (B, T, 1, D/2) each."""
 
 
 class KVCache:
@@ -33,7 +32,7 @@ class KVCache:
     :class:`TokenSmear` also the last few embeddings."""
 
     def __init__(self) -> None:
-        self.embeddings: Tensor | None = None
+        self.embeddings: Tensor | None = None  # (B, reach, C)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -78,11 +77,10 @@ class TokenSmear(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D/2) of the last dimension by the angle of its position.
+    """Rotate the channels i and i + D/2 of x (B, T, H, D), float32, by the angle of the position.
 
-    x (B, T, H, D), cos and sin (B, T, 1, D/2), all float32. Attention scores then depend on
-    distances alone (RoFormer, https://arxiv.org/abs/2104.09864). Written without complex numbers,
-    which ``torch.compile`` does not fuse.
+    Attention scores then depend on distances alone (RoFormer, https://arxiv.org/abs/2104.09864).
+    Written without complex numbers, which ``torch.compile`` does not fuse.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -100,27 +98,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which groups of query heads share one key and value head.
-
-    Grouped queries: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
-    """
+    """Causal self-attention in which groups of query heads share one key and value head (grouped
+    queries; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
 
     def __init__(
         self, d_model: int, n_heads: int, n_kv_heads: int, layer: int, qk_norm: bool
     ) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.layer = n_heads, n_kv_heads, layer
-        self.qk_norm = qk_norm
-        self.d_head = d_model // n_heads
+        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_model // n_heads
+        self.layer, self.qk_norm = layer, qk_norm
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        visible: Tensor | None,
-        cache: KVCache | None,
+        self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """x (B, T, C), visible bool (B, 1, T, S) or None for plain causal -> (B, T, C)."""
         x = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, T, H + 2 KV, D)
@@ -180,11 +171,7 @@ class Block(nn.Module):
         self.mlp = MLPS[sizes["mlp"]](d_model, sizes["d_ff"])
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        visible: Tensor | None,
-        cache: KVCache | None,
+        self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, visible, cache)
         return x + self.mlp(self.mlp_norm(x))
@@ -193,48 +180,29 @@ class Block(nn.Module):
 class Decoder(BaseCausalModel):
     """Embedding, blocks, final norm, linear head.
 
-    Args:
-        vocab_size: V, number of tokens, special ones included.
-        d_model: width C.
-        n_heads: H, query heads; ``d_model / n_heads`` must be a whole, even number.
-        n_kv_heads: KV, key and value heads; divides ``n_heads``.
-        n_layers: blocks.
-        d_ff: width of the hidden layer of each block's MLP.
-        rope_theta: base of the rotary angles.
-        norm_eps: added to the mean square in each norm.
-        tied: head and embedding share one weight.
-        mlp: ``swiglu``, or ``relu2``.
-        qk_norm: normalize queries and keys, without weights (Henry et al. 2020,
-            https://arxiv.org/abs/2010.04245): scores stay below sqrt(D), which allows high rates.
-        zero_init_residual: blocks add zero to the residual stream at first, and an untied head
-            starts with small logits.
-        token_smear: previous tokens whose embeddings are added to each one (:class:`TokenSmear`).
-        checkpoint_activations: recompute each block in the backward pass: less memory, a third more
-            time, the same gradients.
-        init_from: a folder with a Llama of ``transformers`` to start from, or None. The sizes above
-            must be its sizes.
-
     Raises:
         FileNotFoundError, ValueError: ``init_from`` cannot be read, or has other sizes.
     """
 
     def __init__(
         self,
-        vocab_size: int,
-        d_model: int,
-        n_heads: int,
-        n_kv_heads: int,
+        vocab_size: int,  # V, special tokens included
+        d_model: int,  # width C
+        n_heads: int,  # H query heads; d_model / n_heads must be a whole, even number
+        n_kv_heads: int,  # KV key and value heads; divides n_heads
         n_layers: int,
-        d_ff: int,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-5,
-        tied: bool = False,
-        mlp: str = "swiglu",
+        d_ff: int,  # F, width of the hidden layer of each block's MLP
+        rope_theta: float = 10_000.0,  # base of the rotary angles
+        norm_eps: float = 1e-5,  # added to the mean square in each norm
+        tied: bool = False,  # head and embedding share one weight
+        mlp: str = "swiglu",  # or "relu2"
+        # Normalize queries and keys, without weights: scores stay below sqrt(D), which allows high
+        # rates (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
         qk_norm: bool = False,
-        zero_init_residual: bool = False,
-        token_smear: int = 0,
-        checkpoint_activations: bool = False,
-        init_from: str | None = None,
+        zero_init_residual: bool = False,  # blocks add zero at first, and an untied head is small
+        token_smear: int = 0,  # previous tokens whose embeddings are added to each one
+        checkpoint_activations: bool = False,  # less memory, a third more time, the same gradients
+        init_from: str | None = None,  # folder with a Llama of transformers of the same sizes
     ) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {
@@ -251,18 +219,18 @@ class Decoder(BaseCausalModel):
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.token_embedding.weight
-        self._initialize(n_layers, self.lm_head, zero_init_residual)
+        self._initialize(self.lm_head, zero_init_residual)
         if init_from is not None:
             self.load_state_dict(hf_conversion.read_weights(init_from, self.sizes))
 
-    def _initialize(self, n_layers: int, head: nn.Linear, zero_init_residual: bool) -> None:
+    def _initialize(self, head: nn.Linear, zero_init_residual: bool) -> None:
         for name, parameter in self.blocks.named_parameters():
             is_residual = name.endswith(RESIDUAL_PROJECTIONS)
             if is_residual and zero_init_residual:
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
-                # As GPT-2: the sum of 2 n_layers contributions keeps its size at any depth.
-                scale = (2 * n_layers) ** -0.5 if is_residual else 1.0
+                # As GPT-2: the sum of two contributions per block keeps its size at any depth.
+                scale = (2 * len(self.blocks)) ** -0.5 if is_residual else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
         width = head.in_features
         if zero_init_residual and not self.sizes["tied"]:  # high rates need small first logits
@@ -275,17 +243,12 @@ class Decoder(BaseCausalModel):
         nn.init.constant_(self.final_norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: KVCache | None = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        """See :class:`causal_lm.models.base.CausalModel`. A cache is extended in place."""
         x = self.token_embedding(input_ids)  # (B, T, C)
         if self.token_smear is not None:
             x = self.token_smear(x, position_ids, cache)
-        rotary = self._rotary(position_ids)
+        rotary = self._rotary(position_ids)  # (B, T, 1, D/2) each
         visible = self._visible(input_ids, attention_mask, 0 if cache is None else len(cache))
         for block in self.blocks:
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
@@ -295,9 +258,7 @@ class Decoder(BaseCausalModel):
         return self.final_norm(x)
 
     @staticmethod
-    def _visible(
-        input_ids: Tensor, attention_mask: AttentionMask | None, cached: int
-    ) -> Tensor | None:
+    def _visible(input_ids: Tensor, attention_mask: Mask, cached: int) -> Tensor | None:
         """bool (B or 1, 1, T, S), one for all heads; None where ``is_causal`` says the same."""
         length = input_ids.shape[1]
         if attention_mask is not None and not attention_mask.plain_causal:
@@ -308,8 +269,7 @@ class Decoder(BaseCausalModel):
         shape = (1, 1, length, cached + length)
         return input_ids.new_ones(shape, dtype=torch.bool).tril(cached)
 
-    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) -> cos and sin of the angles, (B, T, 1, D/2) each, float32."""
+    def _rotary(self, position_ids: Tensor) -> Rotary:
         pairs = self.sizes["d_model"] // self.sizes["n_heads"] // 2
         # Float32 whatever the precision: bfloat16 cannot tell position 257 from 256.
         exponents = torch.arange(pairs, dtype=torch.float32, device=position_ids.device) / pairs
@@ -320,5 +280,4 @@ class Decoder(BaseCausalModel):
         return KVCache()
 
     def standalone_config(self) -> dict[str, Any]:
-        """The sizes and the weights of a checkpoint suffice."""
         return {"init_from": None}

@@ -14,19 +14,17 @@ from torch import Tensor, nn
 
 from causal_lm import extras
 from causal_lm.masks import AttentionMask
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, Mask
 
 MAX_PADDED_VOCABULARY = 1.02
 """Largest embedding, relative to the tokenizer: many are padded to a round number of rows."""
+CACHE = ("past_key_values", "cache")
+"""The argument of transformers that takes a cache: its older name, and the one that 5.24 has."""
 
 
 @torch.no_grad()
 def keeps_documents_apart(model: Callable[..., Tensor], vocab_size: int) -> bool:
-    """Does each of two documents in a packed row get the logits that it gets alone?
-
-    Args:
-        model: (input_ids, position_ids, AttentionMask or None) -> logits, in eval mode.
-    """
+    """Does each of two documents in a packed row get the logits that it gets alone (eval mode)?"""
     ids = torch.arange(7)[None] % vocab_size
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
@@ -42,27 +40,21 @@ def keeps_documents_apart(model: Callable[..., Tensor], vocab_size: int) -> bool
 
 
 class External(BaseCausalModel):
-    """What the models of both libraries share.
+    """What the models of both libraries share: ``net`` is theirs, limited to ``max_positions``."""
 
-    Args:
-        net: their model.
-        vocab_size: V, of the tokenizer.
-        max_positions: longest row; None where positions are unlimited.
-    """
-
-    net: Any
-
-    def __init__(self, net: nn.Module, vocab_size: int, max_positions: int | None) -> None:
+    def __init__(self, net: Any, vocab_size: int, max_positions: int | None) -> None:
         super().__init__()
         self.net, self.max_positions, self.honors_mask = net, max_positions, True
         self.eval()
         self.honors_mask = keeps_documents_apart(self, vocab_size)
         self.train()  # as any new module; transformers returns pretrained weights in eval mode
 
-    def check_length(self, length: int) -> None:
-        """
+    def checked_mask(self, length: int, attention_mask: Mask) -> Mask:
+        """The mask of rows of ``length`` slots where it says more than plain causal, else None.
+
         Raises:
-            ValueError: a row is longer than the model's positions.
+            ValueError: a row is longer than the model's positions, or the mask says more than plain
+                causal and the model does not honor it.
         """
         if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
@@ -70,13 +62,6 @@ class External(BaseCausalModel):
                 f"positions: lower data.max_length or samples.self_check.length, or raise the "
                 f"model's"
             )
-
-    def explicit_mask(self, attention_mask: AttentionMask | None) -> AttentionMask | None:
-        """The mask, where it says more than plain causal; None otherwise.
-
-        Raises:
-            ValueError: the mask says more, and the model does not honor it.
-        """
         if attention_mask is None or attention_mask.plain_causal:
             return None
         if not self.honors_mask:
@@ -88,19 +73,11 @@ class External(BaseCausalModel):
 
 
 class Transformers(External):
-    """A causal language model of ``transformers``; see :func:`huggingface`.
+    """A causal language model of ``transformers``; :func:`huggingface` makes one."""
 
-    Args:
-        net: their model.
-        vocab_size: V, of the tokenizer.
-        standalone: see :meth:`causal_lm.models.base.CausalModel.standalone_config`.
-    """
-
-    def __init__(
-        self, net: Any, vocab_size: int, standalone: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any]) -> None:
         self.accepted = frozenset(inspect.signature(net.forward).parameters)
-        self.standalone, self.has_plain_head = dict(standalone or {}), has_plain_head(net)
+        self.standalone, self.has_plain_head = standalone, has_plain_head(net)
         super().__init__(net, vocab_size, getattr(net.config, "max_position_embeddings", None))
 
     @property
@@ -108,45 +85,33 @@ class Transformers(External):
         return self.net.get_output_embeddings() if self.has_plain_head else None
 
     def arguments(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None,
-        cache: Any,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask, cache: Any
     ) -> dict[str, Any]:
-        """Our inputs as keyword arguments of theirs; a mask is handed on as (B, 1, T, T)."""
-        seen = 0 if cache is None else cache.get_seq_length()
-        self.check_length(seen + input_ids.shape[1])
-        mask = self.explicit_mask(attention_mask)
-        dense = None
+        """Our inputs as keyword arguments of theirs; a mask is passed as (B, 1, T, T)."""
+        # The cache of a recurrent model, whose positions are unlimited, cannot tell its length.
+        seen = 0 if cache is None or self.max_positions is None else cache.get_seq_length()
+        mask, dense = self.checked_mask(seen + input_ids.shape[1], attention_mask), None
         if mask is not None:
             is_bool = self.net.config._attn_implementation == "sdpa"
             dense = (mask.to_dense() if is_bool else mask.to_additive())[:, None]
-        given = {"position_ids": position_ids, "attention_mask": dense, "past_key_values": cache}
+        given = dict.fromkeys(CACHE, cache)
+        given |= {"position_ids": position_ids, "attention_mask": dense}
         given = {name: value for name, value in given.items() if name in self.accepted}
-        return {"input_ids": input_ids, "use_cache": cache is not None, **given}
+        return {"input_ids": input_ids, "use_cache": cache is not None} | given
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
         return self.net(**self.arguments(input_ids, position_ids, attention_mask, cache)).logits
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
         given = self.arguments(input_ids, position_ids, attention_mask, cache)
         return self.net.base_model(**given).last_hidden_state
 
     def make_cache(self) -> Any:
-        if "past_key_values" not in self.accepted:
+        if self.accepted.isdisjoint(CACHE):
             return None
         return extras.load("transformers", "huggingface").DynamicCache(config=self.net.config)
 
@@ -169,12 +134,11 @@ def has_plain_head(net: Any) -> bool:
 def huggingface(
     vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None
 ) -> Transformers:
-    """Any causal language model of ``transformers``, new or pretrained.
+    """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
     Args:
-        vocab_size: V, of the tokenizer.
         config: ``model_type`` of a new model, and what else its configuration takes.
-        init_from: or a folder with a model, or its name on the hub.
+        init_from: instead of that, a folder with a pretrained model, or its name on the hub.
 
     Raises:
         ModuleNotFoundError: the extra is not installed.
@@ -200,32 +164,19 @@ def huggingface(
 
 
 class XTransformers(External):
-    """A decoder of ``x-transformers``.
-
-    Args:
-        vocab_size: V, of the tokenizer.
-        d_model, n_heads, n_layers: sizes, as in our own models.
-        max_positions: longest row.
-        decoder: further arguments of ``x_transformers.Decoder``.
+    """A decoder of ``x-transformers``; ``decoder`` has more arguments of its ``Decoder``.
 
     Raises:
         ModuleNotFoundError: the extra is not installed.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        n_heads: int,
-        n_layers: int,
-        max_positions: int,
+        self, vocab_size: int, d_model: int, n_heads: int, n_layers: int, max_positions: int,
         decoder: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         library = extras.load("x_transformers", "x-transformers")
-        layers = library.Decoder(
-            dim=d_model, depth=n_layers, heads=n_heads, attn_dim_head=d_model // n_heads,
-            **(decoder or {}),
-        )  # fmt: skip
+        sizes = {"dim": d_model, "depth": n_layers, "heads": n_heads}
+        layers = library.Decoder(**sizes, attn_dim_head=d_model // n_heads, **(decoder or {}))
         net = library.TransformerWrapper(
             num_tokens=vocab_size, max_seq_len=max_positions, attn_layers=layers
         )
@@ -236,14 +187,9 @@ class XTransformers(External):
         return self.net.to_logits
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        self.check_length(input_ids.shape[1])
-        mask = self.explicit_mask(attention_mask)
+        mask = self.checked_mask(input_ids.shape[1], attention_mask)
         given: dict[str, Any] = {"pos": position_ids, "return_embeddings": True}
         if mask is not None:  # ours is complete, so theirs is switched off
             given |= {"attn_mask": mask.to_dense()[:, None], "causal": False}

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from causal_lm.masks import AttentionMask
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, Mask
 
 Cache = dict[str, Tensor]
 """The hidden state after the positions seen so far, under ``state``; empty before the first."""
@@ -17,11 +16,7 @@ class GRU(BaseCausalModel):
     A mask cannot hide the past from a recurrent state. So each document gets a row, and a fresh
     state, of its own. (An explicit dense mask, as pitfalls use, has no effect.)
 
-    Args:
-        vocab_size: V, number of tokens, special ones included.
-        d_model: width C of the embedding and of the hidden state.
-        n_layers: recurrent layers.
-        dropout: probability in [0, 1) between layers.
+    vocab_size: V; d_model: width C of embedding and state; dropout: probability between layers.
     """
 
     def __init__(self, vocab_size: int, d_model: int, n_layers: int, dropout: float = 0.0) -> None:
@@ -31,13 +26,8 @@ class GRU(BaseCausalModel):
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Cache | None = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        """See :class:`causal_lm.models.base.CausalModel`. A cache is updated in place."""
         x = self.token_embedding(input_ids)  # (B, T, C)
         if cache is not None:
             x, cache["state"] = self.gru(x, cache.get("state"))

@@ -5,7 +5,7 @@ same logits and the same token ids. :func:`read_weights` reads a Llama from such
 """
 
 import json
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from causal_lm.data.tokenizers import SPECIAL, ByteTokenizer, SymbolTokenizer, T
 
 Sizes = Mapping[str, Any]
 """What our decoder computes, by argument (its attribute ``sizes``)."""
-
 SIZES = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "n_layers": "num_hidden_layers",
@@ -27,10 +26,8 @@ SIZES = {
     "tied": "tie_word_embeddings",
 }  # fmt: skip
 """Our size -> the key in ``LlamaConfig``."""
-
 PLAIN = {"mlp": "swiglu", "qk_norm": False, "token_smear": 0}
 """Options of our decoder with which it is a Llama."""
-
 WEIGHTS = {
     "token_embedding.weight": ["model.embed_tokens.weight"],
     "final_norm.weight": ["model.norm.weight"],
@@ -45,7 +42,6 @@ BLOCK_WEIGHTS = {
     "mlp.down.weight": ["mlp.down_proj.weight"],
 }
 """Our weight -> theirs; where there are several, ours is their concatenation along dimension 0."""
-
 SPECIAL_ROLES = ("pad", "bos", "eos")
 
 
@@ -59,11 +55,7 @@ def _transformers() -> Any:
 
 
 def _llama_config(sizes: Sizes, **more: Any) -> Any:
-    """The ``LlamaConfig`` of our decoder.
-
-    Raises:
-        ValueError: an option makes it another model than Llama (named).
-    """
+    """The ``LlamaConfig`` of our decoder; ValueError where an option makes it another model."""
     for key, plain in PLAIN.items():
         if sizes[key] != plain:
             raise ValueError(
@@ -73,8 +65,7 @@ def _llama_config(sizes: Sizes, **more: Any) -> Any:
     return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in SIZES.items()}, **more)
 
 
-def weight_names(n_layers: int) -> dict[str, list[str]]:
-    """:data:`WEIGHTS` of a whole model."""
+def _weight_names(n_layers: int) -> dict[str, list[str]]:
     return WEIGHTS | {
         f"blocks.{i}.{ours}": [f"model.layers.{i}.{name}" for name in theirs]
         for i in range(n_layers)
@@ -82,18 +73,13 @@ def weight_names(n_layers: int) -> dict[str, list[str]]:
     }
 
 
-def to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any:
-    """A ``LlamaForCausalLM`` with the weights ``state`` of our decoder.
-
-    Raises:
-        ModuleNotFoundError: the extra ``huggingface`` is not installed.
-        ValueError: the decoder is no plain Llama.
-    """
+def _to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any:
+    """A ``LlamaForCausalLM`` with the weights ``state`` of our decoder."""
     config = _llama_config(sizes, max_position_embeddings=max_length)
     with torch.random.fork_rng():  # the new model draws weights, which are replaced at once
         net = _transformers().LlamaForCausalLM(config)
     shapes, weights = net.state_dict(), dict[str, Tensor]()
-    for ours, names in weight_names(sizes["n_layers"]).items():
+    for ours, names in _weight_names(sizes["n_layers"]).items():
         rows = [len(shapes[name]) for name in names]
         weights |= zip(names, state[ours].split(rows), strict=True)
     net.load_state_dict(weights)
@@ -106,8 +92,8 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: a file is missing.
         ModuleNotFoundError: the extra ``huggingface`` is not installed.
-        ValueError: the folder holds another kind of model, other sizes (each named) or too few
-            weights; or ``sizes`` are not those of a plain Llama.
+        ValueError: the folder has another kind of model, other sizes or too few weights (named), or
+            ``sizes`` are not those of a plain Llama.
     """
     ours, library = _llama_config(sizes), _transformers()
     path, given = Path(folder) / "config.json", f"model.init_from={folder}"
@@ -116,9 +102,9 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     theirs = library.LlamaConfig.from_pretrained(folder)
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     has, needs = _architecture(theirs) | {"model_type": kind}, _architecture(ours)
-    if differing := [key for key in needs if has[key] != needs[key]]:
-        there = " ".join(f"{key}={_yaml(has[key])}" for key in differing)
-        here = ", ".join(_yaml(needs[key]) for key in differing)
+    if different := [key for key in needs if has[key] != needs[key]]:
+        there = " ".join(f"{key}={_yaml(has[key])}" for key in different)
+        here = ", ".join(_yaml(needs[key]) for key in different)
         raise ValueError(
             f"{given} has {there}, but this run has {here}: set these keys, use the tokenizer of "
             f"that model, or use model=huggingface, which takes any model of transformers"
@@ -137,12 +123,12 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     weights = net.state_dict()
     return {
         ours: torch.cat([weights[name] for name in names])
-        for ours, names in weight_names(sizes["n_layers"]).items()
+        for ours, names in _weight_names(sizes["n_layers"]).items()
     }
 
 
 def _architecture(config: Any) -> dict[str, Any]:
-    """What a ``LlamaConfig`` computes: sizes as keys of ours, the rest as keys of theirs."""
+    """What tells one ``LlamaConfig`` from another, by our keys where we have one, else theirs."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
     values = config.to_dict() | {"rope_theta": theta, "rope_type": rope.get("rope_type", "default")}
@@ -162,8 +148,7 @@ def _yaml(value: Any) -> str:
 def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> Path:
     """Write ``model`` and ``tokenizer`` into a new ``folder``, completely or not at all.
 
-    Args:
-        max_length: longest row in training, in tokens.
+    Rows had up to ``max_length`` tokens in training.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -172,17 +157,13 @@ def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> P
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder")
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        write_model(model, tokenizer, max_length, beside)
-        write_tokenizer(tokenizer, max_length, beside)
-        if folder.exists():
-            folder.rmdir()
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as part:
+        written = Path(part) / "written"
+        written.mkdir()
+        write_model(model, tokenizer, max_length, written)
+        write_tokenizer(tokenizer, max_length, written)
+        written.replace(folder)  # an empty folder is replaced
     return folder
 
 
@@ -192,15 +173,12 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     Any model may have a method ``to_transformers()``, which returns a ``PreTrainedModel`` with the
     same logits. Without one, our decoder (told by its ``sizes``) is written as a Llama, and a model
     of transformers (the attribute ``net``) as it is.
-
-    Raises:
-        ValueError: it is none of these, or a decoder that is no plain Llama.
     """
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
     if hasattr(model, "to_transformers"):
         net = model.to_transformers()
     elif SIZES.keys() | PLAIN.keys() <= getattr(model, "sizes", {}).keys():
-        net = to_llama(model.state_dict(), model.sizes, max_length)
+        net = _to_llama(model.state_dict(), model.sizes, max_length)
     elif hasattr(getattr(model, "net", None), "save_pretrained"):
         net = model.net
     else:
@@ -214,31 +192,25 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
 
 
 def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
-    """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text.
-
-    Raises:
-        ValueError: the kind of tokenizer has no counterpart in transformers.
-    """
-    library, fast = _same_ids(tokenizer)
+    """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text."""
+    library, fast = extras.load("tokenizers", "huggingface"), _same_ids(tokenizer)
     names = {role: fast.id_to_token(getattr(tokenizer, f"{role}_id")) for role in SPECIAL_ROLES}
     bos = names["bos"]
     fast.post_processor = library.processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
     )
-    _transformers().PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        model_max_length=max_length,
-        split_special_tokens=True,  # "<eos>" in a text is five characters, not an end
-        clean_up_tokenization_spaces=False,
-        **{f"{role}_token": name for role, name in names.items()},
-    ).save_pretrained(folder)
+    tokens = {f"{role}_token": name for role, name in names.items()}
+    _transformers().PreTrainedTokenizerFast(  # split: "<eos>" in a text is five characters
+        tokenizer_object=fast, model_max_length=max_length, split_special_tokens=True,
+        clean_up_tokenization_spaces=False, **tokens,
+    ).save_pretrained(folder)  # fmt: skip
 
 
-def _same_ids(tokenizer: Tokenizer) -> tuple[Any, Any]:
-    """The library ``tokenizers``, and its tokenizer with the ids of ours."""
+def _same_ids(tokenizer: Tokenizer) -> Any:
+    """A tokenizer of the library ``tokenizers`` with the ids of ours."""
     library = extras.load("tokenizers", "huggingface")
     if isinstance(tokenizer, SubwordTokenizer):
-        return library, library.Tokenizer.from_str(tokenizer.json)
+        return library.Tokenizer.from_str(tokenizer.json)
     vocabulary = {text: i for i, text in SPECIAL.items()}
     if isinstance(tokenizer, ByteTokenizer):  # without characters, all text falls back to bytes
         vocabulary |= {f"<0x{byte:02X}>": byte + len(SPECIAL) for byte in range(256)}
@@ -248,10 +220,8 @@ def _same_ids(tokenizer: Tokenizer) -> tuple[Any, Any]:
         vocabulary |= {symbol: i for i, symbol in enumerate(symbols, start=len(SPECIAL))}
         decoders = [library.decoders.Fuse()]
     else:
-        raise ValueError(
-            f"a {type(tokenizer).__name__} tokenizer has no counterpart in transformers"
-        )
+        raise ValueError(f"a {type(tokenizer).__name__} has no counterpart in transformers")
     model = library.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True)
     fast = library.Tokenizer(model)
     fast.decoder = library.decoders.Sequence(decoders)
-    return library, fast
+    return fast

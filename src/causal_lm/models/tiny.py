@@ -1,36 +1,23 @@
 """The smallest model here: a pre-norm ``nn.TransformerEncoder`` made causal by its mask."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from causal_lm.masks import AttentionMask
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, Mask
 
 
 class Tiny(BaseCausalModel):
-    """Token and learned position embeddings, pre-norm transformer blocks, linear head.
-
-    Args:
-        vocab_size: V, number of tokens, special ones included.
-        d_model: width C.
-        n_heads: attention heads; divides ``d_model``.
-        n_layers: transformer blocks.
-        d_ff: width of the hidden layer of each block's MLP.
-        max_positions: longest row.
-        dropout: probability in [0, 1), applied as ``nn.TransformerEncoderLayer`` does.
-    """
+    """Token and learned position embeddings, pre-norm transformer blocks, linear head."""
 
     def __init__(
         self,
-        vocab_size: int,
-        d_model: int,
-        n_heads: int,
+        vocab_size: int,  # V, special tokens included
+        d_model: int,  # width C
+        n_heads: int,  # divides d_model
         n_layers: int,
-        d_ff: int,
-        max_positions: int,
-        dropout: float = 0.0,
+        d_ff: int,  # width of the hidden layer of each block's MLP
+        max_positions: int,  # longest row
+        dropout: float = 0.0,  # probability, applied as nn.TransformerEncoderLayer does
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
@@ -54,17 +41,8 @@ class Tiny(BaseCausalModel):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: AttentionMask | None = None,
-        cache: Any = None,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        """See :class:`causal_lm.models.base.CausalModel`.
-
-        Raises:
-            ValueError: a row is longer than the position table.
-        """
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(

@@ -39,13 +39,8 @@ def peak_lr(lr: float | str, groups: ParameterGroups) -> float:
 
 
 def _with_auto_lr(
-    optimizer_class: Callable[..., Optimizer],
-    groups: ParameterGroups,
-    *,
-    lr: float | str,
-    **options: Any,
+    optimizer_class: Any, groups: ParameterGroups, *, lr: float | str, **options: Any
 ) -> Optimizer:
-    """An optimizer of torch over ``groups``; ``options`` are its own."""
     return optimizer_class(groups, lr=peak_lr(lr, groups), **options)
 
 
@@ -87,14 +82,9 @@ class CombinedOptimizer(Optimizer):
 
 
 def muon(
-    groups: ParameterGroups,
-    *,
-    muon_lr: float,
-    muon_momentum: float,
-    lr: float | str,
-    weight_decay: float,
-    **adamw_options: Any,
-) -> CombinedOptimizer:
+    groups: ParameterGroups, *, muon_lr: float, muon_momentum: float, lr: float | str,
+    weight_decay: float, **adamw_options: Any,
+) -> CombinedOptimizer:  # fmt: skip
     """Muon (https://kellerjordan.github.io/posts/muon/) for hidden matrices, AdamW for the rest.
 
     Raises:
@@ -104,10 +94,9 @@ def muon(
     rest = [group for group in groups if group["role"] != "hidden_matrix"]
     if not matrices:
         raise ValueError("this model has no hidden matrix for Muon: choose optimizer=adamw")
-    optimizers: list[Optimizer] = [
-        torch.optim.Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay)
-    ]
-    if rest:
-        adamw_options |= {"lr": peak_lr(lr, groups), "weight_decay": weight_decay}
-        optimizers.append(torch.optim.AdamW(rest, **adamw_options))
-    return CombinedOptimizer(*optimizers)
+    decay: dict[str, Any] = {"weight_decay": weight_decay}
+    first = torch.optim.Muon(matrices, lr=muon_lr, momentum=muon_momentum, **decay)
+    if not rest:
+        return CombinedOptimizer(first)
+    second = torch.optim.AdamW(rest, lr=peak_lr(lr, groups), **decay, **adamw_options)
+    return CombinedOptimizer(first, second)

@@ -16,7 +16,6 @@ That no parameter is left out is asserted, as in nanochat (https://github.com/ka
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -35,47 +34,35 @@ WITHOUT_DECAY = ("embedding", "norm_or_bias")
 def parameter_groups(model: nn.Module | CausalModel) -> ParameterGroups:
     """Every trainable parameter of ``model`` in one group per role, in the order of :data:`ROLES`.
 
-    Args:
-        model: a ``CausalModel``, or any module. Frozen parameters are left out, and so
-            are roles without parameters.
-
-    Raises:
-        AssertionError: a parameter is in no group or in two (named).
+    Roles without parameters are left out.
     """
-    embeddings, heads = set(_embedding_ids(model)), set(_head_ids(model))
+    embeddings, heads = _embedding_ids(model), _head_ids(model)
     owners = {id(p): owner for owner in model.modules() for p in owner.parameters(recurse=False)}
     params: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in ROLES}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+        role = _role_by_type(parameter, owners[id(parameter)])
         if id(parameter) in embeddings:
             role = "embedding"
         elif id(parameter) in heads:
             role = "head"
-        else:
-            role = _role_by_type(parameter, owners[id(parameter)])
-        params[role].append((name, parameter))
-    groups: ParameterGroups = [
-        {"role": role, "params": named} | ({"weight_decay": 0.0} if role in WITHOUT_DECAY else {})
-        for role, named in params.items()
-        if named
-    ]
+        if parameter.requires_grad:
+            params[role].append((name, parameter))
+    groups: ParameterGroups = [{"role": role, "params": ps} for role, ps in params.items() if ps]
+    for group in groups:
+        if group["role"] in WITHOUT_DECAY:
+            group["weight_decay"] = 0.0
     assert_complete(model, groups)
     return groups
 
 
 def assert_complete(model: nn.Module | CausalModel, groups: ParameterGroups) -> None:
-    """Check that ``groups`` hold each trainable parameter of ``model`` exactly once.
-
-    Args:
-        groups: of :func:`parameter_groups`, or ``param_groups`` of an optimizer.
+    """Check that ``groups`` (or those of an optimizer) hold each trainable parameter exactly once.
 
     Raises:
         AssertionError: naming the parameters that are missing, or held twice.
     """
-    held = Counter(
-        id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]
-    )
+    params = [p for group in groups for p in group["params"]]
+    held = Counter(id(p[1] if isinstance(p, tuple) else p) for p in params)
     trained = [(name, held[id(p)]) for name, p in model.named_parameters() if p.requires_grad]
     wrong = [f"{name} ({times} times)" for name, times in trained if times != 1]
     assert not wrong, f"parameters must be in one optimizer group each: {', '.join(wrong)}"
@@ -94,24 +81,20 @@ def describe_groups(optimizer: Optimizer) -> str:
     return "\n".join(lines)
 
 
-def _embedding_ids(model: nn.Module | CausalModel) -> Iterator[int]:
-    declared: Any = getattr(model, "embeddings", None)
-    for module in declared() if inspect.ismethod(declared) else ():
-        yield id(module.weight)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            yield id(module.weight)
+def _embedding_ids(model: Any) -> set[int]:
+    """Of the declared embeddings, and of every module that is one."""
+    declared = getattr(model, "embeddings", None)
+    tables = list(declared()) if inspect.ismethod(declared) else []
+    tables += [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    return {id(table.weight) for table in tables}
 
 
-def _head_ids(model: nn.Module | CausalModel) -> Iterator[int]:
+def _head_ids(model: Any) -> set[int]:
     """Of the declared head, and of what a model of transformers inside calls its output layer."""
-    heads = [getattr(model, "lm_head", None)]
-    for module in model.modules():
-        output_embeddings: Any = getattr(module, "get_output_embeddings", None)
-        heads += [output_embeddings()] if output_embeddings else []
-    for head in heads:
-        if isinstance(head, nn.Module):
-            yield from (id(p) for p in head.parameters() if p.dim() > 1)
+    outputs = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
+    heads = [getattr(model, "lm_head", None), *(output() for output in outputs if output)]
+    modules = [head for head in heads if isinstance(head, nn.Module)]
+    return {id(p) for head in modules for p in head.parameters() if p.dim() > 1}
 
 
 def _role_by_type(parameter: nn.Parameter, owner: nn.Module) -> str:

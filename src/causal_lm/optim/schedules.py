@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the optimizer step. Needs the standard library alone.
 
-Each factory takes the optimizer steps of the run and returns ``factor(step)``: the fraction of the
-peak learning rate at which step 0, 1, … is taken. All begin with a linear warm-up, ``1/n, 2/n … 1``
+Each factory takes the optimizer steps of the run and returns the factor of the peak learning rate
+at step 0, 1, … All begin with a linear warm-up, ``1/n, 2/n … 1``
 over n steps. ``warmup_cosine`` and ``warmup_stable_decay`` reach ``final_share`` at the last step.
 """
 
@@ -9,35 +9,31 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 log = logging.getLogger(__name__)
-
 Factor = Callable[[int], float]
+"""Optimizer step -> factor of the peak learning rate."""
 
 
 def warmup(total_steps: int, steps: int | str, cap: float) -> tuple[int, str]:
     """Length of the warm-up in optimizer steps, and the rule that decided it, for the log.
 
     Args:
-        total_steps: optimizer steps of the run.
         steps: a number, or ``auto`` for the longer of 500 and a tenth of the run.
         cap: largest fraction of the run, so that a short run still has time at its peak.
     """
-    wanted = max(500, total_steps // 10) if steps == "auto" else int(steps)
-    rule = "scheduler.warmup_steps"
     if steps == "auto":
+        wanted = max(500, total_steps // 10)
         rule = "the minimum of 500" if wanted == 500 else "a tenth of the run"
+    else:
+        wanted, rule = int(steps), "scheduler.warmup_steps"
     most = int(cap * total_steps)
     return (wanted, rule) if wanted <= most else (most, f"capped at {cap:.0%}")
 
 
 def _schedule(
-    shape: Callable[..., float],
-    total_steps: int,
-    *,
-    warmup_steps: int | str,
-    warmup_cap: float,
-    **options: float,
+    shape: Any, total_steps: int, *, warmup_steps: int | str, warmup_cap: float, **options: float
 ) -> Factor:
     """The warm-up, and after its W steps ``shape(step, W, total_steps, **options)``."""
     n_warmup, rule = warmup(total_steps, warmup_steps, warmup_cap)
@@ -73,11 +69,8 @@ def _warmup_cosine(step: int, n_warmup: int, total: int, final_share: float) -> 
 def _cosine_restarts(
     step: int, n_warmup: int, total: int, period: int, peak_decay: float, final_share: float
 ) -> float:
-    """A half cosine every ``period`` steps (SGDR, https://arxiv.org/abs/1608.03983).
-
-    Each peak is ``peak_decay`` times the one before. The last step of each is the lowest, at
-    ``final_share`` of its own peak.
-    """
+    """A half cosine every ``period`` steps, down to ``final_share`` of its own peak, which is
+    ``peak_decay`` times the one before (SGDR, https://arxiv.org/abs/1608.03983)."""
     cycle, within = divmod(step - n_warmup, period)
     return peak_decay**cycle * _half_cosine(within / max(1, period - 1), final_share)
 
