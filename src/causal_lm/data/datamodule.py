@@ -23,7 +23,7 @@ class DataModule(L.LightningDataModule):
     Args:
         source: any object with ``load() -> Corpus`` (see
             :class:`causal_lm.data.documents.Source`), or a callable that makes one from
-            ``source_options``.
+            ``source_options``, such as ``path``.
         batch_size: documents per micro-batch and rank.
         max_length: tokens per row, BOS and EOS included; longer documents are cut into windows
             (see :meth:`causal_lm.data.documents.Documents.windows`).
@@ -32,10 +32,8 @@ class DataModule(L.LightningDataModule):
             tokens. A batch holds ``batch_size`` documents in each layout.
         padding_side: ``right`` or ``left``.
         pad_is_eos: write EOS where a row has no token, as for models without a PAD token.
-        shuffle: draw a new training order each epoch.
+        shuffle: draw a new training order each epoch, from ``seed``.
         num_workers: processes that collate; 0 (the fastest for short rows) collates in this one.
-        seed: of the order.
-        source_options: arguments of ``source`` where it is a callable, such as ``path``.
 
     Raises:
         TypeError: ``source_options`` are given and ``source`` is not a callable.
@@ -118,24 +116,21 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, windows: Documents, **order: Any) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
+        lengths = windows.lengths.numpy() if self.layout == "bucketed" else None
+        sampler = DocumentSampler(
+            len(windows), seed=self.seed, lengths=lengths, batch_size=self.batch_size,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1, **order,
+        )  # fmt: skip
+        packed = self.max_length if self.layout == "packed" else None
+        collate = Collate(
+            tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side, packed=packed
+        )
         return DataLoader(
             windows,  # type: ignore[arg-type]  # the collator turns documents into a Batch
             batch_size=self.batch_size,
-            sampler=DocumentSampler(
-                len(windows),
-                seed=self.seed,
-                rank=self.trainer.global_rank if self.trainer else 0,
-                world_size=self.trainer.world_size if self.trainer else 1,
-                lengths=windows.lengths.numpy() if self.layout == "bucketed" else None,
-                batch_size=self.batch_size,
-                **order,
-            ),
-            collate_fn=Collate(
-                tokenizer.pad_id,
-                tokenizer.vocab_size,
-                padding_side=self.padding_side,
-                packed=self.max_length if self.layout == "packed" else None,
-            ),
+            sampler=sampler,
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

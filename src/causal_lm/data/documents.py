@@ -20,14 +20,10 @@ CHUNK_DOCUMENTS = 2**20
 
 
 class FileArray:
-    """A flat array in a file, of which a slice is read when it is asked for.
+    """A flat array in a file of values of a NumPy ``dtype``, of which slices are read on demand.
 
     It is not memory-mapped: mapped pages count as memory of this process, so an epoch would end
     with the whole file resident.
-
-    Args:
-        path: a file of values.
-        dtype: NumPy name of their type, such as ``uint16``.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -98,16 +94,13 @@ class Documents(Dataset[Document]):
 
     def __getitem__(self, index: int) -> Document:
         """One document; index -1, which a sampler fills its last batch with, has no tokens."""
-        span = self.span(index)
+        span = self.span(index) if index >= 0 else slice(0, 0)
         mask = None if self.loss_mask is None else self.loss_mask[span]
         return Document(self.tokens[span], mask)
 
     def span(self, index: int) -> slice:
         """The slice of ``tokens`` that holds one document."""
-        if index < 0:
-            return slice(0, 0)
-        start, end = self.offsets[index : index + 2].tolist()
-        return slice(start, end)
+        return slice(*self.offsets[index : index + 2].tolist())
 
     @property
     def lengths(self) -> Tensor:
@@ -150,8 +143,6 @@ class Windows(Documents):
         return int(self.window_ends[-1])
 
     def span(self, index: int) -> slice:
-        if index < 0:
-            return slice(0, 0)
         document = int(np.searchsorted(self.window_ends, index, side="right"))
         number = index - int(self.window_ends[document - 1] if document else 0)
         whole = self.documents.span(document)

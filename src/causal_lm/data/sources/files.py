@@ -58,20 +58,14 @@ def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
 
 def known_format(path: Path) -> str | None:
     """The format that a file's suffix names, in any case and before .gz or .zst; None: another."""
-    name = path.name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    suffix = name.rpartition(".")[2]
+    plain = Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
+    suffix = plain.suffix.lower()[1:]
     return suffix if suffix in FORMATS else None
 
 
 def text_size(path: Path) -> int:
     """Bytes of a file's text, roughly where it is compressed."""
-    return path.stat().st_size * (COMPRESSION_RATIO if is_compressed(path) else 1)
-
-
-def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in COMPRESSIONS
+    return path.stat().st_size * (COMPRESSION_RATIO if path.suffix.lower() in COMPRESSIONS else 1)
 
 
 def open_bytes(path: Path) -> IO[bytes]:
