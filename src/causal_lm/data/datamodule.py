@@ -24,12 +24,11 @@ class DataModule(L.LightningDataModule):
         source: any object with ``load() -> Corpus`` (see
             :class:`causal_lm.data.documents.Source`), or a callable that makes one from
             ``source_options``, such as ``path``.
-        batch_size: documents per micro-batch and rank.
+        batch_size: documents per micro-batch and rank, in each layout.
         max_length: tokens per row, BOS and EOS included; longer documents are cut into windows
             (see :meth:`causal_lm.data.documents.Documents.windows`).
         layout: ``padded``: one document per row. ``bucketed``: the same, with documents of similar
-            length in a batch. ``packed``: several documents in a row of up to ``max_length``
-            tokens. A batch holds ``batch_size`` documents in each layout.
+            length in a batch. ``packed``: several documents per row of up to ``max_length`` tokens.
         padding_side: ``right`` or ``left``.
         pad_is_eos: write EOS where a row has no token, as for models without a PAD token.
         shuffle: draw a new training order each epoch, from ``seed``.
@@ -40,19 +39,10 @@ class DataModule(L.LightningDataModule):
     """
 
     def __init__(
-        self,
-        source: Source | Callable[..., Source],
-        *,
-        batch_size: int,
-        max_length: int,
-        layout: str = "padded",
-        padding_side: str = "right",
-        pad_is_eos: bool = False,
-        shuffle: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-        **source_options: Any,
-    ) -> None:
+        self, source: Source | Callable[..., Source], *, batch_size: int, max_length: int,
+        layout: str = "padded", padding_side: str = "right", pad_is_eos: bool = False,
+        shuffle: bool = True, num_workers: int = 0, seed: int = 0, **source_options: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         if source_options and not callable(source):
             raise TypeError(
@@ -66,11 +56,8 @@ class DataModule(L.LightningDataModule):
         self.corpus: Corpus | None = None
 
     def load(self) -> Corpus:
-        """Load the corpus once, without a trainer, and cut both splits into windows.
-
-        Raises:
-            ValueError: a split holds no document.
-        """
+        """Load the corpus once, without a trainer, and cut both splits into windows. Raises
+        ValueError where a split holds no document."""
         if self.corpus is None:
             self.corpus = self.source.load()
             if self.pad_is_eos:

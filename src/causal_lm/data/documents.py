@@ -20,10 +20,9 @@ CHUNK_DOCUMENTS = 2**20
 
 
 class FileArray:
-    """A flat array in a file of values of a NumPy ``dtype``, of which slices are read on demand.
+    """A flat array in a file of values of a NumPy ``dtype``; its slices are read on demand.
 
-    It is not memory-mapped: mapped pages count as memory of this process, so an epoch would end
-    with the whole file resident.
+    Mapped pages would count as memory of this process: an epoch would end with all of them there.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -48,14 +47,14 @@ class FileArray:
         return FileArray, (self.path, self.dtype)
 
 
+Array = Tensor | FileArray
+
+
 class Document(NamedTuple):
-    """The tokens of one document, (n,), and which of them are learned.
+    """The tokens of one document, and which of them are learned."""
 
-    loss_mask: bool (n,), False at tokens that are given (a prompt); None: every token is learned.
-    """
-
-    tokens: Tensor
-    loss_mask: Tensor | None = None
+    tokens: Tensor  # (n,)
+    loss_mask: Tensor | None = None  # bool (n,), False in a prompt; None: every token is learned
 
 
 class Documents(Dataset[Document]):
@@ -67,12 +66,7 @@ class Documents(Dataset[Document]):
         loss_mask: bool (N,), see :class:`Document`.
     """
 
-    def __init__(
-        self,
-        tokens: Tensor | FileArray,
-        offsets: Tensor | FileArray,
-        loss_mask: Tensor | FileArray | None = None,
-    ) -> None:
+    def __init__(self, tokens: Array, offsets: Array, loss_mask: Array | None = None) -> None:
         self.tokens, self.offsets, self.loss_mask = tokens, offsets, loss_mask
 
     @classmethod
@@ -129,15 +123,12 @@ class Documents(Dataset[Document]):
 
 
 class Windows(Documents):
-    """The windows of :meth:`Documents.windows`; where each lies is computed when it is read.
-
-    Args:
-        window_ends: (D,) number of windows up to and including those of each document.
-    """
+    """The windows of :meth:`Documents.windows`; where each lies is computed when it is read."""
 
     def __init__(self, documents: Documents, max_length: int, window_ends: np.ndarray) -> None:
         super().__init__(documents.tokens, documents.offsets, documents.loss_mask)
-        self.documents, self.max_length, self.window_ends = documents, max_length, window_ends
+        self.documents, self.max_length = documents, max_length
+        self.window_ends = window_ends  # (D,) windows up to and including those of each document
 
     def __len__(self) -> int:
         return int(self.window_ends[-1])
@@ -164,7 +155,7 @@ class Language(Protocol):
     """A source's true distribution, where it is known."""
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Nats and number of all targets of ``documents`` under the true distribution."""
+        """Nats and number of all targets of ``documents``."""
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
         """bool, elementwise: ``following`` has a chance after ``previous``."""

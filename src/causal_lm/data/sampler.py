@@ -14,9 +14,9 @@ CHUNK_INDICES = 2**16
 class DocumentSampler(Sampler[int]):
     """Indices of every document once per epoch over all ranks, in a new order each epoch.
 
-    All ranks must take the same number of steps. torch's ``DistributedSampler`` repeats documents
-    to get there, which an evaluation then counts twice. This one gives index -1 instead, which
-    collates to a row of PAD in which nothing counts.
+    All ranks must take the same number of steps. Where torch's ``DistributedSampler`` repeats
+    documents to get there, which an evaluation then counts twice, this one gives index -1, which
+    collates to a row of PAD.
 
     Args:
         size: number of documents.

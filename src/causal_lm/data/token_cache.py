@@ -35,12 +35,8 @@ def fingerprint(data: Any) -> str:
 
 
 def file_identity(path: Path) -> list:
-    """Plain data that changes whenever the file does, without reading all of it.
-
-    The inode's time of change is part of it: a program can reset the time of the last write, but
-    not that one.
-    """
-    stat = path.stat()
+    """Plain data that changes whenever the file does, without reading all of it."""
+    stat = path.stat()  # st_ctime: a program can reset the time of the last write, but not that
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(SAMPLE_BYTES))
         file.seek(max(stat.st_size - SAMPLE_BYTES, 0))
@@ -50,11 +46,8 @@ def file_identity(path: Path) -> list:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let ``build`` fill ``folder``, unless it exists.
-
-    Of several processes (ranks, jobs of a sweep) one builds and the others wait for it. What a
-    killed process left unfinished is deleted first.
-    """
+    """Let ``build`` fill ``folder``, unless it exists. Of several processes (ranks, jobs of a
+    sweep) one builds and the others wait; what a killed one left unfinished is deleted first."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,26 +65,16 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 class TokenizedChunk(NamedTuple):
-    """D tokenized documents end to end, BOS and EOS included.
+    """D tokenized documents end to end, BOS and EOS included."""
 
-    ids        (N,) of the smallest unsigned dtype
-    lengths    (D,) tokens of each document
-    loss_mask  (N,) bool, False at tokens of a prompt; None: there are no prompts
-    val        (D,) bool, which documents are held out for validation
-    continued  the last document goes on in the next chunk
-    hashes     (D,) of each document's text, or none at all
-    characters number of characters of the text
-    unknown    characters or words that the vocabulary lacks, with their number
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    loss_mask: np.ndarray | None
-    val: np.ndarray
-    continued: bool
-    hashes: list[bytes]
-    characters: int
-    unknown: Counter[str]
+    ids: np.ndarray  # (N,) of the smallest unsigned dtype
+    lengths: np.ndarray  # (D,) tokens of each document
+    loss_mask: np.ndarray | None  # (N,) bool, False at tokens of a prompt; None: without prompts
+    val: np.ndarray  # (D,) bool, which documents are held out for validation
+    continued: bool  # the last document goes on in the next chunk
+    hashes: list[bytes]  # (D,) of each document's text, or none at all
+    characters: int  # of the text
+    unknown: Counter[str]  # characters or words that the vocabulary lacks, with their number
 
 
 def write(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[int]:

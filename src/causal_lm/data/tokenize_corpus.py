@@ -20,20 +20,14 @@ Part = tuple[Segments, bool]
 
 
 class Chunk(NamedTuple):
-    """Some complete documents, or a part of one long document.
-
-    continues: the first document began in the chunk before.
-    continued: the last document goes on in the next chunk.
-    val: whether all documents are held out; None: decided by a hash of each document's text.
-    """
+    """Some complete documents, or a part of one long document."""
 
     documents: list[Segments]
-    continues: bool = False
-    continued: bool = False
-    val: bool | None = None
+    continues: bool = False  # the first document began in the chunk before
+    continued: bool = False  # the last document goes on in the next chunk
+    val: bool | None = None  # whether all are held out; None: the hash of each text decides
 
     def hashes(self) -> list[bytes]:
-        """A hash of each document's text."""
         return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
 
     def held_out(self, val_fraction: float) -> list[bool]:
@@ -75,12 +69,8 @@ def tokenize(
 def tokenize_chunks(
     chunks: Iterable[Chunk], state: dict[str, Any], processes: int, **options: Any
 ) -> Iterator[TokenizedChunk]:
-    """Tokenize ``chunks`` in their order, holding a few of them in memory at a time.
-
-    Args:
-        state: of the tokenizer; each process makes its own from it.
-        options: arguments of :func:`tokenize`.
-    """
+    """Tokenize ``chunks`` in their order, holding a few of them in memory at a time. Each process
+    makes its tokenizer from ``state``; ``options`` are arguments of :func:`tokenize`."""
     if processes == 1:
         yield from map(functools.partial(tokenize, tokenizer=from_state(state), **options), chunks)
         return

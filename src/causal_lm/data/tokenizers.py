@@ -109,11 +109,8 @@ class SymbolTokenizer:
 
 
 def from_state(state: dict[str, Any]) -> Any:
-    """The tokenizer whose :meth:`Tokenizer.state` is ``state``.
-
-    Raises:
-        ValueError: its name is none of bytes, symbols and subwords.
-    """
+    """The tokenizer whose :meth:`Tokenizer.state` is ``state``. Raises ValueError for an unknown
+    name."""
     classes = {"bytes": ByteTokenizer, "symbols": SymbolTokenizer, "subwords": SubwordTokenizer}
     name = state["name"]
     if name not in classes:

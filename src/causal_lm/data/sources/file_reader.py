@@ -17,6 +17,8 @@ from causal_lm.data.tokenize_corpus import Part, Segments
 
 MAX_UNIT_BYTES = 16 << 20
 """Bytes of a line, paragraph or record; a longer one is a fault, mostly of a file without lines."""
+RawUnits = Iterator[tuple[int, bytes]]
+"""Lines or paragraphs, each with the number of its first line."""
 
 
 @dataclass(kw_only=True)
@@ -126,21 +128,17 @@ class FileReader(TextSource):
             raise ValueError(f"{what}: correct it, or skip such {kind} with data.on_error=skip")
         self.skipped[kind] += 1
 
-    def _decoded(
-        self, path: Path, raw_units: Iterable[tuple[int, bytes]], units: str
-    ) -> Iterator[tuple[int, str]]:
-        """The number of its first line and the text of each unit, except for faulty ones."""
+    def _decoded(self, path: Path, raw_units: RawUnits, units: str) -> Iterator[tuple[int, str]]:
+        """The texts of units, each with the number of its first line; faulty ones are left out."""
         for number, raw in raw_units:
             try:
-                text = raw.decode() if len(raw) <= MAX_UNIT_BYTES else None
+                if len(raw) <= MAX_UNIT_BYTES:
+                    yield number, raw.decode().removesuffix("\r")
+                else:
+                    limit = f"longer than {MAX_UNIT_BYTES >> 20} MiB"
+                    self._fault(f"{units} {limit}", f"{path}, line {number}: {limit}")
             except UnicodeDecodeError as error:
                 self._fault(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
-                continue
-            if text is not None:
-                yield number, text.removesuffix("\r")
-            else:
-                limit = f"longer than {MAX_UNIT_BYTES >> 20} MiB"
-                self._fault(f"{units} {limit}", f"{path}, line {number}: {limit}")
 
     def _file_rows(self, path: Path) -> Iterator[tuple[str, Any]]:
         """The records of a file, each with where it is."""
@@ -204,9 +202,8 @@ def _is_text(value: Any) -> bool:
         return False
 
 
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines without their line feeds, from number 1 on; one that is too long is cut one byte above
-    the limit."""
+def _raw_lines(path: Path) -> RawUnits:
+    """Lines without their line feeds; one that is too long is cut one byte above the limit."""
     number, rest = 1, b""
     for i, block in enumerate(read_blocks(path)):
         *lines, rest = (rest + (block if i else block.removeprefix(codecs.BOM_UTF8))).split(b"\n")
@@ -217,8 +214,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield number, rest
 
 
-def _raw_paragraphs(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Paragraphs without the blank lines around them, each with the number of its first line."""
+def _raw_paragraphs(path: Path) -> RawUnits:
     lines: list[bytes] = []
     first = size = 0
     for number, raw in chain(_raw_lines(path), [(0, b"")]):

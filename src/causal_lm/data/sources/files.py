@@ -21,14 +21,10 @@ BLOCK_BYTES = 1 << 20
 
 
 def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
-    """The files of a path, a folder or a glob, sorted.
+    """The files of a path, a folder or a glob, sorted; messages name the configuration ``key``.
 
-    A file that is named itself is always taken. Of a folder or a glob, hidden files and those of
-    other formats are not; a warning counts them.
-
-    Args:
-        key: configuration key that ``pattern`` comes from, for messages.
-        every: take files of other formats too.
+    A file that is named itself is always taken. Of a folder or a glob, hidden files are not, nor
+    those of other formats unless ``every`` is set; a warning counts them.
 
     Raises:
         FileNotFoundError: there is none.
@@ -69,15 +65,10 @@ def text_size(path: Path) -> int:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file, decompressed where it ends in .gz or .zst.
-
-    Raises:
-        ModuleNotFoundError: it is a .zst, and zstandard is not installed.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
+    """Open a file, decompressed where it ends in .gz or .zst (which needs zstandard)."""
+    if path.suffix.lower() == ".gz":
         return gzip.open(path)  # type: ignore[return-value]  # a GzipFile reads bytes
-    if suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         try:
             return importlib.import_module("zstandard").open(path)
         except ModuleNotFoundError as error:
@@ -86,11 +77,8 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The decompressed bytes of a file, :data:`BLOCK_BYTES` at a time.
-
-    Raises:
-        ValueError: it cannot be decompressed.
-    """
+    """The decompressed bytes of a file, :data:`BLOCK_BYTES` at a time. Raises ValueError where it
+    cannot be decompressed."""
     with open_bytes(path) as file:
         try:
             while block := file.read(BLOCK_BYTES):

@@ -17,10 +17,6 @@ class MarkovLanguage:
     drawn once from ``seed``. After each symbol the document ends with probability ``1 / mean``;
     after ``max_symbols`` it always ends. So lengths are geometric: many documents are short, a
     few are long, and about three quarters of a padded batch is PAD.
-
-    Args:
-        symbols: size of the alphabet.
-        mean: mean length in symbols, before the cut at ``max_symbols``.
     """
 
     def __init__(
@@ -40,7 +36,7 @@ class MarkovLanguage:
         """(V, V) probability of the next symbol, given that the document goes on."""
 
     def sample(self, documents: int, generator: torch.Generator) -> Documents:
-        """Draw so many complete documents, all at once, symbol by symbol."""
+        """Draw so many complete documents at once, symbol by symbol."""
         columns = [torch.full((documents,), BOS)]
         unfinished = torch.ones(documents, dtype=torch.bool)
         lengths = torch.full((documents,), 2)
@@ -57,10 +53,8 @@ class MarkovLanguage:
         return Documents(tokens, F.pad(lengths.cumsum(0), (1, 0)))
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Nats and number of all targets of ``documents`` under the true distribution.
-
-        Nats / targets is the lowest expected loss on these documents, exactly.
-        """
+        """Nats and number of all targets of ``documents`` under the true distribution. Nats /
+        targets is the lowest expected loss on these documents, exactly."""
         tokens, starts = documents.tokens[:].long(), documents.offsets[:-1]
         is_target = torch.ones(len(tokens), dtype=torch.bool)
         is_target[starts] = False  # BOS is given
@@ -111,7 +105,6 @@ class SyntheticLanguage:
         return Corpus(Documents(tokens, offsets), val, tokenizer)
 
     def _language(self, copies: int) -> MarkovLanguage:
-        """The language of what ``copies`` times fits into ``max_length``."""
         longest = (self.max_length - 2) // copies
         return MarkovLanguage(self.symbols, self.successors, self.mean, longest, self.seed)
 

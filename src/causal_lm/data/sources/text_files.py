@@ -31,12 +31,8 @@ class TextFiles(FileReader):
 
     @functools.cached_property
     def files(self) -> tuple[list[Path], list[Path]]:
-        """The files of ``path`` and of ``val_path``.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: a file is in both, or does not have the unit or the fields.
-        """
+        """The files of ``path`` and of ``val_path``. Raises FileNotFoundError for none, ValueError
+        for one that is in both, or does not have the unit or the fields."""
         every = self.format is not None
         train = files.find_files(self.path, "data.path", every)
         val = files.find_files(self.val_path, "data.val_path", every) if self.val_path else []
