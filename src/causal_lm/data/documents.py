@@ -71,11 +71,8 @@ class Documents(Dataset[Document]):
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
-        """Documents from lists of token ids, BOS and EOS included.
-
-        Raises:
-            ValueError: a document has fewer than two tokens, so nothing to predict.
-        """
+        """Documents from lists of token ids, BOS and EOS included. Raises ValueError where one has
+        fewer than two tokens, so nothing to predict."""
         arrays = [np.asarray(document, dtype=np.int32) for document in documents]
         for i, array in enumerate(arrays):
             if len(array) < 2:
@@ -99,8 +96,8 @@ class Documents(Dataset[Document]):
     @property
     def lengths(self) -> Tensor:
         """(D,) tokens of each document, int32 where that is wide enough."""
-        narrow = len(self.tokens) < 2**31
-        lengths = torch.empty(len(self), dtype=torch.int32 if narrow else torch.int64)
+        dtype = torch.int32 if len(self.tokens) < 2**31 else torch.int64
+        lengths = torch.empty(len(self), dtype=dtype)
         for start in range(0, len(self), CHUNK_DOCUMENTS):
             offsets = self.offsets[start : start + CHUNK_DOCUMENTS + 1]
             lengths[start : start + CHUNK_DOCUMENTS] = offsets.diff()

@@ -106,11 +106,9 @@ def write(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[in
 def read(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
     """The training documents, the validation documents, and the data of :data:`ABOUT`."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-
-    def documents(split: str) -> Documents:
-        tokens = FileArray(folder / f"{split}.tokens", about["dtype"])
-        mask = FileArray(folder / f"{split}.mask", "bool")
-        offsets = FileArray(folder / f"{split}.offsets", "int64")
-        return Documents(tokens, offsets, mask if len(mask) else None)
-
-    return documents("train"), documents("val"), about
+    kinds = (("tokens", about["dtype"]), ("offsets", "int64"), ("mask", "bool"))
+    splits = []
+    for split in SPLITS:
+        tokens, offsets, mask = (FileArray(folder / f"{split}.{k}", dtype) for k, dtype in kinds)
+        splits.append(Documents(tokens, offsets, mask if len(mask) else None))
+    return splits[0], splits[1], about

@@ -106,14 +106,13 @@ class FileReader(TextSource):
         """The documents of records, each given as (where it is, the record)."""
         for where, record in rows:
             values = record if isinstance(record, dict) else {}
-            faults = [field for field in self.fields if not _is_text(values.get(field))]
-            if faults:
-                key = faults[0]
-                has = f"the record has {', '.join(values) or 'no keys'}"
-                has = f"it is {values[key]!r:.40}" if key in values else has
-                self._fault("records without a text", f"{where}: no text at key {key!r}; {has}")
+            key = next((f for f in self.fields if not _is_text(values.get(f))), None)
+            if key is None:
+                yield from self._not_blank([tuple(values[f] for f in self.fields)], "records")
             else:
-                yield from self._not_blank([tuple(record[f] for f in self.fields)], "records")
+                keys = f"the record has {', '.join(values) or 'no keys'}"
+                has = f"it is {values[key]!r:.40}" if key in values else keys
+                self._fault("records without a text", f"{where}: no text at key {key!r}; {has}")
 
     def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[Part]:
         for segments in documents:
@@ -182,10 +181,15 @@ class FileReader(TextSource):
             file = parquet.ParquetFile(path, memory_map=True)
             known = set(self.fields) <= set(file.schema_arrow.names)
             batches = file.iter_batches(batch_size=256, columns=self.fields if known else None)
-            records = (record for batch in batches for record in batch.to_pylist())
-            yield from ((f"{path}, row {n}", record) for n, record in enumerate(records, start=1))
+            yield from arrow_rows(str(path), batches)
         except (arrow.ArrowException, OSError) as error:  # OSError: the data of a column
             self._fault("files that are not parquet", f"{path}: {error}")
+
+
+def arrow_rows(where: str, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The records of Arrow's batches, each with where it is."""
+    records = (record for batch in batches for record in batch.to_pylist())
+    yield from ((f"{where}, row {n}", record) for n, record in enumerate(records, start=1))
 
 
 def _where(error: UnicodeDecodeError, first_line: int) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
-from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
-from causal_lm.data.sources.file_reader import FileReader
+from causal_lm.data.sources.file_reader import FileReader, arrow_rows
 from causal_lm.data.sources.files import text_size
+from causal_lm.data.token_cache import file_identity
 from causal_lm.data.tokenize_corpus import Part
 
 BATCH_ROWS = 256
@@ -54,18 +54,17 @@ class HuggingFaceDataset(FileReader):
             self._loaded.clear()
 
     def identity(self) -> dict[str, Any]:
-        splits = [[self._split_identity(path, split), split] for path, split, _ in self.splits]
-        return super().identity() | {"splits": splits, "name": self.name}
-
-    def _split_identity(self, path: str, split: str) -> Any:
-        """Local data is not loaded for it: its files are identified."""
-        local = _local(path)
-        if local.is_file():
-            self.check(local)
-        if local.exists():
-            below = [local, *sorted(local.rglob("*"))]
-            return [token_cache.file_identity(file) for file in below if file.is_file()]
-        return [path, self._dataset(path, split)._fingerprint]
+        identities = []
+        for path, split, _ in self.splits:
+            local = _local(path)
+            if local.is_file():
+                self.check(local)
+            if local.exists():  # its files are identified without loading it
+                below = (local, *sorted(local.rglob("*")))
+                identities.append([[file_identity(p) for p in below if p.is_file()], split])
+            else:
+                identities.append([[path, self._dataset(path, split)._fingerprint], split])
+        return super().identity() | {"splits": identities, "name": self.name}
 
     def size(self) -> int:
         total = 0
@@ -76,22 +75,24 @@ class HuggingFaceDataset(FileReader):
 
     def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
         for path, split, val in self.splits:
-            is_file = _local(path).is_file()
-            rows = self._dataset_rows(path, split)
-            yield self.documents(_local(path)) if is_file else self.records(rows), val
-
-    def _dataset_rows(self, path: str, split: str) -> Iterator[tuple[str, Any]]:
-        batches = self._dataset(path, split).with_format("arrow").iter(batch_size=BATCH_ROWS)
-        records = (record for batch in batches for record in batch.to_pylist())
-        where = f"{path} (split {split})"
-        yield from ((f"{where}, row {n}", record) for n, record in enumerate(records, start=1))
+            if _local(path).is_file():
+                yield self.documents(_local(path)), val
+            else:
+                batches = self._dataset(path, split).with_format("arrow").iter(BATCH_ROWS)
+                yield self.records(arrow_rows(f"{path} (split {split})", batches)), val
 
     def _dataset(self, path: str, split: str) -> Any:
-        """The columns ``fields``, or all where one is not there. Raises ValueError: no such data
-        set or split."""
+        """The columns ``fields``, or all where one of them is not there."""
         if (path, split) not in self._loaded:
+            datasets, local = extras.load("datasets", "huggingface"), _local(path)
             try:
-                found = self._load(path, split)
+                if (local / "dataset_dict.json").exists():
+                    found = datasets.load_from_disk(str(local))[split]
+                elif (local / "state.json").exists():
+                    found = datasets.load_from_disk(str(local))
+                else:
+                    processes = self.num_proc
+                    found = datasets.load_dataset(path, self.name, split=split, num_proc=processes)
             except ImportError:
                 raise
             except Exception as error:  # the library raises a dozen kinds
@@ -99,15 +100,6 @@ class HuggingFaceDataset(FileReader):
             known = set(self.fields) <= set(found.column_names)
             self._loaded[path, split] = found.select_columns(self.fields) if known else found
         return self._loaded[path, split]
-
-    def _load(self, path: str, split: str) -> Any:
-        datasets = extras.load("datasets", "huggingface")
-        local = _local(path)
-        if (local / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(local))[split]
-        if (local / "state.json").exists():
-            return datasets.load_from_disk(str(local))
-        return datasets.load_dataset(path, self.name, split=split, num_proc=self.num_proc)
 
 
 def _local(path: str) -> Path:
