@@ -69,11 +69,8 @@ class SubwordTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[Sequence[str]], vocab_size: int) -> "SubwordTokenizer":
-        """Train a byte-level BPE on batches of texts.
-
-        The vocabulary is 256 bytes, the most frequent pairs, and PAD, BOS and EOS. (Sennrich et
-        al. 2016, https://arxiv.org/abs/1508.07909; bytes as in GPT-2.)
-        """
+        """Train a byte-level BPE on batches of texts: 256 bytes, the most frequent pairs, and PAD,
+        BOS and EOS. (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; bytes as in GPT-2.)"""
         tokenizers = extras.load("tokenizers", "huggingface")
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,8 +86,7 @@ class SubwordTokenizer:
 
     @classmethod
     def from_file(cls, path: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
-        """Read a ``tokenizer.json``; ``names`` as in :meth:`resolve`. Raises ValueError: it is
-        none."""
+        """Read a file (ValueError: it is no ``tokenizer.json``); ``names`` as in :meth:`resolve`."""
         try:
             return cls.resolve(Path(path).read_text(encoding="utf-8"), names)
         except ImportError:
@@ -219,8 +215,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _bytes_of_token(settings: dict[str, Any]) -> dict[int, bytes] | None:
-    """The bytes of each id of a byte-level vocabulary, none for special tokens; None where tokens
-    are not bytes."""
+    """The bytes of each id, none for special tokens; None where tokens are not bytes."""
     if not _is_byte_level(settings):
         return None
     byte_of = _byte_of_character()

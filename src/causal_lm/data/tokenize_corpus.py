@@ -20,12 +20,12 @@ Part = tuple[Segments, bool]
 
 
 class Chunk(NamedTuple):
-    """Some complete documents, or a part of one long document."""
+    """Some documents; the first and the last may be parts of a long one."""
 
     documents: list[Segments]
-    continues: bool = False  # the first document began in the chunk before
-    continued: bool = False  # the last document goes on in the next chunk
-    val: bool | None = None  # whether all are held out; None: the hash of each text decides
+    continued: bool  # the last document goes on in the next chunk
+    val: bool | None  # whether all are held out; None: the hash of each text decides
+    first_val: bool | None  # the same of a first document that began in the chunk before
 
     def hashes(self) -> list[bytes]:
         return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
@@ -35,22 +35,23 @@ class Chunk(NamedTuple):
         if self.val is not None:
             return [self.val] * len(self.documents)
         limit = min(int(val_fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
-        return [digest < limit for digest in self.hashes()]
+        held_out = [digest < limit for digest in self.hashes()]
+        return held_out if self.first_val is None else [self.first_val, *held_out[1:]]
 
 
 def tokenize(
     chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float, keep_hashes: bool
 ) -> TokenizedChunk:
     """Tokenize one chunk; ``keep_hashes``: give the hashes of its texts too."""
-    documents = len(chunk.documents)
+    documents, continues = len(chunk.documents), chunk.first_val is not None
     texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
     lengths = sizes.reshape(documents, -1).sum(axis=1)
     lengths += 2  # BOS and EOS, which a continued document has at its two ends only
-    lengths[0] -= chunk.continues
+    lengths[0] -= continues
     lengths[-1] -= chunk.continued
     ends = lengths.cumsum()
-    begins, stops = (ends - lengths)[chunk.continues :], ends[: documents - chunk.continued] - 1
+    begins, stops = (ends - lengths)[continues:], ends[: documents - chunk.continued] - 1
     ids = np.empty(ends[-1], text_ids.dtype)
     is_text = np.ones(len(ids), bool)
     is_text[begins] = is_text[stops] = False

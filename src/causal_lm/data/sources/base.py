@@ -77,11 +77,8 @@ class TextSource(abc.ABC):
         """Approximate number of bytes of all documents."""
 
     def load(self) -> Corpus:
-        """Tokenize the documents, or read the tokens from the cache.
-
-        Raises:
-            ValueError: a split holds no document, or the splits share too many.
-        """
+        """Tokenize the documents, or read the tokens from the cache. Raises ValueError where a
+        split holds no document, or the splits share too many."""
         trained_here = self.tokenizer == "bpe"  # only where the cache has no tokens
         tokenizer = self.vocab_size if trained_here else self._given_tokenizer.state()
         key = [FORMAT, type(self).__name__, self.identity(), self.val_share, tokenizer]
@@ -105,22 +102,17 @@ class TextSource(abc.ABC):
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
         for parts, val in self.parts():
             documents: list[Segments] = []
-            size, continues, long_val = 0, False, val
+            size, first_val = 0, None
             for segments, complete in parts:
-                is_long = continues or not complete
-                if not is_long:
-                    documents.append(segments)
-                    size += len(segments[-1])
-                if documents and (is_long or size >= CHUNK_CHARACTERS):
-                    yield Chunk(documents, val=val)
+                documents.append(segments)
+                size += len(segments[-1])
+                if size >= CHUNK_CHARACTERS or not complete:
+                    chunk = Chunk(documents, not complete, val, first_val)
+                    first_val = None if complete else chunk.held_out(self.val_share)[-1]
+                    yield chunk
                     documents, size = [], 0
-                if is_long:  # each part is a chunk; the hash of the first decides on the split
-                    if not continues:
-                        (long_val,) = Chunk([segments], val=val).held_out(self.val_share)
-                    yield Chunk([segments], continues, not complete, long_val)
-                continues = not complete
             if documents:
-                yield Chunk(documents, val=val)
+                yield Chunk(documents, False, val, first_val)
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:
@@ -131,8 +123,6 @@ class TextSource(abc.ABC):
         return SubwordTokenizer.from_file(self.tokenizer, self.special_tokens or {})
 
     def _build(self, folder: Path) -> None:
-        """Tokenize all documents into ``folder``; count what both splits share and what the
-        vocabulary lacks."""
         tokenizer = self._train_bpe() if self.tokenizer == "bpe" else self._given_tokenizer
         state, size = tokenizer.state(), self.size()
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
@@ -157,10 +147,8 @@ class TextSource(abc.ABC):
         summary = f"{train:,} documents for training, {val:,} for validation"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
-            raise ValueError(
-                f"{summary}: both splits need a document; set data.val_path, another "
-                f"data.val_share, or a smaller data.unit (line, paragraph)"
-            )
+            hint = "set data.val_path, another data.val_share, or a smaller data.unit"
+            raise ValueError(f"{summary}: both splits need a document; {hint} (line, paragraph)")
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
                  "overlap": len(shared) / max(len(val_hashes), 1),
                  "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip

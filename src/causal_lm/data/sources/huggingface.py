@@ -41,10 +41,8 @@ class HuggingFaceDataset(FileReader):
             self.splits = [val, (self.path, self.split, False)]
             self.has_separate_val = True
         if self.val_split and not self.val_path and _local(self.path).is_file():
-            raise ValueError(
-                f"data.val_split={self.val_split}: {self.path} is a file and has no splits; set "
-                "data.val_path"
-            )
+            what = f"{self.path} is a file and has no splits; set data.val_path"
+            raise ValueError(f"data.val_split={self.val_split}: {what}")
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Corpus:
