@@ -86,7 +86,7 @@ class SubwordTokenizer:
 
     @classmethod
     def from_file(cls, path: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
-        """Read a file (ValueError: it is no ``tokenizer.json``); ``names`` as in :meth:`resolve`."""
+        """Read a ``tokenizer.json``, or raise ValueError; ``names`` as in :meth:`resolve`."""
         try:
             return cls.resolve(Path(path).read_text(encoding="utf-8"), names)
         except ImportError:

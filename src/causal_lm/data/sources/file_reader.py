@@ -27,7 +27,8 @@ class FileReader(TextSource):
 
     Faults are an empty file, bytes that are not UTF-8, a line of more than 16 MiB, and a record
     that is not JSON or lacks the field. They raise, or what they are in is skipped and counted. A
-    blank line, paragraph or record is counted and never a document.
+    blank line, paragraph or record is counted and never a document. Files that end in .gz or .zst
+    are decompressed.
     """
 
     format: str | None = None  # of FORMATS; None: by a file's suffix, txt where that is another

@@ -24,10 +24,8 @@ def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
     """The files of a path, a folder or a glob, sorted; messages name the configuration ``key``.
 
     A file that is named itself is always taken. Of a folder or a glob, hidden files are not, nor
-    those of other formats unless ``every`` is set; a warning counts them.
-
-    Raises:
-        FileNotFoundError: there is none.
+    those of other formats unless ``every`` is set; a warning counts them. FileNotFoundError is
+    raised where none is left.
     """
     root = Path(pattern).expanduser()
     if root.is_file():
