@@ -67,13 +67,16 @@ def tokenize(
     )  # fmt: skip
 
 
+Tokenize = Callable[[Chunk], TokenizedChunk]
+
+
 def tokenize_chunks(
     chunks: Iterable[Chunk], state: dict[str, Any], processes: int, **options: Any
 ) -> Iterator[TokenizedChunk]:
     """Tokenize ``chunks`` in their order, holding a few of them in memory at a time. Each process
     makes its tokenizer from ``state``; ``options`` are arguments of :func:`tokenize`."""
     if processes == 1:
-        yield from map(functools.partial(tokenize, tokenizer=from_state(state), **options), chunks)
+        yield from map(_tokenize_with(state, options), chunks)
         return
     with multiprocessing.Pool(processes, _start_worker, (state, options)) as pool:
         waiting: collections.deque = collections.deque()
@@ -85,14 +88,19 @@ def tokenize_chunks(
             yield waiting.popleft().get()
 
 
+def _tokenize_with(state: dict[str, Any], options: dict[str, Any]) -> Tokenize:
+    tokenizer: Any = from_state(state)  # a TextTokenizer
+    return functools.partial(tokenize, tokenizer=tokenizer, **options)
+
+
 def _start_worker(state: dict[str, Any], options: dict[str, Any]) -> None:
     global _worker_tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
-    _worker_tokenize = functools.partial(tokenize, tokenizer=from_state(state), **options)
+    _worker_tokenize = _tokenize_with(state, options)
 
 
 def _tokenize_in_worker(chunk: Chunk) -> TokenizedChunk:
     return _worker_tokenize(chunk)
 
 
-_worker_tokenize: Callable[[Chunk], TokenizedChunk]
+_worker_tokenize: Tokenize

@@ -108,7 +108,7 @@ class SymbolTokenizer:
         return {"name": "symbols", "symbols": self.vocab_size - len(SPECIAL)}
 
 
-def from_state(state: dict[str, Any]) -> Any:
+def from_state(state: dict[str, Any]) -> Tokenizer:
     """The tokenizer whose :meth:`Tokenizer.state` is ``state``. Raises ValueError for an unknown
     name."""
     classes = {"bytes": ByteTokenizer, "symbols": SymbolTokenizer, "subwords": SubwordTokenizer}
