@@ -16,6 +16,5 @@ def load(module: str, extra: str) -> ModuleType:
         missing = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != missing:
             raise  # the library is installed, and one that it needs is not
-        raise ModuleNotFoundError(
-            f"{missing} is not installed: pip install -e '.[{extra}]'", name=missing
-        ) from error
+        message = f"{missing} is not installed: pip install -e '.[{extra}]'"
+        raise ModuleNotFoundError(message, name=missing) from error

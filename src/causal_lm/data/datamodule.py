@@ -23,38 +23,26 @@ class DataModule(L.LightningDataModule):
     Args:
         source: any object with ``load() -> Corpus`` (see
             :class:`causal_lm.data.documents.Source`), or a callable that makes one from
-            ``source_options``.
-        batch_size: documents per micro-batch and rank.
+            ``source_options``, such as ``path``.
+        batch_size: documents per micro-batch and rank, in each layout.
         max_length: tokens per row, BOS and EOS included; longer documents are cut into windows
             (see :meth:`causal_lm.data.documents.Documents.windows`).
         layout: ``padded``: one document per row. ``bucketed``: the same, with documents of similar
-            length in a batch. ``packed``: several documents in a row of up to ``max_length``
-            tokens. A batch holds ``batch_size`` documents in each layout.
+            length in a batch. ``packed``: several documents per row of up to ``max_length`` tokens.
         padding_side: ``right`` or ``left``.
         pad_is_eos: write EOS where a row has no token, as for models without a PAD token.
-        shuffle: draw a new training order each epoch.
+        shuffle: draw a new training order each epoch, from ``seed``.
         num_workers: processes that collate; 0 (the fastest for short rows) collates in this one.
-        seed: of the order.
-        source_options: arguments of ``source`` where it is a callable, such as ``path``.
 
     Raises:
         TypeError: ``source_options`` are given and ``source`` is not a callable.
     """
 
     def __init__(
-        self,
-        source: Source | Callable[..., Source],
-        *,
-        batch_size: int,
-        max_length: int,
-        layout: str = "padded",
-        padding_side: str = "right",
-        pad_is_eos: bool = False,
-        shuffle: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-        **source_options: Any,
-    ) -> None:
+        self, source: Source | Callable[..., Source], *, batch_size: int, max_length: int,
+        layout: str = "padded", padding_side: str = "right", pad_is_eos: bool = False,
+        shuffle: bool = True, num_workers: int = 0, seed: int = 0, **source_options: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         if source_options and not callable(source):
             raise TypeError(
@@ -68,11 +56,8 @@ class DataModule(L.LightningDataModule):
         self.corpus: Corpus | None = None
 
     def load(self) -> Corpus:
-        """Load the corpus once, without a trainer, and cut both splits into windows.
-
-        Raises:
-            ValueError: a split holds no document.
-        """
+        """Load the corpus once, without a trainer, and cut both splits into windows. Raises
+        ValueError where a split holds no document."""
         if self.corpus is None:
             self.corpus = self.source.load()
             if self.pad_is_eos:
@@ -118,24 +103,21 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, windows: Documents, **order: Any) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
+        lengths = windows.lengths.numpy() if self.layout == "bucketed" else None
+        sampler = DocumentSampler(
+            len(windows), seed=self.seed, lengths=lengths, batch_size=self.batch_size,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1, **order,
+        )  # fmt: skip
+        packed = self.max_length if self.layout == "packed" else None
+        collate = Collate(
+            tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side, packed=packed
+        )
         return DataLoader(
             windows,  # type: ignore[arg-type]  # the collator turns documents into a Batch
             batch_size=self.batch_size,
-            sampler=DocumentSampler(
-                len(windows),
-                seed=self.seed,
-                rank=self.trainer.global_rank if self.trainer else 0,
-                world_size=self.trainer.world_size if self.trainer else 1,
-                lengths=windows.lengths.numpy() if self.layout == "bucketed" else None,
-                batch_size=self.batch_size,
-                **order,
-            ),
-            collate_fn=Collate(
-                tokenizer.pad_id,
-                tokenizer.vocab_size,
-                padding_side=self.padding_side,
-                packed=self.max_length if self.layout == "packed" else None,
-            ),
+            sampler=sampler,
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

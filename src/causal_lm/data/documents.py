@@ -20,14 +20,9 @@ CHUNK_DOCUMENTS = 2**20
 
 
 class FileArray:
-    """A flat array in a file, of which a slice is read when it is asked for.
+    """A flat array in a file of values of a NumPy ``dtype``; its slices are read on demand.
 
-    It is not memory-mapped: mapped pages count as memory of this process, so an epoch would end
-    with the whole file resident.
-
-    Args:
-        path: a file of values.
-        dtype: NumPy name of their type, such as ``uint16``.
+    Mapped pages would count as memory of this process: an epoch would end with all of them there.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -52,14 +47,14 @@ class FileArray:
         return FileArray, (self.path, self.dtype)
 
 
+Array = Tensor | FileArray
+
+
 class Document(NamedTuple):
-    """The tokens of one document, (n,), and which of them are learned.
+    """The tokens of one document, and which of them are learned."""
 
-    loss_mask: bool (n,), False at tokens that are given (a prompt); None: every token is learned.
-    """
-
-    tokens: Tensor
-    loss_mask: Tensor | None = None
+    tokens: Tensor  # (n,)
+    loss_mask: Tensor | None = None  # bool (n,), False in a prompt; None: every token is learned
 
 
 class Documents(Dataset[Document]):
@@ -71,21 +66,13 @@ class Documents(Dataset[Document]):
         loss_mask: bool (N,), see :class:`Document`.
     """
 
-    def __init__(
-        self,
-        tokens: Tensor | FileArray,
-        offsets: Tensor | FileArray,
-        loss_mask: Tensor | FileArray | None = None,
-    ) -> None:
+    def __init__(self, tokens: Array, offsets: Array, loss_mask: Array | None = None) -> None:
         self.tokens, self.offsets, self.loss_mask = tokens, offsets, loss_mask
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
-        """Documents from lists of token ids, BOS and EOS included.
-
-        Raises:
-            ValueError: a document has fewer than two tokens, so nothing to predict.
-        """
+        """Documents from lists of token ids, BOS and EOS included. Raises ValueError where one has
+        fewer than two tokens, so nothing to predict."""
         arrays = [np.asarray(document, dtype=np.int32) for document in documents]
         for i, array in enumerate(arrays):
             if len(array) < 2:
@@ -98,22 +85,19 @@ class Documents(Dataset[Document]):
 
     def __getitem__(self, index: int) -> Document:
         """One document; index -1, which a sampler fills its last batch with, has no tokens."""
-        span = self.span(index)
+        span = self.span(index) if index >= 0 else slice(0, 0)
         mask = None if self.loss_mask is None else self.loss_mask[span]
         return Document(self.tokens[span], mask)
 
     def span(self, index: int) -> slice:
         """The slice of ``tokens`` that holds one document."""
-        if index < 0:
-            return slice(0, 0)
-        start, end = self.offsets[index : index + 2].tolist()
-        return slice(start, end)
+        return slice(*self.offsets[index : index + 2].tolist())
 
     @property
     def lengths(self) -> Tensor:
         """(D,) tokens of each document, int32 where that is wide enough."""
-        narrow = len(self.tokens) < 2**31
-        lengths = torch.empty(len(self), dtype=torch.int32 if narrow else torch.int64)
+        dtype = torch.int32 if len(self.tokens) < 2**31 else torch.int64
+        lengths = torch.empty(len(self), dtype=dtype)
         for start in range(0, len(self), CHUNK_DOCUMENTS):
             offsets = self.offsets[start : start + CHUNK_DOCUMENTS + 1]
             lengths[start : start + CHUNK_DOCUMENTS] = offsets.diff()
@@ -136,22 +120,17 @@ class Documents(Dataset[Document]):
 
 
 class Windows(Documents):
-    """The windows of :meth:`Documents.windows`; where each lies is computed when it is read.
-
-    Args:
-        window_ends: (D,) number of windows up to and including those of each document.
-    """
+    """The windows of :meth:`Documents.windows`; where each lies is computed when it is read."""
 
     def __init__(self, documents: Documents, max_length: int, window_ends: np.ndarray) -> None:
         super().__init__(documents.tokens, documents.offsets, documents.loss_mask)
-        self.documents, self.max_length, self.window_ends = documents, max_length, window_ends
+        self.documents, self.max_length = documents, max_length
+        self.window_ends = window_ends  # (D,) windows up to and including those of each document
 
     def __len__(self) -> int:
         return int(self.window_ends[-1])
 
     def span(self, index: int) -> slice:
-        if index < 0:
-            return slice(0, 0)
         document = int(np.searchsorted(self.window_ends, index, side="right"))
         number = index - int(self.window_ends[document - 1] if document else 0)
         whole = self.documents.span(document)
@@ -173,7 +152,7 @@ class Language(Protocol):
     """A source's true distribution, where it is known."""
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Nats and number of all targets of ``documents`` under the true distribution."""
+        """Nats and number of all targets of ``documents``."""
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
         """bool, elementwise: ``following`` has a chance after ``previous``."""

@@ -14,21 +14,19 @@ CHUNK_INDICES = 2**16
 class DocumentSampler(Sampler[int]):
     """Indices of every document once per epoch over all ranks, in a new order each epoch.
 
-    All ranks must take the same number of steps. torch's ``DistributedSampler`` repeats documents
-    to get there, which an evaluation then counts twice. This one gives index -1 instead, which
-    collates to a row of PAD in which nothing counts.
-
-    The start is asked for at each epoch, so that a resumed run continues inside its epoch.
+    All ranks must take the same number of steps. Where torch's ``DistributedSampler`` repeats
+    documents to get there, which an evaluation then counts twice, this one gives index -1, which
+    collates to a row of PAD.
 
     Args:
         size: number of documents.
         shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
-        seed: of the order.
         rank, world_size: this process takes every ``world_size``-th index, from ``rank`` on.
         lengths: (size,) tokens of each document: batch those of similar length together (see
             :func:`bucketed`); None: keep the drawn order.
         batch_size: documents per batch and rank.
-        done: returns the number of batches that this rank has finished, over all epochs.
+        done: returns the number of batches that this rank has finished, over all epochs; asked at
+            the start of each epoch, so that a resumed run continues inside its epoch.
     """
 
     def __init__(
@@ -62,15 +60,11 @@ class DocumentSampler(Sampler[int]):
 def bucketed(
     order: np.ndarray, lengths: np.ndarray, group: int, draw: np.random.Generator | None
 ) -> np.ndarray:
-    """Reorder documents into groups of similar length, the groups in a drawn order.
+    """Reorder the (D,) indices ``order`` into groups of similar length, in an order from ``draw``.
 
-    Documents are sorted by length within pools of :data:`POOL_BATCHES` groups, so that which
-    documents share a batch still changes from epoch to epoch.
-
-    Args:
-        order: (D,) indices of documents.
-        group: documents that all ranks together read at a step.
-        draw: of the order of the groups; None: keep them sorted.
+    A group is what all ranks together read at a step. Documents are sorted by length within pools
+    of :data:`POOL_BATCHES` groups, so that which of them share a batch still changes from epoch to
+    epoch. With ``draw`` None the groups stay sorted.
     """
     edges = range(group * POOL_BATCHES, len(order), group * POOL_BATCHES)
     pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in np.split(order, edges)]

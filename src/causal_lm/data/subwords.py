@@ -40,14 +40,10 @@ MAX_CACHED_WORDS = 300_000
 
 
 class SubwordTokenizer:
-    """A tokenizer of the ``tokenizers`` library, made from its own JSON.
+    """A tokenizer of the ``tokenizers`` library, made from its JSON and its special tokens' ids.
 
     No text gives the id of a special token: its name in a text (``<eos>``) is encoded in ordinary
     tokens. PAD, BOS and EOS may share one id, as in GPT-2.
-
-    Args:
-        json: the output of ``tokenizers.Tokenizer.to_str``.
-        pad, bos, eos: ids of special tokens.
 
     Raises:
         ValueError: a special token is one that ordinary text needs.
@@ -73,11 +69,8 @@ class SubwordTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[Sequence[str]], vocab_size: int) -> "SubwordTokenizer":
-        """Train a byte-level BPE on batches of texts.
-
-        The vocabulary is 256 bytes, the most frequent pairs, and PAD, BOS and EOS. (Sennrich et
-        al. 2016, https://arxiv.org/abs/1508.07909; bytes as in GPT-2.)
-        """
+        """Train a byte-level BPE on batches of texts: 256 bytes, the most frequent pairs, and PAD,
+        BOS and EOS. (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; bytes as in GPT-2.)"""
         tokenizers = extras.load("tokenizers", "huggingface")
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,11 +86,7 @@ class SubwordTokenizer:
 
     @classmethod
     def from_file(cls, path: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
-        """Read a ``tokenizer.json``; ``names`` as in :meth:`resolve`.
-
-        Raises:
-            ValueError: the file is not one.
-        """
+        """Read a ``tokenizer.json``, or raise ValueError; ``names`` as in :meth:`resolve`."""
         try:
             return cls.resolve(Path(path).read_text(encoding="utf-8"), names)
         except ImportError:
@@ -109,11 +98,9 @@ class SubwordTokenizer:
     def resolve(cls, text: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
         """Find the ids of PAD, BOS and EOS in a tokenizer's JSON.
 
-        Args:
-            text: the JSON.
-            names: of the roles ``pad``, ``bos`` and ``eos``. A name that the vocabulary lacks is
-                added to it. A role without a name takes the first of its usual names that is in
-                the vocabulary; otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
+        ``names`` are of the roles ``pad``, ``bos`` and ``eos``. A name that the vocabulary lacks is
+        added to it. A role without a name takes the first of its usual names that is in the
+        vocabulary; otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
 
         Raises:
             ValueError: the vocabulary is empty, or a special token is one that text needs.
@@ -124,11 +111,10 @@ class SubwordTokenizer:
         ids: dict[str, int] = {}
         for role in ("eos", "bos", "pad"):
             usual = next((n for n in USUAL_NAMES[role] if library.token_to_id(n) is not None), None)
-            name = names.get(role) or usual
-            if name is None and role != "eos":
+            name = names.get(role) or usual or ("<eos>" if role == "eos" else None)
+            if name is None:
                 ids[role] = ids["eos"]
                 continue
-            name = name or "<eos>"
             if library.token_to_id(name) is None:
                 log.warning(
                     f"{name!r} is not in the tokenizer's vocabulary and was added as {role}; if "
@@ -165,9 +151,7 @@ class SubwordTokenizer:
     def unknown(self, texts: Sequence[str]) -> Counter[str]:
         """Characters (words, for a WordLevel model) of which no token or only <unk> is left."""
         found: Counter[str] = Counter()
-        if self._has_all_bytes:
-            return found
-        for text in texts:
+        for text in [] if self._has_all_bytes else texts:
             for unit in set(text.split() if self._has_words else text):
                 if unit not in self._is_known:
                     ids = self.library.encode(unit, add_special_tokens=False).ids
@@ -198,29 +182,24 @@ def _hide_special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     The library can be told not to look for special tokens in a text, but a model that has them in
     its vocabulary (Unigram, WordLevel, WordPiece, BPE with ``ignore_merges``) finds them still.
     """
-    suffix, model = secrets.token_hex(16), settings["model"]
-    special = {token["content"] for token in settings["added_tokens"] if token["special"]}
+    suffix, model, added = secrets.token_hex(16), settings["model"], settings["added_tokens"]
+    special = {token["content"] for token in added if token["special"]}
     needed = {part for merge in model.get("merges", ()) for part in (*merge, "".join(merge))}
-    if _is_byte_level(settings):
-        needed |= set(_byte_of_character())
+    needed |= set(_byte_of_character() if _is_byte_level(settings) else ())
     if special & needed:
         raise ValueError(
             f"special token {min(special & needed)!r} is part of ordinary text: name another in "
             f"data.special_tokens, such as <eos>"
         )
-
-    def rename(token: str | None) -> str | None:
-        return f"{token}{suffix}" if token in special else token
-
-    vocab = model["vocab"]
+    new_names = {token: f"{token}{suffix}" for token in special}
+    vocab: Any = model["vocab"]
     if isinstance(vocab, dict):
-        renamed: Any = {rename(token): i for token, i in vocab.items()}
+        vocab = {new_names.get(token, token): i for token, i in vocab.items()}
     else:
-        renamed = [[rename(token), score] for token, score in vocab]
-    added = [token | {"content": rename(token["content"])} for token in settings["added_tokens"]]
-    model = model | {"vocab": renamed}
-    if "unk_token" in model:
-        model["unk_token"] = rename(model["unk_token"])
+        vocab = [[new_names.get(token, token), score] for token, score in vocab]
+    unk = model.get("unk_token")
+    model = model | {"vocab": vocab} | ({"unk_token": new_names[unk]} if unk in new_names else {})
+    added = [t | {"content": new_names.get(t["content"], t["content"])} for t in added]
     return settings | {"model": model, "added_tokens": added, "post_processor": None}
 
 
@@ -232,13 +211,11 @@ def _byte_of_character() -> dict[str, int]:
     """A byte-level vocabulary writes each byte as one printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(byte): byte for byte in printable}
-    return characters | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def _bytes_of_token(settings: dict[str, Any]) -> dict[int, bytes] | None:
-    """The bytes of each id of a byte-level vocabulary, none for special tokens; None where tokens
-    are not bytes."""
+    """The bytes of each id, none for special tokens; None where tokens are not bytes."""
     if not _is_byte_level(settings):
         return None
     byte_of = _byte_of_character()
@@ -253,13 +230,13 @@ def _bytes_of_token(settings: dict[str, Any]) -> dict[int, bytes] | None:
 
 def _encodes_word_by_word(settings: dict[str, Any]) -> bool:
     """Whether the ids of a text are those of its words, one after the other, as for GPT-2."""
-    pre = settings["pre_tokenizer"] or {}
+    pre, model = settings["pre_tokenizer"] or {}, settings["model"]
+    byte_level = pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
     return (
-        settings["normalizer"] is None
-        and settings["model"]["type"] == "BPE"
-        and not settings["model"].get("dropout")
-        and pre.get("type") == "ByteLevel"
-        and pre.get("use_regex", True)
+        byte_level
         and not pre["add_prefix_space"]
+        and settings["normalizer"] is None
+        and model["type"] == "BPE"
+        and not model.get("dropout")
         and all(token["special"] for token in settings["added_tokens"])
     )

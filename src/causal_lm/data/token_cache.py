@@ -1,6 +1,7 @@
 """Tokenized corpora on disk: each is built once, is complete or absent, and has a name that changes
 with whatever it was made from."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from filelock import FileLock
 from causal_lm.data.documents import Documents, FileArray
 
 SPLITS = ("train", "val")
+ABOUT = "about.json"
+"""File of plain data about a corpus, among it the dtype of its tokens."""
 SAMPLE_BYTES = 1 << 16
 """Bytes at either end of a file that are part of its identity."""
 
@@ -32,12 +35,8 @@ def fingerprint(data: Any) -> str:
 
 
 def file_identity(path: Path) -> list:
-    """Plain data that changes whenever the file does, without reading all of it.
-
-    The inode's time of change is part of it: a program can reset the time of the last write, but
-    not that one.
-    """
-    stat = path.stat()
+    """Plain data that changes whenever the file does, without reading all of it."""
+    stat = path.stat()  # st_ctime: a program can reset the time of the last write, but not that
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(SAMPLE_BYTES))
         file.seek(max(stat.st_size - SAMPLE_BYTES, 0))
@@ -47,14 +46,11 @@ def file_identity(path: Path) -> list:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let ``build`` fill ``folder``, unless it exists.
-
-    Of several processes (ranks, jobs of a sweep) one builds and the others wait for it. What a
-    killed process left unfinished is deleted first.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Let ``build`` fill ``folder``, unless it exists. Of several processes (ranks, jobs of a
+    sweep) one builds and the others wait; what a killed one left unfinished is deleted first."""
     if folder.exists():
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             return
@@ -69,86 +65,50 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 class TokenizedChunk(NamedTuple):
-    """D tokenized documents end to end, BOS and EOS included.
+    """D tokenized documents end to end, BOS and EOS included."""
 
-    ids        (N,) of the smallest unsigned dtype
-    lengths    (D,) tokens of each document
-    loss_mask  (N,) bool, False at tokens of a prompt; None: there are no prompts
-    val        (D,) bool, which documents are held out for validation
-    continued  the last document goes on in the next chunk
-    hashes     (D,) of each document's text, or none at all
-    characters number of characters of the text
-    unknown    characters or words that the vocabulary lacks, with their number
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    loss_mask: np.ndarray | None
-    val: np.ndarray
-    continued: bool
-    hashes: list[bytes]
-    characters: int
-    unknown: Counter[str]
+    ids: np.ndarray  # (N,) of the smallest unsigned dtype
+    lengths: np.ndarray  # (D,) tokens of each document
+    loss_mask: np.ndarray | None  # (N,) bool, False at tokens of a prompt; None: without prompts
+    val: np.ndarray  # (D,) bool, which documents are held out for validation
+    continued: bool  # the last document goes on in the next chunk
+    hashes: list[bytes]  # (D,) of each document's text, or none at all
+    characters: int  # of the text
+    unknown: Counter[str]  # characters or words that the vocabulary lacks, with their number
 
 
-def write(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> tuple[int, int]:
+def write(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[int]:
     """Write both splits, chunk by chunk, and return the number of documents of each."""
-    writers = [_SplitWriter(folder, split, dtype) for split in SPLITS]
-    for chunk in chunks:
-        for val, writer in enumerate(writers):
-            writer.append(chunk, chunk.val == bool(val))
-    for writer in writers:
-        writer.close()
-    return writers[0].documents, writers[1].documents
-
-
-class _SplitWriter:
-    """Writes the files of one split: its tokens, the documents' offsets, and the loss mask."""
-
-    def __init__(self, folder: Path, split: str, dtype: str) -> None:
-        self.dtype, self.tokens_written, self.documents = dtype, 0, 0
-        self.tokens = (folder / f"{split}.tokens").open("wb")
-        self.offsets = (folder / f"{split}.offsets").open("wb")
-        self.offsets.write(np.zeros(1, np.int64).tobytes())
-        self.mask = (folder / f"{split}.mask").open("wb")
-
-    def append(self, chunk: TokenizedChunk, own: np.ndarray) -> None:
-        """Write the documents that belong to this split. own: (D,) bool."""
-        if not own.any():
-            return
-        lengths = chunk.lengths[own]
-        tokens = slice(None) if own.all() else np.repeat(own, chunk.lengths)
-        self.tokens.write(chunk.ids[tokens].astype(self.dtype).tobytes())
-        if chunk.loss_mask is not None:
-            self.mask.write(chunk.loss_mask[tokens].tobytes())
-        ends = self.tokens_written + lengths.cumsum()
-        self.tokens_written = int(ends[-1])
-        if own[-1] and chunk.continued:
-            ends = ends[:-1]
-        self.documents += len(ends)
-        self.offsets.write(ends.astype(np.int64).tobytes())
-
-    def close(self) -> None:
-        for file in (self.tokens, self.offsets, self.mask):
-            file.close()
-
-
-def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Write ``about.json``: the tokens' dtype and other plain data about the corpus."""
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    documents, tokens_written = [0, 0], [0, 0]
+    with contextlib.ExitStack() as stack:
+        tokens, offsets, masks = (
+            [stack.enter_context((folder / f"{split}.{kind}").open("wb")) for split in SPLITS]
+            for kind in ("tokens", "offsets", "mask")
+        )
+        for file in offsets:
+            file.write(np.zeros(1, np.int64).tobytes())
+        for chunk in chunks:
+            for val in np.unique(chunk.val).astype(int):  # the splits with documents in this chunk
+                own = chunk.val == val
+                own_tokens = slice(None) if own.all() else np.repeat(own, chunk.lengths)
+                tokens[val].write(chunk.ids[own_tokens].astype(dtype).tobytes())
+                if chunk.loss_mask is not None:
+                    masks[val].write(chunk.loss_mask[own_tokens].tobytes())
+                ends = tokens_written[val] + chunk.lengths[own].cumsum()
+                tokens_written[val] = int(ends[-1])
+                if own[-1] and chunk.continued:
+                    ends = ends[:-1]
+                documents[val] += len(ends)
+                offsets[val].write(ends.astype(np.int64).tobytes())
+    return documents
 
 
 def read(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
-    """The training documents, the validation documents, and the data of ``about.json``."""
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    train, val = (_documents(folder, split, about["dtype"]) for split in SPLITS)
-    return train, val, about
-
-
-def _documents(folder: Path, split: str, dtype: str) -> Documents:
-    mask = folder / f"{split}.mask"
-    return Documents(
-        FileArray(folder / f"{split}.tokens", dtype),
-        FileArray(folder / f"{split}.offsets", "int64"),
-        FileArray(mask, "bool") if mask.stat().st_size else None,
-    )
+    """The training documents, the validation documents, and the data of :data:`ABOUT`."""
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    kinds = (("tokens", about["dtype"]), ("offsets", "int64"), ("mask", "bool"))
+    splits = []
+    for split in SPLITS:
+        tokens, offsets, mask = (FileArray(folder / f"{split}.{k}", dtype) for k, dtype in kinds)
+        splits.append(Documents(tokens, offsets, mask if len(mask) else None))
+    return splits[0], splits[1], about

@@ -4,7 +4,7 @@ import collections
 import functools
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -20,20 +20,14 @@ Part = tuple[Segments, bool]
 
 
 class Chunk(NamedTuple):
-    """Some complete documents, or a part of one long document.
-
-    continues: the first document began in the chunk before.
-    continued: the last document goes on in the next chunk.
-    val: whether all documents are held out; None: decided by a hash of each document's text.
-    """
+    """Some documents; the first and the last may be parts of a long one."""
 
     documents: list[Segments]
-    continues: bool = False
-    continued: bool = False
-    val: bool | None = None
+    continued: bool  # the last document goes on in the next chunk
+    val: bool | None  # whether all are held out; None: the hash of each text decides
+    first_val: bool | None  # the same of a first document that began in the chunk before
 
     def hashes(self) -> list[bytes]:
-        """A hash of each document's text."""
         return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
 
     def held_out(self, val_fraction: float) -> list[bool]:
@@ -41,65 +35,50 @@ class Chunk(NamedTuple):
         if self.val is not None:
             return [self.val] * len(self.documents)
         limit = min(int(val_fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
-        return [digest < limit for digest in self.hashes()]
+        held_out = [digest < limit for digest in self.hashes()]
+        return held_out if self.first_val is None else [self.first_val, *held_out[1:]]
 
 
-class ChunkTokenizer:
-    """Turns a Chunk into a TokenizedChunk; other processes receive it as plain data.
+def tokenize(
+    chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float, keep_hashes: bool
+) -> TokenizedChunk:
+    """Tokenize one chunk; ``keep_hashes``: give the hashes of its texts too."""
+    documents, continues = len(chunk.documents), chunk.first_val is not None
+    texts = [text for segments in chunk.documents for text in segments]
+    text_ids, sizes = tokenizer.encode_batch(texts)
+    lengths = sizes.reshape(documents, -1).sum(axis=1)
+    lengths += 2  # BOS and EOS, which a continued document has at its two ends only
+    lengths[0] -= continues
+    lengths[-1] -= chunk.continued
+    ends = lengths.cumsum()
+    begins, stops = (ends - lengths)[continues:], ends[: documents - chunk.continued] - 1
+    ids = np.empty(ends[-1], text_ids.dtype)
+    is_text = np.ones(len(ids), bool)
+    is_text[begins] = is_text[stops] = False
+    ids[begins], ids[stops], ids[is_text] = tokenizer.bos_id, tokenizer.eos_id, text_ids
+    loss_mask = None
+    if len(texts) > documents:  # every document has a prompt, which is not learned
+        loss_mask = np.ones(len(ids), bool)
+        loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
+    val, hashes = np.array(chunk.held_out(val_fraction)), chunk.hashes() if keep_hashes else []
+    return TokenizedChunk(
+        ids, lengths, loss_mask, val, chunk.continued, hashes, sum(map(len, texts)),
+        tokenizer.unknown(texts),
+    )  # fmt: skip
 
-    Args:
-        state: of the tokenizer.
-        val_fraction: fraction of the documents that are held out.
-        keep_hashes: give the hashes of the texts too.
-    """
 
-    def __init__(self, state: dict[str, Any], val_fraction: float, keep_hashes: bool) -> None:
-        self.state, self.val_fraction, self.keep_hashes = state, val_fraction, keep_hashes
-
-    @functools.cached_property
-    def tokenizer(self) -> TextTokenizer:
-        return from_state(self.state)  # type: ignore[return-value]  # the state of a TextTokenizer
-
-    def __reduce__(self) -> tuple:
-        return ChunkTokenizer, (self.state, self.val_fraction, self.keep_hashes)
-
-    def __call__(self, chunk: Chunk) -> TokenizedChunk:
-        tokenizer, documents = self.tokenizer, len(chunk.documents)
-        texts = [text for segments in chunk.documents for text in segments]
-        text_ids, sizes = tokenizer.encode_batch(texts)
-        lengths = sizes.reshape(documents, -1).sum(axis=1)
-        lengths += 2  # BOS and EOS, which a continued document has at its two ends only
-        lengths[0] -= chunk.continues
-        lengths[-1] -= chunk.continued
-        ends = lengths.cumsum()
-        ids = np.empty(ends[-1], text_ids.dtype)
-        is_text = np.ones(len(ids), bool)
-        for special, indices in (
-            (tokenizer.bos_id, (ends - lengths)[chunk.continues :]),
-            (tokenizer.eos_id, ends[: documents - chunk.continued] - 1),
-        ):
-            ids[indices], is_text[indices] = special, False
-        ids[is_text] = text_ids
-        loss_mask = None
-        if len(texts) > documents:  # every document has a prompt, which is not learned
-            loss_mask = np.ones(len(ids), bool)
-            loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
-        val = np.array(chunk.held_out(self.val_fraction))
-        hashes = chunk.hashes() if self.keep_hashes else []
-        return TokenizedChunk(
-            ids, lengths, loss_mask, val, chunk.continued, hashes, sum(map(len, texts)),
-            tokenizer.unknown(texts),
-        )  # fmt: skip
+Tokenize = Callable[[Chunk], TokenizedChunk]
 
 
 def tokenize_chunks(
-    chunks: Iterable[Chunk], tokenize: ChunkTokenizer, processes: int
+    chunks: Iterable[Chunk], state: dict[str, Any], processes: int, **options: Any
 ) -> Iterator[TokenizedChunk]:
-    """Tokenize ``chunks`` in their order, holding a few of them in memory at a time."""
+    """Tokenize ``chunks`` in their order, holding a few of them in memory at a time. Each process
+    makes its tokenizer from ``state``; ``options`` are arguments of :func:`tokenize`."""
     if processes == 1:
-        yield from map(tokenize, chunks)
+        yield from map(_tokenize_with(state, options), chunks)
         return
-    with multiprocessing.Pool(processes, _start_worker, (tokenize,)) as pool:
+    with multiprocessing.Pool(processes, _start_worker, (state, options)) as pool:
         waiting: collections.deque = collections.deque()
         for chunk in chunks:
             waiting.append(pool.apply_async(_tokenize_in_worker, (chunk,)))
@@ -109,14 +88,19 @@ def tokenize_chunks(
             yield waiting.popleft().get()
 
 
-def _start_worker(tokenize: ChunkTokenizer) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenize
+def _tokenize_with(state: dict[str, Any], options: dict[str, Any]) -> Tokenize:
+    tokenizer: Any = from_state(state)  # a TextTokenizer
+    return functools.partial(tokenize, tokenizer=tokenizer, **options)
+
+
+def _start_worker(state: dict[str, Any], options: dict[str, Any]) -> None:
+    global _worker_tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
+    _worker_tokenize = _tokenize_with(state, options)
 
 
 def _tokenize_in_worker(chunk: Chunk) -> TokenizedChunk:
-    return _worker_tokenizer(chunk)
+    return _worker_tokenize(chunk)
 
 
-_worker_tokenizer: ChunkTokenizer
+_worker_tokenize: Tokenize

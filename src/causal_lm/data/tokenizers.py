@@ -81,11 +81,8 @@ class ByteTokenizer:
 
 
 class SymbolTokenizer:
-    """One character per symbol of the synthetic language. Symbols are not text: they have no bytes.
-
-    Args:
-        symbols: size of the alphabet ``a … z A … Z 0 … 9``, at most 62.
-    """
+    """One character per symbol of the synthetic language, of ``a … z A … Z 0 … 9`` the first
+    ``symbols``. Symbols are not text: they have no bytes."""
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     alphabet = string.ascii_letters + string.digits
@@ -112,17 +109,13 @@ class SymbolTokenizer:
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer whose :meth:`Tokenizer.state` is ``state``.
-
-    Raises:
-        ValueError: its name is none of bytes, symbols and subwords.
-    """
+    """The tokenizer whose :meth:`Tokenizer.state` is ``state``. Raises ValueError for an unknown
+    name."""
     classes = {"bytes": ByteTokenizer, "symbols": SymbolTokenizer, "subwords": SubwordTokenizer}
-    options = dict(state)
-    name = options.pop("name")
+    name = state["name"]
     if name not in classes:
         raise ValueError(f"unknown tokenizer {name!r}: known are {', '.join(classes)}")
-    return classes[name](**options)
+    return classes[name](**{key: value for key, value in state.items() if key != "name"})
 
 
 def show(tokenizer: Tokenizer, token: int) -> str:

@@ -1,12 +1,14 @@
 """TextSource: what all sources of text share (the split, the tokenizer, the cache on disk)."""
 
 import abc
-import collections
 import functools
+import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,7 @@ from tqdm import tqdm
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
 from causal_lm.data.subwords import SubwordTokenizer
-from causal_lm.data.token_cache import TokenizedChunk
-from causal_lm.data.tokenize_corpus import Chunk, ChunkTokenizer, Part, Segments, tokenize_chunks
+from causal_lm.data.tokenize_corpus import Chunk, Part, Segments, tokenize_chunks
 from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 
 log = logging.getLogger(__name__)
@@ -35,44 +36,28 @@ FORMAT = 2
 """Version of the cached files and of how text is cut; older caches are not read."""
 
 
+@dataclass(kw_only=True)
 class TextSource(abc.ABC):
     """A source of text documents that are tokenized once and kept on disk.
 
     A hash of its text decides whether a document is in training or validation. So the split does
     not depend on the order or on other documents, and equal documents are on the same side.
-
-    Args:
-        tokenizer: ``bytes``; ``bpe``, trained on the training documents; the path of a
-            ``tokenizer.json``; or a tokenizer object.
-        vocab_size: ids of a ``bpe``, PAD, BOS and EOS included.
-        special_tokens: names of ``pad``, ``bos`` and ``eos`` in a ``tokenizer.json``; null: the
-            usual ones (see :meth:`causal_lm.data.subwords.SubwordTokenizer.resolve`).
-        val_share: fraction of the documents held out, where the source has no validation data.
-        cache_dir: folder of the tokens; null: :func:`causal_lm.data.token_cache.default_folder`.
-        num_proc: processes that tokenize; null: one per core.
-        max_overlap: fraction of separate validation documents that may also be training documents.
     """
+
+    val_share: float = 0.05  # fraction of documents held out, where there is no validation data
+    tokenizer: str | TextTokenizer = "bytes"  # or bpe, a path of a tokenizer.json, an object
+    vocab_size: int = 2048  # ids of a bpe, PAD, BOS and EOS included
+    special_tokens: Mapping[str, str | None] | None = None  # names in a tokenizer.json, by role
+    cache_dir: str | None = None  # folder of the tokens; None: token_cache.default_folder()
+    num_proc: int | None = None  # processes that tokenize; None: one per core
+    max_overlap: float = 0.5  # fraction of separate validation documents that may be in training
 
     has_separate_val = False
     """Whether :meth:`parts` gives the validation documents on their own; they must come first."""
 
-    def __init__(
-        self,
-        *,
-        tokenizer: str | TextTokenizer = "bytes",
-        vocab_size: int = 2048,
-        special_tokens: Mapping[str, str | None] | None = None,
-        val_share: float = 0.05,
-        cache_dir: str | None = None,
-        num_proc: int | None = None,
-        max_overlap: float = 0.5,
-    ) -> None:
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self.special_tokens = dict(special_tokens or {})
-        self.val_fraction, self.num_proc = val_share, num_proc or os.cpu_count() or 1
-        self.max_overlap = max_overlap
-        self.cache_dir = Path(cache_dir or token_cache.default_folder()).expanduser()
-        self.skipped: collections.Counter[str] = collections.Counter()
+    def __post_init__(self) -> None:
+        self.num_proc = self.num_proc or os.cpu_count() or 1
+        self.skipped: Counter[str] = Counter()
         """Number of skipped documents by kind, such as ``blank lines``; :meth:`parts` counts."""
 
     @abc.abstractmethod
@@ -92,15 +77,13 @@ class TextSource(abc.ABC):
         """Approximate number of bytes of all documents."""
 
     def load(self) -> Corpus:
-        """Tokenize the documents, or read the tokens from the cache.
-
-        Raises:
-            ValueError: a split holds no document, or the splits share too many.
-        """
+        """Tokenize the documents, or read the tokens from the cache. Raises ValueError where a
+        split holds no document, or the splits share too many."""
         trained_here = self.tokenizer == "bpe"  # only where the cache has no tokens
         tokenizer = self.vocab_size if trained_here else self._given_tokenizer.state()
-        key = [FORMAT, type(self).__name__, self.identity(), self.val_fraction, tokenizer]
-        folder = self.cache_dir / token_cache.fingerprint(key)
+        key = [FORMAT, type(self).__name__, self.identity(), self.val_share, tokenizer]
+        cache = Path(self.cache_dir or token_cache.default_folder()).expanduser()
+        folder = cache / token_cache.fingerprint(key)
         started = time.perf_counter()
         token_cache.build_once(folder, self._build)
         train, val, about = token_cache.read(folder)
@@ -119,22 +102,17 @@ class TextSource(abc.ABC):
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
         for parts, val in self.parts():
             documents: list[Segments] = []
-            size, continues, long_val = 0, False, val
+            size, first_val = 0, None
             for segments, complete in parts:
-                is_long = continues or not complete
-                if not is_long:
-                    documents.append(segments)
-                    size += len(segments[-1])
-                if documents and (is_long or size >= CHUNK_CHARACTERS):
-                    yield Chunk(documents, val=val)
+                documents.append(segments)
+                size += len(segments[-1])
+                if size >= CHUNK_CHARACTERS or not complete:
+                    chunk = Chunk(documents, not complete, val, first_val)
+                    first_val = None if complete else chunk.held_out(self.val_share)[-1]
+                    yield chunk
                     documents, size = [], 0
-                if is_long:  # each part is a chunk; the hash of the first decides on the split
-                    if not continues:
-                        (long_val,) = Chunk([segments], val=val).held_out(self.val_fraction)
-                    yield Chunk([segments], continues, not complete, long_val)
-                continues = not complete
             if documents:
-                yield Chunk(documents, val=val)
+                yield Chunk(documents, False, val, first_val)
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:
@@ -142,31 +120,39 @@ class TextSource(abc.ABC):
             return self.tokenizer
         if self.tokenizer == "bytes":
             return ByteTokenizer()
-        return SubwordTokenizer.from_file(self.tokenizer, self.special_tokens)
+        return SubwordTokenizer.from_file(self.tokenizer, self.special_tokens or {})
 
     def _build(self, folder: Path) -> None:
-        """Tokenize all documents into ``folder``."""
         tokenizer = self._train_bpe() if self.tokenizer == "bpe" else self._given_tokenizer
         state, size = tokenizer.state(), self.size()
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
         single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
-        tokenize = ChunkTokenizer(state, self.val_fraction, self.has_separate_val)
+        processes = 1 if single else self.num_proc or 1
+        options = {"val_fraction": self.val_share, "keep_hashes": self.has_separate_val}
+        val_hashes, shared, unknown = set[bytes](), set[bytes](), Counter[str]()
         self.skipped.clear()
+
+        def counted() -> Iterator[token_cache.TokenizedChunk]:
+            for chunk in tokenize_chunks(self.chunks(), state, processes, **options):
+                bar.update(chunk.characters)
+                unknown.update(chunk.unknown)
+                if chunk.val[0]:
+                    val_hashes.update(chunk.hashes)
+                else:
+                    shared.update(val_hashes.intersection(chunk.hashes))
+                yield chunk
+
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-            chunks = tokenize_chunks(self.chunks(), tokenize, 1 if single else self.num_proc)
-            observed = _Observer(bar)
-            train, val = token_cache.write(folder, observed(chunks), dtype)
+            train, val = token_cache.write(folder, counted(), dtype)
         summary = f"{train:,} documents for training, {val:,} for validation"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
-            raise ValueError(
-                f"{summary}: both splits need a document; set data.val_path, another "
-                f"data.val_share, or a smaller data.unit (line, paragraph)"
-            )
+            hint = "set data.val_path, another data.val_share, or a smaller data.unit"
+            raise ValueError(f"{summary}: both splits need a document; {hint} (line, paragraph)")
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
-                 "overlap": len(observed.shared) / max(len(observed.val), 1),
-                 "unknown": observed.unknown.most_common(EXAMPLES)}  # fmt: skip
-        token_cache.write_about(folder, about)
+                 "overlap": len(shared) / max(len(val_hashes), 1),
+                 "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
+        (folder / token_cache.ABOUT).write_text(json.dumps(about), encoding="utf-8")
 
     def _train_bpe(self) -> SubwordTokenizer:
         """A BPE of the training documents; of every k-th chunk where they are many."""
@@ -175,28 +161,7 @@ class TextSource(abc.ABC):
         def texts() -> Iterator[list[str]]:
             for n, chunk in enumerate(self.chunks()):
                 if int((n + 1) * fraction) > int(n * fraction):
-                    held_out = chunk.held_out(self.val_fraction)
-                    pairs = zip(chunk.documents, held_out, strict=True)
+                    pairs = zip(chunk.documents, chunk.held_out(self.val_share), strict=True)
                     yield [text for document, out in pairs if not out for text in document]
 
         return SubwordTokenizer.train(texts(), self.vocab_size)
-
-
-class _Observer:
-    """Counts, while chunks go by, what both splits share and what the vocabulary lacks."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
-        self.val: set[bytes] = set()
-        self.shared: set[bytes] = set()
-        self.unknown: collections.Counter[str] = collections.Counter()
-
-    def __call__(self, chunks: Iterable[TokenizedChunk]) -> Iterator[TokenizedChunk]:
-        for chunk in chunks:
-            self.bar.update(chunk.characters)
-            self.unknown += chunk.unknown
-            if chunk.val[0]:
-                self.val.update(chunk.hashes)
-            else:
-                self.shared |= self.val.intersection(chunk.hashes)
-            yield chunk

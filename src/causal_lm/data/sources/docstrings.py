@@ -5,6 +5,7 @@ import functools
 import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache
 
 def python_files(root: Path) -> list[Path]:
     """The .py files below ``root``, sorted, without tests and installed packages."""
-    return [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
-    ]
+    paths = sorted(root.rglob("*.py"))
+    return [p for p in paths if not SKIPPED_FOLDERS.intersection(p.relative_to(root).parts)]
 
 
 def docstrings(root: Path) -> Iterator[str]:
@@ -40,30 +38,28 @@ def docstrings(root: Path) -> Iterator[str]:
                     yield text
 
 
+@dataclass(kw_only=True)
 class Docstrings(TextSource):
-    """Source of the standard library's docstrings, one document each, without duplicates.
+    """Source of the standard library's docstrings, one document each, without duplicates."""
 
-    Args:
-        root: folder of .py files to read instead.
-        options: see :class:`causal_lm.data.sources.base.TextSource`.
-    """
+    root: str | None = None  # folder of .py files to read instead
 
-    def __init__(self, *, root: str | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.root = Path(root or sysconfig.get_path("stdlib"))
+    @property
+    def folder(self) -> Path:
+        return Path(self.root or sysconfig.get_path("stdlib"))
 
     @functools.cached_property
     def texts(self) -> list[str]:
         """All docstrings. Raises FileNotFoundError where there is none."""
-        found = list(docstrings(self.root))
+        found = list(docstrings(self.folder))
         texts = list(dict.fromkeys(found))
         if not texts:
-            raise FileNotFoundError(f"no .py file in {self.root} has a docstring")
+            raise FileNotFoundError(f"no .py file in {self.folder} has a docstring")
         log.info(f"{len(texts):,} docstrings ({len(found) - len(texts):,} duplicates dropped)")
         return texts
 
     def identity(self) -> dict[str, Any]:
-        return {"files": [token_cache.file_identity(path) for path in python_files(self.root)]}
+        return {"files": [token_cache.file_identity(path) for path in python_files(self.folder)]}
 
     def size(self) -> int:
         return sum(map(len, self.texts))

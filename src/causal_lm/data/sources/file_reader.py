@@ -4,6 +4,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,82 +17,70 @@ from causal_lm.data.tokenize_corpus import Part, Segments
 
 MAX_UNIT_BYTES = 16 << 20
 """Bytes of a line, paragraph or record; a longer one is a fault, mostly of a file without lines."""
+RawUnits = Iterator[tuple[int, bytes]]
+"""Lines or paragraphs, each with the number of its first line."""
 
 
+@dataclass(kw_only=True)
 class FileReader(TextSource):
     """What the sources of files and records share: cutting a file into documents.
 
     Faults are an empty file, bytes that are not UTF-8, a line of more than 16 MiB, and a record
     that is not JSON or lacks the field. They raise, or what they are in is skipped and counted. A
-    blank line, paragraph or record is counted and never a document.
-
-    Args:
-        format: of all files: one of :data:`FORMATS`; None: by each one's suffix, and ``txt`` where
-            that is another. Files that end in .gz or .zst are decompressed.
-        unit: one document is a ``file``, ``line`` or ``paragraph`` (up to a blank line) of txt, or
-            a ``record`` of another format; None: :data:`TXT_UNIT` or record.
-        field: key or column of a record's text.
-        prompt_field: key or column of a prompt, which precedes the text and is not learned.
-        on_error: ``raise`` or ``skip``.
-        options: see :class:`causal_lm.data.sources.base.TextSource`.
+    blank line, paragraph or record is counted and never a document. Files that end in .gz or .zst
+    are decompressed.
     """
 
-    TXT_UNIT = "file"
+    format: str | None = None  # of FORMATS; None: by a file's suffix, txt where that is another
+    unit: str | None = None  # file, line or paragraph of txt, record of another format
+    field: str = "text"  # key or column of a record's text
+    prompt_field: str | None = None  # the same of a prompt, which precedes it and is not learned
+    on_error: str = "raise"  # or skip
 
-    def __init__(
-        self,
-        *,
-        format: str | None = None,
-        unit: str | None = None,
-        field: str = "text",
-        prompt_field: str | None = None,
-        on_error: str = "raise",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        if format not in (None, *FORMATS):
-            raise ValueError(f"data.format={format}: valid formats are {', '.join(FORMATS)}")
-        self.format, self.unit, self.on_error = format, unit, on_error
-        self.fields = [prompt_field, field] if prompt_field else [field]
+    TXT_UNIT = "file"
+    """Unit of txt where ``unit`` is None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format not in (None, *FORMATS):
+            raise ValueError(f"data.format={self.format}: valid formats are {', '.join(FORMATS)}")
+        self.fields = [self.prompt_field, self.field] if self.prompt_field else [self.field]
 
     def identity(self) -> dict[str, Any]:
-        reading = [self.format, self.unit, self.fields, self.on_error]
-        return {"reading": reading}
+        return {"reading": [self.format, self.unit, self.fields, self.on_error]}
 
     def format_of(self, path: Path) -> str:
         return self.format or known_format(path) or "txt"
+
+    def unit_of(self, path: Path) -> str:
+        return self.unit or (self.TXT_UNIT if self.format_of(path) == "txt" else "record")
 
     def check(self, path: Path) -> None:
         """Raises ValueError for a file whose format does not have the unit or the fields."""
         is_txt = self.format_of(path) == "txt"
         units = ("file", "line", "paragraph") if is_txt else ("record",)
-        if self.unit and self.unit not in units:
-            raise ValueError(
-                f"data.unit={self.unit}: {path} can be cut by {' or '.join(units)} only"
-            )
-        if len(self.fields) > 1 and is_txt:
+        if self.unit_of(path) not in units:
+            can = f"{path} can be cut by {' or '.join(units)} only"
+            raise ValueError(f"data.unit={self.unit}: {can}")
+        if self.prompt_field and is_txt:
             raise ValueError(f"data.prompt_field is a key of records, which {path} does not have")
-
-    def unit_of(self, path: Path) -> str:
-        return self.unit or (self.TXT_UNIT if self.format_of(path) == "txt" else "record")
 
     def documents(self, path: Path) -> Iterator[Part]:
         """The documents of a file. Only whole files come in several parts."""
         unit = self.unit_of(path)
         if unit == "file":
             yield from self.whole_file(path)
-            return
-        if not next(read_blocks(path), b""):
-            return self._fault("empty files", f"{path} is empty")
-        if unit == "record":
+        elif not next(read_blocks(path), b""):
+            self._fault("empty files", f"{path} is empty")
+        elif unit == "record":
             yield from self.records(self._file_rows(path))
         else:
-            texts = self._lines(path) if unit == "line" else self._paragraphs(path)
-            yield from self._not_blank(((text,) for text in texts), f"{unit}s")
+            raw_units = _raw_lines(path) if unit == "line" else _raw_paragraphs(path)
+            texts = self._decoded(path, raw_units, f"{unit}s")
+            yield from self._not_blank(((text,) for _, text in texts), f"{unit}s")
 
     def whole_file(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[Part]:
-        """The bytes from ``start`` to ``end`` of a file as one document, in parts that end with a
-        line."""
+        """The bytes from ``start`` to ``end`` as one document, in parts that end with a line."""
         try:
             size = _utf8_size(path)
         except ValueError as error:
@@ -99,7 +88,7 @@ class FileReader(TextSource):
         if not size:
             return self._fault("empty files", f"{path} is empty")
         decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
-        text, left, long = "", (size if end is None else end) - start, False
+        text, left, is_long = "", (size if end is None else end) - start, False
         with files.open_bytes(path) as file:
             file.seek(start)
             while block := file.read(min(files.BLOCK_BYTES, left)):
@@ -108,9 +97,8 @@ class FileReader(TextSource):
                 if left:
                     cut = text.rfind("\n") + 1 or len(text)
                     yield (text[:cut],), False
-                    long = True
-                    text = text[cut:]
-        if long or text.strip():
+                    text, is_long = text[cut:], True
+        if is_long or text.strip():
             yield (text,), True
         else:
             self.skipped["blank files"] += 1
@@ -119,14 +107,13 @@ class FileReader(TextSource):
         """The documents of records, each given as (where it is, the record)."""
         for where, record in rows:
             values = record if isinstance(record, dict) else {}
-            faults = [field for field in self.fields if not _is_text(values.get(field))]
-            if faults:
-                key = faults[0]
-                has = f"the record has {', '.join(values) or 'no keys'}"
-                has = f"it is {values[key]!r:.40}" if key in values else has
-                self._fault("records without a text", f"{where}: no text at key {key!r}; {has}")
+            key = next((f for f in self.fields if not _is_text(values.get(f))), None)
+            if key is None:
+                yield from self._not_blank([tuple(values[f] for f in self.fields)], "records")
             else:
-                yield from self._not_blank([tuple(record[f] for f in self.fields)], "records")
+                keys = f"the record has {', '.join(values) or 'no keys'}"
+                has = f"it is {values[key]!r:.40}" if key in values else keys
+                self._fault("records without a text", f"{where}: no text at key {key!r}; {has}")
 
     def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[Part]:
         for segments in documents:
@@ -141,49 +128,35 @@ class FileReader(TextSource):
             raise ValueError(f"{what}: correct it, or skip such {kind} with data.on_error=skip")
         self.skipped[kind] += 1
 
-    def _lines(self, path: Path) -> Iterator[str]:
-        for number, raw in enumerate(_raw_lines(path), start=1):
-            text = self._decode(raw, path, number, "lines")
-            if text is not None:
-                yield text.removesuffix("\r")
-
-    def _paragraphs(self, path: Path) -> Iterator[str]:
-        lines: list[bytes] = []
-        first = size = 0
-        for number, raw in enumerate(chain(_raw_lines(path), [b""]), start=1):
-            if raw.strip():
-                first = first if lines else number
-                if size <= MAX_UNIT_BYTES:
-                    lines.append(raw)
-                    size += len(raw) + 1
-            elif lines:
-                text = self._decode(b"\n".join(lines).rstrip(b"\r"), path, first, "paragraphs")
-                if text is not None:
-                    yield text
-                lines, size = [], 0
+    def _decoded(self, path: Path, raw_units: RawUnits, units: str) -> Iterator[tuple[int, str]]:
+        """The texts of units, each with the number of its first line; faulty ones are left out."""
+        for number, raw in raw_units:
+            try:
+                if len(raw) <= MAX_UNIT_BYTES:
+                    yield number, raw.decode().removesuffix("\r")
+                else:
+                    limit = f"longer than {MAX_UNIT_BYTES >> 20} MiB"
+                    self._fault(f"{units} {limit}", f"{path}, line {number}: {limit}")
+            except UnicodeDecodeError as error:
+                self._fault(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
 
     def _file_rows(self, path: Path) -> Iterator[tuple[str, Any]]:
         """The records of a file, each with where it is."""
-        format_ = self.format_of(path)
-        if format_ == "json" and not next(_raw_lines(path), b"").lstrip().startswith(b"["):
-            format_ = "jsonl"
-        read = {"parquet": self._parquet, "csv": self._csv, "json": self._json_array}
-        return read.get(format_, self._jsonl)(path)
+        name = self.format_of(path)
+        if name == "json" and not next(_raw_lines(path), (1, b""))[1].lstrip().startswith(b"["):
+            name = "jsonl"
+        readers = {"parquet": self._parquet, "csv": self._csv, "json": self._json_array}
+        return readers.get(name, self._jsonl)(path)
 
     def _jsonl(self, path: Path) -> Iterator[tuple[str, Any]]:
-        for number, raw in enumerate(_raw_lines(path), start=1):
-            text = self._decode(raw, path, number, "records")
-            if text is None:
-                continue
-            if not text.strip():
-                self.skipped["blank records"] += 1
-                continue
+        for number, text in self._decoded(path, _raw_lines(path), "records"):
             try:
-                record = json.loads(text)
+                if text.strip():
+                    yield f"{path}, line {number}", json.loads(text)
+                else:
+                    self.skipped["blank records"] += 1
             except (ValueError, RecursionError) as error:
                 self._fault("records that are not JSON", f"{path}, line {number}: {error}")
-                continue
-            yield f"{path}, line {number}", record
 
     def _json_array(self, path: Path) -> Iterator[tuple[str, Any]]:
         """An array of records, which is read as a whole."""
@@ -195,7 +168,8 @@ class FileReader(TextSource):
 
     def _csv(self, path: Path) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(MAX_UNIT_BYTES)
-        rows = csv.DictReader((f"{line}\n" for line in self._lines(path)), restkey="surplus")
+        lines = (f"{text}\n" for _, text in self._decoded(path, _raw_lines(path), "lines"))
+        rows = csv.DictReader(lines, restkey="surplus")
         try:
             yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
         except csv.Error as error:
@@ -206,28 +180,17 @@ class FileReader(TextSource):
         parquet = extras.load("pyarrow.parquet", "huggingface")
         try:
             file = parquet.ParquetFile(path, memory_map=True)
-            for field in self.fields:
-                if field not in file.schema_arrow.names:
-                    has = ", ".join(file.schema_arrow.names)
-                    what = f"{path}: no column {field!r}; it has {has}"
-                    return self._fault("files without the field", what)
-            batches = file.iter_batches(batch_size=256, columns=self.fields)
-            records = (record for batch in batches for record in batch.to_pylist())
-            yield from ((f"{path}, row {n}", record) for n, record in enumerate(records, start=1))
+            known = set(self.fields) <= set(file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=256, columns=self.fields if known else None)
+            yield from arrow_rows(str(path), batches)
         except (arrow.ArrowException, OSError) as error:  # OSError: the data of a column
             self._fault("files that are not parquet", f"{path}: {error}")
 
-    def _decode(self, raw: bytes, path: Path, number: int, units: str) -> str | None:
-        """The text of the unit that begins in line ``number``; None where it is skipped."""
-        if len(raw) > MAX_UNIT_BYTES:
-            limit = f"longer than {MAX_UNIT_BYTES >> 20} MiB"
-            self._fault(f"{units} {limit}", f"{path}, line {number}: {limit}")
-            return None
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            self._fault(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
-            return None
+
+def arrow_rows(where: str, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The records of Arrow's batches, each with where it is."""
+    records = (record for batch in batches for record in batch.to_pylist())
+    yield from ((f"{where}, row {n}", record) for n, record in enumerate(records, start=1))
 
 
 def _where(error: UnicodeDecodeError, first_line: int) -> str:
@@ -244,16 +207,30 @@ def _is_text(value: Any) -> bool:
         return False
 
 
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    """Lines without their line feeds. A line that is too long is cut one byte above the limit."""
-    rest = b""
-    for number, block in enumerate(read_blocks(path)):
-        block = block if number else block.removeprefix(codecs.BOM_UTF8)
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
+def _raw_lines(path: Path) -> RawUnits:
+    """Lines without their line feeds; one that is too long is cut one byte above the limit."""
+    number, rest = 1, b""
+    for i, block in enumerate(read_blocks(path)):
+        *lines, rest = (rest + (block if i else block.removeprefix(codecs.BOM_UTF8))).split(b"\n")
+        yield from enumerate(lines, start=number)
+        number += len(lines)
         rest = rest[: MAX_UNIT_BYTES + 1]
     if rest:
-        yield rest
+        yield number, rest
+
+
+def _raw_paragraphs(path: Path) -> RawUnits:
+    lines: list[bytes] = []
+    first = size = 0
+    for number, raw in chain(_raw_lines(path), [(0, b"")]):
+        if raw.strip():
+            first = first if lines else number
+            if size <= MAX_UNIT_BYTES:
+                lines.append(raw)
+                size += len(raw) + 1
+        elif lines:
+            yield first, b"\n".join(lines)
+            lines, size = [], 0
 
 
 def _utf8_size(path: Path) -> int:

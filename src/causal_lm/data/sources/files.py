@@ -21,17 +21,11 @@ BLOCK_BYTES = 1 << 20
 
 
 def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
-    """The files of a path, a folder or a glob, sorted.
+    """The files of a path, a folder or a glob, sorted; messages name the configuration ``key``.
 
-    A file that is named itself is always taken. Of a folder or a glob, hidden files and those of
-    other formats are not; a warning counts them.
-
-    Args:
-        key: configuration key that ``pattern`` comes from, for messages.
-        every: take files of other formats too.
-
-    Raises:
-        FileNotFoundError: there is none.
+    A file that is named itself is always taken. Of a folder or a glob, hidden files are not, nor
+    those of other formats unless ``every`` is set; a warning counts them. FileNotFoundError is
+    raised where none is left.
     """
     root = Path(pattern).expanduser()
     if root.is_file():
@@ -58,32 +52,21 @@ def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
 
 def known_format(path: Path) -> str | None:
     """The format that a file's suffix names, in any case and before .gz or .zst; None: another."""
-    name = path.name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    suffix = name.rpartition(".")[2]
+    plain = Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
+    suffix = plain.suffix.lower()[1:]
     return suffix if suffix in FORMATS else None
 
 
 def text_size(path: Path) -> int:
     """Bytes of a file's text, roughly where it is compressed."""
-    return path.stat().st_size * (COMPRESSION_RATIO if is_compressed(path) else 1)
-
-
-def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in COMPRESSIONS
+    return path.stat().st_size * (COMPRESSION_RATIO if path.suffix.lower() in COMPRESSIONS else 1)
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file, decompressed where it ends in .gz or .zst.
-
-    Raises:
-        ModuleNotFoundError: it is a .zst, and zstandard is not installed.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
+    """Open a file, decompressed where it ends in .gz or .zst (which needs zstandard)."""
+    if path.suffix.lower() == ".gz":
         return gzip.open(path)  # type: ignore[return-value]  # a GzipFile reads bytes
-    if suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         try:
             return importlib.import_module("zstandard").open(path)
         except ModuleNotFoundError as error:
@@ -92,11 +75,8 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The decompressed bytes of a file, :data:`BLOCK_BYTES` at a time.
-
-    Raises:
-        ValueError: it cannot be decompressed.
-    """
+    """The decompressed bytes of a file, :data:`BLOCK_BYTES` at a time. Raises ValueError where it
+    cannot be decompressed."""
     with open_bytes(path) as file:
         try:
             while block := file.read(BLOCK_BYTES):

@@ -1,4 +1,6 @@
-"""SyntheticLanguage: a source of which the lowest possible loss is known."""
+"""SyntheticLanguage: a source whose lowest possible loss (entropy floor) is known."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,6 @@ class MarkovLanguage:
     drawn once from ``seed``. After each symbol the document ends with probability ``1 / mean``;
     after ``max_symbols`` it always ends. So lengths are geometric: many documents are short, a
     few are long, and about three quarters of a padded batch is PAD.
-
-    Args:
-        symbols: size of the alphabet.
-        successors: number of symbols that may follow each symbol.
-        mean: mean length in symbols, before the cut at ``max_symbols``.
-        max_symbols: length of the longest document in symbols.
-        seed: of the transition probabilities.
     """
 
     def __init__(
@@ -41,32 +36,27 @@ class MarkovLanguage:
         """(V, V) probability of the next symbol, given that the document goes on."""
 
     def sample(self, documents: int, generator: torch.Generator) -> Documents:
-        """Draw so many complete documents, all at once, symbol by symbol."""
+        """Draw so many complete documents at once, symbol by symbol."""
         columns = [torch.full((documents,), BOS)]
         unfinished = torch.ones(documents, dtype=torch.bool)
-        lengths = torch.ones(documents, dtype=torch.int64)
+        lengths = torch.full((documents,), 2)
         for _ in range(self.max_symbols):
+            probabilities = self.chain[columns[-1][unfinished]]
             symbol = torch.full((documents,), EOS)
-            symbol[unfinished] = torch.multinomial(
-                self.chain[columns[-1][unfinished]], 1, generator=generator
-            ).squeeze(1)
+            symbol[unfinished] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             columns.append(symbol)
             lengths += unfinished
             unfinished &= torch.rand(documents, generator=generator) >= self.end
         columns.append(torch.full((documents,), EOS))
         padded = torch.stack(columns, dim=1)  # (D, max_symbols + 2), EOS from the end on
-        lengths += 1
         tokens = padded[torch.arange(padded.shape[1]) < lengths[:, None]].int()
         return Documents(tokens, F.pad(lengths.cumsum(0), (1, 0)))
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Nats and number of all targets of ``documents`` under the true distribution.
-
-        Nats / targets is the lowest expected loss on these documents, exactly.
-        """
-        tokens = documents.tokens[:].long()
+        """Nats and number of all targets of ``documents`` under the true distribution. Nats /
+        targets is the lowest expected loss on these documents, exactly."""
+        tokens, starts = documents.tokens[:].long(), documents.offsets[:-1]
         is_target = torch.ones(len(tokens), dtype=torch.bool)
-        starts = documents.offsets[:-1]
         is_target[starts] = False  # BOS is given
         previous, following = tokens[:-1][is_target[1:]], tokens[1:][is_target[1:]]
         # Symbols up to the token before each target: none at BOS.
@@ -80,58 +70,46 @@ class MarkovLanguage:
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
         """bool, elementwise: ``following`` has a chance after ``previous``."""
-        after_symbol = previous >= len(SPECIAL)
-        return torch.where(
-            following == EOS, after_symbol, self.chain.to(previous.device)[previous, following] > 0
-        )
+        in_chain = self.chain.to(previous.device)[previous, following] > 0
+        return torch.where(following == EOS, previous >= len(SPECIAL), in_chain)
 
 
+@dataclass(kw_only=True)
 class SyntheticLanguage:
     """Source of documents of a seeded :class:`MarkovLanguage`; needs no download and no disk.
 
-    Args:
-        train_documents, val_documents: number of documents, drawn from independent streams.
-        max_length: tokens of the longest document, BOS and EOS included.
-        copies: times that a document's symbols are repeated, as lines are in crawled text. With
-            more than one the source knows neither the entropy floor nor which tokens are legal.
-        copies_after: number of training documents, before those, that are not repeated.
-        symbols, successors, mean, seed: see :class:`MarkovLanguage`.
+    With more than one copy it knows neither the entropy floor nor which tokens are legal.
     """
 
-    def __init__(
-        self,
-        *,
-        symbols: int,
-        successors: int,
-        mean: float,
-        max_length: int,
-        train_documents: int,
-        val_documents: int,
-        seed: int,
-        copies: int = 1,
-        copies_after: int = 0,
-    ) -> None:
-        self.language, self.short_language = (
-            MarkovLanguage(symbols, successors, mean, (max_length - 2) // times, seed)
-            for times in (1, copies)
-        )
-        self.sizes, self.symbols, self.seed = (train_documents, val_documents), symbols, seed
-        self.copies, self.copies_after = copies, copies_after
+    symbols: int
+    successors: int
+    mean: float
+    max_length: int  # tokens of the longest document, BOS and EOS included
+    train_documents: int
+    val_documents: int  # drawn from a stream of their own
+    seed: int
+    copies: int = 1  # times that a document's symbols are repeated, as lines are in crawled text
+    copies_after: int = 0  # number of training documents, before those, that are not repeated
 
     def load(self) -> Corpus:
+        sizes = (self.train_documents, self.val_documents)
         streams = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(2)]
-        tokenizer = SymbolTokenizer(self.symbols)
+        tokenizer, language = SymbolTokenizer(self.symbols), self._language(copies=1)
         if self.copies == 1:
-            train, val = map(self.language.sample, self.sizes, streams)
-            return Corpus(train, val, tokenizer, self.language)
-        plain = self.language.sample(self.copies_after, streams[0])
-        train, val = map(self._sample_repeated, self.sizes, streams)
+            train, val = map(language.sample, sizes, streams)
+            return Corpus(train, val, tokenizer, language)
+        plain = language.sample(self.copies_after, streams[0])
+        train, val = map(self._sample_repeated, sizes, streams)
         tokens = torch.cat([plain.tokens[:], train.tokens[:]])
         offsets = torch.cat([plain.offsets[:-1], train.offsets[:] + len(plain.tokens)])
         return Corpus(Documents(tokens, offsets), val, tokenizer)
 
+    def _language(self, copies: int) -> MarkovLanguage:
+        longest = (self.max_length - 2) // copies
+        return MarkovLanguage(self.symbols, self.successors, self.mean, longest, self.seed)
+
     def _sample_repeated(self, size: int, stream: torch.Generator) -> Documents:
         """Documents ``BOS s s … s EOS``."""
-        documents = self.short_language.sample(size, stream)
+        documents = self._language(self.copies).sample(size, stream)
         lists = (documents[i].tokens.tolist() for i in range(size))
         return Documents.from_lists([bos, *s * self.copies, eos] for bos, *s, eos in lists)

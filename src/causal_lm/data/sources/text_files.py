@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,36 +10,32 @@ from typing import Any
 from causal_lm.data import token_cache
 from causal_lm.data.sources import files
 from causal_lm.data.sources.file_reader import FileReader
-from causal_lm.data.sources.files import find_files
 from causal_lm.data.tokenize_corpus import Part
 
 
+@dataclass(kw_only=True)
 class TextFiles(FileReader):
     """Source of UTF-8 text files and files of records.
 
-    Args:
-        path: a file, which is read whatever its suffix; or a folder or a glob, of which hidden
-            files are not read, and files with other suffixes only where ``format`` is given.
-        val_path: the same, for validation; null: ``val_share`` of the documents, or the last part
-            of the text where there is one document only.
-        options: see :class:`causal_lm.data.sources.file_reader.FileReader`.
+    ``path`` is a file, which is read whatever its suffix; or a folder or a glob, of which hidden
+    files are not read, and files with other suffixes only where ``format`` is given.
     """
 
-    def __init__(self, *, path: str, val_path: str | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.path, self.val_path, self.has_separate_val = path, val_path, bool(val_path)
+    path: str
+    val_path: str | None = None  # the same, for validation; None: val_share of the documents, or
+    # the last part of the text where there is one document only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.has_separate_val = bool(self.val_path)
 
     @functools.cached_property
     def files(self) -> tuple[list[Path], list[Path]]:
-        """The files of ``path`` and of ``val_path``.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: a file is in both, or does not have the unit or the fields.
-        """
+        """The files of ``path`` and of ``val_path``. Raises FileNotFoundError for none, ValueError
+        for one that is in both, or does not have the unit or the fields."""
         every = self.format is not None
-        train = find_files(self.path, "data.path", every)
-        val = find_files(self.val_path, "data.val_path", every) if self.val_path else []
+        train = files.find_files(self.path, "data.path", every)
+        val = files.find_files(self.val_path, "data.val_path", every) if self.val_path else []
         for path in train + val:
             self.check(path)
         both = {p.resolve() for p in train} & {p.resolve() for p in val}
@@ -47,8 +44,8 @@ class TextFiles(FileReader):
         return train, val
 
     def identity(self) -> dict[str, Any]:
-        files = [[token_cache.file_identity(path) for path in paths] for paths in self.files]
-        return super().identity() | {"files": files}
+        found = [[token_cache.file_identity(path) for path in paths] for paths in self.files]
+        return super().identity() | {"files": found}
 
     def size(self) -> int:
         return sum(map(files.text_size, chain(*self.files)))
@@ -57,19 +54,18 @@ class TextFiles(FileReader):
         train, val = self.files
         if val:
             yield chain.from_iterable(map(self.documents, val)), True
-            yield chain.from_iterable(map(self.documents, train)), False
         elif len(train) == 1 and self.unit_of(train[0]) == "file":
-            cut = _start_of_last_part(train[0], self.val_fraction)
+            cut = _start_of_last_part(train[0], self.val_share)
             yield self.whole_file(train[0], 0, cut), False
             yield self.whole_file(train[0], cut), True
-        else:
-            yield chain.from_iterable(map(self.documents, train)), None
+            return
+        yield chain.from_iterable(map(self.documents, train)), False if val else None
 
 
 def _start_of_last_part(path: Path, fraction: float) -> int:
     """The byte at which about the last ``fraction`` of a file begins: the first of a line, or of a
     character where no line ends nearby."""
-    compressed = files.is_compressed(path)
+    compressed = path.suffix.lower() in files.COMPRESSIONS
     size = sum(map(len, files.read_blocks(path))) if compressed else path.stat().st_size
     cut = int(size * (1 - fraction))
     with files.open_bytes(path) as file:
