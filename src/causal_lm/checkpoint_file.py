@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from causal_lm.renamed import rename_file
+from causal_lm.config import rename_file
 
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 """Keys of a checkpoint for the configuration and the tokenizer of its run, as plain data."""
-
 PARTS: dict[tuple[str, ...], type] = {
     (CONFIG,): dict, (CONFIG, "model"): dict, (CONFIG, "data"): dict,
     (CONFIG, "data", "max_length"): int, (TOKENIZER,): dict, ("state_dict",): dict,
@@ -20,12 +19,15 @@ PARTS: dict[tuple[str, ...], type] = {
 """What a checkpoint must hold: keys -> type."""
 
 
+class RefusedError(ValueError):
+    """A run cannot continue from this checkpoint; no file of the earlier run is changed."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the old one, flushes it to the disk, then renames it.
 
-    The old file stays until the new one is complete, whenever the process or the machine stops.
-    (Lightning writes into the system's temporary folder and, where that is another file system,
-    copies over the old file.)
+    The old file stays until the new one is complete. (Lightning writes into the system's temporary
+    folder and, where that is another file system, copies over the old file.)
     """
 
     SUFFIX = ".part"

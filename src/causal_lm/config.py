@@ -1,12 +1,13 @@
 """Compose and validate the configuration of a run; every error is one line that names the key.
 
-Imports neither torch nor lightning, so that a misspelt key is answered in a fraction of a second.
-The YAML files in ``configs/`` define the keys and their defaults; ``schema.py`` defines the values
-that are valid.
+``configs/`` has the keys and their defaults, ``schema.py`` the values that are valid. Imports
+neither torch nor lightning, so that a misspelt key is answered in a fraction of a second.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -24,14 +25,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from causal_lm.renamed import rename_keys, rename_overrides
 from causal_lm.schema import RULES, is_float16, rule_of
 
+log = logging.getLogger(__name__)
+
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-MAX_VALUES_CHECKED = 16
-"""Values of one axis of a sweep that are validated before the first job starts."""
-SIMILAR = 0.75
-"""Similarity (of :mod:`difflib`) from which a key is suggested in place of an unknown one."""
+MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
+SIMILAR = 0.75  # of difflib: from here on, a key is suggested in place of an unknown one
 
 REQUIRED = (
     "experiment", "seed", "ckpt_path", "data._target_", "data.source._target_", "data.max_length",
@@ -56,29 +56,15 @@ class ConfigError(ValueError):
 
 
 def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictConfig:
-    """Compose and validate the configuration of one run, as the command line does.
-
-    Raises:
-        ConfigError: a key, a group option or a value is not valid.
-    """
+    """Compose and validate the configuration of one run, as the command line does."""
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         return _load(overrides)
-
-
-def load_sweep(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> None:
-    """Validate each value of each axis of a sweep (see :func:`validate_sweep`)."""
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        validate_sweep(overrides)
 
 
 def validate_sweep(overrides: Sequence[str], config_name: str | None = "train") -> None:
     """Validate each value of each axis, beside the first values of the others.
 
-    Hydra must be initialized. Of an interval its ends are validated, of a long list of choices the
-    first :data:`MAX_VALUES_CHECKED`.
-
-    Raises:
-        ConfigError: of the first value that is not valid.
+    Hydra must be initialized. An interval is validated at its ends.
     """
     with one_line(overrides):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -109,6 +95,44 @@ def _values(override: Override) -> list[str]:
     return [override.input_line or ""]
 
 
+# ---- old names, which work for one more version ----
+
+RENAMED = {
+    "model.mix_previous": "model.token_smear",
+    "model.zero_init_out": "model.zero_init_residual",
+    "steady.ckpt": "stable.ckpt",
+}
+"""Old name -> new name, of keys and of a checkpoint file."""
+
+
+def new_name(name: str) -> str:
+    """The new name of a key or file, with a warning; other names stay as they are."""
+    if name in RENAMED:
+        log.warning(f"{name} is now called {RENAMED[name]}; the old name will stop working")
+    return RENAMED.get(name, name)
+
+
+def rename_overrides(overrides: Iterable[str]) -> list[str]:
+    """The same overrides with the new names of their keys."""
+    return [re.sub("[^+~=]+", lambda key: new_name(key[0]), word, count=1) for word in overrides]
+
+
+def rename_file(path: str | Path) -> Path:
+    """``path``; where there is no such file, with the new name if its name is an old one."""
+    path = Path(path)
+    return path if path.exists() else path.with_name(new_name(path.name))
+
+
+def _rename_keys(cfg: DictConfig) -> None:
+    """Move the values of old keys to the new ones, and give ``ckpt_path`` its new file name."""
+    for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
+        group, _, name = old.rpartition(".")
+        with open_dict(cfg):
+            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
+    if isinstance(cfg.get("ckpt_path"), str):
+        cfg.ckpt_path = str(rename_file(cfg.ckpt_path))
+
+
 # ---- errors of composition ----
 
 
@@ -122,7 +146,7 @@ def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, which does not name the override
-        raise ConfigError(f"{_joined(error)} (in: {' '.join(overrides)})") from error
+        raise ConfigError(f"{flat(error)} (in: {' '.join(overrides)})") from error
 
 
 def _explain(error: Exception) -> str:
@@ -147,7 +171,7 @@ def _explain(error: Exception) -> str:
         error = cause
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
-    return _joined(error)
+    return flat(error)
 
 
 def unknown(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
@@ -166,27 +190,23 @@ def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
-def _joined(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+def flat(error: BaseException) -> str:
+    """The message of an error as one line."""
+    return " ".join(str(error).split())
 
 
 # ---- validation ----
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check every value against its rule, and the keys against each other.
+    """Rename old keys in place; raise :class:`ConfigError` for the first key at fault.
 
-    Old keys are renamed in place. What is inside a node whose ``_target_`` is not of causal_lm is
-    checked when the object is built (see :func:`causal_lm.build.instantiate`).
-
-    Raises:
-        ConfigError: naming the first key at fault.
+    What is inside a node whose ``_target_`` is not of causal_lm is checked when the object is built
+    (see :func:`causal_lm.build.instantiate`).
     """
-    rename_keys(cfg)
-    try:
+    _rename_keys(cfg)
+    with one_line():
         values = dict(leaves(cfg))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from error
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
@@ -202,15 +222,17 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     """
     for name in node:
         key = f"{prefix}{name}"
+        if key == "hydra":
+            continue
         try:
-            value = node[name] if key != "hydra" else {}
+            value = node[name]
         except InterpolationResolutionError as error:
             if "HydraConfig was not set" not in str(error):
                 raise
             value = UNRESOLVED
         if isinstance(value, Mapping) and len(value):
             yield from leaves(value, f"{key}.")
-        elif key != "hydra":
+        else:
             is_list = OmegaConf.is_config(value)
             yield key, OmegaConf.to_container(value, resolve=True) if is_list else value
 
@@ -218,8 +240,7 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values to check; those inside a ``_target_`` from outside causal_lm are left out.
 
-    Raises:
-        ConfigError: a key is unknown, in a group of ours or with a name close to that of one.
+    A key is refused if it is unknown in a group of ours, or in a group with nearly such a name.
     """
     targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
     foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")}
@@ -246,11 +267,7 @@ def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Check values by their dotted keys, each against its rule.
-
-    Raises:
-        ConfigError: naming the first key whose value is not valid.
-    """
+    """Raise :class:`ConfigError` for the first value, by dotted key, that breaks its rule."""
     for key, value in values.items():
         parent = key.rpartition(".")[0]
         if parent in RULES:

@@ -4,15 +4,14 @@ import csv
 import json
 import logging
 import os
-from copy import deepcopy
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm.callbacks.checkpoint import RefusedError
-from causal_lm.checkpoint_file import AtomicCheckpointIO, read
+from causal_lm.checkpoint_file import AtomicCheckpointIO, RefusedError, read
 from causal_lm.report.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -31,14 +30,14 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
 
     def resume(self, cfg: DictConfig) -> DictConfig:
-        """The configuration with ``ckpt_path=auto`` replaced by a checkpoint here, or null.
+        """The configuration with ``last.ckpt`` as ``ckpt_path``, or null if no checkpoint is here.
 
-        That is ``last.ckpt``; if it cannot be read, the newest one that can.
+        If that cannot be read, the newest checkpoint that can is taken.
 
         Raises:
             RefusedError: there are checkpoints, but none can be read.
         """
-        cfg = deepcopy(cfg)
+        cfg = cfg.copy()
         cfg.ckpt_path = None
         found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
         for path in sorted(found, key=lambda path: path.name != "last.ckpt"):
@@ -57,18 +56,16 @@ class RunDir:
 
     def finished(self, max_steps: int) -> dict[str, Any] | None:
         """The summary of the run of so many steps that is finished here; None if there is none."""
-        path = self.path / "summary.json"
         try:
-            summary = json.loads(path.read_text())
-            finished = summary["status"] == "finished" and summary["steps"] >= max_steps
+            summary = json.loads((self.path / "summary.json").read_text())
+            is_finished = summary["status"] == "finished" and summary["steps"] >= max_steps
         except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
             return None
-        return summary if finished else None
+        return summary if is_finished else None
 
     def holds(self, ckpt_path: str | None) -> bool:
         """Whether the checkpoint is in this directory."""
-        here = self.path.resolve()
-        return ckpt_path is not None and Path(ckpt_path).resolve().is_relative_to(here)
+        return bool(ckpt_path and Path(ckpt_path).resolve().is_relative_to(self.path.resolve()))
 
     def begin(self, cfg: DictConfig, step: int) -> None:
         """Delete what an earlier run left, after ``step`` where it is continued; write config.yaml.
@@ -94,7 +91,9 @@ class RunDir:
             logger.save()
         return logger
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
+    def write_summary(self, summary: dict[str, Any], started: float) -> None:
+        """Write it with the seconds since ``started``, of :func:`time.perf_counter`."""
+        summary["seconds/total"] = time.perf_counter() - started
         if is_rank_zero():
             write_json(self.path / "summary.json", summary)
 

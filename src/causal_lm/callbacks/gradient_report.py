@@ -12,11 +12,8 @@ from causal_lm.nonfinite import layer_of
 
 log = logging.getLogger(__name__)
 
-SHOWN_LAYERS = 3
-"""Lowest and highest layers that the table at the end of training shows."""
-
-STARVED_BELOW = 0.1
-"""Fraction of the highest block's gradient below which the lowest block is warned about."""
+SHOWN_LAYERS = 3  # lowest and highest ones, in the table at the end of training
+STARVED_BELOW = 0.1  # of the highest block's gradient, the lowest block's is warned about
 
 
 class GradientReport(L.Callback):
@@ -52,20 +49,15 @@ class GradientReport(L.Callback):
             return  # the step was skipped
         self.figures = figures
         for layer, (gradient, update) in figures.items():
-            pl_module.log(f"gradient/{layer}", gradient)
-            pl_module.log(f"update/{layer}", update)
-        self.warn(trainer.global_step)
-
-    def warn(self, step: int) -> None:
-        """Warn, once, if the lowest block's gradient is a small fraction of the highest one's."""
-        blocks = [layer for layer in self.figures if layer.rpartition(".")[2].isdecimal()]
-        if self.warned or len(blocks) < 2:
+            pl_module.log_dict({f"gradient/{layer}": gradient, f"update/{layer}": update})
+        blocks = [layer for layer in figures if layer.rpartition(".")[2].isdecimal()]
+        if self.warned or not blocks:
             return
-        low, high = (self.figures[block][0] for block in (blocks[0], blocks[-1]))
+        low, high = figures[blocks[0]][0], figures[blocks[-1]][0]
         if low < STARVED_BELOW * high:
             self.warned = True
             log.warning(
-                f"step {step}: the gradient of {blocks[0]} is {low:.1e}, less than "
+                f"step {trainer.global_step}: the gradient of {blocks[0]} is {low:.1e}, less than "
                 f"{STARVED_BELOW:.0%} of {high:.1e} in {blocks[-1]}: the lowest blocks hardly learn"
             )
 
