@@ -33,10 +33,7 @@ LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 
 
 def instantiate(node: DictConfig, **more: Any) -> Any:
-    """Make the object that ``node._target_`` names (the only call of Hydra's ``instantiate``).
-
-    Args:
-        more: arguments that are objects; they replace those of the node.
+    """Make the object that ``node._target_`` names; ``more`` are arguments that are objects.
 
     Raises:
         ConfigError: there is no such target, or it does not take a key of the node.
@@ -88,10 +85,8 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
 
 
 def make_optimizer(cfg: DictConfig) -> Any:
-    """The factory (parameters -> optimizer); ``optimizer.fused=auto`` depends on the precision.
-
-    A fused optimizer undoes float16's loss scale itself, after the gradients were clipped.
-    """
+    """The factory (parameter groups -> optimizer), with ``optimizer.fused=auto`` resolved."""
+    # A fused optimizer undoes float16's loss scale itself, after the gradients were clipped.
     if cfg.optimizer.get("fused") == "auto":
         return instantiate(cfg.optimizer, fused=not is_float16(cfg.trainer.precision))
     return instantiate(cfg.optimizer)
@@ -141,8 +136,7 @@ def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Toke
         trust: dotted names of model classes from outside causal_lm that the checkpoint may name.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`causal_lm.checkpoint_file.read` and
-            :func:`model_of`.
+        FileNotFoundError, ValueError: of :func:`~causal_lm.checkpoint_file.read`, :func:`model_of`.
     """
     saved = read(path)
     try:
@@ -179,9 +173,8 @@ def model_of(
         classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
         raise ValueError(
-            f"{path} holds a model of class {target}, which is not part of causal_lm. To run the "
-            f"code of that class, add --trust {target}, or name it as model._target_ in your own "
-            f"configuration"
+            f"{path} holds a model of class {target}, which is not part of causal_lm: to run its "
+            f"code, add --trust {target}, or name it as model._target_ in your own configuration"
         )
     try:
         if target in OWN_MODELS:

@@ -32,9 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     SUFFIX = ".part"
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}{self.SUFFIX}")
@@ -67,16 +65,12 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
-        ) from error
+        raise ValueError(f"{path} is damaged, or no checkpoint") from error
     for keys, kind in PARTS.items():
         part = checkpoint
         for key in keys:
             part = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, kind):
-            raise ValueError(
-                f"{path} is not a checkpoint of this project: {'.'.join(keys)} must be of type "
-                f"{kind.__name__}, not {type(part).__name__}"
-            )
+            wrong = f"{'.'.join(keys)} is {type(part).__name__}, not {kind.__name__}"
+            raise ValueError(f"{path} is not a checkpoint of this project: {wrong}")
     return checkpoint

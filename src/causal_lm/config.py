@@ -17,13 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-)
+from omegaconf import DictConfig, OmegaConf, errors, open_dict
 
 from causal_lm.schema import RULES, is_float16, rule_of
 
@@ -33,7 +27,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
 SIMILAR = 0.75  # of difflib: from here on, a key is suggested in place of an unknown one
 
-REQUIRED = (
+REQUIRED = (  # the code reads them
     "experiment", "seed", "ckpt_path", "data._target_", "data.source._target_", "data.max_length",
     "model._target_", "loss.reduction", "loss.length", "loss.chunk_tokens", "optimizer._target_",
     "scheduler._target_", "gradients.on_nonfinite", "gradients.max_skipped",
@@ -43,16 +37,17 @@ REQUIRED = (
     "samples.length", "samples.batch_size", "samples.self_check.shown",
     "samples.self_check.count", "samples.self_check.length",
 )  # fmt: skip
-"""Keys that the code reads."""
-UNRESOLVED = object()
+UNRESOLVED = object()  # stands for a value that depends on the node ``hydra``
+RENAMED = {
+    "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
+    "steady.ckpt": "stable.ckpt",
+}  # fmt: skip
+"""Old name -> new name, of keys and of a checkpoint file; works for one more version."""
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
 class ConfigError(ValueError):
     """The configuration is not valid; the message is one line and says what to change."""
-
-
-# ---- composition ----
 
 
 def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictConfig:
@@ -95,16 +90,6 @@ def _values(override: Override) -> list[str]:
     return [override.input_line or ""]
 
 
-# ---- old names, which work for one more version ----
-
-RENAMED = {
-    "model.mix_previous": "model.token_smear",
-    "model.zero_init_out": "model.zero_init_residual",
-    "steady.ckpt": "stable.ckpt",
-}
-"""Old name -> new name, of keys and of a checkpoint file."""
-
-
 def new_name(name: str) -> str:
     """The new name of a key or file, with a warning; other names stay as they are."""
     if name in RENAMED:
@@ -133,9 +118,6 @@ def _rename_keys(cfg: DictConfig) -> None:
         cfg.ckpt_path = str(rename_file(cfg.ckpt_path))
 
 
-# ---- errors of composition ----
-
-
 @contextmanager
 def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
     """Turn what Hydra and OmegaConf raise inside into a :class:`ConfigError` of one line."""
@@ -143,7 +125,7 @@ def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, errors.OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, which does not name the override
         raise ConfigError(f"{flat(error)} (in: {' '.join(overrides)})") from error
@@ -162,14 +144,14 @@ def _explain(error: Exception) -> str:
         options = [name for name in error.options if not name.startswith("_")]
         guess = _did_you_mean(option, options)
         return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+    if isinstance(cause, errors.ConfigKeyError | errors.ConfigAttributeError):
         parent = cause.parent_node
         siblings = list(parent) if isinstance(parent, DictConfig) else []
         root: Any = OmegaConf.to_container(parent._get_root(), resolve=False) if siblings else {}
         return unknown(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
-    if isinstance(cause, OmegaConfBaseException):
+    if isinstance(cause, errors.OmegaConfBaseException):
         error = cause
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
+    if isinstance(error, errors.OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return flat(error)
 
@@ -195,9 +177,6 @@ def flat(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-# ---- validation ----
-
-
 def validate(cfg: DictConfig) -> None:
     """Rename old keys in place; raise :class:`ConfigError` for the first key at fault.
 
@@ -216,17 +195,14 @@ def validate(cfg: DictConfig) -> None:
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, resolved value) of each value, without the node ``hydra``.
-
-    :data:`UNRESOLVED` stands for what depends on that node, before the job starts.
-    """
+    """(dotted key, value) of each value, without the node ``hydra``, or :data:`UNRESOLVED`."""
     for name in node:
         key = f"{prefix}{name}"
         if key == "hydra":
             continue
         try:
             value = node[name]
-        except InterpolationResolutionError as error:
+        except errors.InterpolationResolutionError as error:
             if "HydraConfig was not set" not in str(error):
                 raise
             value = UNRESOLVED
@@ -248,11 +224,9 @@ def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
     ours = {}
     for key, value in values.items():
         group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
-        owner = parent
-        while owner and owner not in targets:
-            owner = owner.rpartition(".")[0]
+        owner = max((t for t in targets if key.startswith(f"{t}.")), key=len, default="")
         is_empty_group = value == {} and any(k.startswith(f"{key}.") for k in RULES)
-        is_foreign = owner in foreign and owner != "trainer"
+        is_foreign = owner in foreign - {"trainer"}
         if value is UNRESOLVED or name in HYDRA_KEYS or is_empty_group or is_foreign:
             continue
         if rule_of(key) or parent in RULES:
@@ -278,12 +252,16 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def _check_together(v: Mapping[str, Any]) -> None:
-    for whole, part, why in (
-        ("model.d_model", "model.n_heads", "all heads have the same width"),
-        ("model.n_heads", "model.n_kv_heads", "query heads share them evenly"),
+    """Raise :class:`ConfigError` for the first values that do not go together."""
+    is_rotary = bool(v.get("model.n_kv_heads"))
+    for whole, part, is_even, why in (
+        ("model.d_model", "model.n_heads", False, "all heads have the same width"),
+        ("model.d_model", "model.n_heads", is_rotary, "rotary heads cannot have an odd width"),
+        ("model.n_heads", "model.n_kv_heads", False, "query heads share them evenly"),
     ):
-        if v.get(whole) and v.get(part) and v[whole] % v[part]:
-            raise ConfigError(f"{whole}={v[whole]} must be a multiple of {part}={v[part]}: {why}")
+        if v.get(whole) and v.get(part) and v[whole] % (2 * v[part] if is_even else v[part]):
+            factor = f"{'2 times ' if is_even else ''}{part}={v[part]}"
+            raise ConfigError(f"{whole}={v[whole]} must be a multiple of {factor}: {why}")
     for low, high, room, why in (
         ("data.max_length", "model.max_positions", 0, "positions of a row"),
         ("samples.self_check.length", "model.max_positions", 0, "positions of a row"),
@@ -293,19 +271,7 @@ def _check_together(v: Mapping[str, Any]) -> None:
         if v.get(high) and v.get(low, 0) + room > v[high]:
             most = f"{high}={v[high]}{f' - {room}' if room else ''}"
             raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
-    d_model, n_heads = v.get("model.d_model"), v.get("model.n_heads")
-    if v.get("model.n_kv_heads") and d_model and n_heads and d_model // n_heads % 2:
-        raise ConfigError(
-            f"model.d_model={d_model} over model.n_heads={n_heads} gives heads of odd width: "
-            f"rotary positions need an even one"
-        )
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
-        raise ConfigError(
-            "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed: set "
-            "optimizer.fused=auto"
-        )
+        raise ConfigError("set optimizer.fused=auto: true cannot clip gradients under 16-mixed")
     if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
-        raise ConfigError(
-            "samples.patience compares repetition and consistency: set samples.count and "
-            "samples.per_prompt above 0"
-        )
+        raise ConfigError("samples.patience needs samples.count and samples.per_prompt above 0")

@@ -28,8 +28,7 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Loss (nats per token), perplexity and bits per byte, as validation in training has them.
 
-    The checkpoint's own tokenizer reads the data, and rows are as long as in its training, unless
-    ``data.max_length`` says otherwise.
+    The checkpoint's own tokenizer reads the data; rows are as long as in its training by default.
 
     Args:
         overrides: of train.py, ``data=`` among them.

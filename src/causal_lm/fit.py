@@ -58,7 +58,8 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
     if cfg.ckpt_path == "auto":
-        cfg, earlier = files.resume(cfg), files.finished(cfg.trainer.max_steps)
+        cfg, earlier = cfg.copy(), files.finished(cfg.trainer.max_steps)
+        cfg.ckpt_path = files.latest_checkpoint()
         if cfg.ckpt_path and earlier:
             log.info(f"{directory} is finished at step {earlier['steps']}: nothing to do")
             return earlier
@@ -109,14 +110,14 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
     if stop.requested:  # now: whoever sent the signal may not wait for the validation
         trainer.save_checkpoint(files.checkpoints / "last.ckpt")
-    because = "a signal asked for it" if stop.requested else monitor.stopped_because
+    because = "a signal asked for it" if stop.requested else monitor.stopper.stopped_because
     summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
 
     logged: dict[str, Any] = dict(trainer.callback_metrics)
     with isolate_rng():  # the random state that is saved does not depend on this validation
         (figures,) = trainer.validate(module, data, verbose=False)
-    logged = {name: float(value) for name, value in (logged | dict(figures)).items()}
-    summary |= {name: v if math.isfinite(v) else None for name, v in logged.items()}
+    for name, value in (logged | dict(figures)).items():
+        summary[name] = float(value) if math.isfinite(value) else None
     summary |= statistics.figures(trainer) | monitor.figures()
     if not math.isfinite(figures["val/loss"]):
         raise FloatingPointError(

@@ -29,30 +29,23 @@ class RunDir:
         self.path, self.checkpoints = path, path / "checkpoints"
         path.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, cfg: DictConfig) -> DictConfig:
-        """The configuration with ``last.ckpt`` as ``ckpt_path``, or null if no checkpoint is here.
-
-        If that cannot be read, the newest checkpoint that can is taken.
+    def latest_checkpoint(self) -> str | None:
+        """``last.ckpt``, or the newest checkpoint that can be read; None if there is none.
 
         Raises:
             RefusedError: there are checkpoints, but none can be read.
         """
-        cfg = cfg.copy()
-        cfg.ckpt_path = None
         found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
         for path in sorted(found, key=lambda path: path.name != "last.ckpt"):
             try:
                 read(path)
+                return str(path)
             except ValueError as error:
                 log.warning(str(error))
-                continue
-            cfg.ckpt_path = str(path)
-            return cfg
         if found:
-            raise RefusedError(
-                f"no checkpoint in {self.checkpoints} can be read: delete them to start anew"
-            )
-        return cfg
+            where = f"no checkpoint in {self.checkpoints} can be read"
+            raise RefusedError(f"{where}: delete them to start anew")
+        return None
 
     def finished(self, max_steps: int) -> dict[str, Any] | None:
         """The summary of the run of so many steps that is finished here; None if there is none."""
@@ -92,7 +85,7 @@ class RunDir:
         return logger
 
     def write_summary(self, summary: dict[str, Any], started: float) -> None:
-        """Write it with the seconds since ``started``, of :func:`time.perf_counter`."""
+        """Write it with the seconds since ``started``."""
         summary["seconds/total"] = time.perf_counter() - started
         if is_rank_zero():
             write_json(self.path / "summary.json", summary)

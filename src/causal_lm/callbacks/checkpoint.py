@@ -27,9 +27,7 @@ class CheckpointMetadata(L.Callback):
     def __init__(self, config: Any, tokenizer: dict[str, Any]) -> None:
         self.config, self.tokenizer = config, tokenizer
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG] = self.config
         checkpoint[TOKENIZER] = self.tokenizer
 
@@ -73,9 +71,8 @@ class EvalCheckpoint(ModelCheckpoint):
     over, with what the callbacks logged; one whose figure is missing or not finite writes nothing.
 
     ``stable`` goes by ``writing/repetition_spread``: the loss may still fall while the samples turn
-    into loops, but a repetition rate that does not change means samples that do not. The rate does
-    not change before anything is learned either, nor where all samples are loops:
-    ``checkpoint/stable`` in the summary has the rates.
+    into loops, and their repetition rate rises. That rate does not change before anything is
+    learned either, nor where all samples are loops: ``checkpoint/stable`` has the rates.
 
     Args:
         figure: a logged metric, lower is better.
@@ -97,15 +94,13 @@ class EvalCheckpoint(ModelCheckpoint):
             state_dict = state_dict | paths | {"dirpath": self.dirpath, "best_k_models": {}}
         super().load_state_dict(state_dict)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the current weights if a step was refused before the first evaluation."""
         never = "val/loss" not in trainer.callback_metrics
         if self.monitor is None and never and isinstance(exception, FloatingPointError):
             trainer.save_checkpoint(self.folder / f"{self.filename}.ckpt")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if math.isfinite(trainer.callback_metrics.get(self.figure, math.nan)):
             super().on_validation_end(trainer, pl_module)
 
@@ -114,10 +109,7 @@ class EvalCheckpoint(ModelCheckpoint):
 
 
 def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
-    """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept.
-
-    ``checkpoint/steady`` is the old name of ``checkpoint/stable``, kept for one version.
-    """
+    """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept."""
     reasons = {"best": f"val/loss is lowest, {lowest:.4f}", "last": "where the run ended"}
     if has_stable:
         reasons["stable"] = "the last three repetition rates vary least, "
@@ -128,6 +120,6 @@ def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
             rates = saved["callbacks"]["SampleMonitor"]["rates"]
             reason += ", ".join(f"{rate:.4f}" for rate in rates)
         figures[f"checkpoint/{name}"] = f"step {saved['global_step']}: {reason}"
-    if has_stable:
+    if has_stable:  # under the old name too, for one version
         figures["checkpoint/steady"] = figures["checkpoint/stable"]
     return figures

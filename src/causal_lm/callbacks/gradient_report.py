@@ -33,9 +33,7 @@ class GradientReport(L.Callback):
         self.figures: dict[str, tuple[float, float]] = {}
         self.warned = False
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self.step = trainer.global_step
         if self.step % self.every == 0 and self.weights_before is None:
             self.weights_before = [p.detach().clone() for p in pl_module.parameters()]
@@ -77,27 +75,22 @@ class GradientReport(L.Callback):
 def layer_figures(
     module: torch.nn.Module, weights_before: list[Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Layer -> (mean absolute gradient, norm of update / norm of weights before it).
-
-    Args:
-        weights_before: the parameters before the step, in the order of ``module.parameters()``.
-    """
-    layers, tensors = [], []
-    for (name, parameter), before in zip(module.named_parameters(), weights_before, strict=True):
-        if parameter.grad is not None:
-            layers.append((layer_of(name), parameter.numel()))
-            tensors.append((parameter.detach(), parameter.grad, before))
-    if not layers:
+    """Layer -> (mean absolute gradient, norm of update / norm of the weights before it)."""
+    found = [
+        (name, parameter.detach(), parameter.grad, before)
+        for (name, parameter), before in zip(module.named_parameters(), weights_before, strict=True)
+        if parameter.grad is not None
+    ]
+    if not found:
         return {}
-    weights, gradients, befores = (list(column) for column in zip(*tensors, strict=True))
-    updates = torch._foreach_sub(weights, befores)
-    norms = (*torch._foreach_norm(gradients, 1), *torch._foreach_norm(updates),
-             *torch._foreach_norm(befores))  # fmt: skip
+    names, weights, gradients, befores = map(list, zip(*found, strict=True))
+    norms = (*torch._foreach_norm(gradients, 1), *torch._foreach_norm(befores),
+             *torch._foreach_norm(torch._foreach_sub(weights, befores)))  # fmt: skip
     table = torch.stack([n.float() for n in norms]).view(3, -1).T.tolist()  # one synchronization
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    for (layer, count), (absolute, update, weight) in zip(layers, table, strict=True):
-        for i, value in enumerate((absolute, count, update**2, weight**2)):
-            sums[layer][i] += value
+    for name, parameter, (absolute, weight, update) in zip(names, weights, table, strict=True):
+        for i, value in enumerate((absolute, parameter.numel(), update**2, weight**2)):
+            sums[layer_of(name)][i] += value
     return {
         layer: (absolute / count, (update / weight) ** 0.5 if weight else 0.0)
         for layer, (absolute, count, update, weight) in sums.items()

@@ -27,7 +27,7 @@ class Preflight(lightning.Preflight):
     """:class:`causal_preflight.lightning.Preflight` with figures for ``summary.json``."""
 
     def figures(self) -> dict[str, Any]:
-        """``preflight/faults``: sorted labels; ``seconds/preflight``: None where it did not run."""
+        """``preflight/faults``, sorted, and ``seconds/preflight``, None if it did not run."""
         if self.report is None:
             return {"preflight/faults": [], "seconds/preflight": None}
         faults, seconds = sorted(self.report.faults), self.report.seconds

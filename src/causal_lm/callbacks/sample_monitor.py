@@ -94,11 +94,6 @@ class SampleMonitor(L.Callback):
         self.stopper = DegenerationStopper(patience)
         self._step = -1
 
-    @property
-    def stopped_because(self) -> str | None:
-        """Why this callback stopped the fit; None if it did not."""
-        return self.stopper.stopped_because
-
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.count or trainer.global_step == self._step:  # once per optimizer step
             return
@@ -139,15 +134,13 @@ class SampleMonitor(L.Callback):
         return known, format_samples(rows, self.corpus.tokenizer, figures)
 
     def _consistency(self, module: Any) -> float | None:
-        """None where there is no prompt."""
         if not len(self.prompts):
             return None
         rows = sample_in_batches(module, self.prompts, **self.options)
-        vectors = [
-            self.embed(module, part, self.prompts.shape[1], self.corpus.tokenizer)
-            for part in rows.split(self.options["batch_size"])
-        ]
-        return consistency.consistency(torch.cat(vectors), self.prompt_ids)
+        length, tokenizer = self.prompts.shape[1], self.corpus.tokenizer
+        batches = rows.split(self.options["batch_size"])
+        vectors = torch.cat([self.embed(module, batch, length, tokenizer) for batch in batches])
+        return consistency.consistency(vectors, self.prompt_ids)
 
     def figures(self) -> dict[str, float]:
         """For ``summary.json``: the last evaluation's figures, and the seconds of all of them."""

@@ -69,18 +69,14 @@ def hidden_state_embedder(
 class SentenceEmbedder:
     """An :data:`Embedder`: a sentence-transformers model in a local folder; nothing is downloaded.
 
-    Raises:
-        ModuleNotFoundError: the extra ``sentences`` is not installed.
-        ValueError: the folder holds no such model.
+    Needs the extra ``sentences``.
     """
 
     def __init__(self, folder: str | Path) -> None:
         library = extras.load("sentence_transformers", "sentences")
         if not (Path(folder) / "modules.json").is_file():
-            raise ValueError(
-                f"samples.embedder={folder}: the folder has no modules.json; give a folder that "
-                f"SentenceTransformer.save wrote"
-            )
+            missing = f"samples.embedder={folder}: the folder has no modules.json"
+            raise ValueError(f"{missing}; give a folder that SentenceTransformer.save wrote")
         with torch.random.fork_rng():  # it draws random weights before it loads its own
             self.model = library.SentenceTransformer(str(folder), device="cpu")
 

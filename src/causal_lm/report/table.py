@@ -21,11 +21,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "-" * sum(widths, 2 * (len(widths) - 1)), *body])
 
 
-def number(value: float | None, form: str = ",.4g") -> str:
-    """A figure with four digits, or in another format; a dash for None."""
+def number(value: float | None) -> str:
+    """A figure with three decimals, or four digits from 1000 on; a dash for None."""
     if value is None:
         return "–"
-    return f"{value:,.3f}" if form == ",.4g" and 0 <= abs(value) < 1000 else f"{value:{form}}"
+    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.4g}"
 
 
 def percent(value: float | None) -> str:
@@ -110,7 +110,7 @@ def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
         if s.get("val/loss") is None:
             cells = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - 2)]
         else:
-            cells = [*_common_cells(s), number(s["seconds/total"], ".0f")]
+            cells = [*_common_cells(s), f"{s['seconds/total']:.0f}"]
         rows.append([s["name"], *cells])
     return table(rows)
 
