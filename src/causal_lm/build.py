@@ -97,11 +97,8 @@ def make_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer with these callbacks and loggers, and those of the configuration.
 
-    The configuration has its own in the groups ``callbacks`` and ``logger``, and in
-    ``trainer.callbacks``, ``trainer.logger`` and ``trainer.plugins``.
-
-    Raises:
-        ValueError: the machine lacks the accelerator.
+    These are in the groups ``callbacks`` and ``logger``, and in ``trainer.callbacks``,
+    ``trainer.logger`` and ``trainer.plugins``.
     """
     for node in (cfg.get("callbacks"), cfg.trainer.get("callbacks")):
         callbacks = [*callbacks, *instantiate_all(node)]
@@ -112,10 +109,8 @@ def make_trainer(
         return instantiate(cfg.trainer, callbacks=callbacks, logger=logger or False, **more)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         if "can not run on your system" in str(error) or "No supported gpu" in str(error):
-            raise ValueError(
-                f"trainer.accelerator={cfg.trainer.accelerator} is not available on this machine: "
-                f"type trainer=cpu, or trainer=auto for what there is"
-            ) from error
+            missing = f"trainer.accelerator={cfg.trainer.accelerator} is not available here"
+            raise ValueError(f"{missing}: type trainer=cpu, or trainer=auto") from error
         raise
 
 
@@ -130,10 +125,8 @@ def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
 def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Tokenizer, Any]:
     """The module of a checkpoint, in eval mode on the CPU, its tokenizer and its configuration.
 
-    The module is of the correct class, whichever pitfalls it was trained with.
-
-    Args:
-        trust: dotted names of model classes from outside causal_lm that the checkpoint may name.
+    The module is of the correct class, whichever pitfalls it was trained with. ``trust`` has the
+    dotted names of model classes from outside causal_lm that the checkpoint may name.
 
     Raises:
         FileNotFoundError, ValueError: of :func:`~causal_lm.checkpoint_file.read`, :func:`model_of`.

@@ -18,7 +18,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm.config import ConfigError, flat, one_line, rename_overrides, validate, validate_sweep
+from causal_lm.config import (
+    ConfigError,
+    as_one_line,
+    one_line,
+    rename_overrides,
+    validate,
+    validate_sweep,
+)
 
 # Read when torch loads: waiting threads spin briefly, then sleep. Spinning on, the default, is no
 # faster on an idle machine and slows a busy one down (docs/NOTES.md).
@@ -64,7 +71,7 @@ def one_line_errors(failed: int = 1) -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """The message of an error as one line, with the type of the error where that helps."""
-    message = flat(error)
+    message = as_one_line(error)
     if message and isinstance(error, ValueError | OSError | FloatingPointError):
         return message
     kind = type(error).__name__

@@ -128,7 +128,7 @@ def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
     except (HydraException, errors.OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, which does not name the override
-        raise ConfigError(f"{flat(error)} (in: {' '.join(overrides)})") from error
+        raise ConfigError(f"{as_one_line(error)} (in: {' '.join(overrides)})") from error
 
 
 def _explain(error: Exception) -> str:
@@ -153,7 +153,7 @@ def _explain(error: Exception) -> str:
         error = cause
     if isinstance(error, errors.OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
-    return flat(error)
+    return as_one_line(error)
 
 
 def unknown(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
@@ -172,7 +172,7 @@ def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
-def flat(error: BaseException) -> str:
+def as_one_line(error: BaseException) -> str:
     """The message of an error as one line."""
     return " ".join(str(error).split())
 

@@ -30,10 +30,8 @@ def evaluate(
 
     The checkpoint's own tokenizer reads the data; rows are as long as in its training by default.
 
-    Args:
-        overrides: of train.py, ``data=`` among them.
-        split: ``val``, ``train``, or ``all`` documents.
-        trust: model classes from outside causal_lm (see :func:`causal_lm.build.restore`).
+    ``overrides`` are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train`` or
+    ``all``; ``trust`` is of :func:`causal_lm.build.restore`.
 
     Raises:
         ValueError: no data is named, the tokenizer cannot read it, or rows are too long.

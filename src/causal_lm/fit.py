@@ -46,9 +46,8 @@ logged, too. ``checkpoint/steady`` is the old name of ``checkpoint/stable``."""
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     """Run a configuration and write the files of the run into ``directory``.
 
-    Returns the summary, as written to ``summary.json``. A run that fails writes one too, with
-    ``status: failed`` and the error, before it raises. Where ``ckpt_path=auto`` finds the run
-    finished, its summary is returned and nothing is done.
+    Returns the summary, as written to ``summary.json``. A run that fails writes one too before it
+    raises. Where ``ckpt_path=auto`` finds the run finished, only its summary is returned.
 
     Raises:
         RefusedError: ``ckpt_path`` is of another model or tokenizer; no file is changed.
@@ -120,10 +119,8 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
         summary[name] = float(value) if math.isfinite(value) else None
     summary |= statistics.figures(trainer) | monitor.figures()
     if not math.isfinite(figures["val/loss"]):
-        raise FloatingPointError(
-            "val/loss is not finite after the last step: lower optimizer.lr, and continue from "
-            "best.ckpt if there is one"
-        )
+        todo = "lower optimizer.lr, and continue from best.ckpt if there is one"
+        raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
     summary |= floor(corpus, figures["val/ppl"])
     lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
     if figures["val/loss"] < lowest:
@@ -138,17 +135,13 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
         summary |= final_samples(module, corpus, files.path, **options)
     ratio = summary["val/ppl_over_floor"]
     if ratio is not None and ratio < LEAKS_BELOW:
-        raise ValueError(
-            f"the validation perplexity is {ratio:.3f} of the entropy floor, and no honest model "
-            f"is below it: the evaluation leaks; see masks.py, objective.py and the data's split"
-        )
+        below = f"the validation perplexity is {ratio:.3f} of the entropy floor"
+        todo = "check masks.py, objective.py and the split of the data"
+        raise ValueError(f"{below}: the evaluation leaks its targets; {todo}")
 
 
 def floor(corpus: Corpus, ppl: float) -> dict[str, float]:
-    """The entropy floor, if known: the lowest expected loss on the validation documents.
-
-    ``ppl`` is the validation perplexity, to be divided by that of the floor.
-    """
+    """The entropy floor, where it is known, and ``ppl`` over its perplexity."""
     if corpus.language is None:
         return {}
     nats, tokens = corpus.language.nll(corpus.val)

@@ -35,7 +35,7 @@ class CheckpointMetadata(L.Callback):
         """The step of a checkpoint that this run can continue; logs which keys have changed.
 
         Raises:
-            RefusedError: naming the first key that must not differ (:data:`FIXED`).
+            RefusedError: a key that must not differ does (:data:`FIXED`).
         """
         saved = read(path)
         before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
@@ -48,10 +48,8 @@ class CheckpointMetadata(L.Callback):
             # At most 100 characters, as a tokenizer's JSON can have megabytes.
             old, new = (f"{values.get(key)!s:.100}" for values in (before, here))
             if key.startswith(FIXED):
-                raise RefusedError(
-                    f"{path} was written with {key}={old}, but this run has {new}: set it back, or "
-                    f"remove ckpt_path"
-                )
+                written = f"{path} was written with {key}={old}, but this run has {new}"
+                raise RefusedError(f"{written}: set it back, or remove ckpt_path")
             if key.startswith(KEPT):
                 kept.append(f"{key}={old}")
             else:

@@ -44,12 +44,11 @@ class DegenerationStopper:
         self.history = [*self.history, now] if is_worse else [now]
         if len(self.history) <= self.patience:
             return False
-        columns = ([f"{x:.4f}" for x in column] for column in zip(*self.history, strict=True))
-        (rate, *rates), _, (agreement, *agreements) = columns
+        figures = zip(*self.history, strict=True)
+        rates, _, agreements = (", ".join(f"{x:.4f}" for x in column) for column in figures)
         self.stopped_because = (
-            f"the samples degenerated at {len(rates)} evaluations in a row, up to step {step}: "
-            f"repetition {rate}, then {', '.join(rates)}; "
-            f"consistency {agreement}, then {', '.join(agreements)}"
+            f"the samples degenerated at {len(self.history) - 1} evaluations in a row, up to step "
+            f"{step}; from the reference on, repetition was {rates} and consistency {agreements}"
         )
         log.warning(f"stopped: {self.stopped_because}")
         return True

@@ -21,10 +21,7 @@ class GradientReport(L.Callback):
 
     ``gradient`` is the mean absolute gradient as the optimizer sees it, divided and clipped.
     ``update`` is the norm of the step over the norm of the weights, about 1e-3 in healthy training.
-    The weights are copied before a reported step and freed after it.
-
-    Args:
-        every: optimizer steps from one report to the next; the first step is reported.
+    The weights are copied before a reported step and freed after it. The first step is reported.
     """
 
     def __init__(self, every: int) -> None:

@@ -63,13 +63,10 @@ class RunStatistics(L.Callback):
         self.seconds_fit = time.perf_counter() - self._started
 
     def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
-        """Sums over all ranks, under the keys of ``summary.json``. Call it on every rank.
-
-        ``train/tokens`` are targets; per second, they are divided by ``seconds_train``.
-        """
-        device = trainer.strategy.root_device
-        own = torch.tensor([int(self.targets), int(self.tokens), self.slots], device=device)
+        """Sums over all ranks, for ``summary.json``; every rank must call it."""
         module: Any = trainer.lightning_module
+        counts = [int(self.targets), int(self.tokens), self.slots]
+        own = torch.tensor(counts, device=trainer.strategy.root_device)
         targets, tokens, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,

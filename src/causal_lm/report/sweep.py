@@ -27,12 +27,12 @@ class SweepTable(Callback):
 
 def read_summaries(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The summaries in the order of their jobs, each with its folder's name as ``name``."""
-    summaries = [
-        {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8")) for path in paths
+
+    def job_number(path: Path) -> tuple[int, str]:
+        number = path.parent.name.partition("_")[0]
+        return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)
+
+    return [
+        {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(paths, key=job_number)
     ]
-
-    def job_number(summary: dict[str, Any]) -> tuple[int, str]:
-        number = summary["name"].partition("_")[0]
-        return (int(number) if number.isdigit() else sys.maxsize, summary["name"])
-
-    return sorted(summaries, key=job_number)
