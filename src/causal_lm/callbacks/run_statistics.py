@@ -33,8 +33,7 @@ class RunStatistics(L.Callback):
         self._started, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self._began is None:
-            self._began = time.perf_counter()
+        self._began = self._began or time.perf_counter()
 
     def on_train_end(self, *_: Any) -> None:
         if self._began is not None:

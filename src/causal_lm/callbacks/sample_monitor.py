@@ -38,10 +38,7 @@ def sample_unconditional(
 def final_samples(
     module: L.LightningModule, corpus: Corpus, directory: Path, *, shown: int, **options: Any
 ) -> dict[str, float | None]:
-    """Sample from the trained model into ``samples.txt`` and print the first ``shown`` samples.
-
-    Takes the options of :func:`sample_unconditional`; returns ``sample/*`` of ``summary.json``.
-    """
+    """Write samples to ``samples.txt``, print the first ones, return ``sample/*`` figures."""
     rows, figures = sample_unconditional(module.eval(), corpus, **options)
     write_text(directory / "samples.txt", format_samples(rows, corpus.tokenizer, figures))
     print(format_samples(rows[:shown], corpus.tokenizer))
@@ -55,20 +52,19 @@ class SampleMonitor(L.Callback):
     ``repetition_spread`` is the standard deviation of ``repetition_4`` over the last three
     evaluations of the fit, or 0 where that is within ``repetition_error``, the noise of sampling.
 
-    Every evaluation uses the same seed, so that differences come from the model. Training is not
-    affected: the draws have a generator of their own. Every rank samples, since sharded weights
-    need all of them; the figures are those of rank 0, so that all ranks decide alike.
+    Every evaluation uses the same seed, so that differences come from the model, and a generator of
+    its own, so that training is not affected. Every rank samples, since sharded weights need all of
+    them; the figures are those of rank 0, so that all ranks decide alike.
 
     Args:
         count: samples; 0 turns the callback off.
         length: tokens of each, BOS included.
-        prompts, prompt_length: beginnings of validation documents, for ``writing/consistency_*``
-            (see :func:`causal_lm.report.consistency.consistency`), and the tokens of each.
+        prompts, prompt_length: beginnings of validation documents, and tokens of each, for
+            ``writing/consistency_*`` (see :mod:`causal_lm.report.consistency`).
         per_prompt: samples from each prompt; 0 turns consistency off.
         embedder: folder of a sentence-transformers model, for ``consistency_sentences``; None uses
             the model's hidden states, for ``consistency_hidden``.
-        patience: of :class:`~causal_lm.callbacks.degeneration.DegenerationStopper`, which may stop
-            the fit.
+        patience: worse evaluations in a row that stop the fit; see :class:`DegenerationStopper`.
         directory: gets ``samples/step_….txt`` at each evaluation; None writes no files.
         options: ``temperature``, ``top_k`` and ``batch_size``.
     """

@@ -93,12 +93,9 @@ def sample_statistics(
         float((is_eos | (generated == tokenizer.pad_id)).double().mean()),
         float((generated == previous).double().mean()),
         1 - float(is_eos.any(dim=1).double().mean()),
-        repetition(samples, 3)[0],
-        *repetition(samples, 4),
-        distinct(samples, 1),
-        distinct(samples, 2),
-        legal_rate,
-    )
+        repetition(samples, 3)[0], *repetition(samples, 4),
+        distinct(samples, 1), distinct(samples, 2), legal_rate,
+    )  # fmt: skip
 
 
 def printable(text: str) -> str:

@@ -71,12 +71,11 @@ def verdict(summary: dict[str, Any]) -> Verdict:
     if trained is None:
         return Verdict("untrained", f"nothing was trained; the loss is {true:.3f} nats per token.")
     times_floor = "" if over_floor is None else f", {over_floor:,.4g}× the floor's perplexity"
+    loss = f"{true:.3f} nats per token{times_floor}"
     # Another reduction weights tokens in its own way: a lower loss alone is no fault then.
     own_reduction = s.get("loss/reduction", "token") != "token"
     if reported < MISLEADING_BELOW * true and (s["preflight/faults"] or not own_reduction):
-        sentence = (
-            f"do not trust {reported:.3f}: the loss is {true:.3f} nats per token{times_floor}"
-        )
+        sentence = f"do not trust {reported:.3f}: the loss is {loss}"
         faults = ", ".join(s["preflight/faults"])
         found = f" (preflight: {faults})" if faults else ""
         if true - reported > WORTHLESS_BEYOND:
@@ -89,8 +88,7 @@ def verdict(summary: dict[str, Any]) -> Verdict:
     if over_floor is not None and over_floor <= AT_FLOOR:
         floor = f"{over_floor:.3f}× the floor's perplexity"
         return Verdict("at_floor", f"honest, and as good as this language allows: {floor}.")
-    sentence = f"honest: reported {trained:.3f}, true {true:.3f} nats per token{times_floor}."
-    return Verdict("honest", sentence)
+    return Verdict("honest", f"honest: reported {trained:.3f}, true {loss}.")
 
 
 def _common_cells(s: dict[str, Any]) -> list[str]:
