@@ -65,7 +65,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint") from error
+        raise ValueError(f"{path} cannot be read: it is damaged, or no checkpoint") from error
     for keys, kind in PARTS.items():
         part = checkpoint
         for key in keys:
