@@ -272,6 +272,7 @@ def _check_together(v: Mapping[str, Any]) -> None:
             most = f"{high}={v[high]}{f' - {room}' if room else ''}"
             raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
-        raise ConfigError("set optimizer.fused=auto: true cannot clip gradients under 16-mixed")
+        clip = "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed"
+        raise ConfigError(f"{clip}: set optimizer.fused=auto")
     if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
         raise ConfigError("samples.patience needs samples.count and samples.per_prompt above 0")
