@@ -1,8 +1,7 @@
-"""Compare finished runs in a table, or on a page with pictures.
+"""Compare finished runs in a table.
 
 python scripts/compare.py runs/sweep/…                         prints it
 python scripts/compare.py runs/sweep/… --into docs/pitfalls.md  replaces the table of a page
-python scripts/compare.py runs/sweep/… --html compare.html      one page with curves and samples
 """
 
 import argparse
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from causal_lm import cli
 from causal_lm.report.files import write_text
-from causal_lm.report.sweep import job_number, read_summaries
+from causal_lm.report.sweep import read_summaries
 from causal_lm.report.table import markdown_table, sweep_table
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
@@ -24,19 +23,11 @@ def main() -> None:
     parser.add_argument(
         "--into", type=Path, metavar="PAGE", help=f"replace what is between {BEGIN} and {END}"
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page (extra report)")
     args = parser.parse_args()
     found = {path for folder in args.folders for path in folder.rglob("summary.json")}
     summaries = read_summaries(found)
     if not summaries:
         raise FileNotFoundError(f"no summary.json found below {', '.join(map(str, args.folders))}")
-    if args.html:
-        from causal_lm.report import compare_page
-
-        paths = sorted(found, key=job_number)
-        write_text(args.html, compare_page.page([compare_page.read_run(path) for path in paths]))
-        print(f"written to {args.html}")
-        return
     if args.into is None:
         print(sweep_table(summaries))
         return

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from hydra import initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,17 +128,22 @@ def test_a_misspelt_key_of_a_file_is_refused(tmp_path):
         config.load(["experiment=mine"], tmp_path / "configs")
 
 
-def test_a_sweep_is_checked_before_it_starts():
-    config.load_sweep(["experiment=fix,bug", "optimizer.lr=1e-3,1e-2"])
-    with pytest.raises(config.ConfigError, match="experiment=bux"):
-        config.load_sweep(["experiment=fix,bux"])
-    with pytest.raises(config.ConfigError, match=r"optimizer\.lr must be"):
-        config.load_sweep(["experiment=fix", "optimizer.lr=1e-3,abc"])
+def check_sweep(*overrides):
+    with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
+        config.validate_sweep(overrides)
 
-    config.load_sweep(["experiment=choice(fix,bug)", "optimizer.lr=range(1,3)"])
-    config.load_sweep(["experiment=glob(*)", "optimizer.lr=interval(1e-4,1e-2)"])
+
+def test_a_sweep_is_checked_before_it_starts():
+    check_sweep("experiment=fix,bug", "optimizer.lr=1e-3,1e-2")
+    with pytest.raises(config.ConfigError, match="experiment=bux"):
+        check_sweep("experiment=fix,bux")
     with pytest.raises(config.ConfigError, match=r"optimizer\.lr must be"):
-        config.load_sweep(["optimizer.lr=interval(-1,1)"])
+        check_sweep("experiment=fix", "optimizer.lr=1e-3,abc")
+
+    check_sweep("experiment=choice(fix,bug)", "optimizer.lr=range(1,3)")
+    check_sweep("experiment=glob(*)", "optimizer.lr=interval(1e-4,1e-2)")
+    with pytest.raises(config.ConfigError, match=r"optimizer\.lr must be"):
+        check_sweep("optimizer.lr=interval(-1,1)")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from causal_lm.build import restore
-from causal_lm.callbacks.checkpoint import CONFIG
+from causal_lm.checkpoint_file import CONFIG
 from causal_lm.evaluate import evaluate
 from support import ROOT, command
 from support.outside import Model

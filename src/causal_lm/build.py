@@ -11,16 +11,14 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from causal_lm.callbacks.sample_monitor import SampleMonitor
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read
-from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, unknown
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state
 from causal_lm.module import CausalLM
 from causal_lm.nonfinite import NonFiniteGuard
 from causal_lm.objective import LossConfig
-from causal_lm.renamed import new_name
 from causal_lm.schema import is_float16
 
 OWN_MODELS = (
@@ -28,22 +26,14 @@ OWN_MODELS = (
     "causal_lm.models.external.XTransformers", "causal_lm.models.external.huggingface",
 )  # fmt: skip
 """Every ``_target_`` that a checkpoint may name without being trusted."""
-
 CODE_KEYS = (*HYDRA_KEYS, "auto_map", "trust_remote_code")
 """Keys by which a stored option would name code."""
-
 LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 """``loss.chunk_tokens=auto``: chunks of so many tokens, from this vocabulary size on."""
 
-NO_ACCELERATOR = ("can not run on your system", "No supported gpu backend")
-"""Parts of what Lightning raises where the machine lacks the accelerator."""
-
 
 def instantiate(node: DictConfig, **more: Any) -> Any:
-    """Make the object that ``node._target_`` names (the only call of Hydra's ``instantiate``).
-
-    Args:
-        more: arguments that are objects; they replace those of the node.
+    """Make the object that ``node._target_`` names; ``more`` are arguments that are objects.
 
     Raises:
         ConfigError: there is no such target, or it does not take a key of the node.
@@ -67,7 +57,7 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
 
 
 def instantiate_all(nodes: Any) -> list[Any]:
-    """The objects of a group such as ``callbacks`` (a mapping of nodes), or of a list of nodes."""
+    """The objects of a mapping of nodes, such as the group ``callbacks``, or of a list of nodes."""
     nodes = nodes.values() if isinstance(nodes, Mapping) else nodes
     nodes = nodes if isinstance(nodes, Iterable) else []
     return [instantiate(node) for node in nodes if node and "_target_" in node]
@@ -88,32 +78,18 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     if chunk == "auto":
         large = tokenizer.vocab_size >= LARGE_VOCABULARY and model.lm_head is not None
         chunk = CHUNK_TOKENS if large else None
-    return kind(
-        model,
-        make_optimizer(cfg),
-        instantiate(cfg.scheduler),
-        tokenizer.token_bytes(),
-        LossConfig(cfg.loss.reduction, cfg.loss.length, chunk),
-        NonFiniteGuard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped),
-    )
+    loss = LossConfig(cfg.loss.reduction, cfg.loss.length, chunk)
+    guard = NonFiniteGuard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
+    optimizer, scheduler = make_optimizer(cfg), instantiate(cfg.scheduler)
+    return kind(model, optimizer, scheduler, tokenizer.token_bytes(), loss, guard)
 
 
 def make_optimizer(cfg: DictConfig) -> Any:
-    """The factory (parameters -> optimizer); ``optimizer.fused=auto`` depends on the precision.
-
-    A fused optimizer undoes float16's loss scale itself, after the gradients were clipped.
-    """
-    auto = cfg.optimizer.get("fused") == "auto"
-    return instantiate(
-        cfg.optimizer, **({"fused": not is_float16(cfg.trainer.precision)} if auto else {})
-    )
-
-
-def make_monitor(cfg: DictConfig, corpus: Corpus, directory: Path) -> SampleMonitor:
-    """The callback that samples from the model at each evaluation."""
-    options = dict(cfg.samples, length=min(cfg.samples.length, cfg.data.max_length))
-    del options["self_check"]
-    return SampleMonitor(corpus, seed=cfg.seed, directory=directory, **options)
+    """The factory (parameter groups -> optimizer), with ``optimizer.fused=auto`` resolved."""
+    # A fused optimizer undoes float16's loss scale itself, after the gradients were clipped.
+    if cfg.optimizer.get("fused") == "auto":
+        return instantiate(cfg.optimizer, fused=not is_float16(cfg.trainer.precision))
+    return instantiate(cfg.optimizer)
 
 
 def make_trainer(
@@ -121,29 +97,20 @@ def make_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer with these callbacks and loggers, and those of the configuration.
 
-    The configuration has its own in the groups ``callbacks`` and ``logger``, and in
-    ``trainer.callbacks``, ``trainer.logger`` and ``trainer.plugins``.
-
-    Raises:
-        ValueError: the machine lacks the accelerator.
+    These are in the groups ``callbacks`` and ``logger``, and in ``trainer.callbacks``,
+    ``trainer.logger`` and ``trainer.plugins``.
     """
-    callbacks = [*callbacks, *instantiate_all(cfg.get("callbacks"))]
-    callbacks += instantiate_all(cfg.trainer.get("callbacks"))
-    plugins = [AtomicCheckpointIO(), *instantiate_all(cfg.trainer.get("plugins"))]
-    own = cfg.trainer.get("logger")
-    loggers = [*logger, *instantiate_all(cfg.get("logger")), *instantiate_all(own)]
-    if own is False:
-        loggers = []
+    for node in (cfg.get("callbacks"), cfg.trainer.get("callbacks")):
+        callbacks = [*callbacks, *instantiate_all(node)]
+    for node in (cfg.get("logger"), cfg.trainer.get("logger")):
+        logger = [] if node is False else [*logger, *instantiate_all(node)]
+    more["plugins"] = [AtomicCheckpointIO(), *instantiate_all(cfg.trainer.get("plugins"))]
     try:
-        return instantiate(
-            cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins, **more
-        )
+        return instantiate(cfg.trainer, callbacks=callbacks, logger=logger or False, **more)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
-        if any(words in str(error) for words in NO_ACCELERATOR):
-            raise ValueError(
-                f"trainer.accelerator={cfg.trainer.accelerator} is not available on this machine: "
-                f"type trainer=cpu, or trainer=auto for what there is"
-            ) from error
+        if "can not run on your system" in str(error) or "No supported gpu" in str(error):
+            missing = f"trainer.accelerator={cfg.trainer.accelerator} is not available here"
+            raise ValueError(f"{missing}: type trainer=cpu, or trainer=auto") from error
         raise
 
 
@@ -155,23 +122,14 @@ def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
     return data, corpus, make_module(cfg, corpus.tokenizer)
 
 
-# ---- from a checkpoint ----
-
-
-def restore(
-    path: str | Path, trust: Iterable[str] = ()
-) -> tuple[CausalLM, Tokenizer, dict[str, Any]]:
+def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Tokenizer, Any]:
     """The module of a checkpoint, in eval mode on the CPU, its tokenizer and its configuration.
 
-    The module is of the correct class, whichever pitfalls it was trained with.
-
-    Args:
-        path: a file that train.py wrote.
-        trust: dotted names of model classes from outside causal_lm that the checkpoint may name.
+    The module is of the correct class, whichever pitfalls it was trained with. ``trust`` has the
+    dotted names of model classes from outside causal_lm that the checkpoint may name.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`causal_lm.checkpoint_file.read` and
-            :func:`model_of`.
+        FileNotFoundError, ValueError: of :func:`~causal_lm.checkpoint_file.read`, :func:`model_of`.
     """
     saved = read(path)
     try:
@@ -192,8 +150,8 @@ def model_of(
 ) -> Any:
     """The model that a checkpoint describes, by a plain call of its class with plain values.
 
-    A file must not decide which code runs. Modules are imported only for names of
-    :data:`OWN_MODELS` and of ``trust``; nothing below the model's own ``_target_`` is instantiated.
+    A file must not decide which code runs: modules are imported only for names of
+    :data:`OWN_MODELS` and ``trust``, and nothing below the model's ``_target_`` is instantiated.
 
     Raises:
         ValueError: the class is not trusted, or an option names code or is not valid.
@@ -208,9 +166,8 @@ def model_of(
         classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
         raise ValueError(
-            f"{path} holds a model of class {target}, which is not part of causal_lm. To run the "
-            f"code of that class, add --trust {target}, or name it as model._target_ in your own "
-            f"configuration"
+            f"{path} holds a model of class {target}, which is not part of causal_lm: to run its "
+            f"code, add --trust {target}, or name it as model._target_ in your own configuration"
         )
     try:
         if target in OWN_MODELS:
@@ -222,9 +179,11 @@ def model_of(
 
 def _names_code(value: Any) -> bool:
     """Whether Hydra or transformers would load or call something that this option names."""
-    if isinstance(value, Mapping):
-        kernels = (v for k, v in value.items() if str(k).endswith("_implementation"))
-        if any("/" in str(v) for v in kernels):  # of the hub
-            return True
-        return any(k in CODE_KEYS or _names_code(v) for k, v in value.items())
-    return isinstance(value, list | tuple) and any(map(_names_code, value))
+    if isinstance(value, list | tuple):
+        return any(map(_names_code, value))
+    return isinstance(value, Mapping) and any(
+        key in CODE_KEYS
+        or (str(key).endswith("_implementation") and "/" in str(option))  # a kernel of the hub
+        or _names_code(option)
+        for key, option in value.items()
+    )

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from causal_lm.renamed import rename_file
+from causal_lm.config import rename_file
 
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 """Keys of a checkpoint for the configuration and the tokenizer of its run, as plain data."""
-
 PARTS: dict[tuple[str, ...], type] = {
     (CONFIG,): dict, (CONFIG, "model"): dict, (CONFIG, "data"): dict,
     (CONFIG, "data", "max_length"): int, (TOKENIZER,): dict, ("state_dict",): dict,
@@ -20,19 +19,20 @@ PARTS: dict[tuple[str, ...], type] = {
 """What a checkpoint must hold: keys -> type."""
 
 
+class RefusedError(ValueError):
+    """A run cannot continue from this checkpoint; no file of the earlier run is changed."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the old one, flushes it to the disk, then renames it.
 
-    The old file stays until the new one is complete, whenever the process or the machine stops.
-    (Lightning writes into the system's temporary folder and, where that is another file system,
-    copies over the old file.)
+    The old file stays until the new one is complete. (Lightning writes into the system's temporary
+    folder and, where that is another file system, copies over the old file.)
     """
 
     SUFFIX = ".part"
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}{self.SUFFIX}")
@@ -65,16 +65,12 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged or of another kind"
-        ) from error
+        raise ValueError(f"{path} cannot be read: it is damaged, or no checkpoint") from error
     for keys, kind in PARTS.items():
         part = checkpoint
         for key in keys:
             part = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, kind):
-            raise ValueError(
-                f"{path} is not a checkpoint of this project: {'.'.join(keys)} must be of type "
-                f"{kind.__name__}, not {type(part).__name__}"
-            )
+            wrong = f"{'.'.join(keys)} is {type(part).__name__}, not {kind.__name__}"
+            raise ValueError(f"{path} is not a checkpoint of this project: {wrong}")
     return checkpoint

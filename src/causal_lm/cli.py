@@ -18,8 +18,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm.config import ConfigError, one_line, validate, validate_sweep
-from causal_lm.renamed import rename_overrides
+from causal_lm.config import (
+    ConfigError,
+    as_one_line,
+    one_line,
+    rename_overrides,
+    validate,
+    validate_sweep,
+)
 
 # Read when torch loads: waiting threads spin briefly, then sleep. Spinning on, the default, is no
 # faster on an idle machine and slows a busy one down (docs/NOTES.md).
@@ -65,11 +71,11 @@ def one_line_errors(failed: int = 1) -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """The message of an error as one line, with the type of the error where that helps."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = " ".join(lines) or "no message"
-    if isinstance(error, ValueError | OSError | FloatingPointError) or not lines:
+    message = as_one_line(error)
+    if message and isinstance(error, ValueError | OSError | FloatingPointError):
         return message
-    return f"{type(error).__name__}: {message} ({FULL_ERROR}=1 shows the traceback)"
+    kind = type(error).__name__
+    return f"{kind}: {message or 'no message'} ({FULL_ERROR}=1 shows the traceback)"
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -109,19 +115,19 @@ def job(cfg: DictConfig) -> float:
     In a sweep, a job that fails returns NaN and the others run; the table at the end names it.
     """
     hydra_cfg = HydraConfig.get()
-    directory = Path(hydra_cfg.runtime.output_dir)
+    is_sweep, directory = hydra_cfg.mode == RunMode.MULTIRUN, Path(hydra_cfg.runtime.output_dir)
     # Lightning's advice on workers and checkpoint folders does not concern this run.
     warnings.filterwarnings("ignore", module="lightning")
     try:
         validate(cfg)  # a configuration of the user's own may be without ValidateConfig
-        if hydra_cfg.mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
+        if is_sweep and cfg.trainer.devices != 1:
             return _run_alone(hydra_cfg, directory)
         from causal_lm.fit import run  # loads torch and lightning
 
         return run(cfg, directory)["val/loss"]
     except Exception as error:
         log.debug("the run failed", exc_info=True)
-        if hydra_cfg.mode != RunMode.MULTIRUN:
+        if not is_sweep:
             raise _PastHydraError from error
         log.error(f"error: {describe(error)}")
         return math.nan
@@ -134,16 +140,16 @@ def _run_alone(hydra_cfg: Any, directory: Path) -> float:
     rank would run the whole sweep, and the ranks would train different configurations.
     """
     command = [sys.executable, sys.argv[0], f"--config-name={hydra_cfg.job.config_name}"]
-    for source in hydra_cfg.runtime.config_sources:
-        if source.provider == "command-line":
-            command.append(f"--config-dir={source.path}")
+    sources = hydra_cfg.runtime.config_sources
+    command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
     command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{directory}'"]
     path = directory / "summary.json"
     path.unlink(missing_ok=True)
     code = subprocess.run(command, check=False).returncode
+    ended = f"the job ended with exit code {code}"
     if not path.exists():
-        raise ValueError(f"the job ended with exit code {code} before it could write {path}")
+        raise ValueError(f"{ended} before it could write {path}")
     summary = json.loads(path.read_text(encoding="utf-8"))
     if code:
-        raise ValueError(summary["error"] or f"the job ended with exit code {code}")
+        raise ValueError(summary["error"] or ended)
     return summary["val/loss"]

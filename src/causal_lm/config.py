@@ -1,12 +1,13 @@
 """Compose and validate the configuration of a run; every error is one line that names the key.
 
-Imports neither torch nor lightning, so that a misspelt key is answered in a fraction of a second.
-The YAML files in ``configs/`` define the keys and their defaults; ``schema.py`` defines the values
-that are valid.
+``configs/`` has the keys and their defaults, ``schema.py`` the values that are valid. Imports
+neither torch nor lightning, so that a misspelt key is answered in a fraction of a second.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-)
+from omegaconf import DictConfig, OmegaConf, errors, open_dict
 
-from causal_lm.renamed import rename_keys, rename_overrides
 from causal_lm.schema import RULES, is_float16, rule_of
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-MAX_VALUES_CHECKED = 16
-"""Values of one axis of a sweep that are validated before the first job starts."""
-SIMILAR = 0.75
-"""Similarity (of :mod:`difflib`) from which a key is suggested in place of an unknown one."""
+log = logging.getLogger(__name__)
 
-REQUIRED = (
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
+SIMILAR = 0.75  # of difflib: from here on, a key is suggested in place of an unknown one
+
+REQUIRED = (  # the code reads them
     "experiment", "seed", "ckpt_path", "data._target_", "data.source._target_", "data.max_length",
     "model._target_", "loss.reduction", "loss.length", "loss.chunk_tokens", "optimizer._target_",
     "scheduler._target_", "gradients.on_nonfinite", "gradients.max_skipped",
@@ -43,8 +37,12 @@ REQUIRED = (
     "samples.length", "samples.batch_size", "samples.self_check.shown",
     "samples.self_check.count", "samples.self_check.length",
 )  # fmt: skip
-"""Keys that the code reads."""
-UNRESOLVED = object()
+UNRESOLVED = object()  # stands for a value that depends on the node ``hydra``
+RENAMED = {
+    "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
+    "steady.ckpt": "stable.ckpt",
+}  # fmt: skip
+"""Old name -> new name, of keys and of a checkpoint file; works for one more version."""
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -52,33 +50,16 @@ class ConfigError(ValueError):
     """The configuration is not valid; the message is one line and says what to change."""
 
 
-# ---- composition ----
-
-
 def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictConfig:
-    """Compose and validate the configuration of one run, as the command line does.
-
-    Raises:
-        ConfigError: a key, a group option or a value is not valid.
-    """
+    """Compose and validate the configuration of one run, as the command line does."""
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         return _load(overrides)
-
-
-def load_sweep(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> None:
-    """Validate each value of each axis of a sweep (see :func:`validate_sweep`)."""
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        validate_sweep(overrides)
 
 
 def validate_sweep(overrides: Sequence[str], config_name: str | None = "train") -> None:
     """Validate each value of each axis, beside the first values of the others.
 
-    Hydra must be initialized. Of an interval its ends are validated, of a long list of choices the
-    first :data:`MAX_VALUES_CHECKED`.
-
-    Raises:
-        ConfigError: of the first value that is not valid.
+    Hydra must be initialized. An interval is validated at its ends.
     """
     with one_line(overrides):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -109,7 +90,32 @@ def _values(override: Override) -> list[str]:
     return [override.input_line or ""]
 
 
-# ---- errors of composition ----
+def new_name(name: str) -> str:
+    """The new name of a key or file, with a warning; other names stay as they are."""
+    if name in RENAMED:
+        log.warning(f"{name} is now called {RENAMED[name]}; the old name will stop working")
+    return RENAMED.get(name, name)
+
+
+def rename_overrides(overrides: Iterable[str]) -> list[str]:
+    """The same overrides with the new names of their keys."""
+    return [re.sub("[^+~=]+", lambda key: new_name(key[0]), word, count=1) for word in overrides]
+
+
+def rename_file(path: str | Path) -> Path:
+    """``path``; where there is no such file, with the new name if its name is an old one."""
+    path = Path(path)
+    return path if path.exists() else path.with_name(new_name(path.name))
+
+
+def _rename_keys(cfg: DictConfig) -> None:
+    """Move the values of old keys to the new ones, and give ``ckpt_path`` its new file name."""
+    for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
+        group, _, name = old.rpartition(".")
+        with open_dict(cfg):
+            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
+    if isinstance(cfg.get("ckpt_path"), str):
+        cfg.ckpt_path = str(rename_file(cfg.ckpt_path))
 
 
 @contextmanager
@@ -119,10 +125,10 @@ def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, errors.OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, which does not name the override
-        raise ConfigError(f"{_joined(error)} (in: {' '.join(overrides)})") from error
+        raise ConfigError(f"{as_one_line(error)} (in: {' '.join(overrides)})") from error
 
 
 def _explain(error: Exception) -> str:
@@ -138,16 +144,16 @@ def _explain(error: Exception) -> str:
         options = [name for name in error.options if not name.startswith("_")]
         guess = _did_you_mean(option, options)
         return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+    if isinstance(cause, errors.ConfigKeyError | errors.ConfigAttributeError):
         parent = cause.parent_node
         siblings = list(parent) if isinstance(parent, DictConfig) else []
         root: Any = OmegaConf.to_container(parent._get_root(), resolve=False) if siblings else {}
         return unknown(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
-    if isinstance(cause, OmegaConfBaseException):
+    if isinstance(cause, errors.OmegaConfBaseException):
         error = cause
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
+    if isinstance(error, errors.OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
-    return _joined(error)
+    return as_one_line(error)
 
 
 def unknown(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
@@ -166,27 +172,20 @@ def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
-def _joined(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
-# ---- validation ----
+def as_one_line(error: BaseException) -> str:
+    """The message of an error as one line."""
+    return " ".join(str(error).split())
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check every value against its rule, and the keys against each other.
+    """Rename old keys in place; raise :class:`ConfigError` for the first key at fault.
 
-    Old keys are renamed in place. What is inside a node whose ``_target_`` is not of causal_lm is
-    checked when the object is built (see :func:`causal_lm.build.instantiate`).
-
-    Raises:
-        ConfigError: naming the first key at fault.
+    What is inside a node whose ``_target_`` is not of causal_lm is checked when the object is built
+    (see :func:`causal_lm.build.instantiate`).
     """
-    rename_keys(cfg)
-    try:
+    _rename_keys(cfg)
+    with one_line():
         values = dict(leaves(cfg))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from error
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
@@ -196,21 +195,20 @@ def validate(cfg: DictConfig) -> None:
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, resolved value) of each value, without the node ``hydra``.
-
-    :data:`UNRESOLVED` stands for what depends on that node, before the job starts.
-    """
+    """(dotted key, value) of each value, without the node ``hydra``, or :data:`UNRESOLVED`."""
     for name in node:
         key = f"{prefix}{name}"
+        if key == "hydra":
+            continue
         try:
-            value = node[name] if key != "hydra" else {}
-        except InterpolationResolutionError as error:
+            value = node[name]
+        except errors.InterpolationResolutionError as error:
             if "HydraConfig was not set" not in str(error):
                 raise
             value = UNRESOLVED
         if isinstance(value, Mapping) and len(value):
             yield from leaves(value, f"{key}.")
-        elif key != "hydra":
+        else:
             is_list = OmegaConf.is_config(value)
             yield key, OmegaConf.to_container(value, resolve=True) if is_list else value
 
@@ -218,8 +216,7 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values to check; those inside a ``_target_`` from outside causal_lm are left out.
 
-    Raises:
-        ConfigError: a key is unknown, in a group of ours or with a name close to that of one.
+    A key is refused if it is unknown in a group of ours, or in a group with nearly such a name.
     """
     targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
     foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")}
@@ -227,11 +224,9 @@ def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
     ours = {}
     for key, value in values.items():
         group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
-        owner = parent
-        while owner and owner not in targets:
-            owner = owner.rpartition(".")[0]
+        owner = max((t for t in targets if key.startswith(f"{t}.")), key=len, default="")
         is_empty_group = value == {} and any(k.startswith(f"{key}.") for k in RULES)
-        is_foreign = owner in foreign and owner != "trainer"
+        is_foreign = owner in foreign - {"trainer"}
         if value is UNRESOLVED or name in HYDRA_KEYS or is_empty_group or is_foreign:
             continue
         if rule_of(key) or parent in RULES:
@@ -246,11 +241,7 @@ def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Check values by their dotted keys, each against its rule.
-
-    Raises:
-        ConfigError: naming the first key whose value is not valid.
-    """
+    """Raise :class:`ConfigError` for the first value, by dotted key, that breaks its rule."""
     for key, value in values.items():
         parent = key.rpartition(".")[0]
         if parent in RULES:
@@ -261,12 +252,16 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def _check_together(v: Mapping[str, Any]) -> None:
-    for whole, part, why in (
-        ("model.d_model", "model.n_heads", "all heads have the same width"),
-        ("model.n_heads", "model.n_kv_heads", "query heads share them evenly"),
+    """Raise :class:`ConfigError` for the first values that do not go together."""
+    is_rotary = bool(v.get("model.n_kv_heads"))
+    for whole, part, is_even, why in (
+        ("model.d_model", "model.n_heads", False, "all heads have the same width"),
+        ("model.d_model", "model.n_heads", is_rotary, "rotary heads cannot have an odd width"),
+        ("model.n_heads", "model.n_kv_heads", False, "query heads share them evenly"),
     ):
-        if v.get(whole) and v.get(part) and v[whole] % v[part]:
-            raise ConfigError(f"{whole}={v[whole]} must be a multiple of {part}={v[part]}: {why}")
+        if v.get(whole) and v.get(part) and v[whole] % (2 * v[part] if is_even else v[part]):
+            factor = f"{'2 times ' if is_even else ''}{part}={v[part]}"
+            raise ConfigError(f"{whole}={v[whole]} must be a multiple of {factor}: {why}")
     for low, high, room, why in (
         ("data.max_length", "model.max_positions", 0, "positions of a row"),
         ("samples.self_check.length", "model.max_positions", 0, "positions of a row"),
@@ -276,19 +271,8 @@ def _check_together(v: Mapping[str, Any]) -> None:
         if v.get(high) and v.get(low, 0) + room > v[high]:
             most = f"{high}={v[high]}{f' - {room}' if room else ''}"
             raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
-    d_model, n_heads = v.get("model.d_model"), v.get("model.n_heads")
-    if v.get("model.n_kv_heads") and d_model and n_heads and d_model // n_heads % 2:
-        raise ConfigError(
-            f"model.d_model={d_model} over model.n_heads={n_heads} gives heads of odd width: "
-            f"rotary positions need an even one"
-        )
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
-        raise ConfigError(
-            "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed: set "
-            "optimizer.fused=auto"
-        )
+        clip = "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed"
+        raise ConfigError(f"{clip}: set optimizer.fused=auto")
     if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
-        raise ConfigError(
-            "samples.patience compares repetition and consistency: set samples.count and "
-            "samples.per_prompt above 0"
-        )
+        raise ConfigError("samples.patience needs samples.count and samples.per_prompt above 0")

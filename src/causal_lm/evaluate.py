@@ -23,24 +23,15 @@ class _Totals(L.Callback):
 
 
 def evaluate(
-    checkpoint: str,
-    overrides: Sequence[str],
-    *,
-    split: str = "val",
-    device: str = "cpu",
+    checkpoint: str, overrides: Sequence[str], *, split: str = "val", device: str = "cpu",
     trust: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Loss (nats per token), perplexity and bits per byte, as validation in training has them.
 
-    The checkpoint's own tokenizer reads the data, and rows are as long as in its training, unless
-    ``data.max_length`` says otherwise.
+    The checkpoint's own tokenizer reads the data; rows are as long as in its training by default.
 
-    Args:
-        checkpoint: a file that train.py wrote; nothing else of its run is needed.
-        overrides: of train.py, ``data=`` among them.
-        split: ``val``, ``train``, or ``all`` documents.
-        device: of torch, such as ``cuda:1``.
-        trust: model classes from outside causal_lm (see :func:`causal_lm.build.restore`).
+    ``overrides`` are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train`` or
+    ``all``; ``trust`` is of :func:`causal_lm.build.restore`.
 
     Raises:
         ValueError: no data is named, the tokenizer cannot read it, or rows are too long.
@@ -51,9 +42,8 @@ def evaluate(
     cfg = load([f"data.max_length={saved['data']['max_length']}", *overrides])
     longest = saved["model"].get("max_positions", cfg.data.max_length)
     if cfg.data.max_length > longest:
-        raise ConfigError(
-            f"data.max_length={cfg.data.max_length}: this model has {longest} positions"
-        )
+        length = f"data.max_length={cfg.data.max_length}"
+        raise ConfigError(f"{length}: this model has {longest} positions")
     module, tokenizer, _ = restore(checkpoint, trust=[*trust, cfg.model._target_])
     own = {"tokenizer": tokenizer} if "tokenizer" in cfg.data else {}
     data: DataModule = instantiate(cfg.data, shuffle=False, **own)

@@ -18,8 +18,9 @@ from causal_lm.callbacks.gradient_report import GradientReport
 from causal_lm.callbacks.preflight import make_preflight
 from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.run_statistics import RunStatistics
-from causal_lm.callbacks.sample_monitor import final_samples
+from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
+from causal_lm.checkpoint_file import RefusedError
 from causal_lm.data.documents import Corpus
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
@@ -45,10 +46,8 @@ logged, too. ``checkpoint/steady`` is the old name of ``checkpoint/stable``."""
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     """Run a configuration and write the files of the run into ``directory``.
 
-    Returns:
-        The summary, as written to ``summary.json``. A run that fails writes one too, with
-        ``status: failed`` and the error, before it raises. Where ``ckpt_path=auto`` finds the run
-        finished, its summary is returned and nothing is done.
+    Returns the summary, as written to ``summary.json``. A run that fails writes one too before it
+    raises. Where ``ckpt_path=auto`` finds the run finished, only its summary is returned.
 
     Raises:
         RefusedError: ``ckpt_path`` is of another model or tokenizer; no file is changed.
@@ -58,23 +57,21 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
     if cfg.ckpt_path == "auto":
-        cfg, earlier = files.resume(cfg), files.finished(cfg.trainer.max_steps)
+        cfg, earlier = cfg.copy(), files.finished(cfg.trainer.max_steps)
+        cfg.ckpt_path = files.latest_checkpoint()
         if cfg.ckpt_path and earlier:
             log.info(f"{directory} is finished at step {earlier['steps']}: nothing to do")
             return earlier
-    refused = False
     try:
         with StopAfterStep() as stop:
             _run(cfg, files, summary, stop)
-        _check_floor(summary)
-    except BaseException as error:
-        refused = isinstance(error, checkpoint.RefusedError)
-        summary |= {"status": "failed", "error": str(error) or type(error).__name__}
+    except RefusedError:
         raise
-    finally:
-        summary["seconds/total"] = time.perf_counter() - started
-        if not refused:
-            files.write_summary(summary)
+    except BaseException as error:
+        summary |= {"status": "failed", "error": str(error) or type(error).__name__}
+        files.write_summary(summary, started)
+        raise
+    files.write_summary(summary, started)
     if is_rank_zero():
         print(f"\n{run_table(summary)}\nwritten to {directory}\n")
     return summary
@@ -88,13 +85,14 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
     # A checkpoint can then be read without the files that its model started from.
     config["model"] |= module.model.standalone_config()
     metadata = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
-    step, continued = 0, files.holds(cfg.ckpt_path)
-    if cfg.ckpt_path:
-        step = metadata.check_continues(cfg.ckpt_path)
+    step = metadata.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0
+    continued = files.holds(cfg.ckpt_path)
     files.begin(cfg, step if continued else 0)
 
-    preflight = make_preflight(cfg, corpus.tokenizer, files.path)
-    statistics, monitor = RunStatistics(), build.make_monitor(cfg, corpus, files.path)
+    preflight, statistics = make_preflight(cfg, corpus.tokenizer, files.path), RunStatistics()
+    options = {name: value for name, value in cfg.samples.items() if name != "self_check"}
+    options["length"] = min(cfg.samples.length, cfg.data.max_length)
+    monitor = SampleMonitor(corpus, seed=cfg.seed, directory=files.path, **options)
     keep = partial(checkpoint.EvalCheckpoint, files.checkpoints, continued=continued)
     best, last = keep("best", "val/loss"), keep("last", "val/loss", latest=True)
     stable = keep("stable", "writing/repetition_spread")
@@ -111,20 +109,18 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
     if stop.requested:  # now: whoever sent the signal may not wait for the validation
         trainer.save_checkpoint(files.checkpoints / "last.ckpt")
-    because = "a signal asked for it" if stop.requested else monitor.stopped_because
+    because = "a signal asked for it" if stop.requested else monitor.stopper.stopped_because
     summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
 
     logged: dict[str, Any] = dict(trainer.callback_metrics)
     with isolate_rng():  # the random state that is saved does not depend on this validation
         (figures,) = trainer.validate(module, data, verbose=False)
-    logged = {name: float(value) for name, value in (logged | dict(figures)).items()}
-    summary |= {name: v if math.isfinite(v) else None for name, v in logged.items()}
+    for name, value in (logged | dict(figures)).items():
+        summary[name] = float(value) if math.isfinite(value) else None
     summary |= statistics.figures(trainer) | monitor.figures()
     if not math.isfinite(figures["val/loss"]):
-        raise FloatingPointError(
-            "val/loss is not finite after the last step: lower optimizer.lr, and continue from "
-            "best.ckpt if there is one"
-        )
+        todo = "lower optimizer.lr, and continue from best.ckpt if there is one"
+        raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
     summary |= floor(corpus, figures["val/ppl"])
     lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
     if figures["val/loss"] < lowest:
@@ -137,25 +133,17 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
         summary |= checkpoint.figures(files.checkpoints, lowest, is_stable)
         options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
         summary |= final_samples(module, corpus, files.path, **options)
+    ratio = summary["val/ppl_over_floor"]
+    if ratio is not None and ratio < LEAKS_BELOW:
+        below = f"the validation perplexity is {ratio:.3f} of the entropy floor"
+        todo = "check masks.py, objective.py and the split of the data"
+        raise ValueError(f"{below}: the evaluation leaks its targets; {todo}")
 
 
 def floor(corpus: Corpus, ppl: float) -> dict[str, float]:
-    """The entropy floor: the lowest expected loss on the validation documents, where it is known.
-
-    Args:
-        ppl: validation perplexity, to be divided by that of the floor.
-    """
+    """The entropy floor, where it is known, and ``ppl`` over its perplexity."""
     if corpus.language is None:
         return {}
     nats, tokens = corpus.language.nll(corpus.val)
     lowest = math.exp(nats / tokens)
     return {"floor/loss": nats / tokens, "floor/ppl": lowest, "val/ppl_over_floor": ppl / lowest}
-
-
-def _check_floor(summary: dict[str, Any]) -> None:
-    ratio = summary["val/ppl_over_floor"]
-    if ratio is not None and ratio < LEAKS_BELOW:
-        raise ValueError(
-            f"the validation perplexity is {ratio:.3f} of the entropy floor, and no honest model "
-            f"is below it: the evaluation leaks; see masks.py, objective.py and the data's split"
-        )

@@ -4,15 +4,14 @@ import csv
 import json
 import logging
 import os
-from copy import deepcopy
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm.callbacks.checkpoint import RefusedError
-from causal_lm.checkpoint_file import AtomicCheckpointIO, read
+from causal_lm.checkpoint_file import AtomicCheckpointIO, RefusedError, read
 from causal_lm.report.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -30,45 +29,36 @@ class RunDir:
         self.path, self.checkpoints = path, path / "checkpoints"
         path.mkdir(parents=True, exist_ok=True)
 
-    def resume(self, cfg: DictConfig) -> DictConfig:
-        """The configuration with ``ckpt_path=auto`` replaced by a checkpoint here, or null.
-
-        That is ``last.ckpt``; if it cannot be read, the newest one that can.
+    def latest_checkpoint(self) -> str | None:
+        """``last.ckpt``, or the newest checkpoint that can be read; None if there is none.
 
         Raises:
             RefusedError: there are checkpoints, but none can be read.
         """
-        cfg = deepcopy(cfg)
-        cfg.ckpt_path = None
         found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
         for path in sorted(found, key=lambda path: path.name != "last.ckpt"):
             try:
                 read(path)
+                return str(path)
             except ValueError as error:
                 log.warning(str(error))
-                continue
-            cfg.ckpt_path = str(path)
-            return cfg
         if found:
-            raise RefusedError(
-                f"no checkpoint in {self.checkpoints} can be read: delete them to start anew"
-            )
-        return cfg
+            where = f"no checkpoint in {self.checkpoints} can be read"
+            raise RefusedError(f"{where}: delete them to start anew")
+        return None
 
     def finished(self, max_steps: int) -> dict[str, Any] | None:
         """The summary of the run of so many steps that is finished here; None if there is none."""
-        path = self.path / "summary.json"
         try:
-            summary = json.loads(path.read_text())
-            finished = summary["status"] == "finished" and summary["steps"] >= max_steps
+            summary = json.loads((self.path / "summary.json").read_text())
+            is_finished = summary["status"] == "finished" and summary["steps"] >= max_steps
         except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
             return None
-        return summary if finished else None
+        return summary if is_finished else None
 
     def holds(self, ckpt_path: str | None) -> bool:
         """Whether the checkpoint is in this directory."""
-        here = self.path.resolve()
-        return ckpt_path is not None and Path(ckpt_path).resolve().is_relative_to(here)
+        return bool(ckpt_path and Path(ckpt_path).resolve().is_relative_to(self.path.resolve()))
 
     def begin(self, cfg: DictConfig, step: int) -> None:
         """Delete what an earlier run left, after ``step`` where it is continued; write config.yaml.
@@ -94,7 +84,9 @@ class RunDir:
             logger.save()
         return logger
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
+    def write_summary(self, summary: dict[str, Any], started: float) -> None:
+        """Write it with the seconds since ``started``."""
+        summary["seconds/total"] = time.perf_counter() - started
         if is_rank_zero():
             write_json(self.path / "summary.json", summary)
 

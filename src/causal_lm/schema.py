@@ -58,8 +58,6 @@ folder = Rule(lambda v: isinstance(v, str) and Path(v).is_dir(), "a folder that 
 
 _GROUPED: list[tuple[Rule, str]] = [
     (text, "experiment data.split data.field trainer.strategy"),
-    (one_of(None, "txt", "jsonl", "json", "csv", "parquet"), "data.format"),
-    (real(low=0), "data.max_overlap"),
     (optional(text), """
         data.special_tokens.* data.cache_dir data.root data.val_path data.name data.val_split
         data.prompt_field model.init_from"""),
@@ -83,60 +81,51 @@ _GROUPED: list[tuple[Rule, str]] = [
     (optional(integer(1)), "data.num_proc gradients.report_every samples.patience samples*.top_k"),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
+    (integer(2, 62), "data.source.symbols"),
     (integer(3), "data.max_length data.source.max_length"),
-    (real(low=0), "optimizer.weight_decay scheduler.final_share samples*.temperature"),
+    (integer(260), "data.vocab_size"),
+    (integer(0, 2**32 - 1), "seed"),
+    (real(low=0), """
+        data.max_overlap optimizer.weight_decay scheduler.final_share samples*.temperature"""),
+    (real(low=1), "data.source.mean"),
     (real(above=0), """
         model.rope_theta model.norm_eps optimizer.muon_lr scheduler.peak_decay scheduler.drop"""),
+    (real(above=0, below=1), "data.val_share"),
+    (optional(real(above=0)), "trainer.gradient_clip_val"),
+    (or_auto(real(above=0)), "optimizer.lr"),
     (share, """
         model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),
+    (optional(or_auto(file)), "ckpt_path"),
+    (optional(folder), "samples.embedder"),
+    (one_of("padded", "bucketed", "packed"), "data.layout"),
+    (one_of("right", "left"), "data.padding_side"),
+    (one_of(None, "txt", "jsonl", "json", "csv", "parquet"), "data.format"),
+    (one_of("file", "line", "paragraph", "record", None), "data.unit"),
+    (one_of("raise", "skip"), "data.on_error"),
+    (one_of("swiglu", "relu2"), "model.mlp"),
+    (one_of("token", "sequence", "padded"), "loss.reduction"),
+    (one_of("stop", "skip"), "gradients.on_nonfinite"),
+    (one_of("error", "warn", "off"), "preflight.on_fault"),
+    (one_of("auto", "cpu", "gpu", "cuda", "mps"), "trainer.accelerator"),
+    (one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64,
+            "bf16"), "trainer.precision"),
+    (one_of("norm"), "trainer.gradient_clip_algorithm"),
+    (one_of(None), "trainer.check_val_every_n_epoch"),
     (anything, "model.config.* model.decoder.*"),
+    (Rule(text.holds, "a file, a folder or a glob, as in data.path=texts/*.txt"), "data.path"),
+    (Rule(lambda v: v in ("bytes", "bpe") or file.holds(v),
+          "bytes, bpe, or the path of a tokenizer.json that exists"), "data.tokenizer"),
+    (Rule(lambda v: isinstance(v, list) and len(v) == 2 and all(map(share.holds, v)),
+          "two numbers from 0 to 1, such as [0.9,0.95]"), "optimizer.betas"),
+    (Rule(lambda v: v == 0 or integer(2).holds(v),
+          "a whole number of at least 2, or 0"), "samples.per_prompt"),
+    (Rule(lambda v: v == "auto" or v == -1 or integer(1).holds(v),
+          "a whole number of at least 1, -1 for all, or auto"), "trainer.devices"),
+    (Rule(lambda v: v is None or (isinstance(v, str) and bool(fullmatch(r"\d+(:\d\d){3}", v))),
+          "days:hours:minutes:seconds, as in '00:01:30:00', or null"), "trainer.max_time"),
 ]  # fmt: skip
-RULES: dict[str, Rule] = {key: rule for rule, keys in _GROUPED for key in keys.split()} | {
-    "seed": integer(0, 2**32 - 1),
-    "ckpt_path": optional(or_auto(file)),
-    "data.layout": one_of("padded", "bucketed", "packed"),
-    "data.padding_side": one_of("right", "left"),
-    "data.path": Rule(text.holds, "a file, a folder or a glob, as in data.path=texts/*.txt"),
-    "data.unit": one_of("file", "line", "paragraph", "record", None),
-    "data.on_error": one_of("raise", "skip"),
-    "data.tokenizer": Rule(
-        lambda v: v in ("bytes", "bpe") or file.holds(v),
-        "bytes, bpe, or the path of a tokenizer.json that exists",
-    ),
-    "data.vocab_size": integer(260),
-    "data.val_share": real(above=0, below=1),
-    "data.source.symbols": integer(2, 62),
-    "data.source.mean": real(low=1),
-    "model.mlp": one_of("swiglu", "relu2"),
-    "loss.reduction": one_of("token", "sequence", "padded"),
-    "gradients.on_nonfinite": one_of("stop", "skip"),
-    "preflight.on_fault": one_of("error", "warn", "off"),
-    "optimizer.lr": or_auto(real(above=0)),
-    "optimizer.betas": Rule(
-        lambda v: isinstance(v, list) and len(v) == 2 and all(share.holds(beta) for beta in v),
-        "two numbers from 0 to 1, such as [0.9,0.95]",
-    ),
-    "samples.embedder": optional(folder),
-    "samples.per_prompt": Rule(
-        lambda v: v == 0 or integer(2).holds(v), "a whole number of at least 2, or 0"
-    ),
-    "trainer.accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
-    "trainer.devices": Rule(
-        lambda v: v == "auto" or v == -1 or integer(1).holds(v),
-        "a whole number of at least 1, -1 for all, or auto",
-    ),
-    "trainer.precision": one_of(
-        "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64, "bf16"
-    ),
-    "trainer.gradient_clip_val": optional(real(above=0)),
-    "trainer.gradient_clip_algorithm": one_of("norm"),
-    "trainer.check_val_every_n_epoch": one_of(None),
-    "trainer.max_time": Rule(
-        lambda v: v is None or (isinstance(v, str) and bool(fullmatch(r"\d+(:\d\d){3}", v))),
-        "days:hours:minutes:seconds, as in '00:01:30:00', or null",
-    ),
-}
+RULES: dict[str, Rule] = {key: rule for rule, keys in _GROUPED for key in keys.split()}
 """Dotted key, in which ``*`` stands for any text -> its rule."""
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from causal_lm.checkpoint_file import CONFIG, TOKENIZER, read
-from causal_lm.config import leaves
-from causal_lm.renamed import new_name
+from causal_lm.checkpoint_file import CONFIG, TOKENIZER, RefusedError, read
+from causal_lm.config import leaves, new_name
 
 log = logging.getLogger(__name__)
 
-__all__ = ["CONFIG", "TOKENIZER", "CheckpointMetadata", "EvalCheckpoint", "RefusedError", "read"]
-
-
-FIXED = ("model.*", "tokenizer.*", "optimizer._target_")
-"""Keys that must not change when a run is continued."""
-KEPT = ("optimizer.*",)
-"""Keys whose values are those of the checkpoint, as they are part of the optimizer's state."""
-UNREPORTED = ("ckpt_path",)
+FIXED = ("model.", "tokenizer.", "optimizer._target_")
+"""Beginnings of keys that must not change when a run is continued."""
+KEPT = ("optimizer.",)
+"""Beginnings of keys whose values come from the checkpoint, as the optimizer's state has them."""
 
 
 class CheckpointMetadata(L.Callback):
@@ -33,9 +27,7 @@ class CheckpointMetadata(L.Callback):
     def __init__(self, config: Any, tokenizer: dict[str, Any]) -> None:
         self.config, self.tokenizer = config, tokenizer
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG] = self.config
         checkpoint[TOKENIZER] = self.tokenizer
 
@@ -43,60 +35,44 @@ class CheckpointMetadata(L.Callback):
         """The step of a checkpoint that this run can continue; logs which keys have changed.
 
         Raises:
-            RefusedError: naming the first key that must not differ (:data:`FIXED`).
+            RefusedError: a key that must not differ does (:data:`FIXED`).
         """
         saved = read(path)
         before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
         before |= leaves(saved[TOKENIZER], "tokenizer.")
         here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
-        differ = [k for k in sorted(before.keys() | here.keys()) if before.get(k) != here.get(k)]
-        for key in differ:
-            if _matches(key, FIXED):
-                raise RefusedError(
-                    f"{path} was written with {key}={_short(before.get(key))}, but this run has "
-                    f"{_short(here.get(key))}: set it back, or remove ckpt_path"
-                )
-        changed = ", ".join(
-            f"{key} {_short(before.get(key))} -> {_short(here.get(key))}"
-            for key in differ
-            if not _matches(key, KEPT + UNREPORTED)
-        )
-        kept = ", ".join(f"{k}={_short(before.get(k))}" for k in differ if _matches(k, KEPT))
+        changed, kept = [], []
+        for key in sorted((before.keys() | here.keys()) - {"ckpt_path"}):
+            if before.get(key) == here.get(key):
+                continue
+            # At most 100 characters, as a tokenizer's JSON can have megabytes.
+            old, new = (f"{values.get(key)!s:.100}" for values in (before, here))
+            if key.startswith(FIXED):
+                written = f"{path} was written with {key}={old}, but this run has {new}"
+                raise RefusedError(f"{written}: set it back, or remove ckpt_path")
+            if key.startswith(KEPT):
+                kept.append(f"{key}={old}")
+            else:
+                changed.append(f"{key} {old} -> {new}")
         rank_zero_only(log.info)(
-            f"continues {path} from step {saved['global_step']}; changed: {changed or 'nothing'}; "
-            f"kept from the checkpoint: {kept or 'nothing'}"
+            f"continues {path} from step {saved['global_step']}; "
+            f"changed: {', '.join(changed) or 'nothing'}; "
+            f"kept from the checkpoint: {', '.join(kept) or 'nothing'}"
         )
         return saved["global_step"]
 
 
-def _matches(key: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(key, pattern) for pattern in patterns)
-
-
-class RefusedError(ValueError):
-    """A run cannot continue from this checkpoint; no file of the earlier run is changed."""
-
-
-def _short(value: Any) -> str:
-    """A value as text of at most 100 characters (a tokenizer's JSON can have megabytes)."""
-    text = str(value)
-    return text if len(text) < 100 else f"{text[:100]}…"
-
-
 class EvalCheckpoint(ModelCheckpoint):
-    """``best.ckpt`` or ``stable.ckpt``, of the evaluation with the lowest ``figure``, or
-    ``last.ckpt``, of the latest evaluation.
+    """Writes ``{name}.ckpt`` at the evaluation with the lowest ``figure``, or at the latest one.
 
     Of two equal figures the later evaluation is kept. The file is written when the evaluation is
     over, with what the callbacks logged; one whose figure is missing or not finite writes nothing.
 
     ``stable`` goes by ``writing/repetition_spread``: the loss may still fall while the samples turn
-    into loops, but a repetition rate that does not change means samples that do not. The rate does
-    not change before anything is learned either, nor where all samples are loops:
-    ``checkpoint/stable`` in the summary has the rates.
+    into loops, and their repetition rate rises. That rate does not change before anything is
+    learned either, nor where all samples are loops: ``checkpoint/stable`` has the rates.
 
     Args:
-        folder: takes ``{name}.ckpt``.
         figure: a logged metric, lower is better.
         continued: the files in ``folder`` are of the run that this one continues.
         latest: write at every evaluation.
@@ -116,15 +92,13 @@ class EvalCheckpoint(ModelCheckpoint):
             state_dict = state_dict | paths | {"dirpath": self.dirpath, "best_k_models": {}}
         super().load_state_dict(state_dict)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the current weights if a step was refused before the first evaluation."""
         never = "val/loss" not in trainer.callback_metrics
         if self.monitor is None and never and isinstance(exception, FloatingPointError):
             trainer.save_checkpoint(self.folder / f"{self.filename}.ckpt")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if math.isfinite(trainer.callback_metrics.get(self.figure, math.nan)):
             super().on_validation_end(trainer, pl_module)
 
@@ -133,10 +107,7 @@ class EvalCheckpoint(ModelCheckpoint):
 
 
 def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
-    """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept.
-
-    ``checkpoint/steady`` is the old name of ``checkpoint/stable``, kept for one version.
-    """
+    """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept."""
     reasons = {"best": f"val/loss is lowest, {lowest:.4f}", "last": "where the run ended"}
     if has_stable:
         reasons["stable"] = "the last three repetition rates vary least, "
@@ -144,10 +115,9 @@ def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
     for name, reason in reasons.items():
         saved = torch.load(folder / f"{name}.ckpt", mmap=True, weights_only=True)
         if name == "stable":
-            reason += ", ".join(
-                f"{rate:.4f}" for rate in saved["callbacks"]["SampleMonitor"]["rates"]
-            )
+            rates = saved["callbacks"]["SampleMonitor"]["rates"]
+            reason += ", ".join(f"{rate:.4f}" for rate in rates)
         figures[f"checkpoint/{name}"] = f"step {saved['global_step']}: {reason}"
-    if has_stable:
+    if has_stable:  # under the old name too, for one version
         figures["checkpoint/steady"] = figures["checkpoint/stable"]
     return figures

@@ -6,43 +6,34 @@ import math
 log = logging.getLogger(__name__)
 
 STANDARD_ERRORS = 3
-"""How far repetition must rise, in standard errors, to be a change of the model and not chance."""
+"""Rises of repetition below so many standard errors are taken for chance."""
 
 
 class DegenerationStopper:
-    """Decides at each evaluation whether the samples have degenerated for too long.
+    """Decides whether the samples were worse for ``patience`` evaluations in a row; None: never.
 
     An evaluation is worse if its repetition is higher, by :data:`STANDARD_ERRORS`, and its
     consistency is lower than at the reference: the last evaluation that was not worse. (Compared
     with the evaluation just before it, few would be worse in a row, since both figures fluctuate.)
     A model that begins to learn may be worse for a while too.
-
-    Args:
-        patience: number of worse evaluations in a row that stops the run; None never stops.
     """
 
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
         self.stopped_because: str | None = None
+        # Repetition, its error and consistency, of the reference and the worse ones after it.
         self.history: list[list[float]] = []
-        """Repetition, its standard error and consistency: of the reference and of the worse
-        evaluations after it."""
         self._warned = False
 
     def should_stop(
         self, step: int, repetition: float | None, error: float, consistency: float | None
     ) -> bool:
-        """Take one evaluation into account; call it once for each. ``stopped_because`` says why.
-
-        Args:
-            step: optimizer step, for the log.
-            error: standard error of ``repetition``.
-        """
+        """Take an evaluation into account; ``error`` is the standard error of ``repetition``."""
         if self.patience is None:
             return False
         if repetition is None or consistency is None:
-            missing = "repetition" if repetition is None else "consistency"
             if not self._warned:
+                missing = "repetition" if repetition is None else "consistency"
                 log.warning(f"step {step}: samples.patience has no effect: no {missing} is known")
             self._warned = True
             return False
@@ -53,13 +44,11 @@ class DegenerationStopper:
         self.history = [*self.history, now] if is_worse else [now]
         if len(self.history) <= self.patience:
             return False
-        (rate, *rates), _, (agreement, *agreements) = (
-            [f"{x:.4f}" for x in column] for column in zip(*self.history, strict=True)
-        )
+        figures = zip(*self.history, strict=True)
+        rates, _, agreements = (", ".join(f"{x:.4f}" for x in column) for column in figures)
         self.stopped_because = (
-            f"the samples degenerated at {len(rates)} evaluations in a row, up to step {step}: "
-            f"repetition {rate}, then {', '.join(rates)}; "
-            f"consistency {agreement}, then {', '.join(agreements)}"
+            f"the samples degenerated at {len(self.history) - 1} evaluations in a row, up to step "
+            f"{step}; from the reference on, repetition was {rates} and consistency {agreements}"
         )
         log.warning(f"stopped: {self.stopped_because}")
         return True

@@ -12,11 +12,8 @@ from causal_lm.nonfinite import layer_of
 
 log = logging.getLogger(__name__)
 
-SHOWN_LAYERS = 3
-"""Lowest and highest layers that the table at the end of training shows."""
-
-STARVED_BELOW = 0.1
-"""Fraction of the highest block's gradient below which the lowest block is warned about."""
+SHOWN_LAYERS = 3  # lowest and highest ones, in the table at the end of training
+STARVED_BELOW = 0.1  # of the highest block's gradient, the lowest block's is warned about
 
 
 class GradientReport(L.Callback):
@@ -24,10 +21,7 @@ class GradientReport(L.Callback):
 
     ``gradient`` is the mean absolute gradient as the optimizer sees it, divided and clipped.
     ``update`` is the norm of the step over the norm of the weights, about 1e-3 in healthy training.
-    The weights are copied before a reported step and freed after it.
-
-    Args:
-        every: optimizer steps from one report to the next; the first step is reported.
+    The weights are copied before a reported step and freed after it. The first step is reported.
     """
 
     def __init__(self, every: int) -> None:
@@ -36,9 +30,7 @@ class GradientReport(L.Callback):
         self.figures: dict[str, tuple[float, float]] = {}
         self.warned = False
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self.step = trainer.global_step
         if self.step % self.every == 0 and self.weights_before is None:
             self.weights_before = [p.detach().clone() for p in pl_module.parameters()]
@@ -52,20 +44,15 @@ class GradientReport(L.Callback):
             return  # the step was skipped
         self.figures = figures
         for layer, (gradient, update) in figures.items():
-            pl_module.log(f"gradient/{layer}", gradient)
-            pl_module.log(f"update/{layer}", update)
-        self.warn(trainer.global_step)
-
-    def warn(self, step: int) -> None:
-        """Warn, once, if the lowest block's gradient is a small fraction of the highest one's."""
-        blocks = [layer for layer in self.figures if layer.rpartition(".")[2].isdecimal()]
-        if self.warned or len(blocks) < 2:
+            pl_module.log_dict({f"gradient/{layer}": gradient, f"update/{layer}": update})
+        blocks = [layer for layer in figures if layer.rpartition(".")[2].isdecimal()]
+        if self.warned or not blocks:
             return
-        low, high = (self.figures[block][0] for block in (blocks[0], blocks[-1]))
+        low, high = figures[blocks[0]][0], figures[blocks[-1]][0]
         if low < STARVED_BELOW * high:
             self.warned = True
             log.warning(
-                f"step {step}: the gradient of {blocks[0]} is {low:.1e}, less than "
+                f"step {trainer.global_step}: the gradient of {blocks[0]} is {low:.1e}, less than "
                 f"{STARVED_BELOW:.0%} of {high:.1e} in {blocks[-1]}: the lowest blocks hardly learn"
             )
 
@@ -85,27 +72,22 @@ class GradientReport(L.Callback):
 def layer_figures(
     module: torch.nn.Module, weights_before: list[Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Layer -> (mean absolute gradient, norm of update / norm of weights before it).
-
-    Args:
-        weights_before: the parameters before the step, in the order of ``module.parameters()``.
-    """
-    layers, tensors = [], []
-    for (name, parameter), before in zip(module.named_parameters(), weights_before, strict=True):
-        if parameter.grad is not None:
-            layers.append((layer_of(name), parameter.numel()))
-            tensors.append((parameter.detach(), parameter.grad, before))
-    if not layers:
+    """Layer -> (mean absolute gradient, norm of update / norm of the weights before it)."""
+    found = [
+        (name, parameter.detach(), parameter.grad, before)
+        for (name, parameter), before in zip(module.named_parameters(), weights_before, strict=True)
+        if parameter.grad is not None
+    ]
+    if not found:
         return {}
-    weights, gradients, befores = (list(column) for column in zip(*tensors, strict=True))
-    updates = torch._foreach_sub(weights, befores)
-    norms = (*torch._foreach_norm(gradients, 1), *torch._foreach_norm(updates),
-             *torch._foreach_norm(befores))  # fmt: skip
+    names, weights, gradients, befores = map(list, zip(*found, strict=True))
+    norms = (*torch._foreach_norm(gradients, 1), *torch._foreach_norm(befores),
+             *torch._foreach_norm(torch._foreach_sub(weights, befores)))  # fmt: skip
     table = torch.stack([n.float() for n in norms]).view(3, -1).T.tolist()  # one synchronization
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    for (layer, count), (absolute, update, weight) in zip(layers, table, strict=True):
-        for i, value in enumerate((absolute, count, update**2, weight**2)):
-            sums[layer][i] += value
+    for name, parameter, (absolute, weight, update) in zip(names, weights, table, strict=True):
+        for i, value in enumerate((absolute, parameter.numel(), update**2, weight**2)):
+            sums[layer_of(name)][i] += value
     return {
         layer: (absolute / count, (update / weight) ** 0.5 if weight else 0.0)
         for layer, (absolute, count, update, weight) in sums.items()

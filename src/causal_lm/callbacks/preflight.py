@@ -27,19 +27,15 @@ class Preflight(lightning.Preflight):
     """:class:`causal_preflight.lightning.Preflight` with figures for ``summary.json``."""
 
     def figures(self) -> dict[str, Any]:
-        """``preflight/faults``: sorted labels; ``seconds/preflight``: None where it did not run."""
-        return {
-            "preflight/faults": sorted(self.report.faults) if self.report else [],
-            "seconds/preflight": self.report.seconds if self.report else None,
-        }
+        """``preflight/faults``, sorted, and ``seconds/preflight``, None if it did not run."""
+        if self.report is None:
+            return {"preflight/faults": [], "seconds/preflight": None}
+        faults, seconds = sorted(self.report.faults), self.report.seconds
+        return {"preflight/faults": faults, "seconds/preflight": seconds}
 
 
 def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None) -> Preflight:
-    """The callback of a configured run; a fault that a pitfall makes names the pitfall's key.
-
-    Args:
-        directory: gets ``preflight.json`` and ``preflight.html``; None writes nothing.
-    """
+    """The callback of a configured run; a fault that a pitfall makes names the pitfall's key."""
     remedies = dict(WHERE_TO_LOOK)
     switched_on = [name for name, on in (cfg.get("pitfalls") or {}).items() if on]
     if switched_on:
@@ -47,14 +43,10 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
 
         remedies |= {PITFALLS[name].label: f"pitfalls.{name}" for name in switched_on}
     return Preflight(
-        cfg.preflight.on_fault,
-        pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-        directory=directory,
-        remedies=remedies,
-        override="preflight.on_fault=warn",
+        cfg.preflight.on_fault, pad_id=tokenizer.pad_id, eos_id=tokenizer.eos_id,
+        directory=directory, remedies=remedies, override="preflight.on_fault=warn",
         name=partial(show, tokenizer),
-    )
+    )  # fmt: skip
 
 
 def audit_first_batch(

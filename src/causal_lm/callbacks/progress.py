@@ -23,14 +23,11 @@ class StepBar(ProgressBar):
         self._bar: tqdm | None = None
         self._printed = time.monotonic()
 
-    def enable(self) -> None:
-        self._enabled = True
-
-    def disable(self) -> None:
+    def disable(self) -> None:  # Lightning calls it on every rank but the first
         self._enabled = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if not (self._enabled and trainer.is_global_zero):
+        if not self._enabled:
             return
         step = trainer.global_step
         if not self._terminal:
@@ -54,5 +51,5 @@ class StepBar(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    def on_exception(self, *args: Any) -> None:
+    def on_exception(self, *_: Any) -> None:
         self.on_train_end()

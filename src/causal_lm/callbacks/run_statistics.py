@@ -6,74 +6,66 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from causal_lm import objective
 from causal_lm.data.collate import Batch
 
-LOSS_STEPS = 20
-"""Optimizer steps over which ``train/loss`` is averaged for the summary."""
+LOSS_STEPS = 20  # over which train/loss is averaged for the summary
 
 
 class RunStatistics(L.Callback):
     """Counts the targets and slots of every training batch on this rank, and times the fit.
 
-    Targets are the canonical ones, whatever the training objective uses. The counts stay on the
-    device until :meth:`figures` is called. ``seconds_train`` begins with the first batch, after
-    the preflight, whose callback comes first, and leaves out validations.
+    Targets are the canonical ones. The counts stay on the device until :meth:`figures` is called.
+    ``seconds_train`` begins after the preflight, whose callback comes first, and leaves out
+    validations.
     """
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=LOSS_STEPS)
-        self.targets: Tensor | int = 0
-        self.tokens: Tensor | int = 0
+        self.targets: Any = 0
+        self.tokens: Any = 0
         self.slots = 0
-        self.seconds_validating = 0.0
-        self.seconds_fit = self.seconds_train = 0.0
+        self.seconds_fit = self.seconds_train = self.seconds_validating = 0.0
         self._began: float | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._started, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self._began is None:
-            self._began = time.perf_counter()
+        self._began = self._began or time.perf_counter()
 
     def on_train_end(self, *_: Any) -> None:
         if self._began is not None:
             self.seconds_train = time.perf_counter() - self._began - self.seconds_validating
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         if trainer.global_step != self._step:  # this micro-batch ended an optimizer step
             self._step = trainer.global_step
-            loss: Any = pl_module.step_loss
-            if loss is not None:  # None: the step was skipped
-                self.losses.append(loss)
-        self.targets = self.targets + (batch.labels != objective.IGNORE).sum()
-        self.tokens = self.tokens + batch.lengths.sum()
+            if pl_module.step_loss is not None:  # None: the step was skipped
+                self.losses.append(pl_module.step_loss)
+        self.targets += (batch.labels != objective.IGNORE).sum()
+        self.tokens += batch.lengths.sum()
         self.slots += batch.input_ids.numel()
         pl_module.log("train/pad_share", (batch.document_ids < 0).float().mean())
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         self._validating = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit":
             self.seconds_validating += time.perf_counter() - self._validating
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, *_: Any) -> None:
         self.seconds_fit = time.perf_counter() - self._started
 
     def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
-        """Sums over all ranks, under the keys of ``summary.json``. Call it on every rank.
-
-        ``train/tokens`` are targets; per second, they are divided by ``seconds_train``.
-        """
-        device = trainer.strategy.root_device
-        own = torch.tensor([int(self.targets), int(self.tokens), self.slots], device=device)
+        """Sums over all ranks, for ``summary.json``; every rank must call it."""
         module: Any = trainer.lightning_module
+        counts = [int(self.targets), int(self.tokens), self.slots]
+        own = torch.tensor(counts, device=trainer.strategy.root_device)
         targets, tokens, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,

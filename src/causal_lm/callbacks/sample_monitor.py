@@ -22,17 +22,13 @@ log = logging.getLogger(__name__)
 SPREAD_EVALUATIONS = 3
 """Evaluations over which ``writing/repetition_spread`` is taken."""
 
-FINAL_FIGURES = ("legal_rate", "pad_eos_share", "repeat_share")
-"""Statistics of :func:`final_samples` that go into ``summary.json``, as ``sample/*``."""
-
 
 def sample_unconditional(
     module: L.LightningModule, corpus: Corpus, count: int, **options: Any
 ) -> tuple[torch.Tensor, SampleStatistics]:
     """``count`` samples from BOS alone as token ids (count, length), and their statistics.
 
-    Args:
-        options: of :func:`causal_lm.generation.sample_in_batches`.
+    ``options`` are those of :func:`causal_lm.generation.sample_in_batches`.
     """
     starts = torch.full((count, 1), corpus.tokenizer.bos_id)
     rows = sample_in_batches(module, starts, **options)
@@ -42,18 +38,12 @@ def sample_unconditional(
 def final_samples(
     module: L.LightningModule, corpus: Corpus, directory: Path, *, shown: int, **options: Any
 ) -> dict[str, float | None]:
-    """Sample from the trained model into ``samples.txt`` and print the first ``shown`` samples.
-
-    Args:
-        options: of :func:`sample_unconditional`.
-
-    Returns:
-        ``sample/*`` of ``summary.json``.
-    """
+    """Write samples to ``samples.txt``, print the first ones, return ``sample/*`` figures."""
     rows, figures = sample_unconditional(module.eval(), corpus, **options)
     write_text(directory / "samples.txt", format_samples(rows, corpus.tokenizer, figures))
     print(format_samples(rows[:shown], corpus.tokenizer))
-    return {f"sample/{name}": getattr(figures, name) for name in FINAL_FIGURES}
+    names = ("legal_rate", "pad_eos_share", "repeat_share")
+    return {f"sample/{name}": getattr(figures, name) for name in names}
 
 
 class SampleMonitor(L.Callback):
@@ -62,42 +52,28 @@ class SampleMonitor(L.Callback):
     ``repetition_spread`` is the standard deviation of ``repetition_4`` over the last three
     evaluations of the fit, or 0 where that is within ``repetition_error``, the noise of sampling.
 
-    Every evaluation uses the same seed, so that differences come from the model. Training is not
-    affected: the draws have a generator of their own. Every rank samples, since sharded weights
-    need all of them; the figures are those of rank 0, so that all ranks decide alike.
+    Every evaluation uses the same seed, so that differences come from the model, and a generator of
+    its own, so that training is not affected. Every rank samples, since sharded weights need all of
+    them; the figures are those of rank 0, so that all ranks decide alike.
 
     Args:
-        corpus: its tokenizer decodes the samples; its language, if any, says which are legal.
         count: samples; 0 turns the callback off.
         length: tokens of each, BOS included.
-        prompts: beginnings of validation documents, for ``writing/consistency_*`` (see
-            :func:`causal_lm.report.consistency.consistency`).
+        prompts, prompt_length: beginnings of validation documents, and tokens of each, for
+            ``writing/consistency_*`` (see :mod:`causal_lm.report.consistency`).
         per_prompt: samples from each prompt; 0 turns consistency off.
-        prompt_length: tokens of a prompt.
         embedder: folder of a sentence-transformers model, for ``consistency_sentences``; None uses
             the model's hidden states, for ``consistency_hidden``.
-        patience: of :class:`~causal_lm.callbacks.degeneration.DegenerationStopper`, which may stop
-            the fit.
-        seed: of the draws.
+        patience: worse evaluations in a row that stop the fit; see :class:`DegenerationStopper`.
         directory: gets ``samples/step_….txt`` at each evaluation; None writes no files.
         options: ``temperature``, ``top_k`` and ``batch_size``.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        count: int,
-        length: int,
-        prompts: int = 8,
-        per_prompt: int = 0,
-        prompt_length: int = 8,
-        embedder: str | Path | None = None,
-        patience: int | None = None,
-        seed: int,
-        directory: Path | None = None,
-        **options: Any,
-    ) -> None:
+        self, corpus: Corpus, *, count: int, length: int, seed: int, directory: Path | None = None,
+        prompts: int = 8, per_prompt: int = 0, prompt_length: int = 8,
+        embedder: str | Path | None = None, patience: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         self.corpus, self.count, self.directory = corpus, count, directory
         prompt_length = min(prompt_length, length // 2)
         beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
@@ -113,11 +89,6 @@ class SampleMonitor(L.Callback):
         self.rates: list[float] = []
         self.stopper = DegenerationStopper(patience)
         self._step = -1
-
-    @property
-    def stopped_because(self) -> str | None:
-        """Why this callback stopped the fit; None if it did not."""
-        return self.stopper.stopped_because
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.count or trainer.global_step == self._step:  # once per optimizer step
@@ -159,18 +130,16 @@ class SampleMonitor(L.Callback):
         return known, format_samples(rows, self.corpus.tokenizer, figures)
 
     def _consistency(self, module: Any) -> float | None:
-        """None where there is no prompt."""
         if not len(self.prompts):
             return None
         rows = sample_in_batches(module, self.prompts, **self.options)
-        vectors = [
-            self.embed(module, part, self.prompts.shape[1], self.corpus.tokenizer)
-            for part in rows.split(self.options["batch_size"])
-        ]
-        return consistency.consistency(torch.cat(vectors), self.prompt_ids)
+        length, tokenizer = self.prompts.shape[1], self.corpus.tokenizer
+        batches = rows.split(self.options["batch_size"])
+        vectors = torch.cat([self.embed(module, batch, length, tokenizer) for batch in batches])
+        return consistency.consistency(vectors, self.prompt_ids)
 
     def figures(self) -> dict[str, float]:
-        """For ``summary.json``: the last evaluation's figures, and the seconds that all took."""
+        """For ``summary.json``: the last evaluation's figures, and the seconds of all of them."""
         known = {f"writing/{n}": value for n, value in self.last.items() if math.isfinite(value)}
         return known | {"seconds/writing": self.seconds}
 

@@ -11,8 +11,7 @@ import torch
 class StopAfterStep(L.Callback):
     """Stop the fit after the current step at SIGINT (Ctrl-C) or SIGTERM; a second SIGINT raises.
 
-    Use it as a context around the whole run (``with StopAfterStep() as stop``), so that a signal
-    outside the fit is noticed too. The run then ends with a checkpoint and a summary.
+    Use it as a context around the whole run, so that a signal outside the fit is noticed too.
     """
 
     def __init__(self) -> None:

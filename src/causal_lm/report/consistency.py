@@ -22,9 +22,9 @@ continuations, up to EOS. The vector of an empty continuation is zero."""
 def consistency(vectors: Tensor, prompt_ids: Tensor) -> float | None:
     """Mean cosine similarity over all pairs of samples from the same prompt; None without a pair.
 
-    1 for a model that gives the same answer each time, lower the more its samples differ. Noise
-    averages out, so a model that knows no language is near 1 too. Hidden states lie in a narrow
-    cone (Ethayarajh 2019, https://arxiv.org/abs/1909.00512): compare their figure within one run.
+    The more the samples differ, the lower; 1 where they are equal. Averages of noise are alike, so
+    an untrained model is near 1 too. Hidden states lie in a narrow cone (Ethayarajh 2019,
+    https://arxiv.org/abs/1909.00512): compare their figure within one run.
 
     Args:
         vectors: (N, C); zero vectors have no direction and are left out.
@@ -69,18 +69,14 @@ def hidden_state_embedder(
 class SentenceEmbedder:
     """An :data:`Embedder`: a sentence-transformers model in a local folder; nothing is downloaded.
 
-    Raises:
-        ModuleNotFoundError: the extra ``sentences`` is not installed.
-        ValueError: the folder holds no such model.
+    Needs the extra ``sentences``.
     """
 
     def __init__(self, folder: str | Path) -> None:
         library = extras.load("sentence_transformers", "sentences")
         if not (Path(folder) / "modules.json").is_file():
-            raise ValueError(
-                f"samples.embedder={folder}: the folder has no modules.json; give a folder that "
-                f"SentenceTransformer.save wrote"
-            )
+            missing = f"samples.embedder={folder}: the folder has no modules.json"
+            raise ValueError(f"{missing}; give a folder that SentenceTransformer.save wrote")
         with torch.random.fork_rng():  # it draws random weights before it loads its own
             self.model = library.SentenceTransformer(str(folder), device="cpu")
 

@@ -30,5 +30,5 @@ def strict(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write ``data`` as strict JSON, atomically (see :func:`strict` and :func:`write_text`)."""
+    """Write ``data`` as :func:`strict` JSON, atomically."""
     write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")

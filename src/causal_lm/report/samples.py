@@ -18,29 +18,20 @@ Continuations = Sequence[Sequence[int]]
 class SampleStatistics:
     """Fractions in [0, 1] over samples of full length; None where there is nothing to count.
 
-    ``pad_eos_share`` and ``repeat_share`` are over all generated tokens. The others look at each
-    sample up to its first EOS. The field names are keys of ``summary.json``.
-
-    pad_eos_share: tokens that are PAD or EOS. A model that was trained on PAD generates PAD after
-        the first EOS.
-    repeat_share: tokens equal to the token before. A model that was trained without the label
-        shift repeats its input.
-    unfinished_share: samples without an EOS.
-    repetition_3, repetition_4, repetition_error: see :func:`repetition`; the error is that of the
-        second.
-    distinct_1, distinct_2: see :func:`distinct`.
-    legal_rate: transitions that the language allows; None where the source does not know them.
+    The first two are over all generated tokens: a model that was trained on PAD generates PAD after
+    the first EOS, and one that was trained without the label shift repeats its input. The others
+    look at each sample up to its first EOS. The field names are keys of ``summary.json``.
     """
 
-    pad_eos_share: float
-    repeat_share: float
-    unfinished_share: float
+    pad_eos_share: float  # tokens that are PAD or EOS
+    repeat_share: float  # tokens equal to the token before
+    unfinished_share: float  # samples without an EOS
     repetition_3: float | None
     repetition_4: float | None
-    repetition_error: float | None
+    repetition_error: float | None  # standard error of repetition_4
     distinct_1: float | None
     distinct_2: float | None
-    legal_rate: float | None
+    legal_rate: float | None  # transitions that the language allows, where the source knows them
 
 
 def n_grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
@@ -82,7 +73,7 @@ def distinct(samples: Continuations, n: int) -> float | None:
 
 
 def continuations(rows: Tensor, eos_id: int, prompt_length: int = 1) -> list[list[int]]:
-    """What was generated after a prompt, see :data:`Continuations`. rows: (B, T) token ids."""
+    """What rows (B, T) of token ids have after a prompt, see :data:`Continuations`."""
     generated = [row[prompt_length:] for row in rows.tolist()]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in generated]
 
@@ -94,22 +85,17 @@ def sample_statistics(
     previous, generated = rows[:, :-1], rows[:, 1:]
     is_eos = generated == tokenizer.eos_id
     samples = continuations(rows, tokenizer.eos_id)
-    repetition_4, repetition_error = repetition(samples, 4)
     legal_rate = None
     if language is not None:
         in_document = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to the first EOS
         legal_rate = float(language.legal(previous, generated)[in_document].double().mean())
     return SampleStatistics(
-        pad_eos_share=float((is_eos | (generated == tokenizer.pad_id)).double().mean()),
-        repeat_share=float((generated == previous).double().mean()),
-        unfinished_share=1 - float(is_eos.any(dim=1).double().mean()),
-        repetition_3=repetition(samples, 3)[0],
-        repetition_4=repetition_4,
-        repetition_error=repetition_error,
-        distinct_1=distinct(samples, 1),
-        distinct_2=distinct(samples, 2),
-        legal_rate=legal_rate,
-    )
+        float((is_eos | (generated == tokenizer.pad_id)).double().mean()),
+        float((generated == previous).double().mean()),
+        1 - float(is_eos.any(dim=1).double().mean()),
+        repetition(samples, 3)[0], *repetition(samples, 4),
+        distinct(samples, 1), distinct(samples, 2), legal_rate,
+    )  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -120,10 +106,7 @@ def printable(text: str) -> str:
 def format_samples(
     rows: Tensor, tokenizer: Tokenizer, statistics: SampleStatistics | None = None
 ) -> str:
-    """The statistics, if given, and each sample up to its first EOS.
-
-    Of the tokens after EOS, the first eight are listed by name.
-    """
+    """The statistics, and each sample up to its first EOS, with the names of eight tokens after."""
     known = asdict(statistics) if statistics else {}
     lines = [f"{name} {value}" for name, value in known.items() if value is not None]
     for number, row in enumerate(rows.tolist(), start=1):

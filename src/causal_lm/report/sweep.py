@@ -26,14 +26,13 @@ class SweepTable(Callback):
 
 
 def read_summaries(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The summaries in the order of :func:`job_number`, each with its folder's name as ``name``."""
+    """The summaries in the order of their jobs, each with its folder's name as ``name``."""
+
+    def job_number(path: Path) -> tuple[int, str]:
+        number = path.parent.name.partition("_")[0]
+        return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)
+
     return [
         {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(paths, key=job_number)
     ]
-
-
-def job_number(path: Path) -> tuple[int, str]:
-    """Sort key for files of sweep jobs: the number in front of the folder's name, then the name."""
-    number = path.parent.name.partition("_")[0]
-    return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)

@@ -5,13 +5,10 @@ from typing import Any, NamedTuple
 
 LEAKS_BELOW = 0.98
 """Below this fraction of the perplexity of the entropy floor, the evaluation leaks its targets."""
-
 AT_FLOOR = 1.03
 """Up to this multiple of the floor's perplexity, a model is as good as the language allows."""
-
 MISLEADING_BELOW = 0.75
 """A loss below this fraction of the true one is misleading, and not a matter of noise."""
-
 WORTHLESS_BEYOND = 3.0
 """Nats per token between a misleading loss and the true one that make a model worthless."""
 
@@ -19,18 +16,16 @@ WORTHLESS_BEYOND = 3.0
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns of text, the first to the left; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
+    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    head, *body = ("  ".join(row).rstrip() for row in cells)
+    return "\n".join([head, "-" * sum(widths, 2 * (len(widths) - 1)), *body])
 
 
-def number(value: float | None, form: str = ",.4g") -> str:
-    """A figure with four digits, or in another format; a dash for None."""
+def number(value: float | None) -> str:
+    """A figure with three decimals, or four digits from 1000 on; a dash for None."""
     if value is None:
         return "–"
-    return f"{value:,.3f}" if form == ",.4g" and 0 <= abs(value) < 1000 else f"{value:{form}}"
+    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.4g}"
 
 
 def percent(value: float | None) -> str:
@@ -49,8 +44,8 @@ def run_table(summary: dict[str, Any]) -> str:
     ]
     if s["floor/loss"] is not None:
         rows.append(["entropy floor of the data", number(s["floor/loss"]), number(s["floor/ppl"])])
-    samples = [f"PAD or EOS {percent(s['sample/pad_eos_share'])}"]
-    samples.append(f"repeated tokens {percent(s['sample/repeat_share'])}")
+    samples = [f"PAD or EOS {percent(s['sample/pad_eos_share'])}",
+               f"repeated tokens {percent(s['sample/repeat_share'])}"]  # fmt: skip
     if s["sample/legal_rate"] is not None:
         samples.append(f"legal transitions {percent(s['sample/legal_rate'])}")
     if s["val/bpb"] is not None:
@@ -59,11 +54,7 @@ def run_table(summary: dict[str, Any]) -> str:
 
 
 class Verdict(NamedTuple):
-    """A judgment of a run, as a word and as a sentence.
-
-    kind: ``leaking``, ``untrained``, ``worthless``, ``misleading``, ``overfitted``, ``at_floor`` or
-        ``honest``.
-    """
+    """A judgment of a run, as a word and as a sentence."""
 
     kind: str
     sentence: str
@@ -75,49 +66,36 @@ def verdict(summary: dict[str, Any]) -> Verdict:
     true, over_floor = s["val/loss"], s["val/ppl_over_floor"]
     trained, reported = s["train/loss"], s["val/loss_as_trained"]  # the latter on the same data
     if over_floor is not None and over_floor < LEAKS_BELOW:
-        return Verdict(
-            "leaking", f"below the entropy floor ({over_floor:.3f}×): the evaluation leaks targets."
-        )
+        sentence = f"below the entropy floor ({over_floor:.3f}×): the evaluation leaks targets."
+        return Verdict("leaking", sentence)
     if trained is None:
         return Verdict("untrained", f"nothing was trained; the loss is {true:.3f} nats per token.")
     times_floor = "" if over_floor is None else f", {over_floor:,.4g}× the floor's perplexity"
+    loss = f"{true:.3f} nats per token{times_floor}"
     # Another reduction weights tokens in its own way: a lower loss alone is no fault then.
     own_reduction = s.get("loss/reduction", "token") != "token"
     if reported < MISLEADING_BELOW * true and (s["preflight/faults"] or not own_reduction):
-        worthless = true - reported > WORTHLESS_BEYOND
-        worth = "the model is worthless" if worthless else "the reported loss is wrong"
+        sentence = f"do not trust {reported:.3f}: the loss is {loss}"
         faults = ", ".join(s["preflight/faults"])
-        return Verdict(
-            "worthless" if worthless else "misleading",
-            f"do not trust {reported:.3f}: the loss is {true:.3f} nats per token{times_floor}; "
-            f"{worth}{f' (preflight: {faults})' if faults else ''}.",
-        )
+        found = f" (preflight: {faults})" if faults else ""
+        if true - reported > WORTHLESS_BEYOND:
+            return Verdict("worthless", f"{sentence}; the model is worthless{found}.")
+        return Verdict("misleading", f"{sentence}; the reported loss is wrong{found}.")
     unseen = reported if own_reduction else true
     if trained < MISLEADING_BELOW * unseen:
-        return Verdict(
-            "overfitted",
-            f"overfitted: {trained:.3f} on the training data, {unseen:.3f} on the validation data"
-            f"{times_floor}.",
-        )
+        losses = f"{trained:.3f} on the training data, {unseen:.3f} on the validation data"
+        return Verdict("overfitted", f"overfitted: {losses}{times_floor}.")
     if over_floor is not None and over_floor <= AT_FLOOR:
-        return Verdict(
-            "at_floor",
-            f"honest, and as good as this language allows: {over_floor:.3f}× the floor's "
-            f"perplexity.",
-        )
-    return Verdict(
-        "honest", f"honest: reported {trained:.3f}, true {true:.3f} nats per token{times_floor}."
-    )
+        floor = f"{over_floor:.3f}× the floor's perplexity"
+        return Verdict("at_floor", f"honest, and as good as this language allows: {floor}.")
+    return Verdict("honest", f"honest: reported {trained:.3f}, true {loss}.")
 
 
 def _common_cells(s: dict[str, Any]) -> list[str]:
     """Reported loss, true loss, × floor, legal transitions, PAD or EOS, preflight."""
     return [
-        number(s["train/loss"]),
-        number(s["val/loss"]),
-        number(s["val/ppl_over_floor"]),
-        percent(s["sample/legal_rate"]),
-        percent(s["sample/pad_eos_share"]),
+        *(number(s[key]) for key in ("train/loss", "val/loss", "val/ppl_over_floor")),
+        *(percent(s[key]) for key in ("sample/legal_rate", "sample/pad_eos_share")),
         ", ".join(s["preflight/faults"]) or "clean",
     ]
 
@@ -130,7 +108,7 @@ def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
         if s.get("val/loss") is None:
             cells = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - 2)]
         else:
-            cells = [*_common_cells(s), number(s["seconds/total"], ".0f")]
+            cells = [*_common_cells(s), f"{s['seconds/total']:.0f}"]
         rows.append([s["name"], *cells])
     return table(rows)
 
