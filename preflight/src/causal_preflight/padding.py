@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from causal_preflight.audit_batch import AuditBatch, require
 from causal_preflight.context import NONE_COUNTS, Context, Move
-from causal_preflight.locate import iter_integer_tensors, locate
+from causal_preflight.locate import iter_tensors, locate
 from causal_preflight.report import Finding
 from causal_preflight.visibility import Setting, find_leak, leak_finding
 
@@ -62,7 +62,7 @@ class _EmbeddingNoise(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in ("embedding", "__getitem__") or not isinstance(out, Tensor):
             return out
-        for t in iter_integer_tensors((args[1:] if name == "__getitem__" else args, kwargs)):
+        for _, t in iter_tensors((args[1:] if name == "__getitem__" else args, kwargs), 3):
             slots = locate(t, self.batch, set())
             if slots is not None and out.is_floating_point() and out.shape[:-1] == t.shape:
                 hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape)
@@ -89,7 +89,7 @@ def embedding(ctx: Context) -> list[Finding]:
         require(noise.hits, "the lookup of the embeddings was not found")
         return logits
 
-    settings = [Setting("", work, train, train, sides) for train in (False, True)]
+    settings = [Setting(work, both, both, sides) for both in (False, True)]
     leak, seen = find_leak(ctx, settings, changed), "{where} with the embedding at PAD slots"
     return leak_finding(ctx, leak, "padding", "pad", seen, "pad keys")
 

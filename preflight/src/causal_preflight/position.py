@@ -8,7 +8,7 @@ from torch import Tensor
 
 from causal_preflight.audit_batch import AuditBatch, UnexaminableError, require, span
 from causal_preflight.context import NONE_COUNTS, Context, moved
-from causal_preflight.nested_outputs import get, iter_float_tensors
+from causal_preflight.locate import get, iter_tensors
 from causal_preflight.report import Finding
 
 _UNKNOWN_CACHE = "the model offers a cache, but takes it or its ids in a form not known here"
@@ -128,6 +128,6 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
 
 
 def _logits(out: Any) -> Tensor:
-    hits = [t.float() for _, t in iter_float_tensors(out) if t.ndim == 3]
+    hits = [t.float() for _, t in iter_tensors(out, 2) if t.ndim == 3 and t.is_floating_point()]
     require(hits, _UNKNOWN_CACHE)
     return hits[0]

@@ -1,13 +1,12 @@
 """Probes of visibility: swap tokens, and see which counted logits move.
 
-They compare real runs and take no gradients: a gradient is blind to routing, sorting and no_grad.
-Each probe swaps parts of the batch, and no counted logit outside the part may move, in several
-settings: in train mode, with nothing padded, and with weights rescaled so that every path carries
-signal (`Sandbox.rescaled_weights`). Each setting catches leaks that the others miss.
+They compare real runs: a gradient is blind to routing, sorting and no_grad. Each swaps parts of the
+batch in several settings, and no counted logit outside the part may move. A setting catches leaks
+that others miss: train mode, nothing padded, and rescaled weights (`Sandbox.rescaled_weights`).
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,13 @@ from causal_preflight.report import Finding
 _BLIND = 0.25  # fraction of blind trials from which it is no accident
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a part of the batch is changed and watched: in which mode, with which weights."""
+class Setting(NamedTuple):
+    """In which mode and with which weights parts of a batch, (B, T) bool each, are changed."""
 
-    words: str
     batch: AuditBatch
     train: bool
     rescaled: bool
     parts: list[Tensor]
-    """(B, T) bool each: change these slots; no counted logit elsewhere may move"""
 
 
 Leak = tuple[Setting, Tensor, Move]
@@ -57,8 +53,7 @@ def find_leak(
             for part in s.parts:
                 watch = ctx.counted(s.batch) & ~part
                 watched = watched or bool(watch.any())
-                move = ctx.largest_move(s.batch, changed(ctx, s, part), base, watch)
-                if move:
+                if move := ctx.largest_move(s.batch, changed(ctx, s, part), base, watch):
                     return s, part, move
     require(watched, NONE_COUNTS)
     return None
@@ -71,7 +66,10 @@ def leak_finding(
     if leak is None:
         return []
     ctx.explained.add(mechanism)
-    return [ctx.finding(label, leak[0].words + seen, remedy, leak[2])]
+    setting, _, move = leak
+    how = ["with nothing padded"] if setting.batch.has_pad != ctx.work.has_pad else []
+    how += ["in train mode"] * setting.train + ["with rescaled weights"] * setting.rescaled
+    return [ctx.finding(label, ", ".join([*how, seen]), remedy, move)]
 
 
 def cross_row(ctx: Context) -> list[Finding]:
@@ -79,11 +77,11 @@ def cross_row(ctx: Context) -> list[Finding]:
     work = ctx.work if len(ctx.work.ids) > 1 else ctx.work.rows([0, 0])
     odd = torch.zeros_like(work.real)
     odd[1::2] = True
-    parts = [~odd, odd]
-    settings = [Setting("", work, False, False, parts)]
-    settings += [Setting("in train mode, ", work, True, scaled, parts) for scaled in (False, True)]
-    seen = "{where} with tokens of other rows"
-    return leak_finding(ctx, find_leak(ctx, settings), "cross_row", "causal", seen, "rows")
+    modes = (False, False), (True, False), (True, True)
+    leak = find_leak(ctx, [Setting(work, *mode, [~odd, odd]) for mode in modes])
+    return leak_finding(
+        ctx, leak, "cross_row", "causal", "{where} with tokens of other rows", "rows"
+    )
 
 
 def future(ctx: Context) -> list[Finding]:
@@ -92,27 +90,18 @@ def future(ctx: Context) -> list[Finding]:
     To try every pair (token j moves logit i < j) in few runs, all tokens from a cut on are swapped
     at once, with another cut in each row: nothing before the cut may move.
     """
-    require(
-        "cross_row" not in ctx.explained,
-        "rows see each other, so the future cannot be told from other rows",
-    )
-    work = ctx.work
-    rows, width = work.ids.shape
+    known = "rows see each other, so the future cannot be told from other rows"
+    require("cross_row" not in ctx.explained, known)
+    work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
     runs = min(width - 1, max(6, min(12, 256 // width)))
     parts, few = _cuts(work, runs), _cuts(work, max(2, runs // 3))
-    settings = [  # from likely to unlikely
-        Setting("", work, False, False, parts),
-        Setting("in train mode, ", work, True, False, few),
-        Setting("with rescaled weights, ", work, False, True, few),
-        Setting("with rescaled weights in train mode, ", work, True, True, few),
-    ]
+    settings = [Setting(work, False, False, parts)]  # from likely to unlikely
+    modes = (True, False), (False, True), (True, True)
+    settings += [Setting(work, *mode, few) for mode in modes]
     if work.has_pad:
-        words, full = "with nothing padded, ", work.unpadded()
-        few = _cuts(full, len(few))
-        settings.append(Setting(words, full, False, False, few))
-        words += "in train mode and with rescaled weights, "
-        settings.append(Setting(words, full, True, True, few))
+        full = work.unpadded()
+        settings += [Setting(full, both, both, _cuts(full, len(few))) for both in (False, True)]
     leak = find_leak(ctx, settings)
     if leak is None:
         if runs < width - 1:
@@ -165,7 +154,7 @@ def documents(ctx: Context) -> list[Finding]:
     index[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long().cumsum(1)
     bits = [index >> k & 1 for k in range(int(index.max()).bit_length())]
     parts = [work.real & (bit == side) for bit in bits for side in (0, 1)]
-    leak = find_leak(ctx, (Setting("", work, train, train, parts) for train in (False, True)))
+    leak = find_leak(ctx, (Setting(work, both, both, parts) for both in (False, True)))
     seen = "{where} with tokens of other documents in the row"
     return leak_finding(ctx, leak, "documents", "causal", seen, "documents")
 
@@ -173,10 +162,9 @@ def documents(ctx: Context) -> list[Finding]:
 def context(ctx: Context) -> list[Finding]:
     """Swap one token: the logits at its own and at the next position must move.
 
-    A mask that hides everything leaks nothing, and nothing can be learned with it. Runs on rescaled
-    weights, or a zero-initialized block would look blind. A model in which each logit depends on
-    its own token only may be meant so (a bigram); it is called blind only if a part of its weights
-    can have no effect, as queries and keys have none when a mask leaves one key.
+    A mask that hides everything leaks nothing. Weights are rescaled, as a zero-initialized block
+    looks blind. A model whose logits depend on their own token only may be meant so (a bigram): it
+    is called blind only if a part of its weights, as queries and keys, can have no effect.
     """
     require("finite" not in ctx.explained, "the logits are not finite")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
@@ -225,15 +213,14 @@ def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
             places = row.nonzero()[:, 0]
             if len(places):
                 one[b, places[(len(places) * (2 * i + 1)) // 6]] = True
-        seen = reach(one, ctx.seed + i)
+        seen, following = reach(one, ctx.seed + i), one.roll(1, 1)
         unseen = one & ~seen.roll(-1, 1)
         if bool(unseen.any()):
-            further = one.roll(1, 1) & ok
+            further = following & ok
             unseen &= ~(further & reach(further, ctx.seed).roll(-1, 1)).roll(-1, 1)
             last = int(batch.slot[unseen.roll(1, 1)].max()) if bool(unseen.any()) else last
         same = batch.doc == (batch.doc * one).sum(1, keepdim=True)
-        beyond = (one | one.roll(1, 1)).long().cumsum(1) == 2  # after the token and the next one
-        beyond &= ~one.roll(1, 1)
+        beyond = ((one | following).long().cumsum(1) == 2) & ~following
         tried, own = tried + int(one.sum()), own + int((one & seen).sum())
         blind += int(unseen.sum())
         older += int((seen & same & beyond).any(1).sum())
@@ -264,10 +251,10 @@ def _dead_weights(ctx: Context) -> bool:
     for draw in range(6):
         with ctx.model.sandbox.rescaled_weights(ctx.seed + draw, add_noise=draw > 0):
             found = ctx.model.grads(ctx.model.run(ctx.work, True), params)
-        grads = {i: g for i, g in enumerate(found) if g is not None}
-        largest = max(float(g.abs().max()) for g in grads.values())
+        grads = {i: g.abs() for i, g in enumerate(found) if g is not None}
+        largest = max(float(g.max()) for g in grads.values())
         for i, g in grads.items():  # a softmax over one key rounds to nearly zero
-            hit = g.abs() > max(1e-5 * float(g.abs().max()), 1e-7 * largest)
+            hit = g > max(1e-5 * float(g.max()), 1e-7 * largest)
             used[i] = used.get(i, hit) | hit
     tables = {id(m.weight) for m in ctx.model.sandbox.modules if isinstance(m, nn.Embedding)}
     by_shape: dict[torch.Size, list[bool]] = {}
@@ -277,8 +264,8 @@ def _dead_weights(ctx: Context) -> bool:
         by_shape.setdefault(hit.shape, []).append(bool(hit.any()))
         for d in range(hit.ndim if hit.any() else 0):
             slices = hit.movedim(d, 0).flatten(1).any(1)
-            # Rows without effect are normal at the end of a table of positions, longer than the
-            # rows of the batch, and anywhere in a table of ids.
+            # Without effect by right: the end of a table of positions longer than the rows, and any
+            # row of a table of ids.
             slices = slices[: int(slices.nonzero().max()) + 1]
             if hit.shape[d] != tokens and float(slices.float().mean()) <= 2 / 3:
                 return True
