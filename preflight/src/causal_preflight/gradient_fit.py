@@ -1,10 +1,10 @@
 """Read targets and weights off the gradient of a cross-entropy.
 
 For logits z with p = softmax(z), the gradient of almost every language-model loss at a position is
-g = a p - w onehot(y) - u 1, with y the target: plain cross-entropy has a = w, u = 0; label smoothing
-moves part of w into u; a z-loss adds to a alone (Chowdhery et al., PaLM, arXiv:2204.02311, section
-5). Least squares give y, w, a and u. A loss that is no sum of such terms leaves a residual, which
-widens the tolerances of the probes.
+g = a p - w onehot(y) - u 1, with y the target. Plain cross-entropy has a = w and u = 0; label
+smoothing moves part of w into u; a z-loss adds to a alone (Chowdhery et al., PaLM,
+arXiv:2204.02311, section 5). Least squares give y, w, a and u. A loss that is no sum of such terms
+leaves a residual, which widens the tolerances of the probes.
 """
 
 import torch

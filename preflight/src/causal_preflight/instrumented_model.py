@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from causal_preflight import locate
 from causal_preflight.audit_batch import AuditBatch
 from causal_preflight.gradient_fit import fit
-from causal_preflight.locate import (
-    Layout, KeyPath, get, iter_tensors, layouts, locate_call, place, put, to_btv,
-)  # fmt: skip
 from causal_preflight.sandbox import Sandbox
 
 _NO_LOGITS = 0.5  # residual of the fit from which a tensor is surely no logits
@@ -43,13 +41,13 @@ class Readout:
     """
 
     loss: float
+    residual: float
+    pieces: int
     target: Tensor
     weight: Tensor
     onehot_weight: Tensor
     max_abs_grad: Tensor
     grad_sum: Tensor
-    residual: float
-    pieces: int
 
     @cached_property
     def trained(self) -> Tensor:
@@ -75,8 +73,8 @@ class InstrumentedModel:
     forwards: int = 0
     input_module: nn.Module | None = None
     logits_module: nn.Module | None = None
-    path: KeyPath = ()
-    layout: Layout = ()
+    path: locate.KeyPath = ()
+    layout: locate.Layout = ()
     replaceable: bool = True
     dtype: torch.dtype = torch.float32
 
@@ -106,35 +104,35 @@ class InstrumentedModel:
 
     def discover(self, batch: AuditBatch) -> None:
         """Find input module, logits module and layout; without logits `logits_module` is None."""
-        found: list[tuple[nn.Module, KeyPath, Tensor, Layout]] = []
+        found: list[tuple[nn.Module, locate.KeyPath, Tensor, locate.Layout]] = []
         used, slots = set[int](), list[Tensor]()  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if (hit := locate_call((args, kwargs), batch, used)) is not None:
+            if (hit := locate.slots_of_call((args, kwargs), batch, used)) is not None:
                 slots[:] = [hit]
                 self.input_module = module if self.input_module is None else self.input_module
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            for path, t in iter_tensors(output, 2):
+            for path, t in locate.iter_tensors(output, 2):
                 if t.is_floating_point() and t.dtype.itemsize < self.dtype.itemsize:
                     self.dtype = t.dtype
                 if slots and t.requires_grad and t.ndim in (2, 3):
-                    for layout in layouts(t.shape, slots[0].shape, vocab):
+                    for layout in locate.layouts(t.shape, slots[0].shape, vocab):
                         found.append((module, path, t, layout))
                         t.retain_grad()
 
         modules = self.sandbox.modules
         hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules]
         loss = self.run(batch, False, hooks + [m.register_forward_hook(after) for m in modules])
-        best, known = 2 * _NO_LOGITS, set[tuple[int, Layout]]()
+        best, known = 2 * _NO_LOGITS, set[tuple[int, locate.Layout]]()
         grads = self.grads(loss, [t for _, _, t, _ in found])
         for (module, path, t, layout), g in zip(found, grads, strict=True):
             if g is None or (id(t), layout) in known:  # a parent returns the tensor of its child
                 continue
             known.add((id(t), layout))
             few = slice(None, None, 1 + t.numel() // _MAX_FITTED)
-            z, g = (to_btv(x, layout).flatten(0, 1)[few] for x in (t.detach(), g))
+            z, g = (locate.to_btv(x, layout).flatten(0, 1)[few] for x in (t.detach(), g))
             # Without a gradient (a NaN loss, no target) the last tensor of the right shape is it.
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
             residual = _NO_GRADIENT if blank else fit(z[None], g[None])[2]
@@ -145,7 +143,7 @@ class InstrumentedModel:
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, places, pieces = self._catch(batch, train, lambda t: t)
-        pieces = [to_btv(t.detach(), self.layout) for t in pieces]
+        pieces = [locate.to_btv(t.detach(), self.layout) for t in pieces]
         shape, size = batch.ids.shape, batch.ids.numel()
         logits = torch.full((size, pieces[0].shape[-1]), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
@@ -166,7 +164,7 @@ class InstrumentedModel:
         def replace(t: Tensor) -> Tensor:
             if self.replaceable:
                 gen = torch.Generator().manual_seed(0)  # fixed: independent of the audit's seed
-                wide = to_btv(t.detach().float(), self.layout)
+                wide = locate.to_btv(t.detach().float(), self.layout)
                 noise = torch.randn(wide.shape[-1], generator=gen).to(wide.device)
                 z = torch.where(torch.isneginf(wide), wide, noise)
                 t = (z.permute(self.layout) if self.layout else z[0]).clone().requires_grad_()
@@ -186,15 +184,15 @@ class InstrumentedModel:
         for slots, leaf, g in zip(places, leaves, grads, strict=True):
             if g is None:
                 continue
-            y, new, rest = fit(*(to_btv(x, self.layout) for x in (leaf.detach(), g)))
+            y, new, rest = fit(*(locate.to_btv(x, self.layout) for x in (leaf.detach(), g)))
             keep = slots >= 0
             slots, y, new = slots[keep], y[keep], new[:, keep].to(exact)
             stronger = new[0].abs() >= values[0, slots].abs()
             target[slots] = torch.where(stronger, y, target[slots])
             values.index_add_(1, slots, new)
             residual = max(residual, rest)
-        per_position = target.view(ids.shape), *values.view(4, *ids.shape)
-        return Readout(float(loss.detach()), *per_position, residual, len(leaves))
+        target, values, nats = target.view(ids.shape), values.view(4, *ids.shape), loss.detach()
+        return Readout(float(nats), residual, len(leaves), target, *values)
 
     def _catch(
         self, batch: AuditBatch, train: bool, edit: Callable[[Tensor], Tensor]
@@ -205,30 +203,32 @@ class InstrumentedModel:
         used, calls = set[int](), list[tuple[Tensor, list[Tensor]]]()
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if (slots := locate_call((args, kwargs), batch, used)) is not None:
+            if (slots := locate.slots_of_call((args, kwargs), batch, used)) is not None:
                 calls.append((slots, []))
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            t = get(output, self.path)
+            t = locate.get(output, self.path)
             if not calls or not isinstance(t, Tensor):
                 return None
             new = edit(t)
             calls[-1][1].append(new)
-            return None if new is t else put(output, self.path, new)
+            return None if new is t else locate.put(output, self.path, new)
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, self.logits_module.register_forward_hook(after)])
         places: list[Tensor] = []
         for slots, pieces in calls:
             if pieces:
-                places += place(slots, [to_btv(t, self.layout).shape for t in pieces], batch)
+                places += locate.place(
+                    slots, [locate.to_btv(t, self.layout).shape for t in pieces], batch
+                )
         if not places:
             raise RuntimeError("the logits were not seen in this run")
         return loss, places, [t for _, pieces in calls for t in pieces]
 
 
 def _loss_of_model(model: Any, batch: Any) -> Tensor:
-    loss = get(model(**batch), ("loss",)) if isinstance(batch, dict) else None
+    loss = locate.get(model(**batch), ("loss",)) if isinstance(batch, dict) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the model returns no `.loss`: pass loss_fn(model, batch)")
     return loss

@@ -72,7 +72,7 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
     return t.permute(layout) if layout else t[None]
 
 
-def locate_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
+def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
     """The slots of the largest part of the batch among the arguments of a call, if there is any."""
     found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]
     return max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)

@@ -33,8 +33,8 @@ def finite(ctx: Context) -> list[Finding]:
     ctx.explained.add("finite")
     if bad_loss and not bool(nan.any()):
         require(ctx.full.has_target.any(), "no position of the batch has a next token")
-        text = "the loss is NaN though every logit is finite: a mean over no targets"
-        return [ctx.finding("reduction", text, "clamp", Move(float("nan")))]
+        seen = "the loss is NaN though every logit is finite: a mean over no targets"
+        return [ctx.finding("reduction", seen, "clamp", Move(float("nan")))]
     move = Move(float("nan"), int(batch.slot.flatten()[broken.long().argmax()]))
     what = "the loss" if bad_loss else "the logits of a real token" if broken.any() else "gradients"
     if batch.has_pad:
@@ -47,11 +47,7 @@ def finite(ctx: Context) -> list[Finding]:
 
 
 class _EmbeddingNoise(TorchFunctionMode):
-    """Adds noise to the embeddings of chosen slots, in whatever way they are looked up.
-
-    It changes the vectors that were looked up and not the table: the row of PAD may also be that of
-    EOS, or be tied to the output.
-    """
+    """Adds noise to the looked-up vectors of chosen slots; EOS or the head may share the table."""
 
     def __init__(self, batch: AuditBatch, where: Tensor, seed: int) -> None:
         super().__init__()
@@ -89,8 +85,8 @@ def embedding(ctx: Context) -> list[Finding]:
         require(noise.hits, "the lookup of the embeddings was not found")
         return logits
 
-    settings = [Setting(work, both, both, sides) for both in (False, True)]
-    leak, seen = find_leak(ctx, settings, changed), "{where} with the embedding at PAD slots"
+    leak = find_leak(ctx, [Setting(work, both, both, sides) for both in (False, True)], changed)
+    seen = "{where} with the embedding at PAD slots"
     return leak_finding(ctx, leak, "padding", "pad", seen, "pad keys")
 
 
@@ -98,8 +94,8 @@ def extension(ctx: Context) -> list[Finding]:
     """Add PAD on the side where the batch has it: logits, weights and loss must not move.
 
     Weights that shrink: the denominator counts PAD. A loss that moves while logits and weights
-    stay: an auxiliary term counts PAD. The loss is taken with the logits replaced
-    (`InstrumentedModel.readout`), so that rounding in the logits does not blur it.
+    stay: an auxiliary term counts PAD; it is taken from `InstrumentedModel.readout`, free of the
+    rounding in the logits.
     """
     require(ctx.work.has_pad, "no PAD in the batch")
     work, width = ctx.work, ctx.work.ids.shape[1]
@@ -111,8 +107,7 @@ def extension(ctx: Context) -> list[Finding]:
     longer = base.pad(more, left, work)
     examined = False
     if not ctx.explained & {"future", "cross_row", "padding", "context", "finite"}:
-        move = ctx.compare(base, longer)
-        if move:
+        if move := ctx.compare(base, longer):
             label = "pad" if move.size == float("inf") else "position"
             return [ctx.finding(label, "{where} when PAD is added", "length", move)]
         examined = True
@@ -130,18 +125,13 @@ def extension(ctx: Context) -> list[Finding]:
             return [ctx.finding("reduction", seen, "divide", Move(float(factor.median())))]
         drift = abs(s.loss - r.loss) / max(1e-9, abs(r.loss))
         # A NaN drift is no finding.
-        clear = drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.model.replaceable
-        if clear and not (train and _random_loss(ctx, base, r.loss)):
+        if not (drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.model.replaceable):
+            continue
+        ctx.model.seed += 1  # does dropout reach the loss by another way than the logits?
+        reseeded = ctx.model.readout(base, train).loss if train else r.loss
+        ctx.model.seed -= 1
+        if abs(reseeded - r.loss) <= 1e-7 * abs(r.loss):
             seen = "the loss moves by {size} of itself with PAD added; logits and weights do not: "
             return [ctx.finding("pad", seen + "a term counts PAD", "pad targets", Move(drift))]
     require(examined, NONE_COUNTS)
     return []
-
-
-def _random_loss(ctx: Context, batch: AuditBatch, loss: float) -> bool:
-    """Does randomness (dropout) reach the loss by another way than the logits?"""
-    ctx.model.seed += 1
-    try:
-        return abs(ctx.model.readout(batch, True).loss - loss) > 1e-7 * abs(loss)
-    finally:
-        ctx.model.seed -= 1

@@ -2,8 +2,7 @@
 
 Accepted are the token mean (all weights 1/N), the plain sum (all one constant, whatever the batch)
 and the sequence mean (a mean over rows, or documents, of means). A mean over rows times a fixed
-length is a sum with another constant. Weights that depend on the number of slots, PAD included, are
-a fault.
+length is a sum with another constant. Weights that depend on the number of slots are a fault.
 """
 
 import torch
@@ -25,16 +24,21 @@ def reduction(ctx: Context) -> list[Finding]:
     w = r.weight[on]
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
-    if _mean_of_means(r.weight, on, batch.doc, tol):
-        return _mean_of_calls(ctx, r.pieces, tol)
+    if _mean_of_means(r, batch.doc, tol):
+        # With several calls: over rows, or over calls of one row? With the rows doubled, a mean
+        # over rows stays one, while calls hold rows of two lengths.
+        doubled = batch.rows([*range(len(batch.ids))] * 2)
+        if r.pieces < 2 or _mean_of_means(ctx.model.readout(doubled, True), doubled.doc, tol):
+            return []
+        seen = f"the loss is a mean over {r.pieces} calls of the model of each call's own mean"
+        return [ctx.finding("reduction", seen, "divide", Move(r.pieces))]
     seen = (
         f"the weights of the tokens differ from {float(w.min()):.3g} to {float(w.max()):.3g} (sum "
         f"{float(w.sum()):.3g}) and are no mean over rows either; heaviest at row {{row}}, "
         "position {t}"
     )
     size = float(w.max() / w.min().clamp_min(1e-300))
-    heaviest = on & (r.weight == w.max())
-    return [ctx.finding_at("reduction", seen, "divide", heaviest, size)]
+    return [ctx.finding_at("reduction", seen, "divide", on & (r.weight == w.max()), size)]
 
 
 def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
@@ -42,19 +46,16 @@ def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
     return bool(((value - wanted).abs() <= tol * wanted.abs()).all())
 
 
-def _mean_of_means(weight: Tensor, on: Tensor, doc: Tensor, tol: float) -> bool:
-    """Is it a mean over rows, or over documents, of means?"""
-    row = torch.arange(len(on), device=on.device)[:, None].expand_as(on)
-    document = row * (int(doc.max()) + 2) + doc
-    return any(_mean_over(weight, on, group, tol) for group in (row, document))
-
-
-def _mean_over(weight: Tensor, on: Tensor, group: Tensor, tol: float) -> bool:
-    """Equal within each group, with equal sums that make 1, 1 each, or 1/B each."""
-    parts = [weight[on & (group == g)] for g in group[on].unique()]
-    sums = torch.stack([w.sum() for w in parts])
-    even = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
-    return even and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(weight)))
+def _mean_of_means(r: Readout, doc: Tensor, tol: float) -> bool:
+    """Equal within each row (or document), with equal sums that make 1, 1 each, or 1/B each."""
+    row = torch.arange(len(doc), device=doc.device)[:, None].expand_as(doc)
+    for group in (row, row * (int(doc.max()) + 2) + doc):
+        parts = [r.weight[r.trained & (group == g)] for g in group[r.trained].unique()]
+        sums = torch.stack([w.sum() for w in parts])
+        even = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
+        if even and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(doc))):
+            return True
+    return False
 
 
 def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
@@ -64,49 +65,31 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     """
     batch, width = ctx.full, ctx.full.ids.shape[1]
     half = width // 2 + 1
-    left = bool(batch.left_pad.any())
-    cut = batch.cols(width - half, width) if left else batch.cols(0, half)
-    r2 = ctx.model.readout(cut, True)
-    w, w2 = r.weight[r.trained], r2.weight[r2.trained]
-    require(len(w2) and half < width, "the batch is too short to see how the loss is scaled")
-    if _near(w2.mean(), w.mean(), tol):
-        return []
+    start = width - half if bool(batch.left_pad.any()) else 0
+    cut = batch.cols(start, start + half)
+    cut_r = ctx.model.readout(cut, True)
+    w, cut_w = r.weight[r.trained], cut_r.weight[cut_r.trained]
+    require(len(cut_w) and half < width, "the batch is too short to see how the loss is scaled")
+
+    def documents(doc: Tensor, on: Tensor) -> int:
+        """How many documents of all rows hold a counted token."""
+        return len({(int(b), int(doc[b, t])) for b, t in on.nonzero()})
+
+    share = w.mean() * documents(batch.doc, r.trained)  # of a document, with a fixed length
     counts = (batch.ids.numel(), batch.ids[:, 1:].numel())
     slots = any(_near(w.mean() * k, 1, tol) for k in counts)
-    documents, documents2 = _documents(batch.doc, r.trained), _documents(cut.doc, r2.trained)
-    if not slots and _near(w2.mean() * documents2, w.mean() * documents, tol):
-        return []  # over documents times a fixed length
+    same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
+    if _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
+        return []
     by = "something other than the counted targets, or twice"
-    if slots:
-        by = "all slots of the batch, PAD included"
+    by = "all slots of the batch, PAD included" if slots else by
     total = float(w.sum())
     seen = (
         f"the loss is divided by {by}: each of the {len(w)} counted tokens weighs "
-        f"{float(w.mean()):.3g}, together {total:.3g} instead of 1; with {len(w2)} tokens of the "
-        f"same rows, {float(w2.mean()):.3g} each"
+        f"{float(w.mean()):.3g}, together {total:.3g} instead of 1; with {len(cut_w)} tokens of "
+        f"the same rows, {float(cut_w.mean()):.3g} each"
     )
     return [ctx.finding("reduction", seen, "divide", Move(total))]
-
-
-def _documents(doc: Tensor, on: Tensor) -> int:
-    """How many documents of all rows hold a counted token."""
-    return len({(int(b), int(doc[b, t])) for b, t in on.nonzero()})
-
-
-def _mean_of_calls(ctx: Context, calls: int, tol: float) -> list[Finding]:
-    """A mean over rows out of several calls: is it a mean over *calls*, of one row each here?
-
-    Double the rows: a mean over rows stays one, while calls now hold rows of two lengths.
-    """
-    if calls < 2:
-        return []
-    rows = list(range(len(ctx.full.ids)))
-    doubled = ctx.full.rows(rows + rows)
-    r = ctx.model.readout(doubled, True)
-    if _mean_of_means(r.weight, r.trained, doubled.doc, tol):
-        return []
-    seen = f"the loss is a mean over {calls} calls of the model of each call's own mean"
-    return [ctx.finding("reduction", seen, "divide", Move(calls))]
 
 
 def emptied(ctx: Context) -> list[Finding]:
@@ -124,6 +107,5 @@ def emptied(ctx: Context) -> list[Finding]:
         loss = float(ctx.model.run(empty, train).detach())
         if not abs(loss) < float("inf"):
             seen = f"the loss is {loss} once row {{row}} holds no target"
-            move = Move(loss, int(batch.slot[0, 0]))
-            return [ctx.finding("reduction", seen, "clamp", move)]
+            return [ctx.finding("reduction", seen, "clamp", Move(loss, int(batch.slot[0, 0])))]
     return []
