@@ -60,9 +60,9 @@ class Finding:
 class Report:
     """The outcome of one preflight.
 
-    `skipped` maps a probe to why it could not be examined; `sampled` says what was examined in part
-    only; `passed` lists the probes that ran and found nothing; `pictures` holds alignment and
-    visibility as plain lists, for `to_html`; `forwards` counts the runs of the loss.
+    `skipped`: probe -> why it could not be examined. `sampled`: what was examined in part only.
+    `passed`: probes that ran and found nothing. `pictures`: plain lists for `to_html`. `forwards`:
+    runs of the loss.
     """
 
     findings: list[Finding] = field(default_factory=list)
