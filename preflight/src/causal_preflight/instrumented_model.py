@@ -156,9 +156,9 @@ class InstrumentedModel:
     def readout(self, batch: AuditBatch, train: bool = False) -> Readout:
         """Run the loss and read targets and weights off d loss / d logits.
 
-        The logits are replaced by moderate noise on their way into the loss, the same at every
-        position, as a confident or broken model would blur the reading. Where the loss is computed
-        inside the module that returns the logits, the model's own logits are read instead.
+        The logits are replaced by the same moderate noise at every position, as a confident or
+        broken model would blur the reading, unless the module that returns the logits computes the
+        loss as well.
         """
 
         def replace(t: Tensor) -> Tensor:

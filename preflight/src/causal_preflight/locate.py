@@ -141,12 +141,9 @@ def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
 def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Tensor]:
     """Slots for the logits (b', t', V) that one call of the model gave, in one piece or several.
 
-    Several pieces, as of a head applied chunk by chunk, follow each other in time. Fewer logits
-    than ids are the first ones, more are the last. Flat ones (1, n, V) are all slots, all but the
-    last column, or only those that are real or have a target.
-
-    Raises:
-        RuntimeError: none of these fits.
+    Pieces, as of a head applied chunk by chunk, follow each other. Fewer logits than ids are the
+    first ones, more are the last. Flat ones (1, n, V) are all slots, all but the last column, or
+    only those that are real or have a target. RuntimeError if none of these fits.
     """
     (b, t), widths = slots.shape, [s[1] for s in shapes]
     total = sum(widths)

@@ -14,11 +14,7 @@ from causal_preflight.visibility import Setting, find_leak, leak_finding
 
 
 def finite(ctx: Context) -> list[Finding]:
-    """Loss, logits of real tokens and gradients must be numbers.
-
-    If they are with a row freed of its PAD, the padding is at fault (a query without any key). If
-    only the loss is NaN, its reduction is at fault (0/0). Else a causal mask leaves a query no key.
-    """
+    """Loss, logits of real tokens and gradients must be numbers."""
     model, batch = ctx.model, ctx.work
     sound = all(bool(torch.isfinite(p).all()) for p in model.sandbox.params)
     require(sound, "the parameters themselves are not finite")
@@ -31,7 +27,7 @@ def finite(ctx: Context) -> list[Finding]:
         if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
             return []
     ctx.explained.add("finite")
-    if bad_loss and not bool(nan.any()):
+    if bad_loss and not bool(nan.any()):  # 0/0
         require(ctx.full.has_target.any(), "no position of the batch has a next token")
         seen = "the loss is NaN though every logit is finite: a mean over no targets"
         return [ctx.finding("reduction", seen, "clamp", Move(float("nan")))]
@@ -93,9 +89,8 @@ def embedding(ctx: Context) -> list[Finding]:
 def extension(ctx: Context) -> list[Finding]:
     """Add PAD on the side where the batch has it: logits, weights and loss must not move.
 
-    Weights that shrink: the denominator counts PAD. A loss that moves while logits and weights
-    stay: an auxiliary term counts PAD; it is taken from `InstrumentedModel.readout`, free of the
-    rounding in the logits.
+    Weights that shrink: the denominator counts PAD. A loss that moves alone, free of the rounding
+    in the logits (`InstrumentedModel.readout`): an auxiliary term counts PAD.
     """
     require(ctx.work.has_pad, "no PAD in the batch")
     work, width = ctx.work, ctx.work.ids.shape[1]

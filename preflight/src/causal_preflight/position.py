@@ -77,10 +77,7 @@ def packed(ctx: Context) -> list[Finding]:
 
 
 def decoding(ctx: Context) -> list[Finding]:
-    """Token by token with a cache, if the model takes one, must give the logits of one pass.
-
-    Caches are tried in the form that transformers uses, or as the second of two outputs.
-    """
+    """Token by token with a cache, if the model takes one, must give the logits of one pass."""
     _require_clean(ctx)
     names = list(inspect.signature(ctx.model.module.forward).parameters)
     caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]

@@ -103,8 +103,7 @@ def _shifted(ctx: Context, r: Readout, k: int | None, mode: str) -> list[Finding
 def _without_target(ctx: Context, r: Readout, mode: str) -> list[Finding]:
     """PAD that moves the loss without being a target: label smoothing's uniform term, a z-loss.
 
-    A z-loss over real tokens may include those that are not counted; its gradient sums to more than
-    zero, that of smoothing to zero.
+    A z-loss may include real tokens that are not counted; its gradient sums to more than zero.
     """
     real, takes_part = ctx.full.real, r.max_abs_grad > _TAKES_PART * r.max_abs_grad.max()
     smooth = (r.grad_sum.abs() < 1e-3 * r.max_abs_grad) & ~shift_left(real, False)
@@ -173,10 +172,9 @@ def ending(ctx: Context) -> list[Finding]:
 def labels(ctx: Context) -> list[Finding]:
     """For a loss that hands out no logits: perturb labels, and see what the loss depends on.
 
-    Changing the label at s from a to b changes the loss by w (z_b - z_a), with z the logits that it
-    is compared with. If this difference moves with the input at s itself, the logits have seen
-    their own target. If it does not move with the input at s - 1, the labels are shifted twice.
-    Weights, and targets that are made from `input_ids`, cannot be read this way.
+    A label changed from a to b changes the loss by w (z_b - z_a). If that moves with the input at
+    the label's own position, the logits have seen their target; if not with the one before, shifted
+    twice.
     """
     batch, given = ctx.work, ctx.work.labels
     if given is None:

@@ -1,8 +1,7 @@
 """Probes of the reduction: are the weights of the tokens those of a mean or a sum?
 
-Accepted are the token mean (all weights 1/N), the plain sum (all one constant, whatever the batch)
-and the sequence mean (a mean over rows, or documents, of means). A mean over rows times a fixed
-length is a sum with another constant. Weights that depend on the number of slots are a fault.
+Accepted are the token mean (all 1/N), the sum (all one constant, whatever the batch) and the mean
+over rows, or documents, of means. Weights that depend on the number of slots are a fault.
 """
 
 import torch
@@ -59,10 +58,7 @@ def _mean_of_means(r: Readout, doc: Tensor, tol: float) -> bool:
 
 
 def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
-    """All weights are one w, neither 1/N nor 1: cut the batch, and see how w follows.
-
-    A w that stays is a sum with a factor (rows times a fixed length, an accumulation count).
-    """
+    """All weights are one w, neither 1/N nor 1: cut the batch, and see how w follows."""
     batch, width = ctx.full, ctx.full.ids.shape[1]
     half = width // 2 + 1
     start = width - half if bool(batch.left_pad.any()) else 0
@@ -80,7 +76,7 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     slots = any(_near(w.mean() * k, 1, tol) for k in counts)
     same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
     if _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
-        return []
+        return []  # a sum with a factor
     by = "something other than the counted targets, or twice"
     by = "all slots of the batch, PAD included" if slots else by
     total = float(w.sum())
@@ -93,10 +89,7 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
 
 
 def emptied(ctx: Context) -> list[Finding]:
-    """Does a row without any target make the loss NaN (0/0)?
-
-    Asked only where the labels leave out real tokens, as prompts: there a cut row can hold none.
-    """
+    """Does a row without any target make the loss NaN? Asked where labels leave out tokens."""
     require("finite" not in ctx.explained, "the loss is not finite on the plain batch")
     batch, labels = ctx.work, ctx.work.labels
     left_out = batch.has_target & (batch.label_of_next == IGNORE)

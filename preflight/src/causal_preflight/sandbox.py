@@ -1,7 +1,7 @@
 """Put a model back exactly as it was found, whatever the audit does to it.
 
-Covered: parameters, their gradients (also whether there were any) and `requires_grad`; buffers;
-plain attributes of modules, where some keep a hidden state; the mode of every submodule.
+Covered: parameters, gradients (also whether there were any), `requires_grad`, buffers, modes, and
+plain attributes of modules, where some keep a hidden state.
 """
 
 import random
@@ -18,10 +18,7 @@ _VECTOR_SIZE = 0.5  # root mean square given to a gate or bias that is zero
 
 
 class Sandbox:
-    """Snapshot of a model, with one copy of its parameters.
-
-    `rewind` is called before every run of the loss, `restore` at the end.
-    """
+    """Snapshot of a model, with a copy of its parameters: `rewind` before every run of the loss."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
@@ -41,8 +38,7 @@ class Sandbox:
     def rewind(self, seed: int, train: bool) -> None:
         """Same state, mode and seed for every run; calls `reset()` of modules that have one.
 
-        A model found in train mode keeps the mode of each submodule in train mode, and one that
-        overrides `train()` is asked by it: a part that is frozen in eval mode stays so.
+        In train mode, what was found in eval mode, or overrides `train()` to stay there, stays so.
         """
         self._restore_state()
         root = self.modules[0]
@@ -85,10 +81,8 @@ class Sandbox:
     def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:
         """Weights under which every path carries signal; the originals return at the end.
 
-        Zero-initialized projections and gates hide a leak, and matrices of size 0.02 shrink it
-        below rounding. So weights that are exactly zero get noise, and small matrices are scaled up
-        to 1/sqrt(fan in); with still larger ones the scores would outgrow a correct mask of finite
-        values. `add_noise` adds noise as large as each weight, for another draw.
+        Weights that are zero get noise, small matrices are scaled up to 1/sqrt(fan in); with larger
+        ones scores would outgrow a correct mask of finite values. `add_noise` gives another draw.
         """
         gen = torch.Generator().manual_seed(seed)
 

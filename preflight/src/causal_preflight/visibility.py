@@ -1,8 +1,7 @@
 """Probes of visibility: swap tokens, and see which counted logits move.
 
-They compare real runs: a gradient is blind to routing, sorting and no_grad. Each swaps parts of the
-batch in several settings, and no counted logit outside the part may move. A setting catches leaks
-that others miss: train mode, nothing padded, and rescaled weights (`Sandbox.rescaled_weights`).
+They compare real runs: a gradient is blind to routing, sorting and no_grad. Each is repeated in
+settings that catch what others miss: train mode, nothing padded, rescaled weights.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,11 +40,7 @@ def find_leak(
     settings: Iterable[Setting],
     changed: Callable[[Context, Setting, Tensor], Tensor] = _swapped,
 ) -> Leak | None:
-    """The first part whose change moves a counted logit outside of it.
-
-    Raises:
-        UnexaminableError: no part leaves a counted logit to watch.
-    """
+    """The first part whose change moves a counted logit outside of it."""
     watched = False
     for s in settings:
         with ctx.weights(s.rescaled):
@@ -87,8 +82,7 @@ def cross_row(ctx: Context) -> list[Finding]:
 def future(ctx: Context) -> list[Finding]:
     """No counted logit may move with a later token of its row.
 
-    To try every pair (token j moves logit i < j) in few runs, all tokens from a cut on are swapped
-    at once, with another cut in each row: nothing before the cut may move.
+    All tokens from a cut on are swapped at once, with another cut in each row.
     """
     known = "rows see each other, so the future cannot be told from other rows"
     require("cross_row" not in ctx.explained, known)
@@ -144,8 +138,7 @@ def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
 def documents(ctx: Context) -> list[Finding]:
     """In packed rows, no counted logit may move with a token of another document.
 
-    Documents are numbered in binary. For each bit, those with it are swapped and those without are
-    watched, and the other way round, so that every pair of documents is tried.
+    Every pair is tried: for each bit of their numbers, documents with it are swapped, or all others.
     """
     work, doc = ctx.work, ctx.work.doc
     require(doc.max() > 0, "one document a row (no document_ids)")
@@ -162,9 +155,8 @@ def documents(ctx: Context) -> list[Finding]:
 def context(ctx: Context) -> list[Finding]:
     """Swap one token: the logits at its own and at the next position must move.
 
-    A mask that hides everything leaks nothing. Weights are rescaled, as a zero-initialized block
-    looks blind. A model whose logits depend on their own token only may be meant so (a bigram): it
-    is called blind only if a part of its weights, as queries and keys, can have no effect.
+    A model whose logits depend on their own token only may be meant so (a bigram): it is called
+    blind only if a part of its weights, as queries and keys, can have no effect.
     """
     require("finite" not in ctx.explained, "the logits are not finite")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
@@ -194,8 +186,7 @@ def context(ctx: Context) -> list[Finding]:
 def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
     """Fractions of trials: own logit moves; the next one does not; any later one does; and where.
 
-    Three places a row. A blind one is tried again one position further: with attention in blocks,
-    the next position may begin a block.
+    A blind one is tried again one position further, which may begin a block of attention.
     """
     base = ctx.model.observe(batch).logits
     bound = ctx.bound(base, batch.real) * 0.05
@@ -243,8 +234,7 @@ def _hidden_by_padding(ctx: Context) -> str | None:
 def _dead_weights(ctx: Context) -> bool:
     """Can a third of a matrix, of a stack of matrices, or of all of one shape have no effect?
 
-    Slices along every axis are looked at: queries, keys and values may share one parameter. Weights
-    are drawn anew a few times: an expert that no token is sent to in one draw is used in another.
+    Draws of weights differ in the expert that a token is sent to; parameters may share a matrix.
     """
     params, tokens = ctx.model.sandbox.params, ctx.base.logits.shape[-1]
     used: dict[int, Tensor] = {}
