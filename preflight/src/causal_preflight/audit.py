@@ -28,16 +28,10 @@ PROBES: tuple[Probe, ...] = (
 
 
 def preflight(
-    model: nn.Module,
-    batch: Any,
-    loss_fn: LossFn | None = None,
-    *,
-    pad_id: int | None = None,
-    eos_id: int | None = None,
-    seed: int = 0,
-    input_key: str = "input_ids",
+    model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, pad_id: int | None = None,
+    eos_id: int | None = None, seed: int = 0, input_key: str = "input_ids",
     labels_key: str = "labels",
-) -> Report:
+) -> Report:  # fmt: skip
     """Check label shift, PAD handling, causal mask, reduction, EOS and positions by behavior.
 
     Args:
@@ -70,8 +64,7 @@ def preflight(
         )
     report = Report()
     full, work = _sampled(parsed, report)
-    sandbox = Sandbox(model)
-    instrumented = InstrumentedModel(model, loss_fn, sandbox, seed, rebuild)
+    instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
     with preserved_random_states():
         try:
@@ -79,7 +72,7 @@ def preflight(
             for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
                 _run(probe, ctx)
         finally:
-            sandbox.restore()
+            instrumented.sandbox.restore()
     if "shifted inputs" in ctx.explained:  # shifted inside the model: offset 0 is the right one
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
@@ -102,11 +95,9 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
-        if model.logits_module is not None:
-            ctx.readout(True)
-    except RuntimeError:  # it cannot be told to which positions the logits belong: of no use
+        ctx.readout(True)
+    except RuntimeError:  # none, or it cannot be told to which positions they belong
         model.logits_module = None
-    if model.logits_module is None:
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 

@@ -24,12 +24,11 @@ def pictures(ctx: Context) -> list[Finding]:
     def cell(b: int, t: int) -> dict[str, Any]:
         counts = bool(r.trained[b, t])
         return {
-            "input": int(batch.ids[b, t]),
-            "real": bool(batch.real[b, t]),
+            "input": int(batch.ids[b, t]), "real": bool(batch.real[b, t]),
             "target": int(r.target[b, t]) if counts else None,
             "next": int(batch.ids[b, t + 1]) if batch.has_target[b, t] else None,
             "weight": float(r.weight[b, t]) if counts else 0.0,
-        }
+        }  # fmt: skip
 
     cells = [[cell(b, t) for t in range(min(_COLS, width))] for b in range(min(_ROWS, rows))]
     ctx.report.pictures = {"alignment": cells, "visibility": _map(ctx)}
@@ -58,15 +57,12 @@ def to_html(report: Report, name: Callable[[int], str] = str) -> str:
     page = files("causal_preflight").joinpath("page.html").read_text(encoding="utf-8")
     seen = report.pictures.get("visibility") or {}
     return Template(page).substitute(
-        color="" if report.clean else "bad",
-        verdict=escape(report.verdict),
+        color="" if report.clean else "bad", verdict=escape(report.verdict),
         findings=_list((f.label.upper(), f.seen, f.remedy) for f in report.findings),
         alignment=_alignment(report.pictures.get("alignment") or [], name),
-        row=seen.get("row"),
-        start=seen.get("start"),
-        maps=_maps(seen, name) if seen else "",
+        row=seen.get("row"), start=seen.get("start"), maps=_maps(seen, name) if seen else "",
         notes=_list(report.notes()),
-    )
+    )  # fmt: skip
 
 
 def _list(rows: Iterable[tuple[str, ...]]) -> str:

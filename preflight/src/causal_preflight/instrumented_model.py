@@ -104,7 +104,7 @@ class InstrumentedModel:
 
     def discover(self, batch: AuditBatch) -> None:
         """Find input module, logits module and layout; without logits `logits_module` is None."""
-        found: list[tuple[nn.Module, locate.KeyPath, Tensor, locate.Layout]] = []
+        found: dict[tuple[int, locate.Layout], tuple[nn.Module, locate.KeyPath, Tensor]] = {}
         used, slots = set[int](), list[Tensor]()  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
@@ -119,18 +119,17 @@ class InstrumentedModel:
                     self.dtype = t.dtype
                 if slots and t.requires_grad and t.ndim in (2, 3):
                     for layout in locate.layouts(t.shape, slots[0].shape, vocab):
-                        found.append((module, path, t, layout))
+                        # A parent may return the tensor of its child: the first counts.
+                        found.setdefault((id(t), layout), (module, path, t))
                         t.retain_grad()
 
         modules = self.sandbox.modules
         hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules]
         loss = self.run(batch, False, hooks + [m.register_forward_hook(after) for m in modules])
-        best, known = 2 * _NO_LOGITS, set[tuple[int, locate.Layout]]()
-        grads = self.grads(loss, [t for _, _, t, _ in found])
-        for (module, path, t, layout), g in zip(found, grads, strict=True):
-            if g is None or (id(t), layout) in known:  # a parent returns the tensor of its child
+        best, grads = 2 * _NO_LOGITS, self.grads(loss, [t for _, _, t in found.values()])
+        for ((_, layout), (module, path, t)), g in zip(found.items(), grads, strict=True):
+            if g is None:
                 continue
-            known.add((id(t), layout))
             few = slice(None, None, 1 + t.numel() // _MAX_FITTED)
             z, g = (locate.to_btv(x, layout).flatten(0, 1)[few] for x in (t.detach(), g))
             # Without a gradient (a NaN loss, no target) the last tensor of the right shape is it.

@@ -77,9 +77,8 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
     if _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
         return []  # a sum with a factor
-    by = "something other than the counted targets, or twice"
-    by = "all slots of the batch, PAD included" if slots else by
-    total = float(w.sum())
+    others = "something other than the counted targets, or twice"
+    by, total = "all slots of the batch, PAD included" if slots else others, float(w.sum())
     seen = (
         f"the loss is divided by {by}: each of the {len(w)} counted tokens weighs "
         f"{float(w.mean()):.3g}, together {total:.3g} instead of 1; with {len(cut_w)} tokens of "

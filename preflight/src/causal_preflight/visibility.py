@@ -184,7 +184,7 @@ def context(ctx: Context) -> list[Finding]:
 
 
 def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
-    """Fractions of trials: own logit moves; the next one does not; any later one does; and where.
+    """Fractions of trials (own logit moves, next one does not, any later one does), and where.
 
     A blind one is tried again one position further, which may begin a block of attention.
     """
