@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from causal_preflight import html_page, padding, position, readout, reduction, visibility
+from causal_preflight import html_page, padding, position, readout, visibility
 from causal_preflight.audit_batch import AuditBatch, UnexaminableError
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
@@ -20,7 +20,7 @@ _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
 PROBES: tuple[Probe, ...] = (
-    padding.finite, readout.alignment, readout.ending, reduction.reduction, reduction.emptied,
+    padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
     padding.embedding, padding.extension, position.order, position.alone, position.packed,
     position.decoding, html_page.pictures,

@@ -56,9 +56,8 @@ class Preflight(L.Callback):
         if on_fault not in ("error", "warn", "off"):
             raise ValueError(f"on_fault must be error, warn or off, not {on_fault!r}")
         self.on_fault, self.directory, self.remedies = on_fault, directory, remedies or {}
-        self.options: dict[str, Any] = {
-            "pad_id": pad_id, "eos_id": eos_id, "input_key": input_key, "labels_key": labels_key,
-        }  # fmt: skip
+        self.options: dict[str, Any] = {"pad_id": pad_id, "eos_id": eos_id}
+        self.options |= {"input_key": input_key, "labels_key": labels_key}
         self.override, self.name = override, name
         self.report: Report | None = None
 

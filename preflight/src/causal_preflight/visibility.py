@@ -138,7 +138,8 @@ def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
 def documents(ctx: Context) -> list[Finding]:
     """In packed rows, no counted logit may move with a token of another document.
 
-    Every pair is tried: for each bit of their numbers, documents with it are swapped, or all others.
+    Each bit of the number of a document says which are swapped and which watched: every pair is
+    tried.
     """
     work, doc = ctx.work, ctx.work.doc
     require(doc.max() > 0, "one document a row (no document_ids)")
@@ -221,12 +222,12 @@ def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
 
 def _hidden_by_padding(ctx: Context) -> str | None:
     """What is seen once attention_mask is inverted, or nothing is padded; None: still blind."""
-    mask = ctx.work.raw.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == ctx.work.ids.shape:
-        inverted = ctx.work.put("attention_mask", (1 - mask.long()).to(mask))
+    work, mask = ctx.work, ctx.work.raw.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == work.ids.shape:
+        inverted = work.put("attention_mask", (1 - mask.long()).to(mask))
         if _sight(ctx, inverted)[1] < _BLIND:
             return "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
-    if ctx.work.has_pad and _sight(ctx, ctx.work.unpadded())[1] < _BLIND:
+    if work.has_pad and _sight(ctx, work.unpadded())[1] < _BLIND:
         return "the past is hidden in padded batches, and seen with nothing padded"
     return None
 
