@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from causal_preflight import fused, html_page, padding, position, readout, reduction, visibility
+from causal_preflight import html_page, padding, position, readout, visibility
 from causal_preflight.audit_batch import AuditBatch, UnexaminableError
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
@@ -20,36 +20,18 @@ _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
 PROBES: tuple[Probe, ...] = (
-    padding.finite,
-    readout.alignment,
-    readout.ending,
-    reduction.reduction,
-    reduction.emptied,
-    visibility.cross_row,
-    visibility.future,
-    visibility.documents,
-    visibility.context,
-    padding.embedding,
-    padding.extension,
-    position.order,
-    position.alone,
-    position.packed,
-    position.decoding,
-    html_page.pictures,
-)
+    padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
+    visibility.cross_row, visibility.future, visibility.documents, visibility.context,
+    padding.embedding, padding.extension, position.order, position.alone, position.packed,
+    position.decoding, html_page.pictures,
+)  # fmt: skip
 
 
 def preflight(
-    model: nn.Module,
-    batch: Any,
-    loss_fn: LossFn | None = None,
-    *,
-    pad_id: int | None = None,
-    eos_id: int | None = None,
-    seed: int = 0,
-    input_key: str = "input_ids",
+    model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, pad_id: int | None = None,
+    eos_id: int | None = None, seed: int = 0, input_key: str = "input_ids",
     labels_key: str = "labels",
-) -> Report:
+) -> Report:  # fmt: skip
     """Check label shift, PAD handling, causal mask, reduction, EOS and positions by behavior.
 
     Args:
@@ -60,36 +42,37 @@ def preflight(
             be shifted already; or the ids alone.
         loss_fn: `loss_fn(model, batch)` -> scalar training loss; may call the model several times.
             Without it, `model(**batch).loss`.
-        pad_id: the id of PAD; inferred from the batch where it can be.
-        eos_id: the id that ends a document.
+        pad_id, eos_id: ids of PAD and of the end of a document; PAD is inferred where it can be.
         seed: of the swapped tokens and of the dropout in train mode.
         input_key, labels_key: the keys of ids and labels in `batch`, where they have other names.
 
     Returns:
-        A `Report`; `report.faults` holds some of "shift", "pad", "causal", "reduction", "eos",
-        "position".
+        A `Report`; the model and the random states are left exactly as they were.
 
     Raises:
         ValueError: the batch cannot be audited, or the model raises on it as it stands.
-
-    Parameters, buffers, gradients, modes and random state are left exactly as they were.
     """
     started = time.perf_counter()
     raw, rebuild = named_tensors(batch, input_key, labels_key)
     parsed = parse_batch(raw, pad_id, eos_id)
-    _check_range(model, parsed)
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    top = int(parsed.ids.max())
+    if sizes and top >= max(sizes):  # crashes late and, on a GPU, without a clear message
+        raise ValueError(
+            f"input_ids hold id {top}, but the largest embedding has {max(sizes)} rows: "
+            "enlarge the embedding or check the tokenizer"
+        )
     report = Report()
     full, work = _sampled(parsed, report)
-    sandbox = Sandbox(model)
-    instrumented = InstrumentedModel(model, loss_fn, sandbox, seed, rebuild)
+    instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
     with preserved_random_states():
         try:
             _find_logits(ctx)
-            for probe in PROBES if instrumented.logits_module is not None else (fused.labels,):
+            for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
                 _run(probe, ctx)
         finally:
-            sandbox.restore()
+            instrumented.sandbox.restore()
     if "shifted inputs" in ctx.explained:  # shifted inside the model: offset 0 is the right one
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
@@ -112,37 +95,23 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
-        if model.logits_module is not None:
-            ctx.readout(True)
-    except RuntimeError:  # it cannot be told to which positions the logits belong: of no use
+        ctx.readout(True)
+    except RuntimeError:  # none, or it cannot be told to which positions they belong
         model.logits_module = None
-    if model.logits_module is None:
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 
 def _run(probe: Probe, ctx: Context) -> None:
-    name = getattr(probe, "__name__", str(probe))
     try:
         found = probe(ctx)
     except Exception as problem:  # one probe that fails must not end the audit
         why = (str(problem).splitlines() or [""])[0]
         why = why if isinstance(problem, UnexaminableError) else f"{type(problem).__name__}: {why}"
-        ctx.report.skipped[name] = why[:200]
+        ctx.report.skipped[probe.__name__] = why[:200]
         return
-    ctx.report.findings += [replace(f, probe=name) for f in found]
-    if not found and name != "pictures":
-        ctx.report.passed.append(name)
-
-
-def _check_range(model: nn.Module, batch: AuditBatch) -> None:
-    """Refuse ids beyond the embedding: they crash late and, on a GPU, without a clear message."""
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    top = int(batch.ids.max())
-    if sizes and top >= max(sizes):
-        raise ValueError(
-            f"input_ids hold id {top}, but the largest embedding has {max(sizes)} rows: "
-            "enlarge the embedding or check the tokenizer"
-        )
+    ctx.report.findings += [replace(f, probe=probe.__name__) for f in found]
+    if not found and probe is not html_page.pictures:
+        ctx.report.passed.append(probe.__name__)
 
 
 def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:

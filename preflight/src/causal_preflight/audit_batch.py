@@ -1,7 +1,6 @@
 """`AuditBatch`: a batch together with what is known of it, and the edits that probes make to it.
 
-Every edit (swap, cut, pad) keeps the tensors and the knowledge in step. Probes work on edited
-batches only; they never touch the inside of the model.
+Every edit (swap, cut, pad) keeps the tensors and the knowledge in step.
 """
 
 from collections.abc import Callable
@@ -33,8 +32,7 @@ class AuditBatch:
         raw: what the loss is given; `input_ids` is (B, T).
         doc: (B, T) int, number of the document within its row, -1 at PAD.
         slot: (B, T) int, the slot of the user's batch that lies here (row * T + column), or -1.
-        pad_id: the id at PAD slots, None where unknown.
-        eos_id: the id that ends a document, None where unknown.
+        pad_id, eos_id: None where unknown.
     """
 
     raw: dict[str, Any]
@@ -45,8 +43,7 @@ class AuditBatch:
 
     @property
     def ids(self) -> Tensor:
-        ids: Tensor = self.raw["input_ids"]
-        return ids
+        return self.raw["input_ids"]
 
     @property
     def labels(self) -> Tensor | None:
@@ -95,33 +92,32 @@ class AuditBatch:
         return ends
 
     @cached_property
-    def special(self) -> set[int]:
+    def special(self) -> Tensor:
         """PAD, EOS, and any id that opens or closes every document."""
         found = {i for i in (self.pad_id, self.eos_id) if i is not None}
         opens = self.real & (shift_left(self.doc.flip(1), -1).flip(1) != self.doc)
         for tokens in (self.ids[opens], self.ids[self.ends]):
             if len(tokens) > 1 and bool((tokens == tokens[0]).all()):
                 found.add(int(tokens[0]))
-        return found
+        return torch.tensor(sorted(found), dtype=self.ids.dtype, device=self.ids.device)
 
     @cached_property
     def ordinary(self) -> Tensor:
         """Ids that can replace one another: seen inside documents, and not special."""
         inner = self.has_target.clone()
         inner[:, 1:] &= self.has_target[:, :-1]
-        pool = set(self.ids[inner].tolist()) - self.special
-        if len(pool) < 3:  # too few to swap among: take any id that is not special
-            pool = set(range(int(self.ids.max()) + 1)) - self.special
-        return torch.tensor(sorted(pool), dtype=self.ids.dtype, device=self.ids.device)
+        top = int(self.ids.max()) + 1  # too few to swap among: take any id that is not special
+        for pool in (self.ids[inner].unique(), torch.arange(top).to(self.ids)):
+            pool = pool[~torch.isin(pool, self.special)]
+            if len(pool) > 2:
+                break
+        return pool
 
     @cached_property
     def swappable(self) -> Tensor:
         """(B, T) bool: real and not special (which may mark documents), or last in its row."""
-        special = torch.tensor(sorted(self.special), device=self.ids.device)
         last = self.real & (self.real.flip(1).long().cumsum(1).flip(1) == 1)
-        return self.real & ~torch.isin(self.ids, special) | last
-
-    # -- edits: each returns a new batch -------------------------------------------------------
+        return self.real & ~torch.isin(self.ids, self.special) | last
 
     def each(self, edit: Callable[[str, Tensor], Tensor]) -> "AuditBatch":
         """Apply `edit(name, tensor)` to every tensor of shape (B, ...), `doc` and `slot` too."""
@@ -141,14 +137,12 @@ class AuditBatch:
 
     def cols(self, start: int, stop: int) -> "AuditBatch":
         """Columns start to stop - 1."""
-        shape = self.ids.shape
 
         def cut(name: str, v: Tensor) -> Tensor:
-            if v.ndim >= 2 and v.shape[:2] == shape:
+            if v.shape[:2] == self.ids.shape:
                 return v[:, start:stop]
-            if v.ndim >= 3 and v.shape[-1] == shape[1] == v.shape[-2]:
-                return v[..., start:stop, start:stop]
-            return v
+            square = v.ndim > 2 and v.shape[-1] == v.shape[-2] == self.ids.shape[1]
+            return v[..., start:stop, start:stop] if square else v
 
         return self.each(cut)
 
@@ -179,12 +173,11 @@ class AuditBatch:
     def pad(self, count: int, left: bool, like: "AuditBatch") -> "AuditBatch":
         """`count` more columns of PAD on one side, each a copy of a PAD slot of `like`."""
         b, t = (like.left_pad if left else ~like.real).nonzero()[-1].tolist()
-        shape = self.ids.shape
 
         def grow(name: str, v: Tensor) -> Tensor:
-            if v.ndim > 2 and v.shape[-1] == v.shape[-2] == shape[1]:
+            if v.ndim > 2 and v.shape[-1] == v.shape[-2] == self.ids.shape[1]:
                 raise UnexaminableError(f"{name} is not (B, T): it cannot be extended by PAD")
-            if v.ndim < 2 or v.shape[:2] != shape:
+            if v.shape[:2] != self.ids.shape:
                 return v
             source = like.doc if name in ("doc", "slot") else like.raw[name]  # -1 in both
             block = source[b, t].expand(len(v), count, *v.shape[2:])

@@ -70,16 +70,14 @@ class Context:
     @cached_property
     def tolerance(self) -> float:
         """Relative, for runs of equal shape; grows slowly with depth."""
-        depth = sum(1 for m in self.model.sandbox.modules if m._parameters)
+        depth = sum(bool(m._parameters) for m in self.model.sandbox.modules)
         return float(_ROUNDING.get(self.model.dtype, _COARSE) * max(1.0, (depth / 100) ** 0.5))
 
     def bound(self, logits: Tensor, where: Tensor) -> float:
         """Largest change of logits (B, T, V) at `where` (B, T) that may be rounding."""
-        z = logits[where]
-        z = z[torch.isfinite(z).any(-1)]
+        z = logits[where & torch.isfinite(logits).any(-1)].nan_to_num(0.0, 0.0, 0.0)
         if not z.numel():
             return 0.0
-        z = torch.where(torch.isfinite(z), z, 0.0)
         spread = (z - z.mean(-1, keepdim=True)).pow(2).mean().sqrt() + 0.05 * z.abs().max()
         return self.tolerance * float(spread)
 
@@ -122,6 +120,5 @@ class Context:
 
 def moved(a: Tensor, b: Tensor) -> Tensor:
     """(B, T): largest change over the vocabulary; NaN against a number is an infinite change."""
-    change = torch.where(a == b, 0.0, (a - b).abs())  # inf - inf
-    change = torch.where(torch.isnan(a) & torch.isnan(b), 0.0, change)
-    return torch.nan_to_num(change, nan=float("inf")).amax(-1)
+    same = (a == b) | (torch.isnan(a) & torch.isnan(b))  # inf - inf is NaN
+    return torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf")).amax(-1)

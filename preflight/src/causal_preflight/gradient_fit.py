@@ -1,17 +1,10 @@
 """Read targets and weights off the gradient of a cross-entropy.
 
 For logits z with p = softmax(z), the gradient of almost every language-model loss at a position is
-
-    g = a p - w onehot(y) - u 1
-
-with y the target, and w, a, u distinguished by p: plain cross-entropy has a = w, u = 0; label
-smoothing moves part of w into u (the weight of the token stays w + u V); a z-loss adds to a alone
-(Chowdhery et al., PaLM, arXiv:2204.02311, section 5). A small least-squares fit therefore reads off
-which token was trained at each position and how strongly, whatever code lies between logits and
-loss.
-
-Limits: a loss that is no sum over positions of such terms leaves a residual. The target is still
-the outlier then, and the residual widens the tolerances of the probes.
+g = a p - w onehot(y) - u 1, with y the target. Plain cross-entropy has a = w and u = 0; label
+smoothing moves part of w into u; a z-loss adds to a alone (Chowdhery et al., PaLM,
+arXiv:2204.02311, section 5). Least squares give y, w, a and u. A loss that is no sum of such terms
+leaves a residual, which widens the tolerances of the probes.
 """
 
 import torch
@@ -25,9 +18,8 @@ def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
 
     Returns:
         The target ids (b, t). A stack (4, b, t): `weight` (w + u V, the token's weight in the
-        loss), `onehot_weight` (w alone), `max_abs_grad` (largest |g|, 0 where the position plays no
-        part), `grad_sum` (sum of g: 0 for a cross-entropy, positive for a z-loss). And the
-        residual: rms of what the fit leaves over that of g.
+        loss), `onehot_weight` (w), `max_abs_grad` (largest |g|), `grad_sum` (sum of g: 0 for a
+        cross-entropy, positive for a z-loss). The residual: rms of what is left over that of g.
     """
     device, shape, v = grad.device, grad.shape[:-1], grad.shape[-1]
     mps = device.type == "mps"  # has no float64

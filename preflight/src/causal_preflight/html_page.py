@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from html import escape
+from importlib.resources import files
+from string import Template
 from typing import Any
 
 import torch
@@ -11,18 +13,7 @@ from causal_preflight.report import Finding, Report
 
 _WINDOW = 16  # tokens a side of the visibility map
 _ROWS, _COLS = 4, 48  # of the alignment table
-
 _BLUE, _RED = "38,92,150", "200,64,47"
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
-.wrap{overflow-x:auto}table{border-collapse:collapse;margin-bottom:1rem}
-td,th{padding:3px 5px;border:1px solid #e3e7ea;font:12px/1.3 ui-monospace,monospace}
-.list td{text-align:left;vertical-align:top;font:inherit}
-.map td{width:1.1rem;height:1.1rem;padding:0}.map th{border:0;padding:2px 4px}
-.right{background:#cfe8dc}.wrong{background:#f4a79d}.none,.pad{color:#a9b2b9}
-.pair{display:flex;gap:2.5rem;flex-wrap:wrap}.verdict{padding:.7rem 1rem;background:#eef7f2}
-.bad{background:#fdf0ee}
-"""
 
 
 def pictures(ctx: Context) -> list[Finding]:
@@ -33,12 +24,11 @@ def pictures(ctx: Context) -> list[Finding]:
     def cell(b: int, t: int) -> dict[str, Any]:
         counts = bool(r.trained[b, t])
         return {
-            "input": int(batch.ids[b, t]),
-            "real": bool(batch.real[b, t]),
+            "input": int(batch.ids[b, t]), "real": bool(batch.real[b, t]),
             "target": int(r.target[b, t]) if counts else None,
             "next": int(batch.ids[b, t + 1]) if batch.has_target[b, t] else None,
             "weight": float(r.weight[b, t]) if counts else 0.0,
-        }
+        }  # fmt: skip
 
     cells = [[cell(b, t) for t in range(min(_COLS, width))] for b in range(min(_ROWS, rows))]
     ctx.report.pictures = {"alignment": cells, "visibility": _map(ctx)}
@@ -64,16 +54,15 @@ def _map(ctx: Context) -> dict[str, Any]:
 
 def to_html(report: Report, name: Callable[[int], str] = str) -> str:
     """One self-contained HTML page of a report; `name` turns a token id into text."""
-    found = [(f.label.upper(), f.seen, f.remedy) for f in report.findings]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Preflight</title>'
-        f"<style>{_STYLE}</style><h1>Preflight</h1>"
-        f'<p class="verdict{"" if report.clean else " bad"}">{escape(report.verdict)}</p>'
-        + _list(found)
-        + _alignment(report.pictures.get("alignment") or [], name)
-        + _visibility(report.pictures.get("visibility") or {}, name)
-        + f"<h2>What was examined</h2>{_list(report.notes())}</html>"
-    )
+    page = files("causal_preflight").joinpath("page.html").read_text(encoding="utf-8")
+    seen = report.pictures.get("visibility") or {}
+    return Template(page).substitute(
+        color="" if report.clean else "bad", verdict=escape(report.verdict),
+        findings=_list((f.label.upper(), f.seen, f.remedy) for f in report.findings),
+        alignment=_alignment(report.pictures.get("alignment") or [], name),
+        row=seen.get("row"), start=seen.get("start"), maps=_maps(seen, name) if seen else "",
+        notes=_list(report.notes()),
+    )  # fmt: skip
 
 
 def _list(rows: Iterable[tuple[str, ...]]) -> str:
@@ -84,12 +73,7 @@ def _list(rows: Iterable[tuple[str, ...]]) -> str:
 def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> str:
     """Per row of the batch: input, trained target and weight of every position."""
     top = max((abs(c["weight"]) for row in rows for c in row), default=0.0) or 1.0
-    out = (
-        "<h2>What each position was trained on</h2><p>Read off the gradient of the loss. Green: "
-        "the next token of the same document. Red: anything else. A dot: not counted. Gray inputs "
-        "are PAD. The darker the third line, the larger the weight of the token.</p>"
-    )
-
+    out = ""
     for b, row in enumerate(rows):
         lines = {f"row {b}": "", "trained on": "", "weight": ""}
         for c in row:
@@ -101,33 +85,24 @@ def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> 
             lines["weight"] += _shade(abs(c["weight"]) / top, f"{c['weight']:.3g}")
         table = "".join(f"<tr><th>{head}</th>{cells}</tr>" for head, cells in lines.items())
         out += f'<div class="wrap"><table>{table}</table></div>'
-    return out if rows else ""
+    return out
 
 
 def _shade(strength: float, title: str, hue: str = _BLUE) -> str:
     return f'<td title="{title}" style="background:rgba({hue},{min(1.0, strength):.3f})"></td>'
 
 
-def _visibility(seen: dict[str, Any], name: Callable[[int], str]) -> str:
-    """The measured map beside the one that is allowed."""
-    if not seen:
-        return ""
+def _maps(seen: dict[str, Any], name: Callable[[int], str]) -> str:
+    """The measured map of visibility beside the one that is allowed."""
     tokens, n = [escape(name(token)) for token in seen["tokens"]], range(len(seen["tokens"]))
-    doc, cells = seen["doc"], seen["cells"]
-    allowed = [[float(j <= i and doc[i] == doc[j]) for j in n] for i in n]
-    measured = [[cells[i][j] ** 0.25 for j in n] for i in n]  # a faint leak must show
-
-    def grid(strengths: list[list[float]]) -> str:
+    allowed = [[float(j <= i and seen["doc"][i] == seen["doc"][j]) for j in n] for i in n]
+    measured = [[cell**0.25 for cell in line] for line in seen["cells"]]  # a faint leak must show
+    out = ""
+    for strengths in (measured, allowed):
         table = "<tr><th></th>" + "".join(f"<th>{x}</th>" for x in tokens) + "</tr>"
         for i in n:
             hue = [_BLUE if x else _RED for x in allowed[i]]
             line = (_shade(strengths[i][j], f"input {j}, logit {i}", hue[j]) for j in n)
             table += f"<tr><th>{tokens[i]}</th>{''.join(line)}</tr>"
-        return f'<table class="map">{table}</table>'
-
-    return (
-        f"<h2>Which input moves which logit</h2><p>Row {seen['row']}, from position "
-        f"{seen['start']}; one line per logit, one column per swapped token; rescaled weights. "
-        "Left as measured (fourth root of the fraction of the largest move; red where nothing may "
-        f'show), right as it should be.</p><div class="pair">{grid(measured)}{grid(allowed)}</div>'
-    )
+        out += f'<table class="map">{table}</table>'
+    return out

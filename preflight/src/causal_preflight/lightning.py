@@ -1,7 +1,4 @@
-"""Lightning callback that audits a LightningModule on its first training batch.
-
-Needs the extra: `pip install 'causal-preflight[lightning]'`.
-"""
+"""Lightning callback that audits a LightningModule on its first training batch."""
 
 import json
 import logging
@@ -36,41 +33,31 @@ class PreflightError(ValueError):
 class Preflight(L.Callback):
     """Audit a LightningModule by its own `training_step`, on the first batch of the fit.
 
-    `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])` is all. The batch is a dict, a named tuple
-    or a dataclass with the fields that `causal_preflight.preflight` knows.
+    `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])` is all.
 
     Args:
         on_fault: "error" stops the run, "warn" prints the faults and goes on, "off" does nothing.
-        pad_id, eos_id: token ids, where they are known.
+        pad_id, eos_id, input_key, labels_key: as in `preflight`.
         directory: gets `preflight.json` and `preflight.html`; None writes nothing.
         remedies: label of a fault -> what to change in this project, for the error message.
         override: what to set to train in spite of a fault, for the error message.
         name: token id -> text that a person can read.
-        input_key, labels_key: names of ids and labels in the batch.
 
     Raises:
         PreflightError: on every rank, with the evidence and the remedy.
     """
 
     def __init__(
-        self,
-        on_fault: str = "error",
-        *,
-        pad_id: int | None = None,
-        eos_id: int | None = None,
-        directory: Path | None = None,
-        remedies: Mapping[str, str] | None = None,
-        override: str = 'Preflight("warn")',
-        name: Callable[[int], str] = str,
-        input_key: str = "input_ids",
-        labels_key: str = "labels",
-    ) -> None:
+        self, on_fault: str = "error", *, pad_id: int | None = None, eos_id: int | None = None,
+        directory: Path | None = None, remedies: Mapping[str, str] | None = None,
+        override: str = 'Preflight("warn")', name: Callable[[int], str] = str,
+        input_key: str = "input_ids", labels_key: str = "labels",
+    ) -> None:  # fmt: skip
         if on_fault not in ("error", "warn", "off"):
             raise ValueError(f"on_fault must be error, warn or off, not {on_fault!r}")
         self.on_fault, self.directory, self.remedies = on_fault, directory, remedies or {}
-        self.options: dict[str, Any] = {
-            "pad_id": pad_id, "eos_id": eos_id, "input_key": input_key, "labels_key": labels_key,
-        }  # fmt: skip
+        self.options: dict[str, Any] = {"pad_id": pad_id, "eos_id": eos_id}
+        self.options |= {"input_key": input_key, "labels_key": labels_key}
         self.override, self.name = override, name
         self.report: Report | None = None
 
@@ -106,12 +93,10 @@ class Preflight(L.Callback):
             with trainer.precision_plugin.train_step_context():
                 return getattr(module, "accumulated_loss", mean_of_steps)(*micro_batches)
 
+        parted = trainer.accumulate_grad_batches * trainer.world_size > 1
         with _without_effects(trainer, module) as losses:
             try:
-                return audit_batch(
-                    module, batch, loss_of, **self.options,
-                    parted=trainer.accumulate_grad_batches * trainer.world_size > 1,
-                )  # fmt: skip
+                return audit_batch(module, batch, loss_of, parted=parted, **self.options)
             except ValueError as error:  # the first training step raises what the model has to say
                 return Report(skipped={"preflight": str(error)})
 
@@ -122,11 +107,14 @@ class Preflight(L.Callback):
         return f"preflight found {'. '.join(faults)}. To train in spite of it: {self.override}"
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
 class _Idle:
     """Stands in for an optimizer or a scheduler: it can be read, and its steps do nothing."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner = inner
+        self.inner, self.zero_grad, self.toggle_model = inner, _nothing, nullcontext
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -134,12 +122,6 @@ class _Idle:
     def step(self, *args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         closure = closure or next(filter(callable, args), None)
         return closure() if closure else None
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def toggle_model(self, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext()
 
 
 @contextmanager
@@ -150,33 +132,29 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     `manual_backward` are put into. What `training_step` writes into the settings of an optimizer or
     a scheduler is undone.
     """
+
+    def one_or_all(found: list[_Idle]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: found[0] if len(found) == 1 else found or None
+
     losses: list[Tensor] = []
-    idle = {
-        name: [_Idle(x) for x in items if x is not None]
-        for name, items in (
-            ("optimizers", trainer.optimizers),
-            ("lr_schedulers", [c.scheduler for c in trainer.lr_scheduler_configs]),
-        )
-    }
-    stubs: dict[str, Callable[..., Any]] = {
-        name: lambda *args, _all=found, **kwargs: _all[0] if len(_all) == 1 else _all or None
-        for name, found in idle.items()
-    }
+    optimizers = [_Idle(x) for x in trainer.optimizers]
+    schedulers = [_Idle(c.scheduler) for c in trainer.lr_scheduler_configs]
+    silent = ("log", "log_dict", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+    stubs: dict[str, Any] = dict.fromkeys(silent, _nothing)
+    stubs["optimizers"], stubs["lr_schedulers"] = one_or_all(optimizers), one_or_all(schedulers)
     stubs["manual_backward"] = lambda loss, *args, **kwargs: losses.append(loss)
-    for name in ("log", "log_dict", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"):
-        stubs[name] = lambda *args, **kwargs: None
     settings = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    settings += [vars(x.inner) for found in idle.values() for x in found]
+    settings += [vars(x.inner) for x in optimizers + schedulers]
     kept, loggers = [dict(group) for group in settings], trainer.loggers
     for optimizer in trainer.optimizers:  # where training_step reaches it by the trainer
-        vars(optimizer).update(step=stubs["clip_gradients"], zero_grad=stubs["clip_gradients"])
-    module.__dict__.update(stubs)
+        vars(optimizer).update(step=_nothing, zero_grad=_nothing)
+    vars(module).update(stubs)
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield losses
     finally:
         for name in stubs:
-            del module.__dict__[name]
+            del vars(module)[name]
         trainer.loggers = loggers
         for group, was in zip(settings, kept, strict=True):
             group.clear()
@@ -188,9 +166,7 @@ def _step_loss(module: L.LightningModule, batch: Any, losses: list[Tensor]) -> T
     losses.clear()
     out = module.training_step(batch, 0)
     loss = out.get("loss") if isinstance(out, Mapping) else out
-    if isinstance(loss, Tensor) and loss.requires_grad:
-        return loss
-    if losses:
+    if losses and not (isinstance(loss, Tensor) and loss.requires_grad):
         return torch.stack([part.sum() for part in losses]).sum()
     if not isinstance(loss, Tensor):
         raise ValueError("training_step returns no loss, and passes none to self.manual_backward")
@@ -198,23 +174,18 @@ def _step_loss(module: L.LightningModule, batch: Any, losses: list[Tensor]) -> T
 
 
 def audit_batch(
-    model: nn.Module,
-    batch: Any,
-    loss_of: Callable[..., Tensor],
-    *,
-    parted: bool = False,
+    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
     **options: Any,
-) -> Report:
+) -> Report:  # fmt: skip
     """`preflight` with a loss that takes the batch alone, or two micro-batches of it.
+
+    A method `whole_logits()` of the model, a context in which its loss uses whole logits, is used.
 
     Args:
         batch: any kind that `preflight` understands.
         loss_of: gets a batch of the same type, with edited tensors, and returns the scalar loss.
         parted: pass two micro-batches of half the rows each to `loss_of` instead.
         options: those of `preflight`.
-
-    A model with a method `whole_logits()`, a context in which its loss uses whole logits, is run in
-    that context.
     """
     keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
     total = len(named_tensors(batch, **keys)[0]["input_ids"])
@@ -223,14 +194,12 @@ def audit_batch(
         raw, rebuild = named_tensors(edited, **keys)
         rows = len(raw["input_ids"])
         size = (rows + 1) // 2 if parted else rows
-        parts = [
-            {
-                name: v[start : start + size] if isinstance(v, Tensor) and len(v) == rows else v
-                for name, v in raw.items()
-            }
-            for start in range(0, rows, size)
-        ]
-        return loss_of(*map(rebuild, parts))
+
+        def part(start: int) -> Any:
+            cut = {k: v for k, v in raw.items() if isinstance(v, Tensor) and len(v) == rows}
+            return rebuild({**raw, **{k: v[start : start + size] for k, v in cut.items()}})
+
+        return loss_of(*map(part, range(0, rows, size)))
 
     with getattr(model, "whole_logits", nullcontext)():
         report = preflight(model, batch, loss, **options)
@@ -248,13 +217,12 @@ def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> 
 
 def _announce(text: str, clean: bool) -> None:
     """Log the text, or print it where no handler would show it."""
-    level, logger = (logging.INFO if clean else logging.WARNING), log
-    shown = False
-    while logger and not shown:
-        kinds = (h for h in logger.handlers if not isinstance(h, logging.NullHandler))
-        shown = log.isEnabledFor(level) and any(h.level <= level for h in kinds)
-        logger = logger.parent if logger.propagate else None  # type: ignore[assignment]
-    if shown:
+    level, logger, handlers = (logging.INFO if clean else logging.WARNING), log, list(log.handlers)
+    while logger.propagate and logger.parent:
+        logger = logger.parent
+        handlers += logger.handlers
+    kinds = (h for h in handlers if not isinstance(h, logging.NullHandler))
+    if log.isEnabledFor(level) and any(h.level <= level for h in kinds):
         log.log(level, text)
     else:
         print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,9 @@
-"""Find which slots of the batch a call of the model holds, by comparing token ids.
+"""Find tensors in what a model takes and returns, and the slots of the batch that they hold.
 
 A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,17 +12,70 @@ from torch import Tensor
 
 from causal_preflight.audit_batch import IGNORE, AuditBatch
 
+KeyPath = tuple[Any, ...]
+Layout = tuple[int, ...]
+"""Permutation that takes logits to (b, t, V), and back; () for flat logits (n, V)."""
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
 
 
-def iter_integer_tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """Integer tensors of one or two dimensions anywhere in the arguments of a call."""
+def iter_tensors(value: Any, depth: int, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tensor]]:
+    """Tensors in arguments or outputs, at most `depth` levels deep, each with the path to it."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point() and value.dtype != torch.bool and value.ndim in (1, 2):
-            yield value
-    elif depth < 3 and isinstance(value, (tuple, list, dict)):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from iter_integer_tensors(v, depth + 1)
+        yield path, value
+    elif len(path) < depth:
+        for k, v in _entries(value).items():
+            yield from iter_tensors(v, depth, (*path, k))
+
+
+def get(output: Any, path: KeyPath) -> Any:
+    """The entry at `path`, None where there is none."""
+    for k in path:
+        output = _entries(output).get(k)
+    return output
+
+
+def put(output: Any, path: KeyPath, value: Any) -> Any:
+    """A copy of `output` with the entry at `path` replaced."""
+    if not path:
+        return value
+    k, rest = path[0], path[1:]
+    inner = put(get(output, (k,)), rest, value)
+    if isinstance(output, (tuple, list)):
+        items = [inner if i == k else x for i, x in enumerate(output)]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    new = copy.copy(output)
+    (new if isinstance(new, dict) else vars(new))[k] = inner
+    return new
+
+
+def _entries(value: Any) -> dict[Any, Any]:
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    return dict(value) if isinstance(value, dict) else getattr(value, "__dict__", {})
+
+
+def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
+    """Layouts in which a tensor can be the logits of ids (b, t) over at least `vocab` ids."""
+    b, t = ids
+    if len(shape) == 2:
+        return [()] if shape[1] >= vocab and shape[0] <= b * t else []
+    fits = {
+        (0, 1, 2): shape[0] == b,
+        (0, 2, 1): shape[0] == b and shape[2] in (t, t - 1),
+        (1, 0, 2): shape[1] == b != t and shape[0] in (t, t - 1),
+    }
+    return [layout for layout, fit in fits.items() if fit and shape[layout[2]] >= vocab]
+
+
+def to_btv(t: Tensor, layout: Layout) -> Tensor:
+    """Any layout -> (b, t, V), or (1, n, V) for flat logits."""
+    return t.permute(layout) if layout else t[None]
+
+
+def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
+    """The slots of the largest part of the batch among the arguments of a call, if there is any."""
+    found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]
+    return max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)
 
 
 def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
@@ -31,15 +85,15 @@ def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
     flattened, with or without PAD; nearly the batch (a BOS put in front, a few ids altered).
     Windows not yet in `used` come first, so that equal rows in several calls are told apart.
     """
-    ids = batch.ids
+    if t.is_floating_point() or t.dtype == torch.bool or t.ndim not in (1, 2):
+        return None
+    ids, t = batch.ids, t.to(batch.ids)
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    if t.shape == ids.shape and torch.equal(t, ids):
+    if torch.equal(t, ids):
         return slots
-    if t.ndim == 2 and t.shape[1] <= ids.shape[1]:
-        hit = _window(t, ids, slots, used)
-        if hit is not None:
-            return hit
-    if t.shape == ids.T.shape and torch.equal(t, ids.T):
+    if t.ndim == 2 and (hit := _window(t, ids, slots, used)) is not None:
+        return hit
+    if torch.equal(t, ids.T):
         return slots.T
     if t.ndim == 1 or t.shape[0] == 1:
         for part in (torch.ones_like(batch.real), batch.real):
@@ -50,20 +104,19 @@ def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
 
 def _window(t: Tensor, ids: Tensor, slots: Tensor, used: set[int]) -> Tensor | None:
     """Rows in any order, at the first start where none was used before (or the fewest were)."""
-    n = t.shape[1]
     best: tuple[int, Tensor] | None = None
-    for start in range(ids.shape[1] - n + 1):
-        same = (ids[:, start : start + n][None] == t[:, None]).all(-1)  # (b, B)
+    for start in range(ids.shape[1] - t.shape[1] + 1):
+        window = slice(start, start + t.shape[1])
+        same = (ids[:, window][None] == t[:, None]).all(-1)  # (b, B)
         if not bool(same.any(1).all()):
             continue
         first = slots[:, start].tolist()
         rows: list[int] = []
         for fits in (line.nonzero()[:, 0].tolist() for line in same):
-            taken = {r: (r in rows, first[r] in used) for r in fits}
-            rows.append(min(taken, key=taken.__getitem__))
+            rows.append(min(fits, key=lambda r: (r in rows, first[r] in used)))
         overlap = len(used & {first[r] for r in rows})
         if best is None or overlap < best[0]:
-            best = overlap, slots[rows, start : start + n]
+            best = overlap, slots[rows, window]
         if not overlap:
             break
     if best is None:
@@ -85,12 +138,12 @@ def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
     return hit
 
 
-def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Tensor] | None:
+def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Tensor]:
     """Slots for the logits (b', t', V) that one call of the model gave, in one piece or several.
 
-    Several pieces, as of a head applied chunk by chunk, follow each other in time. Fewer logits
-    than ids are the first ones, more are the last. Flat ones (1, n, V) are all slots, all but the
-    last column, or only those that are real or have a target. None: the slots cannot be told.
+    Pieces, as of a head applied chunk by chunk, follow each other. Fewer logits than ids are the
+    first ones, more are the last. Flat ones (1, n, V) are all slots, all but the last column, or
+    only those that are real or have a target. RuntimeError if none of these fits.
     """
     (b, t), widths = slots.shape, [s[1] for s in shapes]
     total = sum(widths)
@@ -101,4 +154,6 @@ def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Te
         slots = next((o[None] for o in options if len(o) == total), slots[:, :0])
     elif total > t:
         slots = torch.cat([slots.new_full((b, total - t), -1), slots], 1)
-    return list(slots[:, :total].split(widths, 1)) if slots.shape[1] >= total else None
+    if slots.shape[1] < total:
+        raise RuntimeError("it cannot be told to which positions the logits belong")
+    return list(slots[:, :total].split(widths, 1))

@@ -8,17 +8,13 @@ from torch.overrides import TorchFunctionMode
 
 from causal_preflight.audit_batch import AuditBatch, require
 from causal_preflight.context import NONE_COUNTS, Context, Move
-from causal_preflight.locate import iter_integer_tensors, locate
+from causal_preflight.locate import iter_tensors, locate
 from causal_preflight.report import Finding
 from causal_preflight.visibility import Setting, find_leak, leak_finding
 
 
 def finite(ctx: Context) -> list[Finding]:
-    """Loss, logits of real tokens and gradients must be numbers.
-
-    If they are with a row freed of its PAD, the padding is at fault (a query without any key). If
-    only the loss is NaN, its reduction is at fault (0/0). Else a causal mask leaves a query no key.
-    """
+    """Loss, logits of real tokens and gradients must be numbers."""
     model, batch = ctx.model, ctx.work
     sound = all(bool(torch.isfinite(p).all()) for p in model.sandbox.params)
     require(sound, "the parameters themselves are not finite")
@@ -31,10 +27,10 @@ def finite(ctx: Context) -> list[Finding]:
         if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
             return []
     ctx.explained.add("finite")
-    if bad_loss and not bool(nan.any()):
+    if bad_loss and not bool(nan.any()):  # 0/0
         require(ctx.full.has_target.any(), "no position of the batch has a next token")
-        text = "the loss is NaN though every logit is finite: a mean over no targets"
-        return [ctx.finding("reduction", text, "clamp", Move(float("nan")))]
+        seen = "the loss is NaN though every logit is finite: a mean over no targets"
+        return [ctx.finding("reduction", seen, "clamp", Move(float("nan")))]
     move = Move(float("nan"), int(batch.slot.flatten()[broken.long().argmax()]))
     what = "the loss" if bad_loss else "the logits of a real token" if broken.any() else "gradients"
     if batch.has_pad:
@@ -47,11 +43,7 @@ def finite(ctx: Context) -> list[Finding]:
 
 
 class _EmbeddingNoise(TorchFunctionMode):
-    """Adds noise to the embeddings of chosen slots, in whatever way they are looked up.
-
-    It changes the vectors that were looked up and not the table: the row of PAD may also be that of
-    EOS, or be tied to the output.
-    """
+    """Adds noise to the looked-up vectors of chosen slots; EOS or the head may share the table."""
 
     def __init__(self, batch: AuditBatch, where: Tensor, seed: int) -> None:
         super().__init__()
@@ -62,7 +54,7 @@ class _EmbeddingNoise(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in ("embedding", "__getitem__") or not isinstance(out, Tensor):
             return out
-        for t in iter_integer_tensors((args[1:] if name == "__getitem__" else args, kwargs)):
+        for _, t in iter_tensors((args[1:] if name == "__getitem__" else args, kwargs), 3):
             slots = locate(t, self.batch, set())
             if slots is not None and out.is_floating_point() and out.shape[:-1] == t.shape:
                 hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape)
@@ -89,17 +81,16 @@ def embedding(ctx: Context) -> list[Finding]:
         require(noise.hits, "the lookup of the embeddings was not found")
         return logits
 
-    settings = [Setting("", work, train, train, sides) for train in (False, True)]
-    leak, seen = find_leak(ctx, settings, changed), "{where} with the embedding at PAD slots"
+    leak = find_leak(ctx, [Setting(work, both, both, sides) for both in (False, True)], changed)
+    seen = "{where} with the embedding at PAD slots"
     return leak_finding(ctx, leak, "padding", "pad", seen, "pad keys")
 
 
 def extension(ctx: Context) -> list[Finding]:
     """Add PAD on the side where the batch has it: logits, weights and loss must not move.
 
-    Weights that shrink: the denominator counts PAD. A loss that moves while logits and weights
-    stay: an auxiliary term counts PAD. The loss is taken with the logits replaced
-    (`InstrumentedModel.readout`), so that rounding in the logits does not blur it.
+    Weights that shrink: the denominator counts PAD. A loss that moves alone, free of the rounding
+    in the logits (`InstrumentedModel.readout`): an auxiliary term counts PAD.
     """
     require(ctx.work.has_pad, "no PAD in the batch")
     work, width = ctx.work, ctx.work.ids.shape[1]
@@ -111,8 +102,7 @@ def extension(ctx: Context) -> list[Finding]:
     longer = base.pad(more, left, work)
     examined = False
     if not ctx.explained & {"future", "cross_row", "padding", "context", "finite"}:
-        move = ctx.compare(base, longer)
-        if move:
+        if move := ctx.compare(base, longer):
             label = "pad" if move.size == float("inf") else "position"
             return [ctx.finding(label, "{where} when PAD is added", "length", move)]
         examined = True
@@ -130,18 +120,13 @@ def extension(ctx: Context) -> list[Finding]:
             return [ctx.finding("reduction", seen, "divide", Move(float(factor.median())))]
         drift = abs(s.loss - r.loss) / max(1e-9, abs(r.loss))
         # A NaN drift is no finding.
-        clear = drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.model.replaceable
-        if clear and not (train and _random_loss(ctx, base, r.loss)):
+        if not (drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.model.replaceable):
+            continue
+        ctx.model.seed += 1  # does dropout reach the loss by another way than the logits?
+        reseeded = ctx.model.readout(base, train).loss if train else r.loss
+        ctx.model.seed -= 1
+        if abs(reseeded - r.loss) <= 1e-7 * abs(r.loss):
             seen = "the loss moves by {size} of itself with PAD added; logits and weights do not: "
             return [ctx.finding("pad", seen + "a term counts PAD", "pad targets", Move(drift))]
     require(examined, NONE_COUNTS)
     return []
-
-
-def _random_loss(ctx: Context, batch: AuditBatch, loss: float) -> bool:
-    """Does randomness (dropout) reach the loss by another way than the logits?"""
-    ctx.model.seed += 1
-    try:
-        return abs(ctx.model.readout(batch, True).loss - loss) > 1e-7 * abs(loss)
-    finally:
-        ctx.model.seed -= 1

@@ -19,9 +19,8 @@ def named_tensors(
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
     """Name the parts of a batch `input_ids`, `labels`, ...; and the way back to its own type.
 
-    Understood are a mapping, a named tuple, a dataclass, a tuple (ids, labels, ...) and a tensor of
-    ids. A dataclass is rebuilt by its constructor, so that a property cached on the original is
-    computed anew from edited tensors.
+    A dataclass is rebuilt by its constructor, so that a property cached on the original is computed
+    anew from edited tensors.
 
     Raises:
         ValueError: no (B, T) token ids are found in it; one line that names what was found.
@@ -95,9 +94,8 @@ def _real(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> tuple[
 
 def _edge_runs(hit: Tensor) -> Tensor:
     """(B, T) bool: the runs of True that touch the left or the right edge."""
-    leading = hit.long().cumprod(1).bool()
-    closing = hit.flip(1).long().cumprod(1).flip(1).bool()
-    return leading | closing
+    leading, closing = hit.long().cumprod(1), hit.flip(1).long().cumprod(1).flip(1)
+    return (leading | closing).bool()
 
 
 def _pad_by_labels(raw: dict[str, Any]) -> int | None:
@@ -105,9 +103,8 @@ def _pad_by_labels(raw: dict[str, Any]) -> int | None:
     labels, ids = raw.get("labels"), raw["input_ids"]
     if labels is None or bool((labels == IGNORE).all()):
         return None
-    ignored = _edge_runs(labels == IGNORE)
     for edge in (-1, 0):
-        candidates = ids[:, edge][ignored[:, edge]].unique()
+        candidates = ids[:, edge][labels[:, edge] == IGNORE].unique()
         if len(candidates) == 1 and not bool((labels == candidates).any()):
             pad = int(candidates)
             return pad if int(_edge_runs(ids == pad).sum(1).max()) > 1 else None

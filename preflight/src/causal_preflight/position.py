@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import AuditBatch, UnexaminableError, require, span
+from causal_preflight.audit_batch import UnexaminableError, require, span
 from causal_preflight.context import NONE_COUNTS, Context, moved
-from causal_preflight.nested_outputs import get, iter_float_tensors
+from causal_preflight.locate import get, iter_tensors
 from causal_preflight.report import Finding
 
 _UNKNOWN_CACHE = "the model offers a cache, but takes it or its ids in a form not known here"
@@ -25,7 +25,7 @@ def order(ctx: Context) -> list[Finding]:
     _require_clean(ctx)
     work, rows = ctx.work, len(ctx.work.ids)
     require(rows > 1, "needs a batch of two rows")
-    move = ctx.compare(work, work.rows(list(range(rows))[::-1]))
+    move = ctx.compare(work, work.rows([*range(rows)][::-1]))
     if not move:
         return []
     ctx.explained.add("order")
@@ -41,9 +41,10 @@ def alone(ctx: Context) -> list[Finding]:
     _require_clean(ctx)
     require("order" not in ctx.explained, "logits depend on the row already")
     work, pads = ctx.work, (~ctx.work.real).sum(1)
-    require(ctx.counted(work).any(), NONE_COUNTS)
+    counted = ctx.counted(work).any(1)
+    require(counted.any(), NONE_COUNTS)
     for b in pads.argsort(descending=True, stable=True)[:2].tolist():
-        if not bool(ctx.counted(work)[b].any()):
+        if not counted[b]:
             continue
         if move := ctx.compare(work, work.rows([b])):
             return [ctx.finding("pad", _BESIDE, "pad keys", move)]
@@ -56,35 +57,27 @@ def alone(ctx: Context) -> list[Finding]:
 def packed(ctx: Context) -> list[Finding]:
     """A later document of a packed row gives the same logits as by itself; three are tried."""
     _require_clean(ctx)
-    work = ctx.work
+    work, own = ctx.work, {"doc": ctx.work.doc, **ctx.work.raw}
+    first = [span(row)[0] for row in work.real]
     later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
-    later = [(b, d) for b, d in later if d > int(work.doc[b][work.real[b]][0])]
+    later = [(b, d) for b, d in later if d > int(work.doc[b, first[b]])]
     require(later, "one document a row (no document_ids)")
     for b, d in later[:3]:
-        if move := ctx.compare(work, _single(work, b, work.doc[b] == d)):
+
+        def as_first(name: str, v: Tensor, b: int = b) -> Tensor:
+            """Numbered and placed like the first document of its row."""
+            moves = name in ("position_ids", "document_ids", "doc")
+            return v - v[:, :1] + own[name][b, first[b]] if moves else v
+
+        by_itself = work.rows([b]).cols(*span(work.doc[b] == d)).each(as_first)
+        if move := ctx.compare(work, by_itself):
             seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
             return [ctx.finding("position", seen + "position {t}", "positions", move)]
     return []
 
 
-def _single(work: AuditBatch, b: int, where: Tensor) -> AuditBatch:
-    """A document cut out of its row, numbered and placed like the first document of a row."""
-    first = span(work.real[b])[0]
-
-    def edit(name: str, v: Tensor) -> Tensor:
-        if name not in ("position_ids", "document_ids", "doc"):
-            return v
-        given = work.doc if name == "doc" else work.raw[name]
-        return v - v[:, :1] + given[b, first]
-
-    return work.rows([b]).cols(*span(where)).each(edit)
-
-
 def decoding(ctx: Context) -> list[Finding]:
-    """Token by token with a cache, if the model takes one, must give the logits of one pass.
-
-    Caches are tried in the form that transformers uses, or as the second of two outputs.
-    """
+    """Token by token with a cache, if the model takes one, must give the logits of one pass."""
     _require_clean(ctx)
     names = list(inspect.signature(ctx.model.module.forward).parameters)
     caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]
@@ -118,16 +111,16 @@ def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tens
     half = ids.shape[1] // 2
     out = model(ids[:, :half], **keys)
     steps = [_logits(out)]
-    for t in range(half, ids.shape[1]):
+    for one in ids[:, half:].split(1, 1):
         places = (get(out, (k,)) for k in (cache, "past_key_values", "cache", "presents", 1))
         kept = next((c for c in places if c is not None), None)
         require(kept is not None, _UNKNOWN_CACHE)
-        out = model(ids[:, t : t + 1], **{cache: kept}, **keys)
+        out = model(one, **{cache: kept}, **keys)
         steps.append(_logits(out)[:, -1:])
     return torch.cat(steps, 1)
 
 
 def _logits(out: Any) -> Tensor:
-    hits = [t.float() for _, t in iter_float_tensors(out) if t.ndim == 3]
+    hits = [t.float() for _, t in iter_tensors(out, 2) if t.ndim == 3 and t.is_floating_point()]
     require(hits, _UNKNOWN_CACHE)
     return hits[0]

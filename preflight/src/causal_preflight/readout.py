@@ -1,14 +1,13 @@
-"""Probes of the targets: which token each position was trained on, and whether EOS is one.
+"""Probes of what the loss trains: which targets, with what weights, and whether EOS is one.
 
-They read `Readout` (d loss / d logits resolved into targets and weights), in train mode and in eval
-mode: some losses take another branch in each.
+They read `Readout`, in train mode and in eval mode where some losses take another branch.
 """
 
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import IGNORE, AuditBatch, require, shift_left
-from causal_preflight.context import Context
+from causal_preflight.audit_batch import IGNORE, AuditBatch, UnexaminableError, require, shift_left
+from causal_preflight.context import Context, Move
 from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding
 
@@ -55,23 +54,22 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
     label, is_next = batch.label_of_next, r.target == shift_left(batch.ids, -1)
     eos = _closing_eos(batch, r)
     right = batch.has_target & (is_next | (r.target == label)) | eos
-    right[:, -1] |= _label_beyond_row(batch, r)
+    if batch.labels is not None and batch.labels_shifted:
+        # The label beyond the row is right, unless it comes from a `roll` or from flattened rows.
+        last, first = batch.labels[:, -1], batch.ids[:, 0]
+        rolled = torch.equal(last, first) or torch.equal(last, first.roll(-1))
+        right[:, -1] |= (r.target[:, -1] == last) & (not rolled)
     # A target is PAD at PAD itself, at the last real token before PAD, or in the last column.
     pad = ~batch.real | (~shift_left(batch.real, True) & is_next)
     pad[:, -1] = batch.has_pad & (r.target[:, -1] == (batch.pad_id or 0))
     pad &= on & ~eos
     ignored = on & batch.has_target & (label == IGNORE)
-    found = []
     wrong = on & ~pad & ~right
-    if bool(wrong.any()):
-        found.append(_at(ctx, r, wrong, "shift", mode + "{} is trained on"))
-    if bool(pad.any()):
-        found.append(_at(ctx, r, pad, "pad", mode + _PAD_COUNTS))
-    elif bool(ignored.any()):
-        found.append(_at(ctx, r, ignored, "pad", mode + "{} counts though its label is -100:"))
-    else:
-        found += _without_target(ctx, r, mode)
-    return found
+    found = [_at(ctx, r, wrong, "shift", mode + "{} is trained on")] if bool(wrong.any()) else []
+    for hit, text in ((pad, _PAD_COUNTS), (ignored, "{} counts though its label is -100:")):
+        if bool(hit.any()):
+            return [*found, _at(ctx, r, hit, "pad", mode + text)]
+    return found + _without_target(ctx, r, mode)
 
 
 def _closing_eos(batch: AuditBatch, r: Readout) -> Tensor:
@@ -83,19 +81,6 @@ def _closing_eos(batch: AuditBatch, r: Readout) -> Tensor:
         found &= batch.label_of_next == batch.eos_id
     # Only if nothing after it is trained: with the rest of the PAD as targets it is a fault.
     return found & ~(r.trained & ~batch.real & ~batch.left_pad).any()
-
-
-def _label_beyond_row(batch: AuditBatch, r: Readout) -> Tensor:
-    """(B,): the last column is trained on a label that the batch brought along already shifted.
-
-    A label that repeats the first token of the row or of the next one comes from a `roll` or from
-    flattened rows, and is no next token.
-    """
-    if batch.labels is None or not batch.labels_shifted:
-        return torch.zeros_like(batch.real[:, -1])
-    last, first = batch.labels[:, -1], batch.ids[:, 0]
-    rolled = torch.equal(last, first) or torch.equal(last, first.roll(-1))
-    return (r.target[:, -1] == last) & (not rolled)
 
 
 def _shifted(ctx: Context, r: Readout, k: int | None, mode: str) -> list[Finding]:
@@ -112,16 +97,13 @@ def _shifted(ctx: Context, r: Readout, k: int | None, mode: str) -> list[Finding
     k = k or 0
     pad = on & ~batch.real.roll(-k, 1) & ~batch.real & (r.target == batch.ids.roll(-k, 1))
     pad[:, batch.ids.shape[1] - max(0, k) :] = False
-    if bool(pad.any()):
-        found.append(_at(ctx, r, pad, "pad", mode + _PAD_COUNTS))
-    return found
+    return found + ([_at(ctx, r, pad, "pad", mode + _PAD_COUNTS)] if bool(pad.any()) else [])
 
 
 def _without_target(ctx: Context, r: Readout, mode: str) -> list[Finding]:
     """PAD that moves the loss without being a target: label smoothing's uniform term, a z-loss.
 
-    A z-loss over real tokens may include those that are not counted; its gradient sums to more than
-    zero, that of smoothing to zero.
+    A z-loss may include real tokens that are not counted; its gradient sums to more than zero.
     """
     real, takes_part = ctx.full.real, r.max_abs_grad > _TAKES_PART * r.max_abs_grad.max()
     smooth = (r.grad_sum.abs() < 1e-3 * r.max_abs_grad) & ~shift_left(real, False)
@@ -154,11 +136,15 @@ def _at(ctx: Context, r: Readout, hit: Tensor, label: str, text: str) -> Finding
 def ending(ctx: Context) -> list[Finding]:
     """Is the token that ends a document ever a counted target?
 
-    Examined where an end can be seen: at the last real token before PAD or before another document.
-    With a known EOS, at every EOS of the batch.
+    An end is every EOS; where it is unknown, the last real token before PAD or another document.
     """
     batch, r = ctx.full, ctx.readout(True)
     require("shift" not in ctx.explained, "the targets are shifted, so EOS is not where it belongs")
+
+    def never_ends(what: str, ends: Tensor) -> list[Finding]:
+        seen = what + ": row {row}, position {t}; the model cannot learn to stop"
+        return [ctx.finding_at("eos", seen, "eos", ends, float(ends.sum()))]
+
     ends = batch.ends
     if batch.eos_id is not None:
         eos = batch.real & (batch.ids == batch.eos_id)
@@ -167,25 +153,155 @@ def ending(ctx: Context) -> list[Finding]:
             if bool((r.trained & _closing_eos(batch, r)).any()):
                 return []
             if bool(ends.any()):
-                return [_never_ends(ctx, "no document in the batch ends in EOS", ends)]
+                return never_ends("no document in the batch ends in EOS", ends)
         ends = eos
-    require(ends.any(), "no document is seen to end in this batch")
     is_target = batch.has_target.roll(1, 1)  # has_target is False in the last column
-    counted = r.trained.roll(1, 1) & is_target
-    ends = ends & is_target
+    counted, ends = r.trained.roll(1, 1) & is_target, ends & is_target
     require(ends.any(), "no document is seen to end in this batch")
     require(offset_of(batch, r) == 1, "the targets are not the next tokens")
     tokens, others = batch.ids[ends], is_target & ~ends
-    same = len(tokens) > 1 and bool((tokens == tokens[0]).all())
     seen = bool((counted & ends).any())
-    if batch.eos_id is None and not same:  # a fault only if nothing but the ends does not count
+    if batch.eos_id is None and not (len(tokens) > 1 and bool((tokens == tokens[0]).all())):
+        # A fault only if nothing but the ends does not count.
         only = len(tokens) > 1 and bool(others.any()) and bool(counted[others].all())
         require(only and not seen, "which id is EOS cannot be told: pass eos_id")
-    if seen:
+    what = "the last token of a document is never a counted target"
+    return [] if seen else never_ends(what, ends)
+
+
+def reduction(ctx: Context) -> list[Finding]:
+    """Are the weights of the tokens those of a mean or a sum? In doubt, a second batch tells.
+
+    Accepted are the token mean (all 1/N), the sum (all one constant, whatever the batch) and the
+    mean over rows, or documents, of means.
+    """
+    require("pad target" not in ctx.explained, "PAD is trained, and changes every weight")
+    r, batch = ctx.readout(True), ctx.full
+    on = r.trained
+    require(bool(on.any()) and r.loss == r.loss, "no finite, counted position")
+    tol = max(2e-3, 3 * r.residual)
+    w = r.weight[on]
+    if _near(w, w.mean(), tol):
+        return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
+    if _mean_of_means(r, batch.doc, tol):
+        # With several calls: over rows, or over calls of one row? With the rows doubled, a mean
+        # over rows stays one, while calls hold rows of two lengths.
+        doubled = batch.rows([*range(len(batch.ids))] * 2)
+        if r.pieces < 2 or _mean_of_means(ctx.model.readout(doubled, True), doubled.doc, tol):
+            return []
+        seen = f"the loss is a mean over {r.pieces} calls of the model of each call's own mean"
+        return [ctx.finding("reduction", seen, "divide", Move(r.pieces))]
+    seen = (
+        f"the weights of the tokens differ from {float(w.min()):.3g} to {float(w.max()):.3g} (sum "
+        f"{float(w.sum()):.3g}) and are no mean over rows either; heaviest at row {{row}}, "
+        "position {t}"
+    )
+    size = float(w.max() / w.min().clamp_min(1e-300))
+    return [ctx.finding_at("reduction", seen, "divide", on & (r.weight == w.max()), size)]
+
+
+def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
+    wanted = torch.as_tensor(wanted)
+    return bool(((value - wanted).abs() <= tol * wanted.abs()).all())
+
+
+def _mean_of_means(r: Readout, doc: Tensor, tol: float) -> bool:
+    """Equal within each row (or document), with equal sums that make 1, 1 each, or 1/B each."""
+    row = torch.arange(len(doc), device=doc.device)[:, None].expand_as(doc)
+    for group in (row, row * (int(doc.max()) + 2) + doc):
+        parts = [r.weight[r.trained & (group == g)] for g in group[r.trained].unique()]
+        sums = torch.stack([w.sum() for w in parts])
+        even = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
+        if even and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(doc))):
+            return True
+    return False
+
+
+def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
+    """All weights are one w, neither 1/N nor 1: cut the batch, and see how w follows."""
+    batch, width = ctx.full, ctx.full.ids.shape[1]
+    half = width // 2 + 1
+    start = width - half if bool(batch.left_pad.any()) else 0
+    cut = batch.cols(start, start + half)
+    cut_r = ctx.model.readout(cut, True)
+    w, cut_w = r.weight[r.trained], cut_r.weight[cut_r.trained]
+    require(len(cut_w) and half < width, "the batch is too short to see how the loss is scaled")
+
+    def documents(doc: Tensor, on: Tensor) -> int:
+        """How many documents of all rows hold a counted token."""
+        return len({(int(b), int(doc[b, t])) for b, t in on.nonzero()})
+
+    share = w.mean() * documents(batch.doc, r.trained)  # of a document, with a fixed length
+    counts = (batch.ids.numel(), batch.ids[:, 1:].numel())
+    slots = any(_near(w.mean() * k, 1, tol) for k in counts)
+    same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
+    if _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
+        return []  # a sum with a factor
+    others = "something other than the counted targets, or twice"
+    by, total = "all slots of the batch, PAD included" if slots else others, float(w.sum())
+    seen = (
+        f"the loss is divided by {by}: each of the {len(w)} counted tokens weighs "
+        f"{float(w.mean()):.3g}, together {total:.3g} instead of 1; with {len(cut_w)} tokens of "
+        f"the same rows, {float(cut_w.mean()):.3g} each"
+    )
+    return [ctx.finding("reduction", seen, "divide", Move(total))]
+
+
+def emptied(ctx: Context) -> list[Finding]:
+    """Does a row without any target make the loss NaN? Asked where labels leave out tokens."""
+    require("finite" not in ctx.explained, "the loss is not finite on the plain batch")
+    batch, labels = ctx.work, ctx.work.labels
+    left_out = batch.has_target & (batch.label_of_next == IGNORE)
+    if labels is None or not bool(left_out.any()):
+        raise UnexaminableError("every real token has a target: no row can come to hold none")
+    empty = batch.put("labels", torch.cat([torch.full_like(labels[:1], IGNORE), labels[1:]]))
+    for train in (True, False):
+        loss = float(ctx.model.run(empty, train).detach())
+        if not abs(loss) < float("inf"):
+            seen = f"the loss is {loss} once row {{row}} holds no target"
+            return [ctx.finding("reduction", seen, "clamp", Move(loss, int(batch.slot[0, 0])))]
+    return []
+
+
+def labels(ctx: Context) -> list[Finding]:
+    """For a loss that hands out no logits: perturb labels, and see what the loss depends on.
+
+    A label changed from a to b changes the loss by w (z_b - z_a). If that moves with the input at
+    the label's own position, the logits have seen their target; if not with the one before, shifted
+    twice.
+    """
+    batch, given = ctx.work, ctx.work.labels
+    if given is None:
+        raise UnexaminableError("no logits were found and the batch has no labels to perturb")
+    places = batch.has_target & batch.swappable & shift_left(batch.swappable, False)
+    index = places.nonzero()
+    require(len(index) > 2, "rows too short to perturb labels")
+    b, t = index[len(index) // 2].tolist()  # its target is the token at t + 1
+
+    def loss(edited: AuditBatch, labels: Tensor) -> float:
+        return float(ctx.model.run(edited.put("labels", labels)).detach())
+
+    def difference(*swapped: int) -> float:
+        """Loss with one label minus loss with another, with these inputs of row b swapped."""
+        where, edits = torch.zeros_like(batch.real), (given.clone(), given.clone())
+        where[b, list(swapped)] = True
+        for edit, token in zip(edits, batch.ordinary[:2], strict=True):
+            edit[b, t + 1 - batch.labels_shifted] = token
+        this, that = (loss(batch.swap(where, ctx.seed), edit) for edit in edits)
+        return this - that
+
+    with ctx.weights(True):
+        before, after = loss(batch, given), loss(batch, given.masked_fill(~batch.real, IGNORE))
+        if abs(before - after) > 1e-5 * abs(before):
+            seen = f"the loss goes from {before:.4g} to {after:.4g} once the labels at PAD are -100"
+            return [ctx.finding("pad", seen, "pad targets", Move(abs(before - after)))]
+        plain, own, previous = difference(), difference(t + 1), difference(t)
+    require(plain != 0.0, "the loss does not depend on the labels of the batch")
+    if abs(own - plain) > 1e-3 * abs(plain):
+        what = "depends on that token as input"
+    elif abs(previous - plain) <= 1e-3 * abs(plain):
+        what = "does not depend on the token before it"
+    else:
         return []
-    return [_never_ends(ctx, "the last token of a document is never a counted target", ends)]
-
-
-def _never_ends(ctx: Context, what: str, ends: Tensor) -> Finding:
-    seen = what + ": row {row}, position {t}; the model cannot learn to stop"
-    return ctx.finding_at("eos", seen, "eos", ends, float(ends.sum()))
+    seen = f"row {{row}}: the loss on the token after position {{t}} {what}"
+    return [ctx.finding("shift", seen, "targets", Move(abs(plain), int(batch.slot[b, t])))]

@@ -1,13 +1,12 @@
 """What the audit reports: findings, what could not be examined, and how to print them."""
 
-import textwrap
 from collections.abc import Set
 from dataclasses import asdict, dataclass, field
+from textwrap import wrap
 from typing import Any
 
 LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
-ALIASES = {"norm": "reduction"}
-"""Earlier words for labels, still understood in `Report.faults`."""
+ALIASES = {"norm": "reduction"}  # earlier words, still understood in `Report.faults`
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
     "pad targets": "give PAD targets the label -100 by mask or length; drop them before the mean",
@@ -60,9 +59,9 @@ class Finding:
 class Report:
     """The outcome of one preflight.
 
-    `skipped` maps a probe to why it could not be examined; `sampled` says what was examined in part
-    only; `passed` lists the probes that ran and found nothing; `pictures` holds alignment and
-    visibility as plain lists, for `to_html`; `forwards` counts the runs of the loss.
+    `skipped`: probe -> why it could not be examined. `sampled`: what was examined in part only.
+    `passed`: probes that ran and found nothing. `pictures`: plain lists for `to_html`. `forwards`:
+    runs of the loss.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -107,11 +106,11 @@ class Report:
         return {"faults": faults, "audited": self.audited, **plain}
 
     def __str__(self) -> str:
-        lines = [f"preflight: {self.verdict}"]
+        lines, cells = [f"preflight: {self.verdict}"], list[tuple[str, str]]()
         for f in self.findings:
-            lines += _cell(f.label.upper(), f"{f.seen} [{f.probe}]") + _cell("", f"-> {f.remedy}")
-        for name, text in self.notes():
-            lines += _cell(name, text)
+            cells += [(f.label.upper(), f"{f.seen} [{f.probe}]"), ("", f"-> {f.remedy}")]
+        for head, text in cells + self.notes():
+            lines += wrap(text, 100, initial_indent=f"  {head:<9} ", subsequent_indent=" " * 12)
         return "\n".join(lines)
 
     def notes(self) -> list[tuple[str, str]]:
@@ -119,8 +118,3 @@ class Report:
         notes = [("checked", ", ".join(self.passed))] if self.passed else []
         notes += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
         return notes + [("sampled", note) for note in self.sampled]
-
-
-def _cell(head: str, text: str) -> list[str]:
-    body = textwrap.wrap(text, 88) or [""]
-    return [f"  {h:<9} {line}" for h, line in zip([head] + [""] * len(body), body, strict=False)]

@@ -1,13 +1,13 @@
 """Put a model back exactly as it was found, whatever the audit does to it.
 
-Covered: parameters, their gradients (also whether there were any) and `requires_grad`; buffers;
-plain attributes of modules, where some keep a hidden state; the mode of every submodule.
+Covered: parameters, gradients (also whether there were any), `requires_grad`, buffers, modes, and
+plain attributes of modules, where some keep a hidden state.
 """
 
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ _VECTOR_SIZE = 0.5  # root mean square given to a gate or bias that is zero
 
 
 class Sandbox:
-    """Snapshot of a model: `rewind` before every run of the loss, `restore` at the end.
-
-    Holds one copy of the parameters in memory while the audit runs.
-    """
+    """Snapshot of a model, with a copy of its parameters: `rewind` before every run of the loss."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
@@ -41,8 +38,7 @@ class Sandbox:
     def rewind(self, seed: int, train: bool) -> None:
         """Same state, mode and seed for every run; calls `reset()` of modules that have one.
 
-        A model found in train mode keeps the mode of each submodule in train mode, and one that
-        overrides `train()` is asked by it: a part that is frozen in eval mode stays so.
+        In train mode, what was found in eval mode, or overrides `train()` to stay there, stays so.
         """
         self._restore_state()
         root = self.modules[0]
@@ -51,10 +47,8 @@ class Sandbox:
         for m in self.modules:
             reset = getattr(m, "reset", None)
             if callable(reset):
-                try:
+                with suppress(TypeError):  # takes arguments: not one that clears a hidden state
                     reset()
-                except TypeError:  # takes arguments: not the kind that clears a hidden state
-                    continue
         torch.manual_seed(seed)
         random.seed(seed)
         if "numpy" in sys.modules:
@@ -87,25 +81,39 @@ class Sandbox:
     def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:
         """Weights under which every path carries signal; the originals return at the end.
 
-        A causal mask must hold for any weights. But zero-initialized projections and gates hide a
-        leak, and matrices of size 0.02 shrink it below rounding. So weights that are exactly zero
-        get noise, and small matrices are scaled up to 1/sqrt(fan in). Large weights stay: with
-        still larger ones the scores would outgrow a correct mask of finite values. `add_noise` adds
-        noise as large as each weight, for another draw.
+        Weights that are zero get noise, small matrices are scaled up to 1/sqrt(fan in); with larger
+        ones scores would outgrow a correct mask of finite values. `add_noise` gives another draw.
         """
         gen = torch.Generator().manual_seed(seed)
+
+        def noise(p: Tensor) -> Tensor:
+            return torch.randn(p.shape, generator=gen).to(p)
+
         try:
             with torch.no_grad():
                 for p in self.params:
-                    if p.requires_grad and p.is_floating_point() and p.numel():
-                        _rescale(p, gen)
-                        if add_noise:
-                            p.add_(torch.randn(p.shape, generator=gen).to(p) * p.std())
+                    if not (p.requires_grad and p.is_floating_point() and p.numel()):
+                        continue
+                    size = p.float().pow(2).mean().sqrt().item()
+                    wanted = (p.shape[0] / p.numel()) ** 0.5 if p.ndim > 1 else _VECTOR_SIZE
+                    if size == 0:
+                        p.copy_(noise(p) * wanted)
+                    elif size < wanted and (p.ndim > 1 or size < 0.01):
+                        p.mul_(wanted / size)
+                    if add_noise:
+                        p.add_(noise(p) * p.std())
             yield
         finally:
             with torch.no_grad():
                 for p, v in zip(self.params, self.values, strict=True):
                     p.copy_(v)
+
+
+def _content(value: Any) -> Any:
+    """What is needed to undo a change made inside `value`."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if type(value) in (list, dict, set) else None
 
 
 @contextmanager
@@ -121,19 +129,3 @@ def preserved_random_states() -> Iterator[None]:
         random.setstate(python)
         if numpy:
             numpy.random.set_state(kept)
-
-
-def _rescale(p: Tensor, gen: torch.Generator) -> None:
-    size = p.float().pow(2).mean().sqrt().item()
-    wanted = (p.shape[0] / p.numel()) ** 0.5 if p.ndim > 1 else _VECTOR_SIZE
-    if size == 0:
-        p.copy_(torch.randn(p.shape, generator=gen).to(p) * wanted)
-    elif size < wanted and (p.ndim > 1 or size < 0.01):
-        p.mul_(wanted / size)
-
-
-def _content(value: Any) -> Any:
-    """What is needed to undo a change made inside `value`."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.copy() if type(value) in (list, dict, set) else None

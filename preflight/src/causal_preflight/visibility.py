@@ -1,13 +1,11 @@
 """Probes of visibility: swap tokens, and see which counted logits move.
 
-They compare real runs and take no gradients: a gradient is blind to routing, sorting and no_grad.
-Each probe swaps parts of the batch, and no counted logit outside the part may move, in several
-settings: in train mode, with nothing padded, and with weights rescaled so that every path carries
-signal (`Sandbox.rescaled_weights`). Each setting catches leaks that the others miss.
+They compare real runs: a gradient is blind to routing, sorting and no_grad. Each is repeated in
+settings that catch what others miss: train mode, nothing padded, rescaled weights.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +18,13 @@ from causal_preflight.report import Finding
 _BLIND = 0.25  # fraction of blind trials from which it is no accident
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a part of the batch is changed and watched: in which mode, with which weights."""
+class Setting(NamedTuple):
+    """In which mode and with which weights parts of a batch, (B, T) bool each, are changed."""
 
-    words: str
     batch: AuditBatch
     train: bool
     rescaled: bool
     parts: list[Tensor]
-    """(B, T) bool each: change these slots; no counted logit elsewhere may move"""
 
 
 Leak = tuple[Setting, Tensor, Move]
@@ -45,11 +40,7 @@ def find_leak(
     settings: Iterable[Setting],
     changed: Callable[[Context, Setting, Tensor], Tensor] = _swapped,
 ) -> Leak | None:
-    """The first part whose change moves a counted logit outside of it.
-
-    Raises:
-        UnexaminableError: no part leaves a counted logit to watch.
-    """
+    """The first part whose change moves a counted logit outside of it."""
     watched = False
     for s in settings:
         with ctx.weights(s.rescaled):
@@ -57,8 +48,7 @@ def find_leak(
             for part in s.parts:
                 watch = ctx.counted(s.batch) & ~part
                 watched = watched or bool(watch.any())
-                move = ctx.largest_move(s.batch, changed(ctx, s, part), base, watch)
-                if move:
+                if move := ctx.largest_move(s.batch, changed(ctx, s, part), base, watch):
                     return s, part, move
     require(watched, NONE_COUNTS)
     return None
@@ -71,7 +61,10 @@ def leak_finding(
     if leak is None:
         return []
     ctx.explained.add(mechanism)
-    return [ctx.finding(label, leak[0].words + seen, remedy, leak[2])]
+    setting, _, move = leak
+    how = ["with nothing padded"] if setting.batch.has_pad != ctx.work.has_pad else []
+    how += ["in train mode"] * setting.train + ["with rescaled weights"] * setting.rescaled
+    return [ctx.finding(label, ", ".join([*how, seen]), remedy, move)]
 
 
 def cross_row(ctx: Context) -> list[Finding]:
@@ -79,40 +72,30 @@ def cross_row(ctx: Context) -> list[Finding]:
     work = ctx.work if len(ctx.work.ids) > 1 else ctx.work.rows([0, 0])
     odd = torch.zeros_like(work.real)
     odd[1::2] = True
-    parts = [~odd, odd]
-    settings = [Setting("", work, False, False, parts)]
-    settings += [Setting("in train mode, ", work, True, scaled, parts) for scaled in (False, True)]
-    seen = "{where} with tokens of other rows"
-    return leak_finding(ctx, find_leak(ctx, settings), "cross_row", "causal", seen, "rows")
+    modes = (False, False), (True, False), (True, True)
+    leak = find_leak(ctx, [Setting(work, *mode, [~odd, odd]) for mode in modes])
+    return leak_finding(
+        ctx, leak, "cross_row", "causal", "{where} with tokens of other rows", "rows"
+    )
 
 
 def future(ctx: Context) -> list[Finding]:
     """No counted logit may move with a later token of its row.
 
-    To try every pair (token j moves logit i < j) in few runs, all tokens from a cut on are swapped
-    at once, with another cut in each row: nothing before the cut may move.
+    All tokens from a cut on are swapped at once, with another cut in each row.
     """
-    require(
-        "cross_row" not in ctx.explained,
-        "rows see each other, so the future cannot be told from other rows",
-    )
-    work = ctx.work
-    rows, width = work.ids.shape
+    known = "rows see each other, so the future cannot be told from other rows"
+    require("cross_row" not in ctx.explained, known)
+    work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
     runs = min(width - 1, max(6, min(12, 256 // width)))
     parts, few = _cuts(work, runs), _cuts(work, max(2, runs // 3))
-    settings = [  # from likely to unlikely
-        Setting("", work, False, False, parts),
-        Setting("in train mode, ", work, True, False, few),
-        Setting("with rescaled weights, ", work, False, True, few),
-        Setting("with rescaled weights in train mode, ", work, True, True, few),
-    ]
+    settings = [Setting(work, False, False, parts)]  # from likely to unlikely
+    modes = (True, False), (False, True), (True, True)
+    settings += [Setting(work, *mode, few) for mode in modes]
     if work.has_pad:
-        words, full = "with nothing padded, ", work.unpadded()
-        few = _cuts(full, len(few))
-        settings.append(Setting(words, full, False, False, few))
-        words += "in train mode and with rescaled weights, "
-        settings.append(Setting(words, full, True, True, few))
+        full = work.unpadded()
+        settings += [Setting(full, both, both, _cuts(full, len(few))) for both in (False, True)]
     leak = find_leak(ctx, settings)
     if leak is None:
         if runs < width - 1:
@@ -155,8 +138,8 @@ def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
 def documents(ctx: Context) -> list[Finding]:
     """In packed rows, no counted logit may move with a token of another document.
 
-    Documents are numbered in binary. For each bit, those with it are swapped and those without are
-    watched, and the other way round, so that every pair of documents is tried.
+    Each bit of the number of a document says which are swapped and which watched: every pair is
+    tried.
     """
     work, doc = ctx.work, ctx.work.doc
     require(doc.max() > 0, "one document a row (no document_ids)")
@@ -165,7 +148,7 @@ def documents(ctx: Context) -> list[Finding]:
     index[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long().cumsum(1)
     bits = [index >> k & 1 for k in range(int(index.max()).bit_length())]
     parts = [work.real & (bit == side) for bit in bits for side in (0, 1)]
-    leak = find_leak(ctx, (Setting("", work, train, train, parts) for train in (False, True)))
+    leak = find_leak(ctx, (Setting(work, both, both, parts) for both in (False, True)))
     seen = "{where} with tokens of other documents in the row"
     return leak_finding(ctx, leak, "documents", "causal", seen, "documents")
 
@@ -173,10 +156,8 @@ def documents(ctx: Context) -> list[Finding]:
 def context(ctx: Context) -> list[Finding]:
     """Swap one token: the logits at its own and at the next position must move.
 
-    A mask that hides everything leaks nothing, and nothing can be learned with it. Runs on rescaled
-    weights, or a zero-initialized block would look blind. A model in which each logit depends on
-    its own token only may be meant so (a bigram); it is called blind only if a part of its weights
-    can have no effect, as queries and keys have none when a mask leaves one key.
+    A model whose logits depend on their own token only may be meant so (a bigram): it is called
+    blind only if a part of its weights, as queries and keys, can have no effect.
     """
     require("finite" not in ctx.explained, "the logits are not finite")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
@@ -204,10 +185,9 @@ def context(ctx: Context) -> list[Finding]:
 
 
 def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
-    """Fractions of trials: own logit moves; the next one does not; any later one does; and where.
+    """Fractions of trials (own logit moves, next one does not, any later one does), and where.
 
-    Three places a row. A blind one is tried again one position further: with attention in blocks,
-    the next position may begin a block.
+    A blind one is tried again one position further, which may begin a block of attention.
     """
     base = ctx.model.observe(batch).logits
     bound = ctx.bound(base, batch.real) * 0.05
@@ -225,15 +205,14 @@ def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
             places = row.nonzero()[:, 0]
             if len(places):
                 one[b, places[(len(places) * (2 * i + 1)) // 6]] = True
-        seen = reach(one, ctx.seed + i)
+        seen, following = reach(one, ctx.seed + i), one.roll(1, 1)
         unseen = one & ~seen.roll(-1, 1)
         if bool(unseen.any()):
-            further = one.roll(1, 1) & ok
+            further = following & ok
             unseen &= ~(further & reach(further, ctx.seed).roll(-1, 1)).roll(-1, 1)
             last = int(batch.slot[unseen.roll(1, 1)].max()) if bool(unseen.any()) else last
         same = batch.doc == (batch.doc * one).sum(1, keepdim=True)
-        beyond = (one | one.roll(1, 1)).long().cumsum(1) == 2  # after the token and the next one
-        beyond &= ~one.roll(1, 1)
+        beyond = ((one | following).long().cumsum(1) == 2) & ~following
         tried, own = tried + int(one.sum()), own + int((one & seen).sum())
         blind += int(unseen.sum())
         older += int((seen & same & beyond).any(1).sum())
@@ -243,12 +222,12 @@ def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
 
 def _hidden_by_padding(ctx: Context) -> str | None:
     """What is seen once attention_mask is inverted, or nothing is padded; None: still blind."""
-    mask = ctx.work.raw.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == ctx.work.ids.shape:
-        inverted = ctx.work.put("attention_mask", (1 - mask.long()).to(mask))
+    work, mask = ctx.work, ctx.work.raw.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == work.ids.shape:
+        inverted = work.put("attention_mask", (1 - mask.long()).to(mask))
         if _sight(ctx, inverted)[1] < _BLIND:
             return "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
-    if ctx.work.has_pad and _sight(ctx, ctx.work.unpadded())[1] < _BLIND:
+    if work.has_pad and _sight(ctx, work.unpadded())[1] < _BLIND:
         return "the past is hidden in padded batches, and seen with nothing padded"
     return None
 
@@ -256,18 +235,17 @@ def _hidden_by_padding(ctx: Context) -> str | None:
 def _dead_weights(ctx: Context) -> bool:
     """Can a third of a matrix, of a stack of matrices, or of all of one shape have no effect?
 
-    Slices along every axis are looked at: queries, keys and values may share one parameter. Weights
-    are drawn anew a few times: an expert that no token is sent to in one draw is used in another.
+    Draws of weights differ in the expert that a token is sent to; parameters may share a matrix.
     """
     params, tokens = ctx.model.sandbox.params, ctx.base.logits.shape[-1]
     used: dict[int, Tensor] = {}
     for draw in range(6):
         with ctx.model.sandbox.rescaled_weights(ctx.seed + draw, add_noise=draw > 0):
             found = ctx.model.grads(ctx.model.run(ctx.work, True), params)
-        grads = {i: g for i, g in enumerate(found) if g is not None}
-        largest = max(float(g.abs().max()) for g in grads.values())
+        grads = {i: g.abs() for i, g in enumerate(found) if g is not None}
+        largest = max(float(g.max()) for g in grads.values())
         for i, g in grads.items():  # a softmax over one key rounds to nearly zero
-            hit = g.abs() > max(1e-5 * float(g.abs().max()), 1e-7 * largest)
+            hit = g > max(1e-5 * float(g.max()), 1e-7 * largest)
             used[i] = used.get(i, hit) | hit
     tables = {id(m.weight) for m in ctx.model.sandbox.modules if isinstance(m, nn.Embedding)}
     by_shape: dict[torch.Size, list[bool]] = {}
@@ -277,8 +255,8 @@ def _dead_weights(ctx: Context) -> bool:
         by_shape.setdefault(hit.shape, []).append(bool(hit.any()))
         for d in range(hit.ndim if hit.any() else 0):
             slices = hit.movedim(d, 0).flatten(1).any(1)
-            # Rows without effect are normal at the end of a table of positions, longer than the
-            # rows of the batch, and anywhere in a table of ids.
+            # Without effect by right: the end of a table of positions longer than the rows, and any
+            # row of a table of ids.
             slices = slices[: int(slices.nonzero().max()) + 1]
             if hit.shape[d] != tokens and float(slices.float().mean()) <= 2 / 3:
                 return True
