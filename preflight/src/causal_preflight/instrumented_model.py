@@ -141,12 +141,12 @@ class InstrumentedModel:
 
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
         """Run the loss and keep the logits; they are NaN where none were made."""
-        loss, places, pieces = self._catch(batch, train, lambda t: t)
-        pieces = [locate.to_btv(t.detach(), self.layout) for t in pieces]
-        shape, size = batch.ids.shape, batch.ids.numel()
-        logits = torch.full((size, pieces[0].shape[-1]), float("nan"), device=batch.ids.device)
+        loss, placed = self._catch(batch, train, lambda t: t)
+        placed = [(slots, locate.to_btv(t.detach(), self.layout)) for slots, t in placed]
+        shape, size, vocab = batch.ids.shape, batch.ids.numel(), placed[0][1].shape[-1]
+        logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
-        for slots, t in zip(places, pieces, strict=True):
+        for slots, t in placed:
             keep = slots >= 0
             made[slots[keep]] = True
             logits[slots[keep]] = t[keep].float()
@@ -171,8 +171,8 @@ class InstrumentedModel:
                 t.retain_grad()
             return t
 
-        loss, places, leaves = self._catch(batch, train, replace)
-        grads = self.grads(loss, leaves)
+        loss, placed = self._catch(batch, train, replace)
+        grads = self.grads(loss, [leaf for _, leaf in placed])
         if self.replaceable and all(g is None for g in grads):
             self.replaceable = False
             return self.readout(batch, train)
@@ -180,7 +180,7 @@ class InstrumentedModel:
         exact = torch.float32 if ids.device.type == "mps" else torch.float64
         target = torch.full((ids.numel(),), -1, device=ids.device)
         values, residual = torch.zeros(4, ids.numel(), dtype=exact, device=ids.device), 0.0
-        for slots, leaf, g in zip(places, leaves, grads, strict=True):
+        for (slots, leaf), g in zip(placed, grads, strict=True):
             if g is None:
                 continue
             y, new, rest = fit(*(locate.to_btv(x, self.layout) for x in (leaf.detach(), g)))
@@ -191,12 +191,12 @@ class InstrumentedModel:
             values.index_add_(1, slots, new)
             residual = max(residual, rest)
         target, values, nats = target.view(ids.shape), values.view(4, *ids.shape), loss.detach()
-        return Readout(float(nats), residual, len(leaves), target, *values)
+        return Readout(float(nats), residual, len(placed), target, *values)
 
     def _catch(
         self, batch: AuditBatch, train: bool, edit: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The loss; and the slots of each piece of logits, and the piece as `edit` passes it on."""
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The loss; and the slots of each piece of logits, with the piece as `edit` passes it."""
         if self.logits_module is None or self.input_module is None:
             raise RuntimeError("no logits to look at")
         used, calls = set[int](), list[tuple[Tensor, list[Tensor]]]()
@@ -215,15 +215,13 @@ class InstrumentedModel:
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, self.logits_module.register_forward_hook(after)])
-        places: list[Tensor] = []
+        placed: list[tuple[Tensor, Tensor]] = []
         for slots, pieces in calls:
-            if pieces:
-                places += locate.place(
-                    slots, [locate.to_btv(t, self.layout).shape for t in pieces], batch
-                )
-        if not places:
+            shapes = [locate.to_btv(t, self.layout).shape for t in pieces]
+            placed += zip(locate.place(slots, shapes, batch) if pieces else [], pieces, strict=True)
+        if not placed:
             raise RuntimeError("the logits were not seen in this run")
-        return loss, places, [t for _, pieces in calls for t in pieces]
+        return loss, placed
 
 
 def _loss_of_model(model: Any, batch: Any) -> Tensor:

@@ -74,9 +74,8 @@ def cross_row(ctx: Context) -> list[Finding]:
     odd[1::2] = True
     modes = (False, False), (True, False), (True, True)
     leak = find_leak(ctx, [Setting(work, *mode, [~odd, odd]) for mode in modes])
-    return leak_finding(
-        ctx, leak, "cross_row", "causal", "{where} with tokens of other rows", "rows"
-    )
+    seen = "{where} with tokens of other rows"
+    return leak_finding(ctx, leak, "cross_row", "causal", seen, "rows")
 
 
 def future(ctx: Context) -> list[Finding]:
@@ -89,10 +88,9 @@ def future(ctx: Context) -> list[Finding]:
     work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
     runs = min(width - 1, max(6, min(12, 256 // width)))
-    parts, few = _cuts(work, runs), _cuts(work, max(2, runs // 3))
-    settings = [Setting(work, False, False, parts)]  # from likely to unlikely
-    modes = (True, False), (False, True), (True, True)
-    settings += [Setting(work, *mode, few) for mode in modes]
+    few = _cuts(work, max(2, runs // 3))
+    settings = [Setting(work, False, False, _cuts(work, runs))]  # from likely to unlikely
+    settings += [Setting(work, *mode, few) for mode in ((True, False), (False, True), (True, True))]
     if work.has_pad:
         full = work.unpadded()
         settings += [Setting(full, both, both, _cuts(full, len(few))) for both in (False, True)]
