@@ -9,7 +9,7 @@ from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus, Document, Documents
 from causal_lm.data.sampler import DocumentSampler
 from causal_lm.data.sources.docstrings import Docstrings
-from causal_lm.data.tokenizers import ByteTokenizer, SymbolTokenizer, from_state, show
+from causal_lm.data.tokenizers import ByteTokenizer, SymbolTokenizer, from_state, show_token
 
 documents_of = st.lists(
     st.lists(st.integers(0, 9), min_size=2, max_size=12), min_size=1, max_size=6
@@ -139,7 +139,7 @@ def test_ranks_see_every_document_once_in_equal_steps(size, world, shuffle, epoc
     seen = []
     for rank in range(world):
         sampler = DocumentSampler(size, shuffle=shuffle, rank=rank, world_size=world)
-        own = list(sampler.rest(epoch * len(sampler)))
+        own = list(sampler.remaining_indices(epoch * len(sampler)))
         assert len(own) == len(sampler) == -(-size // world)
         seen += own
     assert sorted(i for i in seen if i >= 0) == list(range(size))
@@ -147,7 +147,7 @@ def test_ranks_see_every_document_once_in_equal_steps(size, world, shuffle, epoc
 
 def test_order_changes_with_epoch_and_seed_and_nothing_else():
     def order(seed, epoch):
-        return list(DocumentSampler(100, shuffle=True, seed=seed).rest(100 * epoch))
+        return list(DocumentSampler(100, shuffle=True, seed=seed).remaining_indices(100 * epoch))
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
@@ -174,10 +174,10 @@ def test_symbols_round_trip_and_foreign_characters():
         from_state({"name": "words"})
 
 
-def test_show_makes_tokens_readable():
+def test_show_token():
     tokenizer = ByteTokenizer()
     ids = [1, *tokenizer.encode("a \n"), 2, 0]
-    assert [show(tokenizer, i) for i in ids] == ["<bos>", "a", " ", "\\n", "<eos>", "<pad>"]
+    assert [show_token(tokenizer, i) for i in ids] == ["<bos>", "a", " ", "\\n", "<eos>", "<pad>"]
 
 
 @given(
@@ -195,9 +195,9 @@ def test_buckets_hold_each_document_once(lengths, batch_size, world_size, shuffl
             lengths=np.array(lengths), batch_size=batch_size,
         )  # fmt: skip
         batches = -(-len(sampler) // batch_size)
-        seen.append(list(sampler.rest(epoch * batches)))
+        seen.append(list(sampler.remaining_indices(epoch * batches)))
         for done in range(batches):  # an epoch that is resumed after so many batches
-            rest = list(sampler.rest(epoch * batches + done))
+            rest = list(sampler.remaining_indices(epoch * batches + done))
             assert rest == seen[-1][done * batch_size :]
     assert len({len(indices) for indices in seen}) == 1
     real = [i for indices in seen for i in indices if i >= 0]
@@ -209,7 +209,7 @@ def test_buckets_put_like_lengths_together_and_are_shuffled():
 
     def batches(epoch, **kind):
         sampler = DocumentSampler(5000, shuffle=True, batch_size=10, **kind)
-        return np.array(list(sampler.rest(500 * epoch))).reshape(-1, 10)
+        return np.array(list(sampler.remaining_indices(500 * epoch))).reshape(-1, 10)
 
     def pad_fraction(batches):
         return 1 - lengths[batches].sum() / (10 * lengths[batches].max(axis=1)).sum()

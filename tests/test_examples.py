@@ -1,11 +1,16 @@
-"""The examples of a model and a callback from outside the package, through whole short runs."""
+"""The examples: a model and a callback through whole short runs, and a source of data."""
 
 import json
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from causal_lm import config
 from causal_lm.build import restore
+from causal_lm.data.datamodule import DataModule
+from causal_lm.data.documents import Corpus, Documents
+from causal_lm.data.tokenizers import ByteTokenizer
 from causal_lm.evaluate import evaluate
 from causal_lm.fit import run
 from support import ROOT
@@ -37,3 +42,42 @@ def test_a_callback_of_ones_own_is_in_the_summary(tmp_path):
     summary = run(config.load(words), tmp_path)
     assert summary["val/accuracy_43"] == 1.0  # all tokens of the vocabulary
     assert json.loads((tmp_path / "summary.json").read_text())["val/accuracy_43"] == 1.0
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """The DataModule of ``data=sums``, composed as the command line would."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", overrides=[SEARCH, "data=sums", "data.source.largest=20"])
+    return instantiate(cfg.data, _convert_="all")
+
+
+def test_a_source_of_ones_own_gives_batches(sums):
+    corpus = sums.load()
+    decode = corpus.tokenizer.decode
+    assert len(corpus.train) + len(corpus.val) == 21 * 21
+    assert len(corpus.val) == 44
+    seen = set()
+    for loader in (sums.train_dataloader(), sums.val_dataloader()):
+        for batch in loader:
+            for ids, mask in zip(batch.input_ids, batch.loss_mask, strict=True):
+                question, answer = decode(ids.tolist()).split("=")
+                assert eval(question) == int(answer)
+                assert decode(ids[mask].tolist()) == answer
+                seen.add(question)
+    assert len(seen) == 21 * 21
+
+
+def test_any_object_with_load_is_a_source():
+    class Source:
+        def load(self):
+            documents = Documents.from_lists([[1, 5, 2], [1, 6, 7, 2]])
+            return Corpus(documents, documents, ByteTokenizer())
+
+    data = DataModule(Source(), batch_size=2, max_length=8)
+    data.setup()
+    assert next(iter(data.val_dataloader())).input_ids.shape == (2, 4)
+    with pytest.raises(TypeError, match=r"Source.*depth"):
+        DataModule(Source(), batch_size=2, max_length=8, depth=3)
+    assert DataModule(lambda depth: depth, batch_size=2, max_length=8, depth=3).source == 3

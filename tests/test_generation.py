@@ -51,7 +51,7 @@ def test_a_wrong_temperature_or_length_is_named():
 def test_statistics_by_hand():
     language = MarkovLanguage(symbols=4, successors=1, mean=4.0, max_symbols=9, seed=0)
     a = 3
-    b = int(language.chain[a].argmax())
+    b = int(language.transitions[a].argmax())
     rows = torch.tensor([
         [BOS, a, b, EOS, a, a],  # legal: BOS a, a b, b EOS; later ones do not count
         [BOS, a, a, PAD, PAD, EOS],  # legal: BOS a; not a a, a PAD, PAD PAD, PAD EOS

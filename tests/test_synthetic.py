@@ -16,11 +16,11 @@ def language(**changes):
 
 
 def test_floor_by_hand():
-    chain = language().chain
+    transitions = language().transitions
     a = 3
-    b = int(chain[a].argmax())
+    b = int(transitions[a].argmax())
     document = Documents.from_lists([[BOS, a, b, EOS]])
-    by_hand = -math.log(1 / 6) - math.log(0.75 * float(chain[a, b])) - math.log(0.25)
+    by_hand = -math.log(1 / 6) - math.log(0.75 * float(transitions[a, b])) - math.log(0.25)
     nats, targets = language().nll(document)
     assert targets == 3
     assert nats == pytest.approx(by_hand, rel=1e-12)
@@ -32,15 +32,15 @@ def test_the_longest_document_ends_for_certain():
     assert int(documents.lengths.max()) == 11
     longest = [documents[i].tokens.tolist() for i in range(200) if len(documents[i].tokens) == 11]
     body = longest[0][:-1]
-    chain = made.chain
+    transitions = made.transitions
     nats = -math.log(1 / 6) - sum(
-        math.log(0.999 * float(chain[p, q])) for p, q in itertools.pairwise(body[1:])
+        math.log(0.999 * float(transitions[p, q])) for p, q in itertools.pairwise(body[1:])
     )
     assert made.nll(Documents.from_lists(longest[:1]))[0] == pytest.approx(nats, rel=1e-12)
 
 
 def test_samples_follow_the_stated_probabilities():
-    """Frequencies of transitions and of endings, against the chain, within 5 sigma."""
+    """Frequencies of transitions and of endings, against the true ones, within 5 sigma."""
     made = language(max_symbols=60)
     documents = made.sample(20_000, torch.Generator().manual_seed(1))
     flat = documents.tokens.long()
@@ -54,7 +54,8 @@ def test_samples_follow_the_stated_probabilities():
     for symbol in range(3, 9):
         nexts = following[(previous == symbol) & (following != EOS)]
         seen = torch.bincount(nexts, minlength=9).double() / len(nexts)
-        assert float((seen - made.chain[symbol]).abs().max()) < 5 * 0.5 / math.sqrt(len(nexts))
+        error = float((seen - made.transitions[symbol]).abs().max())
+        assert error < 5 * 0.5 / math.sqrt(len(nexts))
 
 
 def test_legal_is_what_the_language_can_say():

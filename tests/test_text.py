@@ -10,7 +10,7 @@ import pytest
 
 from causal_lm import config
 from causal_lm.data.datamodule import DataModule
-from causal_lm.data.sources import file_reader, files
+from causal_lm.data.sources import file_io, file_reader
 from causal_lm.data.sources.text_files import TextFiles
 
 
@@ -286,7 +286,7 @@ def test_separate_validation_files(lines, tmp_path):
 
 @pytest.mark.parametrize("content", ["".join(f"é {i}\n" for i in range(3000)), "é" * 30_000])
 def test_of_one_long_document_the_last_part_is_held_out(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)  # so that it comes in many parts
+    monkeypatch.setattr(file_io, "BLOCK_BYTES", 1000)  # so that it comes in many parts
     path = tmp_path / "book.txt"
     path.write_text(content)
     corpus = source(path, tmp_path, val_share=0.1).load()
@@ -333,7 +333,7 @@ def test_a_file_without_text_for_both_splits_is_refused(content, tmp_path):
 
 def test_windows_hold_every_byte_of_every_document(tmp_path, monkeypatch):
     """Long documents come in several parts and are cut into windows; nothing is lost."""
-    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(file_io, "BLOCK_BYTES", 4096)
     contents = {f"{i}.txt": f"{i} – ∂é\n" * (400 * i + 1) for i in range(9)}
     for name, content in contents.items():
         (tmp_path / name).write_text(content)

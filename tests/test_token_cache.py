@@ -211,7 +211,7 @@ def test_tokens_take_the_smallest_dtype(make, tmp_path):
     assert corpus.train[0].tokens.dtype == torch.int64
 
 
-def test_a_mapped_file_travels_by_name(make):
+def test_a_file_array_is_pickled_by_name(make):
     train = make().load().train
     copy = pickle.loads(pickle.dumps(train))
     assert len(pickle.dumps(train)) < 2000

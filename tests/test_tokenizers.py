@@ -80,7 +80,7 @@ def test_a_contraction_before_a_character_beyond_ascii():
 )
 def test_word_by_word_is_what_the_library_does(text):
     BPE._cached_words.clear()
-    whole = BPE.library.encode(text, add_special_tokens=False).ids
+    whole = BPE.backend.encode(text, add_special_tokens=False).ids
     assert BPE.encode(text) == whole
     assert BPE._cached_words or not text  # the word cache was used
 

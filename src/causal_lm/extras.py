@@ -15,6 +15,6 @@ def load(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != missing:
-            raise  # the library is installed, and one that it needs is not
+            raise  # the library is installed, but one of its own dependencies is missing
         message = f"{missing} is not installed: pip install -e '.[{extra}]'"
         raise ModuleNotFoundError(message, name=missing) from error

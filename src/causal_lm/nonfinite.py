@@ -132,4 +132,4 @@ def dataset_indices(trainer: Any, batch_index: int) -> list[int]:
     if not isinstance(sampler, DocumentSampler):
         return []
     done = loop.total_batch_idx - loop.batch_idx + batch_index
-    return [i for i in islice(sampler.rest(done), loader.batch_size) if i >= 0]
+    return [i for i in islice(sampler.remaining_indices(done), loader.batch_size) if i >= 0]

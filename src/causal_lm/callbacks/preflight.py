@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from causal_lm.data.datamodule import DataModule
-from causal_lm.data.tokenizers import Tokenizer, show
+from causal_lm.data.tokenizers import Tokenizer, show_token
 from causal_lm.module import CausalLM
 from causal_preflight import Report, lightning
 from causal_preflight.lightning import audit_batch
@@ -45,7 +45,7 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
     return Preflight(
         cfg.preflight.on_fault, pad_id=tokenizer.pad_id, eos_id=tokenizer.eos_id,
         directory=directory, remedies=remedies, override="preflight.on_fault=warn",
-        name=partial(show, tokenizer),
+        name=partial(show_token, tokenizer),
     )  # fmt: skip
 
 

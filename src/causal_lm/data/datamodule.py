@@ -14,21 +14,21 @@ from causal_lm.data.sampler import DocumentSampler
 log = logging.getLogger(__name__)
 
 CHECKED_WINDOWS = 10_000
-"""Windows of a split, evenly spaced, that are checked for targets where documents have prompts."""
+"""Largest number of windows of a split that are checked for targets, where there are prompts."""
 
 
 class DataModule(L.LightningDataModule):
-    """Cut, order, pad and collate the documents of a source.
+    """LightningDataModule that cuts, orders and batches the documents of a source.
 
     Args:
         source: any object with ``load() -> Corpus`` (see
             :class:`causal_lm.data.documents.Source`), or a callable that makes one from
             ``source_options``, such as ``path``.
-        batch_size: documents per micro-batch and rank, in each layout.
+        batch_size: windows (documents, or pieces of long ones) per micro-batch and rank.
         max_length: tokens per row, BOS and EOS included; longer documents are cut into windows
             (see :meth:`causal_lm.data.documents.Documents.windows`).
-        layout: ``padded``: one document per row. ``bucketed``: the same, with documents of similar
-            length in a batch. ``packed``: several documents per row of up to ``max_length`` tokens.
+        layout: ``padded``: one window per row. ``bucketed``: the same, with windows of similar
+            length in a batch. ``packed``: several windows per row of up to ``max_length`` tokens.
         padding_side: ``right`` or ``left``.
         pad_is_eos: write EOS where a row has no token, as for models without a PAD token.
         shuffle: draw a new training order each epoch, from ``seed``.
@@ -70,7 +70,9 @@ class DataModule(L.LightningDataModule):
         self.load()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_windows, shuffle=self.shuffle, done=self._batches_done)
+        return self._loader(
+            self.train_windows, shuffle=self.shuffle, batches_done=self._batches_done
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.val_windows, shuffle=False)
@@ -79,9 +81,9 @@ class DataModule(L.LightningDataModule):
         if not len(documents):
             raise ValueError(f"the {split} split of the corpus holds no document")
         windows = documents.windows(self.max_length)
-        long = int((documents.lengths > self.max_length).sum())
+        n_long = int((documents.lengths > self.max_length).sum())
         log.info(
-            f"{split}: {len(documents):,} documents, {len(documents.tokens):,} tokens; {long:,} "
+            f"{split}: {len(documents):,} documents, {len(documents.tokens):,} tokens; {n_long:,} "
             f"longer than data.max_length={self.max_length} were cut, which gives "
             f"{len(windows):,} windows"
         )
@@ -97,17 +99,17 @@ class DataModule(L.LightningDataModule):
         return windows
 
     def _batches_done(self) -> int:
-        """Micro-batches trained on, over all epochs. Lightning's epoch number would not do: it
-        also counts an epoch in which the run was stopped."""
+        """Micro-batches trained on, over all epochs. Lightning's ``current_epoch`` cannot be used,
+        because it also counts an epoch in which the run was stopped."""
         return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
 
-    def _loader(self, windows: Documents, **order: Any) -> DataLoader[Batch]:
+    def _loader(self, windows: Documents, **sampler_options: Any) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
         lengths = windows.lengths.numpy() if self.layout == "bucketed" else None
         sampler = DocumentSampler(
             len(windows), seed=self.seed, lengths=lengths, batch_size=self.batch_size,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1, **order,
+            world_size=self.trainer.world_size if self.trainer else 1, **sampler_options,
         )  # fmt: skip
         packed = self.max_length if self.layout == "packed" else None
         collate = Collate(

@@ -14,15 +14,15 @@ from torch.utils.data import Dataset
 from causal_lm.data.tokenizers import Tokenizer
 
 MAX_PREAD_VALUES = 2**20
-"""Values that are read in one system call; the kernel limits it to 2 GiB."""
+"""Largest number of values read by one ``os.pread``, which the kernel limits to 2 GiB."""
 CHUNK_DOCUMENTS = 2**20
 """Documents whose lengths are computed at a time."""
 
 
 class FileArray:
-    """A flat array in a file of values of a NumPy ``dtype``; its slices are read on demand.
+    """A flat array in a file of values of a NumPy ``dtype``; indexing reads a slice from disk.
 
-    Mapped pages would count as memory of this process: an epoch would end with all of them there.
+    It is not memory-mapped: all pages read in an epoch would count as memory of the process.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -32,9 +32,9 @@ class FileArray:
     def __len__(self) -> int:
         return self.path.stat().st_size // self._itemsize
 
-    def __getitem__(self, piece: slice) -> Tensor:
+    def __getitem__(self, index: slice) -> Tensor:
         """The values of a slice as bool where the file holds bool, otherwise as int64."""
-        start, stop, _ = piece.indices(len(self))
+        start, stop, _ = index.indices(len(self))
         count, offset = max(stop - start, 0), start * self._itemsize
         if hasattr(os, "pread") and count <= MAX_PREAD_VALUES:  # six times as fast as fromfile
             raw = os.pread(self._file.fileno(), count * self._itemsize, offset)
@@ -51,10 +51,10 @@ Array = Tensor | FileArray
 
 
 class Document(NamedTuple):
-    """The tokens of one document, and which of them are learned."""
+    """The tokens of one document, and which of them may be targets."""
 
     tokens: Tensor  # (n,)
-    loss_mask: Tensor | None = None  # bool (n,), False in a prompt; None: every token is learned
+    loss_mask: Tensor | None = None  # bool (n,), False in a prompt; None: all True
 
 
 class Documents(Dataset[Document]):
@@ -84,7 +84,7 @@ class Documents(Dataset[Document]):
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Document:
-        """One document; index -1, which a sampler fills its last batch with, has no tokens."""
+        """One document; index -1 (a filler of ``DocumentSampler``) gives an empty one."""
         span = self.span(index) if index >= 0 else slice(0, 0)
         mask = None if self.loss_mask is None else self.loss_mask[span]
         return Document(self.tokens[span], mask)
@@ -106,14 +106,14 @@ class Documents(Dataset[Document]):
     def windows(self, max_length: int) -> "Documents":
         """Cut documents longer than ``max_length`` tokens into windows, keeping every target.
 
-        Neighboring windows share one token: it is only a target in the first and only an input in
+        Neighboring windows share one token: the last target of the first is the first input of
         the second. The number of targets thus does not depend on ``max_length``.
         """
-        window_ends = self.lengths.numpy()  # changed in place: there may be 10^7 documents
-        window_ends -= 2
-        window_ends //= max_length - 1
-        window_ends += 1
-        np.cumsum(window_ends, dtype=window_ends.dtype, out=window_ends)
+        counts = self.lengths.numpy()  # changed in place: there may be 10^7 documents
+        counts -= 2
+        counts //= max_length - 1
+        counts += 1
+        window_ends = np.cumsum(counts, dtype=counts.dtype, out=counts)
         if not len(window_ends) or int(window_ends[-1]) == len(self):
             return self
         return Windows(self, max_length, window_ends)
@@ -152,10 +152,10 @@ class Language(Protocol):
     """A source's true distribution, where it is known."""
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Nats and number of all targets of ``documents``."""
+        """Sum of the negative log-likelihood in nats, and number of targets."""
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
-        """bool, elementwise: ``following`` has a chance after ``previous``."""
+        """bool, elementwise: ``following`` has nonzero probability after ``previous``."""
 
 
 @dataclass(frozen=True)
@@ -171,4 +171,5 @@ class Corpus:
 class Source(Protocol):
     """Where documents come from: any object with ``load() -> Corpus``."""
 
-    def load(self) -> Corpus: ...
+    def load(self) -> Corpus:
+        """Both splits and their tokenizer."""

@@ -24,17 +24,18 @@ USUAL_NAMES = {
 }
 """Role of a special token -> its usual names, in the order in which they are tried."""
 
+# Unicode white space, for a character class.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-NOT_BEFORE = r"(?![^\0-\x7f])"
+NOT_BEFORE = r"(?![^\0-\x7f])"  # not before a non-ASCII character
 WORD = re.compile(
     rf"'(?:[sdmt]|ll|ve|re)"
     rf"| ?[A-Za-z]++{NOT_BEFORE}| ?[0-9]++{NOT_BEFORE}"
     rf"| ?[^{SPACE}A-Za-z0-9\x80-\U0010ffff]++{NOT_BEFORE}"
     rf"| ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+"
 )
-"""Cuts a text at some of the places where GPT-2's pattern does, and nowhere else. A word with a
-character beyond ASCII goes on to the next space, because Python's letters are not quite Unicode's;
-the library cuts it further."""
+"""Splits a text at a subset of GPT-2's split points, so that words can be cached. A word with a
+non-ASCII character extends to the next space, because Python's ``re`` has no ``\\p{L}``; the
+library splits it further."""
 MAX_CACHED_WORDS = 300_000
 """Words whose ids are remembered."""
 
@@ -42,26 +43,26 @@ MAX_CACHED_WORDS = 300_000
 class SubwordTokenizer:
     """A tokenizer of the ``tokenizers`` library, made from its JSON and its special tokens' ids.
 
-    No text gives the id of a special token: its name in a text (``<eos>``) is encoded in ordinary
-    tokens. PAD, BOS and EOS may share one id, as in GPT-2.
+    Text never produces a special token: the string ``<eos>`` is encoded as ordinary tokens. PAD,
+    BOS and EOS may share one id, as in GPT-2.
 
     Raises:
-        ValueError: a special token is one that ordinary text needs.
+        ValueError: a special token is also part of ordinary text.
     """
 
     def __init__(self, json: str, pad: int, bos: int, eos: int) -> None:
         self.json, self.pad_id, self.bos_id, self.eos_id = json, pad, bos, eos
         settings = loads(json)
         tokenizers = extras.load("tokenizers", "huggingface")
-        self.library = tokenizers.Tokenizer.from_str(dumps(_hide_special_tokens(settings)))
-        self.library.no_truncation()
-        self.library.no_padding()
-        self.vocab_size = max(self.library.get_vocab().values()) + 1
+        self.backend = tokenizers.Tokenizer.from_str(dumps(_hide_special_tokens(settings)))
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = max(self.backend.get_vocab().values()) + 1
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
-        self._bytes_of_token = _bytes_of_token(settings)
+        self._bytes_of_token = _spelling(settings)
         model = settings["model"]
-        spelled = set((self._bytes_of_token or {}).values())
-        self._has_all_bytes = all(bytes([byte]) in spelled for byte in range(256))
+        spellings = set((self._bytes_of_token or {}).values())
+        self._has_all_bytes = all(bytes([byte]) in spellings for byte in range(256))
         self._has_words, self._is_known = model["type"] == "WordLevel", dict[str, bool]()
         unk = model.get("unk_token")
         self._unk_id = model.get("unk_id") if unk is None else model["vocab"].get(unk)
@@ -72,17 +73,17 @@ class SubwordTokenizer:
         """Train a byte-level BPE on batches of texts: 256 bytes, the most frequent pairs, and PAD,
         BOS and EOS. (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; bytes as in GPT-2.)"""
         tokenizers = extras.load("tokenizers", "huggingface")
-        library = tokenizers.Tokenizer(tokenizers.models.BPE())
-        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        library.decoder = tokenizers.decoders.ByteLevel()
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - len(USUAL_NAMES),
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        library.train_from_iterator(texts, trainer)
-        library.add_special_tokens(["<eos>", "<bos>", "<pad>"])
-        return cls.resolve(library.to_str(), {})
+        backend.train_from_iterator(texts, trainer)
+        backend.add_special_tokens(["<eos>", "<bos>", "<pad>"])
+        return cls.resolve(backend.to_str(), {})
 
     @classmethod
     def from_file(cls, path: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
@@ -103,26 +104,26 @@ class SubwordTokenizer:
         vocabulary; otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
 
         Raises:
-            ValueError: the vocabulary is empty, or a special token is one that text needs.
+            ValueError: the vocabulary is empty, or a special token is also part of ordinary text.
         """
-        library = extras.load("tokenizers", "huggingface").Tokenizer.from_str(text)
-        if not library.get_vocab_size():
+        backend = extras.load("tokenizers", "huggingface").Tokenizer.from_str(text)
+        if not backend.get_vocab_size():
             raise ValueError("its vocabulary is empty")
         ids: dict[str, int] = {}
         for role in ("eos", "bos", "pad"):
-            usual = next((n for n in USUAL_NAMES[role] if library.token_to_id(n) is not None), None)
+            usual = next((n for n in USUAL_NAMES[role] if backend.token_to_id(n) is not None), None)
             name = names.get(role) or usual or ("<eos>" if role == "eos" else None)
             if name is None:
                 ids[role] = ids["eos"]
                 continue
-            if library.token_to_id(name) is None:
+            if backend.token_to_id(name) is None:
                 log.warning(
                     f"{name!r} is not in the tokenizer's vocabulary and was added as {role}; if "
                     f"another token has that role, set data.special_tokens.{role}"
                 )
-            library.add_special_tokens([name])  # marks it as special where it is there already
-            ids[role] = library.token_to_id(name)
-        settings = loads(library.to_str())
+            backend.add_special_tokens([name])  # marks it as special where it is there already
+            ids[role] = backend.token_to_id(name)
+        settings = loads(backend.to_str())
         for token in settings["added_tokens"]:  # some were added before, but not as special ones
             token["special"] |= token["id"] in ids.values()
         return cls(dumps(settings, ensure_ascii=False), **ids)
@@ -136,7 +137,7 @@ class SubwordTokenizer:
         return np.frombuffer(b"".join(encoded), self._dtype), lengths
 
     def _encode(self, texts: Sequence[str]) -> list[bytes]:
-        encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self._dtype).tobytes() for encoding in encodings]
 
     def _encode_words(self, texts: Sequence[str]) -> list[bytes]:
@@ -149,12 +150,12 @@ class SubwordTokenizer:
         return [b"".join([cached[word] for word in words]) for words in split]
 
     def unknown(self, texts: Sequence[str]) -> Counter[str]:
-        """Characters (words, for a WordLevel model) of which no token or only <unk> is left."""
+        """Characters (words, for a WordLevel model) that are encoded as nothing or as <unk>."""
         found: Counter[str] = Counter()
         for text in [] if self._has_all_bytes else texts:
             for unit in set(text.split() if self._has_words else text):
                 if unit not in self._is_known:
-                    ids = self.library.encode(unit, add_special_tokens=False).ids
+                    ids = self.backend.encode(unit, add_special_tokens=False).ids
                     known = bool(ids) and self._unk_id not in ids
                     self._is_known[unit] = known or unit.isspace()
                 if not self._is_known[unit]:
@@ -163,7 +164,7 @@ class SubwordTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._bytes_of_token is None:
-            return self.library.decode(list(ids), skip_special_tokens=True)
+            return self.backend.decode(list(ids), skip_special_tokens=True)
         return b"".join(self._bytes_of_token.get(i, b"") for i in ids).decode(errors="replace")
 
     def token_bytes(self) -> Tensor | None:
@@ -188,8 +189,8 @@ def _hide_special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     needed |= set(_byte_of_character() if _is_byte_level(settings) else ())
     if special & needed:
         raise ValueError(
-            f"special token {min(special & needed)!r} is part of ordinary text: name another in "
-            f"data.special_tokens, such as <eos>"
+            f"special token {min(special & needed)!r} is part of ordinary text: choose another "
+            f"token in data.special_tokens, such as <eos>"
         )
     new_names = {token: f"{token}{suffix}" for token in special}
     vocab: Any = model["vocab"]
@@ -208,13 +209,13 @@ def _is_byte_level(settings: dict[str, Any]) -> bool:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """A byte-level vocabulary writes each byte as one printable character."""
+    """Printable character -> byte, as in byte-level vocabularies (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _bytes_of_token(settings: dict[str, Any]) -> dict[int, bytes] | None:
+def _spelling(settings: dict[str, Any]) -> dict[int, bytes] | None:
     """The bytes of each id, none for special tokens; None where tokens are not bytes."""
     if not _is_byte_level(settings):
         return None

@@ -1,5 +1,5 @@
-"""Tokenized corpora on disk: each is built once, is complete or absent, and has a name that changes
-with whatever it was made from."""
+"""Cache of tokenized corpora on disk, in folders that are written atomically and named by a hash of
+the data's identity, the split and the tokenizer."""
 
 import contextlib
 import hashlib
@@ -36,7 +36,7 @@ def fingerprint(data: Any) -> str:
 
 def file_identity(path: Path) -> list:
     """Plain data that changes whenever the file does, without reading all of it."""
-    stat = path.stat()  # st_ctime: a program can reset the time of the last write, but not that
+    stat = path.stat()  # a program can reset mtime, but not ctime
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(SAMPLE_BYTES))
         file.seek(max(stat.st_size - SAMPLE_BYTES, 0))
@@ -47,21 +47,21 @@ def file_identity(path: Path) -> list:
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Let ``build`` fill ``folder``, unless it exists. Of several processes (ranks, jobs of a
-    sweep) one builds and the others wait; what a killed one left unfinished is deleted first."""
+    sweep) one builds and the others wait; what a killed one left is deleted first."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             return
-        unfinished = folder.with_suffix(".building")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+        temporary = folder.with_suffix(".building")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         try:
-            build(unfinished)
-            unfinished.rename(folder)
+            build(temporary)
+            temporary.rename(folder)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 class TokenizedChunk(NamedTuple):
@@ -70,14 +70,14 @@ class TokenizedChunk(NamedTuple):
     ids: np.ndarray  # (N,) of the smallest unsigned dtype
     lengths: np.ndarray  # (D,) tokens of each document
     loss_mask: np.ndarray | None  # (N,) bool, False at tokens of a prompt; None: without prompts
-    val: np.ndarray  # (D,) bool, which documents are held out for validation
-    continued: bool  # the last document goes on in the next chunk
+    is_val: np.ndarray  # (D,) bool, which documents are held out for validation
+    ends_mid_document: bool  # the last document goes on in the next chunk
     hashes: list[bytes]  # (D,) of each document's text, or none at all
     characters: int  # of the text
     unknown: Counter[str]  # characters or words that the vocabulary lacks, with their number
 
 
-def write(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[int]:
+def write_corpus(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[int]:
     """Write both splits, chunk by chunk, and return the number of documents of each."""
     documents, tokens_written = [0, 0], [0, 0]
     with contextlib.ExitStack() as stack:
@@ -88,22 +88,22 @@ def write(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[in
         for file in offsets:
             file.write(np.zeros(1, np.int64).tobytes())
         for chunk in chunks:
-            for val in np.unique(chunk.val).astype(int):  # the splits with documents in this chunk
-                own = chunk.val == val
-                own_tokens = slice(None) if own.all() else np.repeat(own, chunk.lengths)
-                tokens[val].write(chunk.ids[own_tokens].astype(dtype).tobytes())
+            for val in np.unique(chunk.is_val).astype(int):  # the splits that the chunk has
+                in_split = chunk.is_val == val
+                chosen = slice(None) if in_split.all() else np.repeat(in_split, chunk.lengths)
+                tokens[val].write(chunk.ids[chosen].astype(dtype).tobytes())
                 if chunk.loss_mask is not None:
-                    masks[val].write(chunk.loss_mask[own_tokens].tobytes())
-                ends = tokens_written[val] + chunk.lengths[own].cumsum()
+                    masks[val].write(chunk.loss_mask[chosen].tobytes())
+                ends = tokens_written[val] + chunk.lengths[in_split].cumsum()
                 tokens_written[val] = int(ends[-1])
-                if own[-1] and chunk.continued:
+                if in_split[-1] and chunk.ends_mid_document:
                     ends = ends[:-1]
                 documents[val] += len(ends)
                 offsets[val].write(ends.astype(np.int64).tobytes())
     return documents
 
 
-def read(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
+def read_corpus(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
     """The training documents, the validation documents, and the data of :data:`ABOUT`."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     kinds = (("tokens", about["dtype"]), ("offsets", "int64"), ("mask", "bool"))

@@ -15,55 +15,56 @@ from causal_lm.data.tokenizers import TextTokenizer, from_state
 
 Segments = tuple[str, ...]
 """A document's text: one segment, or a prompt and what follows it."""
-Part = tuple[Segments, bool]
-"""A document and True, or a part of a long one and whether it is the last part."""
+DocumentPart = tuple[Segments, bool]
+"""A whole document and True, or a part of a long one and whether it is the last."""
 
 
 class Chunk(NamedTuple):
     """Some documents; the first and the last may be parts of a long one."""
 
     documents: list[Segments]
-    continued: bool  # the last document goes on in the next chunk
-    val: bool | None  # whether all are held out; None: the hash of each text decides
-    first_val: bool | None  # the same of a first document that began in the chunk before
+    ends_mid_document: bool  # the last document goes on in the next chunk
+    is_val: bool | None  # whether all are held out; None: the hash of each text decides
+    first_is_val: bool | None  # the same of a first document that began in the chunk before
 
     def hashes(self) -> list[bytes]:
         return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
 
-    def held_out(self, val_fraction: float) -> list[bool]:
+    def val_mask(self, val_fraction: float) -> list[bool]:
         """Which documents are held out for validation."""
-        if self.val is not None:
-            return [self.val] * len(self.documents)
+        if self.is_val is not None:
+            return [self.is_val] * len(self.documents)
         limit = min(int(val_fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
-        held_out = [digest < limit for digest in self.hashes()]
-        return held_out if self.first_val is None else [self.first_val, *held_out[1:]]
+        mask = [digest < limit for digest in self.hashes()]
+        return mask if self.first_is_val is None else [self.first_is_val, *mask[1:]]
 
 
 def tokenize(
     chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float, keep_hashes: bool
 ) -> TokenizedChunk:
     """Tokenize one chunk; ``keep_hashes``: give the hashes of its texts too."""
-    documents, continues = len(chunk.documents), chunk.first_val is not None
+    documents, starts_mid_document = len(chunk.documents), chunk.first_is_val is not None
     texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
     lengths = sizes.reshape(documents, -1).sum(axis=1)
     lengths += 2  # BOS and EOS, which a continued document has at its two ends only
-    lengths[0] -= continues
-    lengths[-1] -= chunk.continued
+    lengths[0] -= starts_mid_document
+    lengths[-1] -= chunk.ends_mid_document
     ends = lengths.cumsum()
-    begins, stops = (ends - lengths)[continues:], ends[: documents - chunk.continued] - 1
+    begins = (ends - lengths)[starts_mid_document:]
+    stops = ends[: documents - chunk.ends_mid_document] - 1
     ids = np.empty(ends[-1], text_ids.dtype)
     is_text = np.ones(len(ids), bool)
     is_text[begins] = is_text[stops] = False
     ids[begins], ids[stops], ids[is_text] = tokenizer.bos_id, tokenizer.eos_id, text_ids
     loss_mask = None
-    if len(texts) > documents:  # every document has a prompt, which is not learned
+    if len(texts) > documents:  # every document has a prompt, which is no target
         loss_mask = np.ones(len(ids), bool)
         loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
-    val, hashes = np.array(chunk.held_out(val_fraction)), chunk.hashes() if keep_hashes else []
+    is_val, hashes = np.array(chunk.val_mask(val_fraction)), chunk.hashes() if keep_hashes else []
     return TokenizedChunk(
-        ids, lengths, loss_mask, val, chunk.continued, hashes, sum(map(len, texts)),
-        tokenizer.unknown(texts),
+        ids, lengths, loss_mask, is_val, chunk.ends_mid_document, hashes,
+        sum(map(len, texts)), tokenizer.unknown(texts),
     )  # fmt: skip
 
 

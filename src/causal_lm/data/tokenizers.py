@@ -82,7 +82,7 @@ class ByteTokenizer:
 
 class SymbolTokenizer:
     """One character per symbol of the synthetic language, of ``a … z A … Z 0 … 9`` the first
-    ``symbols``. Symbols are not text: they have no bytes."""
+    ``symbols``. Symbols have no bytes, so bits per byte are undefined."""
 
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     alphabet = string.ascii_letters + string.digits
@@ -118,7 +118,7 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
     return classes[name](**{key: value for key, value in state.items() if key != "name"})
 
 
-def show(tokenizer: Tokenizer, token: int) -> str:
+def show_token(tokenizer: Tokenizer, token: int) -> str:
     """One token in readable form: ``a``, ``<eos>``, ``\\n``."""
     names = {tokenizer.pad_id: "<pad>", tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
     if token in names:

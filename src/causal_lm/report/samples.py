@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from causal_lm.data.documents import Language
-from causal_lm.data.tokenizers import Tokenizer, show
+from causal_lm.data.tokenizers import Tokenizer, show_token
 from causal_lm.generation import until_eos
 
 Continuations = Sequence[Sequence[int]]
@@ -113,6 +113,6 @@ def format_samples(
         document = until_eos(row, tokenizer.eos_id)
         lines += ["", f"--- {number}", printable(tokenizer.decode(document))]
         if rest := row[len(document) :][:8]:
-            after = " ".join(show(tokenizer, token) for token in rest)
+            after = " ".join(show_token(tokenizer, token) for token in rest)
             lines.append(f"    after <eos>: {after} …")
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
 from causal_lm.data.subwords import SubwordTokenizer
-from causal_lm.data.tokenize_corpus import Chunk, Part, Segments, tokenize_chunks
+from causal_lm.data.tokenize_corpus import Chunk, DocumentPart, Segments, tokenize_chunks
 from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ CHUNK_CHARACTERS = 1 << 20
 BPE_TRAINING_BYTES = 16 << 20
 """Bytes of text that a BPE is trained on, spread evenly over the training documents."""
 SINGLE_PROCESS_BYTES = 16 << 20
-"""Bytes of a corpus below which one process tokenizes: others take a second to start. A corpus of
-byte tokens is always tokenized by one, because sending text costs more than encoding it."""
+"""Bytes of a corpus below which one process tokenizes: starting more takes a second. A corpus
+of byte tokens is always tokenized by one, because sending text costs more than encoding it."""
 EXAMPLES = 8
 """Characters that are named where a tokenizer's vocabulary lacks some."""
 FORMAT = 2
@@ -38,7 +38,7 @@ FORMAT = 2
 
 @dataclass(kw_only=True)
 class TextSource(abc.ABC):
-    """A source of text documents that are tokenized once and kept on disk.
+    """A source of text documents that are tokenized once and cached on disk.
 
     A hash of its text decides whether a document is in training or validation. So the split does
     not depend on the order or on other documents, and equal documents are on the same side.
@@ -62,14 +62,14 @@ class TextSource(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Plain data that changes whenever the texts or how they are read do."""
+        """Plain data that identifies the texts and how they are read (part of the cache key)."""
 
     @abc.abstractmethod
-    def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
-        """All documents in a fixed order, in groups of (documents, whether they are held out).
+    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
+        """All documents in a fixed order, in groups (documents, is_val).
 
-        None in place of the latter: the hash of each document decides. A document is given as (its
-        segments, True); a long one may be given as (a part, False) … (its last part, True).
+        With ``is_val`` None, the hash of each document decides. A document is (segments, True); a
+        long one may come as (part, False) … (last part, True).
         """
 
     @abc.abstractmethod
@@ -78,15 +78,15 @@ class TextSource(abc.ABC):
 
     def load(self) -> Corpus:
         """Tokenize the documents, or read the tokens from the cache. Raises ValueError where a
-        split holds no document, or the splits share too many."""
-        trained_here = self.tokenizer == "bpe"  # only where the cache has no tokens
-        tokenizer = self.vocab_size if trained_here else self._given_tokenizer.state()
-        key = [FORMAT, type(self).__name__, self.identity(), self.val_share, tokenizer]
+        split holds no document, or more than ``max_overlap`` of validation is in training."""
+        is_bpe = self.tokenizer == "bpe"  # trained only if its tokens are not cached
+        tokenizer_key = self.vocab_size if is_bpe else self._given_tokenizer.state()
+        key = [FORMAT, type(self).__name__, self.identity(), self.val_share, tokenizer_key]
         cache = Path(self.cache_dir or token_cache.default_folder()).expanduser()
         folder = cache / token_cache.fingerprint(key)
         started = time.perf_counter()
         token_cache.build_once(folder, self._build)
-        train, val, about = token_cache.read(folder)
+        train, val, about = token_cache.read_corpus(folder)
         log.info(f"{about['summary']}; kept in {folder} ({time.perf_counter() - started:.1f} s)")
         if about["overlap"]:
             message = f"{about['overlap']:.1%} of the validation documents are also in training"
@@ -100,19 +100,19 @@ class TextSource(abc.ABC):
 
     def chunks(self) -> Iterator[Chunk]:
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
-        for parts, val in self.parts():
+        for parts, is_val in self.parts():
             documents: list[Segments] = []
-            size, first_val = 0, None
+            size, first_is_val = 0, None
             for segments, complete in parts:
                 documents.append(segments)
                 size += len(segments[-1])
                 if size >= CHUNK_CHARACTERS or not complete:
-                    chunk = Chunk(documents, not complete, val, first_val)
-                    first_val = None if complete else chunk.held_out(self.val_share)[-1]
+                    chunk = Chunk(documents, not complete, is_val, first_is_val)
+                    first_is_val = None if complete else chunk.val_mask(self.val_share)[-1]
                     yield chunk
                     documents, size = [], 0
             if documents:
-                yield Chunk(documents, False, val, first_val)
+                yield Chunk(documents, False, is_val, first_is_val)
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:
@@ -132,18 +132,18 @@ class TextSource(abc.ABC):
         val_hashes, shared, unknown = set[bytes](), set[bytes](), Counter[str]()
         self.skipped.clear()
 
-        def counted() -> Iterator[token_cache.TokenizedChunk]:
+        def observed() -> Iterator[token_cache.TokenizedChunk]:
             for chunk in tokenize_chunks(self.chunks(), state, processes, **options):
                 bar.update(chunk.characters)
                 unknown.update(chunk.unknown)
-                if chunk.val[0]:
+                if chunk.is_val[0]:
                     val_hashes.update(chunk.hashes)
                 else:
                     shared.update(val_hashes.intersection(chunk.hashes))
                 yield chunk
 
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-            train, val = token_cache.write(folder, counted(), dtype)
+            train, val = token_cache.write_corpus(folder, observed(), dtype)
         summary = f"{train:,} documents for training, {val:,} for validation"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
@@ -155,13 +155,13 @@ class TextSource(abc.ABC):
         (folder / token_cache.ABOUT).write_text(json.dumps(about), encoding="utf-8")
 
     def _train_bpe(self) -> SubwordTokenizer:
-        """A BPE of the training documents; of every k-th chunk where they are many."""
+        """A BPE of the training documents, from a subset of the chunks if the corpus is large."""
         fraction = min(1.0, BPE_TRAINING_BYTES / max(self.size(), 1))
 
         def texts() -> Iterator[list[str]]:
             for n, chunk in enumerate(self.chunks()):
                 if int((n + 1) * fraction) > int(n * fraction):
-                    pairs = zip(chunk.documents, chunk.held_out(self.val_share), strict=True)
-                    yield [text for document, out in pairs if not out for text in document]
+                    pairs = zip(chunk.documents, chunk.val_mask(self.val_share), strict=True)
+                    yield [text for document, val in pairs if not val for text in document]
 
         return SubwordTokenizer.train(texts(), self.vocab_size)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
-from causal_lm.data.sources import files
+from causal_lm.data.sources import file_io
 from causal_lm.data.sources.base import TextSource
-from causal_lm.data.sources.files import FORMATS, known_format, read_blocks
-from causal_lm.data.tokenize_corpus import Part, Segments
+from causal_lm.data.sources.file_io import FORMATS, known_format, read_blocks
+from causal_lm.data.tokenize_corpus import DocumentPart, Segments
 
 MAX_UNIT_BYTES = 16 << 20
-"""Bytes of a line, paragraph or record; a longer one is a fault, mostly of a file without lines."""
+"""Largest line, paragraph or record; longer ones are bad input, as in files without line breaks."""
 RawUnits = Iterator[tuple[int, bytes]]
 """Lines or paragraphs, each with the number of its first line."""
 
@@ -25,16 +25,16 @@ RawUnits = Iterator[tuple[int, bytes]]
 class FileReader(TextSource):
     """What the sources of files and records share: cutting a file into documents.
 
-    Faults are an empty file, bytes that are not UTF-8, a line of more than 16 MiB, and a record
-    that is not JSON or lacks the field. They raise, or what they are in is skipped and counted. A
-    blank line, paragraph or record is counted and never a document. Files that end in .gz or .zst
-    are decompressed.
+    Bad input is an empty file, bytes that are not UTF-8, a line of more than 16 MiB, or a record
+    that is not JSON or lacks the field. It raises ValueError, or with ``on_error="skip"`` the file,
+    line or record is skipped and counted. Blank ones are always skipped and counted. Files that end
+    in .gz or .zst are decompressed.
     """
 
-    format: str | None = None  # of FORMATS; None: by a file's suffix, txt where that is another
+    format: str | None = None  # of FORMATS; None: by suffix, txt if that is unknown
     unit: str | None = None  # file, line or paragraph of txt, record of another format
     field: str = "text"  # key or column of a record's text
-    prompt_field: str | None = None  # the same of a prompt, which precedes it and is not learned
+    prompt_field: str | None = None  # the same of a prompt, which precedes it and is no target
     on_error: str = "raise"  # or skip
 
     TXT_UNIT = "file"
@@ -50,9 +50,11 @@ class FileReader(TextSource):
         return {"reading": [self.format, self.unit, self.fields, self.on_error]}
 
     def format_of(self, path: Path) -> str:
+        """The format in which a file is read."""
         return self.format or known_format(path) or "txt"
 
     def unit_of(self, path: Path) -> str:
+        """Of what each document of a file consists: file, line, paragraph or record."""
         return self.unit or (self.TXT_UNIT if self.format_of(path) == "txt" else "record")
 
     def check(self, path: Path) -> None:
@@ -60,18 +62,18 @@ class FileReader(TextSource):
         is_txt = self.format_of(path) == "txt"
         units = ("file", "line", "paragraph") if is_txt else ("record",)
         if self.unit_of(path) not in units:
-            can = f"{path} can be cut by {' or '.join(units)} only"
-            raise ValueError(f"data.unit={self.unit}: {can}")
+            supported = f"{path} supports only {' or '.join(units)}"
+            raise ValueError(f"data.unit={self.unit}: {supported}")
         if self.prompt_field and is_txt:
             raise ValueError(f"data.prompt_field is a key of records, which {path} does not have")
 
-    def documents(self, path: Path) -> Iterator[Part]:
+    def documents(self, path: Path) -> Iterator[DocumentPart]:
         """The documents of a file. Only whole files come in several parts."""
         unit = self.unit_of(path)
         if unit == "file":
             yield from self.whole_file(path)
         elif not next(read_blocks(path), b""):
-            self._fault("empty files", f"{path} is empty")
+            self._bad_input("empty files", f"{path} is empty")
         elif unit == "record":
             yield from self.records(self._file_rows(path))
         else:
@@ -79,22 +81,24 @@ class FileReader(TextSource):
             texts = self._decoded(path, raw_units, f"{unit}s")
             yield from self._not_blank(((text,) for _, text in texts), f"{unit}s")
 
-    def whole_file(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[Part]:
+    def whole_file(
+        self, path: Path, start: int = 0, end: int | None = None
+    ) -> Iterator[DocumentPart]:
         """The bytes from ``start`` to ``end`` as one document, in parts that end with a line."""
         try:
             size = _utf8_size(path)
         except ValueError as error:
-            return self._fault("files that are not UTF-8 or not complete", str(error))
+            return self._bad_input("files that are not UTF-8 or not complete", str(error))
         if not size:
-            return self._fault("empty files", f"{path} is empty")
+            return self._bad_input("empty files", f"{path} is empty")
         decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
-        text, left, is_long = "", (size if end is None else end) - start, False
-        with files.open_bytes(path) as file:
+        text, bytes_left, is_long = "", (size if end is None else end) - start, False
+        with file_io.open_bytes(path) as file:
             file.seek(start)
-            while block := file.read(min(files.BLOCK_BYTES, left)):
-                left -= len(block)
+            while block := file.read(min(file_io.BLOCK_BYTES, bytes_left)):
+                bytes_left -= len(block)
                 text += decoder.decode(block)
-                if left:
+                if bytes_left:
                     cut = text.rfind("\n") + 1 or len(text)
                     yield (text[:cut],), False
                     text, is_long = text[cut:], True
@@ -103,7 +107,7 @@ class FileReader(TextSource):
         else:
             self.skipped["blank files"] += 1
 
-    def records(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Part]:
+    def records(self, rows: Iterable[tuple[str, Any]]) -> Iterator[DocumentPart]:
         """The documents of records, each given as (where it is, the record)."""
         for where, record in rows:
             values = record if isinstance(record, dict) else {}
@@ -112,33 +116,35 @@ class FileReader(TextSource):
                 yield from self._not_blank([tuple(values[f] for f in self.fields)], "records")
             else:
                 keys = f"the record has {', '.join(values) or 'no keys'}"
-                has = f"it is {values[key]!r:.40}" if key in values else keys
-                self._fault("records without a text", f"{where}: no text at key {key!r}; {has}")
+                found = f"it is {values[key]!r:.40}" if key in values else keys
+                self._bad_input(
+                    "records without a text", f"{where}: no text at key {key!r}; {found}"
+                )
 
-    def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[Part]:
+    def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[DocumentPart]:
         for segments in documents:
             if any(map(str.strip, segments)):
                 yield segments, True
             else:
                 self.skipped[f"blank {units}"] += 1
 
-    def _fault(self, kind: str, what: str) -> None:
+    def _bad_input(self, kind: str, message: str) -> None:
         """Raise ValueError, or count what is skipped."""
         if self.on_error == "raise":
-            raise ValueError(f"{what}: correct it, or skip such {kind} with data.on_error=skip")
+            raise ValueError(f"{message}: correct it, or skip such {kind} with data.on_error=skip")
         self.skipped[kind] += 1
 
     def _decoded(self, path: Path, raw_units: RawUnits, units: str) -> Iterator[tuple[int, str]]:
-        """The texts of units, each with the number of its first line; faulty ones are left out."""
+        """The texts of units, each with the number of its first line; bad ones are left out."""
         for number, raw in raw_units:
             try:
                 if len(raw) <= MAX_UNIT_BYTES:
                     yield number, raw.decode().removesuffix("\r")
                 else:
                     limit = f"longer than {MAX_UNIT_BYTES >> 20} MiB"
-                    self._fault(f"{units} {limit}", f"{path}, line {number}: {limit}")
+                    self._bad_input(f"{units} {limit}", f"{path}, line {number}: {limit}")
             except UnicodeDecodeError as error:
-                self._fault(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
+                self._bad_input(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
 
     def _file_rows(self, path: Path) -> Iterator[tuple[str, Any]]:
         """The records of a file, each with where it is."""
@@ -156,14 +162,14 @@ class FileReader(TextSource):
                 else:
                     self.skipped["blank records"] += 1
             except (ValueError, RecursionError) as error:
-                self._fault("records that are not JSON", f"{path}, line {number}: {error}")
+                self._bad_input("records that are not JSON", f"{path}, line {number}: {error}")
 
     def _json_array(self, path: Path) -> Iterator[tuple[str, Any]]:
         """An array of records, which is read as a whole."""
         try:
             records = json.loads(b"".join(read_blocks(path)))
         except (ValueError, RecursionError) as error:
-            return self._fault("files that are not JSON", f"{path}: {error}")
+            return self._bad_input("files that are not JSON", f"{path}: {error}")
         yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, start=1))
 
     def _csv(self, path: Path) -> Iterator[tuple[str, Any]]:
@@ -173,7 +179,7 @@ class FileReader(TextSource):
         try:
             yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
         except csv.Error as error:
-            self._fault("files that are not CSV", f"{path}, line {rows.line_num}: {error}")
+            self._bad_input("files that are not CSV", f"{path}, line {rows.line_num}: {error}")
 
     def _parquet(self, path: Path) -> Iterator[tuple[str, Any]]:
         arrow = extras.load("pyarrow", "huggingface")
@@ -184,7 +190,7 @@ class FileReader(TextSource):
             batches = file.iter_batches(batch_size=256, columns=self.fields if known else None)
             yield from arrow_rows(str(path), batches)
         except (arrow.ArrowException, OSError) as error:  # OSError: the data of a column
-            self._fault("files that are not parquet", f"{path}: {error}")
+            self._bad_input("files that are not parquet", f"{path}: {error}")
 
 
 def arrow_rows(where: str, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from causal_lm import extras
 from causal_lm.data.documents import Corpus
+from causal_lm.data.sources.file_io import text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
-from causal_lm.data.sources.files import text_size
 from causal_lm.data.token_cache import file_identity
-from causal_lm.data.tokenize_corpus import Part
+from causal_lm.data.tokenize_corpus import DocumentPart
 
 BATCH_ROWS = 256
 """Rows that are taken from a data set's memory map at a time."""
@@ -28,7 +28,7 @@ class HuggingFaceDataset(FileReader):
     name: str | None = None  # configuration of a data set on the hub
     split: str = "train"
     val_split: str | None = None  # split to validate on; None: val_share of the documents
-    val_path: str | None = None  # a data set to validate on, of which split is taken too
+    val_path: str | None = None  # another data set to validate on: its val_split, or else split
 
     TXT_UNIT = "line"
 
@@ -57,7 +57,7 @@ class HuggingFaceDataset(FileReader):
             local = _local(path)
             if local.is_file():
                 self.check(local)
-            if local.exists():  # its files are identified without loading it
+            if local.exists():  # local data is not loaded: its files identify it
                 below = (local, *sorted(local.rglob("*")))
                 identities.append([[file_identity(p) for p in below if p.is_file()], split])
             else:
@@ -71,7 +71,7 @@ class HuggingFaceDataset(FileReader):
             total += text_size(local) if local.is_file() else self._dataset(path, split).data.nbytes
         return total
 
-    def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
+    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
         for path, split, val in self.splits:
             if _local(path).is_file():
                 yield self.documents(_local(path)), val
@@ -80,7 +80,7 @@ class HuggingFaceDataset(FileReader):
                 yield self.records(arrow_rows(f"{path} (split {split})", batches)), val
 
     def _dataset(self, path: str, split: str) -> Any:
-        """The columns ``fields``, or all where one of them is not there."""
+        """A split, cached: its columns ``fields``, or all columns where one of these is missing."""
         if (path, split) not in self._loaded:
             datasets, local = extras.load("datasets", "huggingface"), _local(path)
             try:

@@ -22,39 +22,39 @@ class MarkovLanguage:
     def __init__(
         self, symbols: int, successors: int, mean: float, max_symbols: int, seed: int
     ) -> None:
-        self.end, self.max_symbols = 1 / mean, max_symbols
+        self.p_end, self.max_symbols = 1 / mean, max_symbols
         generator = torch.Generator().manual_seed(seed)
         first = len(SPECIAL)
-        chain = torch.zeros(first + symbols, first + symbols, dtype=torch.float64)  # (V, V)
-        chain[BOS, first:] = 1 / symbols
+        transitions = torch.zeros(first + symbols, first + symbols, dtype=torch.float64)  # (V, V)
+        transitions[BOS, first:] = 1 / symbols
         for symbol in range(symbols):
             others = torch.randperm(symbols - 1, generator=generator)[:successors]
             others = others + (others >= symbol)  # never itself
             weights = torch.rand(successors, generator=generator, dtype=torch.float64) + 0.1
-            chain[first + symbol, first + others] = weights / weights.sum()
-        self.chain = chain
+            transitions[first + symbol, first + others] = weights / weights.sum()
+        self.transitions = transitions
         """(V, V) probability of the next symbol, given that the document goes on."""
 
-    def sample(self, documents: int, generator: torch.Generator) -> Documents:
-        """Draw so many complete documents at once, symbol by symbol."""
-        columns = [torch.full((documents,), BOS)]
-        unfinished = torch.ones(documents, dtype=torch.bool)
-        lengths = torch.full((documents,), 2)
+    def sample(self, count: int, generator: torch.Generator) -> Documents:
+        """Draw ``count`` complete documents at once, symbol by symbol."""
+        columns = [torch.full((count,), BOS)]
+        unfinished = torch.ones(count, dtype=torch.bool)
+        lengths = torch.full((count,), 2)
         for _ in range(self.max_symbols):
-            probabilities = self.chain[columns[-1][unfinished]]
-            symbol = torch.full((documents,), EOS)
+            probabilities = self.transitions[columns[-1][unfinished]]
+            symbol = torch.full((count,), EOS)
             symbol[unfinished] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             columns.append(symbol)
             lengths += unfinished
-            unfinished &= torch.rand(documents, generator=generator) >= self.end
-        columns.append(torch.full((documents,), EOS))
+            unfinished &= torch.rand(count, generator=generator) >= self.p_end
+        columns.append(torch.full((count,), EOS))
         padded = torch.stack(columns, dim=1)  # (D, max_symbols + 2), EOS from the end on
         tokens = padded[torch.arange(padded.shape[1]) < lengths[:, None]].int()
         return Documents(tokens, F.pad(lengths.cumsum(0), (1, 0)))
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Nats and number of all targets of ``documents`` under the true distribution. Nats /
-        targets is the lowest expected loss on these documents, exactly."""
+        """Sum of the true negative log-likelihood in nats, and number of targets. Their quotient is
+        the lowest expected loss on these documents, exactly."""
         tokens, starts = documents.tokens[:].long(), documents.offsets[:-1]
         is_target = torch.ones(len(tokens), dtype=torch.bool)
         is_target[starts] = False  # BOS is given
@@ -62,16 +62,16 @@ class MarkovLanguage:
         # Symbols up to the token before each target: none at BOS.
         symbols = torch.arange(len(tokens)) - starts.repeat_interleave(documents.lengths)
         symbols = symbols[:-1][is_target[1:]]
-        end = torch.full(symbols.shape, self.end, dtype=torch.float64)
-        end[symbols == 0], end[symbols == self.max_symbols] = 0.0, 1.0
-        go_on = (1 - end) * self.chain[previous, following]
-        probability = torch.where(following == EOS, end, go_on)
+        p_end = torch.full(symbols.shape, self.p_end, dtype=torch.float64)
+        p_end[symbols == 0], p_end[symbols == self.max_symbols] = 0.0, 1.0
+        p_symbol = (1 - p_end) * self.transitions[previous, following]
+        probability = torch.where(following == EOS, p_end, p_symbol)
         return float(-probability.log().sum()), len(following)
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
-        """bool, elementwise: ``following`` has a chance after ``previous``."""
-        in_chain = self.chain.to(previous.device)[previous, following] > 0
-        return torch.where(following == EOS, previous >= len(SPECIAL), in_chain)
+        """bool, elementwise: ``following`` has nonzero probability after ``previous``."""
+        is_possible = self.transitions.to(previous.device)[previous, following] > 0
+        return torch.where(following == EOS, previous >= len(SPECIAL), is_possible)
 
 
 @dataclass(kw_only=True)
@@ -86,20 +86,21 @@ class SyntheticLanguage:
     mean: float
     max_length: int  # tokens of the longest document, BOS and EOS included
     train_documents: int
-    val_documents: int  # drawn from a stream of their own
+    val_documents: int  # drawn by a generator of their own
     seed: int
-    copies: int = 1  # times that a document's symbols are repeated, as lines are in crawled text
-    copies_after: int = 0  # number of training documents, before those, that are not repeated
+    copies: int = 1  # how often the symbol sequence of each document is repeated
+    copies_after: int = 0  # number of unrepeated training documents that come first
 
     def load(self) -> Corpus:
+        """Draw both splits."""
         sizes = (self.train_documents, self.val_documents)
-        streams = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(2)]
+        generators = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(2)]
         tokenizer, language = SymbolTokenizer(self.symbols), self._language(copies=1)
         if self.copies == 1:
-            train, val = map(language.sample, sizes, streams)
+            train, val = map(language.sample, sizes, generators)
             return Corpus(train, val, tokenizer, language)
-        plain = language.sample(self.copies_after, streams[0])
-        train, val = map(self._sample_repeated, sizes, streams)
+        plain = language.sample(self.copies_after, generators[0])
+        train, val = map(self._sample_repeated, sizes, generators)
         tokens = torch.cat([plain.tokens[:], train.tokens[:]])
         offsets = torch.cat([plain.offsets[:-1], train.offsets[:] + len(plain.tokens)])
         return Corpus(Documents(tokens, offsets), val, tokenizer)
@@ -108,8 +109,8 @@ class SyntheticLanguage:
         longest = (self.max_length - 2) // copies
         return MarkovLanguage(self.symbols, self.successors, self.mean, longest, self.seed)
 
-    def _sample_repeated(self, size: int, stream: torch.Generator) -> Documents:
-        """Documents ``BOS s s … s EOS``."""
-        documents = self._language(self.copies).sample(size, stream)
+    def _sample_repeated(self, size: int, generator: torch.Generator) -> Documents:
+        """Documents ``BOS s s … s EOS``, ``s`` being a sequence of symbols."""
+        documents = self._language(self.copies).sample(size, generator)
         lists = (documents[i].tokens.tolist() for i in range(size))
         return Documents.from_lists([bos, *s * self.copies, eos] for bos, *s, eos in lists)

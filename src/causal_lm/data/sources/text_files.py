@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm.data import token_cache
-from causal_lm.data.sources import files
+from causal_lm.data.sources import file_io
 from causal_lm.data.sources.file_reader import FileReader
-from causal_lm.data.tokenize_corpus import Part
+from causal_lm.data.tokenize_corpus import DocumentPart
 
 
 @dataclass(kw_only=True)
@@ -33,9 +33,10 @@ class TextFiles(FileReader):
     def files(self) -> tuple[list[Path], list[Path]]:
         """The files of ``path`` and of ``val_path``. Raises FileNotFoundError for none, ValueError
         for one that is in both, or does not have the unit or the fields."""
-        every = self.format is not None
-        train = files.find_files(self.path, "data.path", every)
-        val = files.find_files(self.val_path, "data.val_path", every) if self.val_path else []
+        any_format = self.format is not None
+        train = file_io.find_files(self.path, "data.path", any_format)
+        val_path = self.val_path
+        val = file_io.find_files(val_path, "data.val_path", any_format) if val_path else []
         for path in train + val:
             self.check(path)
         both = {p.resolve() for p in train} & {p.resolve() for p in val}
@@ -48,9 +49,9 @@ class TextFiles(FileReader):
         return super().identity() | {"files": found}
 
     def size(self) -> int:
-        return sum(map(files.text_size, chain(*self.files)))
+        return sum(map(file_io.text_size, chain(*self.files)))
 
-    def parts(self) -> Iterator[tuple[Iterable[Part], bool | None]]:
+    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
         train, val = self.files
         if val:
             yield chain.from_iterable(map(self.documents, val)), True
@@ -63,14 +64,14 @@ class TextFiles(FileReader):
 
 
 def _start_of_last_part(path: Path, fraction: float) -> int:
-    """The byte at which about the last ``fraction`` of a file begins: the first of a line, or of a
-    character where no line ends nearby."""
-    compressed = path.suffix.lower() in files.COMPRESSIONS
-    size = sum(map(len, files.read_blocks(path))) if compressed else path.stat().st_size
+    """The byte at which about the last ``fraction`` of a file begins: at the start of a line,
+    or of a UTF-8 character if no line ends nearby."""
+    compressed = path.suffix.lower() in file_io.COMPRESSIONS
+    size = sum(map(len, file_io.read_blocks(path))) if compressed else path.stat().st_size
     cut = int(size * (1 - fraction))
-    with files.open_bytes(path) as file:
+    with file_io.open_bytes(path) as file:
         file.seek(cut)
-        line = file.readline(files.BLOCK_BYTES)
+        line = file.readline(file_io.BLOCK_BYTES)
     if line.endswith(b"\n") and cut + len(line) < size:
         return cut + len(line)
     return cut + next((i for i, byte in enumerate(line) if byte & 0xC0 != 0x80), 0)

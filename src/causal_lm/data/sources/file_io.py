@@ -20,12 +20,12 @@ BLOCK_BYTES = 1 << 20
 """Bytes that are read from a file at a time."""
 
 
-def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
+def find_files(pattern: str, key: str, any_format: bool = False) -> list[Path]:
     """The files of a path, a folder or a glob, sorted; messages name the configuration ``key``.
 
-    A file that is named itself is always taken. Of a folder or a glob, hidden files are not, nor
-    those of other formats unless ``every`` is set; a warning counts them. FileNotFoundError is
-    raised where none is left.
+    A file that is named itself is always taken. In a folder or a glob, hidden files and (unless
+    ``any_format``) files of other formats are left out, with a warning. FileNotFoundError is raised
+    where no file is left.
     """
     root = Path(pattern).expanduser()
     if root.is_file():
@@ -37,16 +37,16 @@ def find_files(pattern: str, key: str, every: bool = False) -> list[Path]:
         below = path.relative_to(root).parts if is_folder else path.parts[-1:]
         if any(part.startswith(".") for part in below):
             others["hidden"] += 1
-        elif every or known_format(path):
+        elif any_format or known_format(path):
             found.append(path)
         else:
             others[path.suffix or "without a suffix"] += 1
-    said = ", ".join(f"{n:,} {kind}" for kind, n in sorted(others.items()))
+    skipped = ", ".join(f"{n:,} {kind}" for kind, n in sorted(others.items()))
     if not found:
-        hint = f", but other files are ({said}): set data.format to read them" if said else ""
-        raise FileNotFoundError(f"{key}={pattern}: no {', '.join(FORMATS)} file is there{hint}")
-    if said:
-        log.warning(f"{key}={pattern}: {len(found):,} files are read; not read: {said}")
+        hint = f", only other files ({skipped}): set data.format to read them" if skipped else ""
+        raise FileNotFoundError(f"{key}={pattern}: no {', '.join(FORMATS)} file found{hint}")
+    if skipped:
+        log.warning(f"{key}={pattern}: {len(found):,} files are read; not read: {skipped}")
     return found
 
 
