@@ -44,7 +44,7 @@ def peak(folder: Path, size: int, args: argparse.Namespace) -> float:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            sys.exit(f"the run failed with exit status {status}")
+            sys.exit(f"the run failed with exit status {os.waitstatus_to_exitcode(status)}")
         peaks.append(usage.ru_maxrss * 1024 / 10**6)
         print(f"{size} MB, {start}: {peaks[-1]:.0f} MB resident at most", flush=True)
     return max(peaks)

@@ -211,7 +211,7 @@ def test_rows_of_a_batch():
 
     loop = SimpleNamespace(total_batch_idx=4, batch_idx=1)  # the second batch of the second epoch
     trainer = SimpleNamespace(train_dataloader=loader, fit_loop=loop)
-    sampler.done = lambda: 3
+    sampler.batches_done = lambda: 3
     batches = [batch.tolist() for batch in loader]
     assert len(batches) == 3 and sum(map(len, batches)) == 5
     assert [nonfinite.dataset_indices(trainer, n) for n in range(3)] == batches

@@ -70,12 +70,10 @@ class DataModule(L.LightningDataModule):
         self.load()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(
-            self.train_windows, shuffle=self.shuffle, batches_done=self._batches_done
-        )
+        return self._loader(self.train_windows, self.shuffle, batches_done=self._batches_done)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_windows, shuffle=False)
+        return self._loader(self.val_windows, False)
 
     def _windows(self, split: str, documents: Documents) -> Documents:
         if not len(documents):
@@ -103,13 +101,13 @@ class DataModule(L.LightningDataModule):
         because it also counts an epoch in which the run was stopped."""
         return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
 
-    def _loader(self, windows: Documents, **sampler_options: Any) -> DataLoader[Batch]:
+    def _loader(self, windows: Documents, shuffle: bool, **options: Any) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
         lengths = windows.lengths.numpy() if self.layout == "bucketed" else None
         sampler = DocumentSampler(
-            len(windows), seed=self.seed, lengths=lengths, batch_size=self.batch_size,
+            len(windows), shuffle=shuffle, seed=self.seed, lengths=lengths, batch_size=self.batch_size,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1, **sampler_options,
+            world_size=self.trainer.world_size if self.trainer else 1, **options,
         )  # fmt: skip
         packed = self.max_length if self.layout == "packed" else None
         collate = Collate(

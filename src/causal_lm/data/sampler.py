@@ -67,8 +67,7 @@ def bucketed(
     of :data:`POOL_BATCHES` groups, so that which of them share a batch still changes from epoch to
     epoch. With ``rng`` None the groups stay sorted.
     """
-    pool_size = group_size * POOL_BATCHES
-    edges = range(pool_size, len(order), pool_size)
+    edges = range(0, len(order), group_size * POOL_BATCHES)[1:]
     pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in np.split(order, edges)]
     by_length = np.concatenate(pools)
     if rng is None:

@@ -73,7 +73,7 @@ class FileReader(TextSource):
         if unit == "file":
             yield from self.whole_file(path)
         elif not next(read_blocks(path), b""):
-            self._bad_input("empty files", f"{path} is empty")
+            self._reject("empty files", f"{path} is empty")
         elif unit == "record":
             yield from self.records(self._file_rows(path))
         else:
@@ -88,9 +88,9 @@ class FileReader(TextSource):
         try:
             size = _utf8_size(path)
         except ValueError as error:
-            return self._bad_input("files that are not UTF-8 or not complete", str(error))
+            return self._reject("files that are not UTF-8 or not complete", str(error))
         if not size:
-            return self._bad_input("empty files", f"{path} is empty")
+            return self._reject("empty files", f"{path} is empty")
         decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
         text, bytes_left, is_long = "", (size if end is None else end) - start, False
         with file_io.open_bytes(path) as file:
@@ -117,9 +117,7 @@ class FileReader(TextSource):
             else:
                 keys = f"the record has {', '.join(values) or 'no keys'}"
                 found = f"it is {values[key]!r:.40}" if key in values else keys
-                self._bad_input(
-                    "records without a text", f"{where}: no text at key {key!r}; {found}"
-                )
+                self._reject("records without a text", f"{where}: no text at key {key!r}; {found}")
 
     def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[DocumentPart]:
         for segments in documents:
@@ -128,7 +126,7 @@ class FileReader(TextSource):
             else:
                 self.skipped[f"blank {units}"] += 1
 
-    def _bad_input(self, kind: str, message: str) -> None:
+    def _reject(self, kind: str, message: str) -> None:
         """Raise ValueError, or count what is skipped."""
         if self.on_error == "raise":
             raise ValueError(f"{message}: correct it, or skip such {kind} with data.on_error=skip")
@@ -142,9 +140,9 @@ class FileReader(TextSource):
                     yield number, raw.decode().removesuffix("\r")
                 else:
                     limit = f"longer than {MAX_UNIT_BYTES >> 20} MiB"
-                    self._bad_input(f"{units} {limit}", f"{path}, line {number}: {limit}")
+                    self._reject(f"{units} {limit}", f"{path}, line {number}: {limit}")
             except UnicodeDecodeError as error:
-                self._bad_input(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
+                self._reject(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
 
     def _file_rows(self, path: Path) -> Iterator[tuple[str, Any]]:
         """The records of a file, each with where it is."""
@@ -162,14 +160,14 @@ class FileReader(TextSource):
                 else:
                     self.skipped["blank records"] += 1
             except (ValueError, RecursionError) as error:
-                self._bad_input("records that are not JSON", f"{path}, line {number}: {error}")
+                self._reject("records that are not JSON", f"{path}, line {number}: {error}")
 
     def _json_array(self, path: Path) -> Iterator[tuple[str, Any]]:
         """An array of records, which is read as a whole."""
         try:
             records = json.loads(b"".join(read_blocks(path)))
         except (ValueError, RecursionError) as error:
-            return self._bad_input("files that are not JSON", f"{path}: {error}")
+            return self._reject("files that are not JSON", f"{path}: {error}")
         yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, start=1))
 
     def _csv(self, path: Path) -> Iterator[tuple[str, Any]]:
@@ -179,7 +177,7 @@ class FileReader(TextSource):
         try:
             yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
         except csv.Error as error:
-            self._bad_input("files that are not CSV", f"{path}, line {rows.line_num}: {error}")
+            self._reject("files that are not CSV", f"{path}, line {rows.line_num}: {error}")
 
     def _parquet(self, path: Path) -> Iterator[tuple[str, Any]]:
         arrow = extras.load("pyarrow", "huggingface")
@@ -190,7 +188,7 @@ class FileReader(TextSource):
             batches = file.iter_batches(batch_size=256, columns=self.fields if known else None)
             yield from arrow_rows(str(path), batches)
         except (arrow.ArrowException, OSError) as error:  # OSError: the data of a column
-            self._bad_input("files that are not parquet", f"{path}: {error}")
+            self._reject("files that are not parquet", f"{path}: {error}")
 
 
 def arrow_rows(where: str, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:

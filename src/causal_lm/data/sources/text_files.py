@@ -33,10 +33,9 @@ class TextFiles(FileReader):
     def files(self) -> tuple[list[Path], list[Path]]:
         """The files of ``path`` and of ``val_path``. Raises FileNotFoundError for none, ValueError
         for one that is in both, or does not have the unit or the fields."""
-        any_format = self.format is not None
-        train = file_io.find_files(self.path, "data.path", any_format)
-        val_path = self.val_path
-        val = file_io.find_files(val_path, "data.val_path", any_format) if val_path else []
+        find = functools.partial(file_io.find_files, any_format=self.format is not None)
+        train = find(self.path, "data.path")
+        val = find(self.val_path, "data.val_path") if self.val_path else []
         for path in train + val:
             self.check(path)
         both = {p.resolve() for p in train} & {p.resolve() for p in val}
