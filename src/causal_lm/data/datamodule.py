@@ -105,8 +105,8 @@ class DataModule(L.LightningDataModule):
         tokenizer = self.load().tokenizer
         lengths = windows.lengths.numpy() if self.layout == "bucketed" else None
         sampler = DocumentSampler(
-            len(windows), shuffle=shuffle, seed=self.seed, lengths=lengths, batch_size=self.batch_size,
-            rank=self.trainer.global_rank if self.trainer else 0,
+            len(windows), shuffle=shuffle, seed=self.seed, lengths=lengths,
+            batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1, **options,
         )  # fmt: skip
         packed = self.max_length if self.layout == "packed" else None

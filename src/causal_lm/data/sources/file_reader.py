@@ -12,7 +12,6 @@ from typing import Any
 from causal_lm import extras
 from causal_lm.data.sources import file_io
 from causal_lm.data.sources.base import TextSource
-from causal_lm.data.sources.file_io import FORMATS, known_format, read_blocks
 from causal_lm.data.tokenize_corpus import DocumentPart, Segments
 
 MAX_UNIT_BYTES = 16 << 20
@@ -42,8 +41,8 @@ class FileReader(TextSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in (None, *FORMATS):
-            raise ValueError(f"data.format={self.format}: valid formats are {', '.join(FORMATS)}")
+        if self.format not in (None, *file_io.FORMATS):
+            raise ValueError(f"data.format={self.format} is none of {', '.join(file_io.FORMATS)}")
         self.fields = [self.prompt_field, self.field] if self.prompt_field else [self.field]
 
     def identity(self) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class FileReader(TextSource):
 
     def format_of(self, path: Path) -> str:
         """The format in which a file is read."""
-        return self.format or known_format(path) or "txt"
+        return self.format or file_io.known_format(path) or "txt"
 
     def unit_of(self, path: Path) -> str:
         """Of what each document of a file consists: file, line, paragraph or record."""
@@ -62,8 +61,7 @@ class FileReader(TextSource):
         is_txt = self.format_of(path) == "txt"
         units = ("file", "line", "paragraph") if is_txt else ("record",)
         if self.unit_of(path) not in units:
-            supported = f"{path} supports only {' or '.join(units)}"
-            raise ValueError(f"data.unit={self.unit}: {supported}")
+            raise ValueError(f"data.unit={self.unit}: {path} supports only {' or '.join(units)}")
         if self.prompt_field and is_txt:
             raise ValueError(f"data.prompt_field is a key of records, which {path} does not have")
 
@@ -72,7 +70,7 @@ class FileReader(TextSource):
         unit = self.unit_of(path)
         if unit == "file":
             yield from self.whole_file(path)
-        elif not next(read_blocks(path), b""):
+        elif not next(file_io.read_blocks(path), b""):
             self._reject("empty files", f"{path} is empty")
         elif unit == "record":
             yield from self.records(self._file_rows(path))
@@ -165,7 +163,7 @@ class FileReader(TextSource):
     def _json_array(self, path: Path) -> Iterator[tuple[str, Any]]:
         """An array of records, which is read as a whole."""
         try:
-            records = json.loads(b"".join(read_blocks(path)))
+            records = json.loads(b"".join(file_io.read_blocks(path)))
         except (ValueError, RecursionError) as error:
             return self._reject("files that are not JSON", f"{path}: {error}")
         yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, start=1))
@@ -214,7 +212,7 @@ def _is_text(value: Any) -> bool:
 def _raw_lines(path: Path) -> RawUnits:
     """Lines without their line feeds; one that is too long is cut one byte above the limit."""
     number, rest = 1, b""
-    for i, block in enumerate(read_blocks(path)):
+    for i, block in enumerate(file_io.read_blocks(path)):
         *lines, rest = (rest + (block if i else block.removeprefix(codecs.BOM_UTF8))).split(b"\n")
         yield from enumerate(lines, start=number)
         number += len(lines)
@@ -240,7 +238,7 @@ def _raw_paragraphs(path: Path) -> RawUnits:
 def _utf8_size(path: Path) -> int:
     """The number of bytes of a file. Raises ValueError, with the line, where it is not UTF-8."""
     decoder, line, size = codecs.getincrementaldecoder("utf-8")(), 1, 0
-    for block in chain(read_blocks(path), [b""]):
+    for block in chain(file_io.read_blocks(path), [b""]):
         try:
             decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
