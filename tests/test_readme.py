@@ -40,7 +40,7 @@ def test_the_extras_are_those_that_ci_installs():
     installed = [line for block in EXTRAS for line in block if line.startswith("pip install")]
     assert set(installed) == {"pip install -e '.[huggingface,x-transformers]'"}
     assert (
-        "pip install -q -e ./preflight -e '.[huggingface,x-transformers,sentences]'"
+        "pip install -q -e ./preflight -e '.[huggingface,x-transformers,sentences,zstd]'"
         in (ROOT / ".ci/run").read_text()
     )
 

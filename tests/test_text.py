@@ -240,8 +240,10 @@ def test_compressed_files_are_read_as_their_content(tmp_path):
             source(tmp_path / "torn.txt.gz", tmp_path, unit=unit).load()
 
 
+@pytest.mark.extras
 def test_zstandard_files(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
+    import zstandard
+
     content = "\n".join(GOOD).encode()
     (tmp_path / "a.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
     assert every_text(tmp_path / "a.txt.zst", tmp_path, unit="line") == sorted(GOOD)

@@ -3,12 +3,13 @@
 import collections
 import glob
 import gzip
-import importlib
 import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from causal_lm import extras
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +64,11 @@ def text_size(path: Path) -> int:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file, decompressed where it ends in .gz or .zst (which needs zstandard)."""
+    """Open a file, decompressed where it ends in .gz or .zst (which needs the extra zstd)."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path)  # type: ignore[return-value]  # a GzipFile reads bytes
     if path.suffix.lower() == ".zst":
-        try:
-            return importlib.import_module("zstandard").open(path)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{path} needs zstandard: pip install zstandard") from error
+        return extras.load("zstandard", "zstd").open(path)
     return path.open("rb")
 
 
