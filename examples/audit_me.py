@@ -1,6 +1,6 @@
 """Example for scripts/preflight.py: a small GRU with a correct and an unshifted loss.
 
-python scripts/preflight.py examples/audit_me.py:right --pad-id 0 --eos-id 2
+python scripts/preflight.py examples/audit_me.py:correct --pad-id 0 --eos-id 2
 """
 
 import torch
@@ -21,7 +21,7 @@ class Net(nn.Module):
         return self.head(self.gru(self.embed(input_ids))[0])
 
 
-def right_loss(model, batch):
+def correct_loss(model, batch):
     """Logits at t on token t + 1; PAD ignored."""
     ids = batch["input_ids"]
     labels = ids[:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
@@ -40,8 +40,8 @@ def make_batch():
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
-def right():
-    return Net(), make_batch(), right_loss
+def correct():
+    return Net(), make_batch(), correct_loss
 
 
 def unshifted():

@@ -1,7 +1,7 @@
 """A callback of your own, outside the package: the accuracy of the next token on validation data.
 
-Add it: `python train.py --config-dir examples/configs +callbacks=token_accuracy`. Its
-metric is written to `metrics.csv` and `summary.json`.
+Add it: `python train.py --config-dir examples/configs +callbacks=token_accuracy`. Its metric is
+written to `metrics.csv` and `summary.json`.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from causal_lm.objective import IGNORE
 
 
 class TokenAccuracy(L.Callback):
-    """Logs ``val/accuracy_K``: the fraction of targets among the K most top_k tokens."""
+    """Logs ``val/accuracy_K``: the fraction of targets among the K most likely tokens."""
 
     def __init__(self, k: int = 1) -> None:
         self.k, self.hits, self.targets = k, 0, 0
@@ -30,5 +30,5 @@ class TokenAccuracy(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         local = torch.tensor([self.hits, self.targets], device=pl_module.device)
         hits, targets = trainer.strategy.reduce(local, reduce_op="sum").tolist()  # of all ranks
-        pl_module.log(f"val/accuracy_{self.k}", hits / targets)
+        pl_module.log(f"val/accuracy_{self.k}", hits / max(targets, 1))
         self.hits = self.targets = 0

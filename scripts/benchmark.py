@@ -1,4 +1,4 @@
-"""Measure ratios of speed and memory: medians over rounds in which the contestants take turns.
+"""Measure ratios of speed and memory: medians over alternating rounds.
 
 python scripts/benchmark.py layouts    real tokens per second of each layout, on docstrings
 python scripts/benchmark.py loss       seconds and peak memory of head and loss, whole and in chunks
@@ -86,10 +86,14 @@ LOSSES = ("whole", "chunks of 256", "chunks of 256, half PAD", "torch's own", "c
 def loss(args: argparse.Namespace) -> None:
     """Seconds and peak memory of head and loss, each way in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    took: dict[str, list[float]] = {name: [] for name in LOSSES}
-    peaks: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
+    import torch
+
+    has_own = hasattr(torch.nn, "LinearCrossEntropyOptions")  # a recent API
+    names = [name for name in LOSSES if has_own or name != "torch's own"]
+    took: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, float] = dict.fromkeys(names, 0.0)
     for _ in range(args.rounds):
-        for name in LOSSES:
+        for name in names:
             with context.Pool(1) as pool:
                 seconds, peak, error = pool.apply(_measure_loss, (name, args.device))
             took[name].append(seconds)
@@ -194,7 +198,7 @@ class _PeakMemory:
 def text(args: argparse.Namespace) -> None:
     """Train both to the end, in turns; the clock of each runs only in its own turns."""
     import lightning as L
-    from yardstick import Yardstick
+    from nanogpt_baseline import NanoGPTBaseline
 
     from causal_lm.build import make_trainer, prepare
     from causal_lm.callbacks.run_statistics import RunStatistics
@@ -203,23 +207,23 @@ def text(args: argparse.Namespace) -> None:
         ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
     )
     data, corpus, module = prepare(cfg)
-    yardstick = Yardstick(corpus.train.tokens, corpus.val.tokens, args.yardstick_steps)
+    baseline = NanoGPTBaseline(corpus.train.tokens, corpus.val.tokens, args.baseline_steps)
 
     class Turns(L.Callback):
         def on_train_batch_end(self, trainer, *_) -> None:
             turn, rest = divmod(trainer.global_step * args.rounds, trainer.max_steps)
             if rest < args.rounds:
-                yardstick.advance(args.yardstick_steps * turn // args.rounds)
+                baseline.advance(args.baseline_steps * turn // args.rounds)
 
     run_statistics = RunStatistics()
     callbacks = [run_statistics, Turns()]
     trainer = make_trainer(cfg, callbacks=callbacks, enable_checkpointing=False)
     trainer.fit(module, data)
     (figures,) = trainer.validate(module, data, verbose=False)
-    ours, theirs = run_statistics.seconds_train - yardstick.seconds, yardstick.seconds
+    ours, theirs = run_statistics.seconds_train - baseline.seconds, baseline.seconds
     rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
     for name, model, steps, seconds, nats in (
-        ("nanoGPT's recipe", yardstick.model, args.yardstick_steps, theirs, yardstick.loss()),
+        ("nanoGPT's recipe", baseline.model, args.baseline_steps, theirs, baseline.loss()),
         ("text_cpu", module.model, trainer.global_step, ours, figures["val/loss"]),
     ):
         size = sum(p.numel() for _, p in model.named_parameters())
@@ -255,7 +259,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--yardstick-steps", type=int, default=2000, help="for text")
+    parser.add_argument("--baseline-steps", type=int, default=2000, help="for text")
     args = parser.parse_intermixed_args()
     {"layouts": layouts, "loss": loss, "text": text}[args.what](args)
 

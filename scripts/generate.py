@@ -44,7 +44,7 @@ def main() -> None:
         generator=torch.Generator().manual_seed(args.seed),
     )
     for number, row in enumerate(rows.tolist(), start=1):
-        text = tokenizer.decode(generation.until_eos(row, tokenizer.eos_id))
+        text = tokenizer.decode(generation.through_eos(row, tokenizer.eos_id))
         print(f"--- {number}\n{printable(text)}")
 
 

@@ -36,7 +36,7 @@ def test_collate_by_loop(documents):
 @given(documents_of, st.integers(12, 20), st.sampled_from(["left", "right"]))
 def test_packing_loses_nothing_and_mixes_nothing(documents, capacity, side):
     """Every document stands whole in one row, with its own number, positions from 0, no overlap."""
-    batch = Collate(0, 10, packed=capacity, padding_side=side)(
+    batch = Collate(0, 10, row_length=capacity, padding_side=side)(
         [Document(torch.tensor(d)) for d in documents]
     )
     assert batch.input_ids.shape[1] <= capacity
@@ -65,12 +65,12 @@ def test_packing_fills_rows():
 
 def test_a_document_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="document of 9 tokens does not fit a row of 8"):
-        Collate(0, 10, packed=8)([Document(torch.ones(9))])
+        Collate(0, 10, row_length=8)([Document(torch.ones(9))])
 
 
 def test_a_batch_of_fillers_is_all_pad_in_every_layout():
     filler = Document(torch.tensor([], dtype=torch.int64))
-    for layout in ({}, {"packed": 8}, {"padding_side": "left"}):
+    for layout in ({}, {"row_length": 8}, {"padding_side": "left"}):
         assert (Collate(0, 10, **layout)([filler, filler]).document_ids == -1).all()
 
 

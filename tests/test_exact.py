@@ -150,10 +150,10 @@ def test_half_precision_scaler_sees_the_same_step():
     st.sampled_from(["left", "right"]),
     st.integers(12, 16),
 )
-def test_packed_is_padded(lengths, loss, side, capacity):
+def test_packed_is_padded(lengths, loss, side, row_length):
     """Loss and gradient of the same documents, in rows of their own and packed."""
     gradients, losses = [], []
-    for layout in ({}, {"packed": capacity, "padding_side": side}):
+    for layout in ({}, {"row_length": row_length, "padding_side": side}):
         batch = make_batch(lengths, **layout)
         module = make_module(loss=loss).double()
         value = module.accumulated_loss(batch)
@@ -166,8 +166,8 @@ def test_packed_is_padded(lengths, loss, side, capacity):
 
 def test_packed_is_padded_in_float32():
     whole, _ = fit(micro_batches([4]), 1)
-    packed, _ = fit(micro_batches([4], packed=16), 1)
-    assert len(micro_batches([4], packed=16)[0].input_ids) == 2  # rows, for four documents
+    packed, _ = fit(micro_batches([4], row_length=16), 1)
+    assert len(micro_batches([4], row_length=16)[0].input_ids) == 2  # rows, for four documents
     assert difference(packed, whole) < 1e-5
 
 
@@ -196,7 +196,7 @@ def test_prompts_are_context_and_not_learned():
     ]
     module = make_module()
     losses = []
-    for layout in ({}, {"packed": 16}, {"padding_side": "left"}):
+    for layout in ({}, {"row_length": 16}, {"padding_side": "left"}):
         (batch,) = micro_batches([4], documents, **layout)
         assert int((batch.labels != objective.IGNORE).sum()) == 7 + 1 + 8 + 2
         losses.append(float(module.accumulated_loss(batch).detach()))

@@ -73,7 +73,7 @@ def test_a_model_that_mixes_documents_gets_one_a_row_or_is_refused(make):
         logits_of(model, packed())
     everything = masks.same_document(batch.document_ids)
     with pytest.raises(ValueError, match=r"data\.layout=padded"):
-        model(*inputs, batch.attention_mask.replaced_by(everything))
+        model(*inputs, batch.attention_mask.with_dense(everything))
 
 
 @pytest.mark.extras
@@ -97,7 +97,7 @@ def test_a_sample_that_outgrows_the_positions():
 def test_a_mask_that_is_not_causal_is_honoured_too():
     """The pitfall of no causal mask shows on every model, as nothing is laid over our mask."""
     batch = padded()
-    open_mask = batch.attention_mask.replaced_by(masks.same_document(batch.document_ids))
+    open_mask = batch.attention_mask.with_dense(masks.same_document(batch.document_ids))
     for model in (huggingface(V, GPT2), XTransformers(V, 16, 2, 2, 24)):
         model.eval()
         seen = model(batch.input_ids, batch.position_ids, open_mask)

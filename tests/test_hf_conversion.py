@@ -32,7 +32,7 @@ def write(model, folder):
 
 def same_logits(ours, theirs):
     batch = packed()
-    mask = masks.causal(batch.document_ids)
+    mask = masks.causal_within_documents(batch.document_ids)
     found = theirs(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask[:, None]
     ).logits

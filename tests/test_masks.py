@@ -13,7 +13,7 @@ from causal_lm.masks import AttentionMask
 
 @given(st.lists(st.integers(-1, 3), min_size=1, max_size=12))
 def test_rule_by_loop_and_no_row_is_empty(documents):
-    may = masks.causal(torch.tensor([documents]))[0]
+    may = masks.causal_within_documents(torch.tensor([documents]))[0]
     for t, mine in enumerate(documents):
         for s, other in enumerate(documents):
             assert bool(may[t, s]) == (s <= t and mine == other)
@@ -23,7 +23,7 @@ def test_rule_by_loop_and_no_row_is_empty(documents):
 @given(st.lists(st.lists(st.integers(-1, 1), min_size=5, max_size=5), min_size=1, max_size=3))
 def test_plain_causal_is_said_only_where_it_is_the_same(rows):
     ids = torch.tensor(rows)
-    may, real = masks.causal(ids), ids >= 0
+    may, real = masks.causal_within_documents(ids), ids >= 0
     plain = torch.ones(5, 5, dtype=torch.bool).tril().expand_as(may)
     same = torch.equal(may[real], plain[real])
     mask = AttentionMask.from_document_ids(ids)
@@ -45,7 +45,7 @@ def test_what_plain_causal_covers():
 def test_padding_on_either_side_hides_pad_from_real_tokens():
     for documents in ([0, 0, 0, -1, -1], [-1, -1, 0, 0, 0]):
         ids = torch.tensor([documents])
-        may = masks.causal(ids)[0]
+        may = masks.causal_within_documents(ids)[0]
         real = ids[0] >= 0
         assert not may[real][:, ~real].any()
         assert int(may[real][:, real].sum()) == 6  # three tokens: 1 + 2 + 3
@@ -74,7 +74,7 @@ def test_both_conventions_of_torch_layers(attention, convention):
     attention_mask = AttentionMask.from_document_ids(
         ids := torch.tensor([[0, 0, 0, -1, -1], [0, 0, 1, 1, 1]])
     )
-    may, additive = masks.causal(ids), attention_mask.to_additive()
+    may, additive = masks.causal_within_documents(ids), attention_mask.to_additive()
     mask = attention_mask.to_masked_out() if convention == "bool" else additive
     mask = mask.repeat_interleave(2, dim=0)
     expected = reference(layer, x, may)
@@ -95,6 +95,6 @@ def test_sequence_lengths_of_a_packed_batch():
 
 def test_an_explicit_mask_replaces_the_rule():
     everything = torch.ones(1, 3, 3, dtype=torch.bool)
-    mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 0]])).replaced_by(everything)
+    mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 0]])).with_dense(everything)
     assert not mask.plain_causal and torch.equal(mask.to_dense(), everything)
     assert torch.equal(mask.map(torch.clone).to_dense(), everything)

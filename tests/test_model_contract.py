@@ -118,4 +118,4 @@ def test_the_contract_catches_a_model_that_does_not_learn():
     contract = Broken(freeze)
     contract.overfit_steps = 50
     with pytest.raises(AssertionError):
-        contract.test_ten_documents_are_learned_by_heart()
+        contract.test_overfits_ten_documents()

@@ -65,7 +65,7 @@ def test_with_and_without_a_cache(name):
 @every_model
 @pytest.mark.parametrize("layout", [padded, packed])
 def test_the_preflight_finds_nothing(name, layout):
-    module = CausalLM(make(name, loud=False))
+    module = CausalLM(make(name, large_weights=False))
     report = audit_batch(module, layout(), module.accumulated_loss, pad_id=PAD)
     assert report.faults == set(), str(report)
     assert {"alignment", "future", "context"} <= set(report.passed)

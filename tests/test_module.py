@@ -19,7 +19,7 @@ ALL = tuple(pitfalls.PITFALLS)
 
 
 def faulty(*names):
-    return make_module(pitfalls.faulty_module(dict.fromkeys(names, True), PAD))
+    return make_module(pitfalls.pitfall_module(dict.fromkeys(names, True), PAD))
 
 
 # ---- the smallest model ----
@@ -170,9 +170,9 @@ def test_inverted_mask(batch):
 
 def test_padding_attended():
     batch = where_it_shows("padding_attended")
-    extra = faulty("padding_attended").training_mask(batch).to_dense() & ~masks.causal(
-        batch.document_ids
-    )
+    extra = faulty("padding_attended").training_mask(
+        batch
+    ).to_dense() & ~masks.causal_within_documents(batch.document_ids)
     real, pad = batch.document_ids[:, :, None] >= 0, batch.document_ids[:, None, :] < 0
     assert torch.equal(extra, real & pad)  # left padding: all PAD comes before all that is real
     assert extra.any()
@@ -203,8 +203,8 @@ def test_mean_of_means():
 
 LAYOUT = {
     "padding_attended": {"padding_side": "left"},
-    "leaky_packing": {"packed": 14},
-    "label_crosses_documents": {"packed": 14},
+    "leaky_packing": {"row_length": 14},
+    "label_crosses_documents": {"row_length": 14},
 }
 
 
@@ -229,10 +229,10 @@ def test_what_is_measured_is_the_same_whatever_is_trained(names):
             module.validation_step(part, i)
     measured = [module.val_metric.compute()["loss"] for module in (right, wrong)]
     assert torch.equal(*measured)
-    own = wrong.val_objective.compute()
+    own = wrong.train_objective_metric.compute()
     assert float(own) == pytest.approx(float(wrong.accumulated_loss(*parts)), rel=1e-6)
     assert abs(float(own) - float(measured[0])) > 1e-4
-    assert not right.has_own_objective and wrong.has_own_objective
+    assert not right.train_objective_differs and wrong.train_objective_differs
 
 
 @pytest.mark.parametrize("names", [(), *((n,) for n in ALL), CLASSIC])
@@ -264,7 +264,7 @@ def test_chunks_are_audited_whole_and_train_the_same(batch):
     chunked, whole = make_module(loss=LossConfig(chunk_tokens=3)), make_module()
     report = audit_batch(chunked, make_batch((5, 3, 7, 6)), chunked.accumulated_loss, pad_id=PAD)
     assert not report.faults and "alignment" in report.pictures
-    assert chunked.loss.chunk_tokens == 3
+    assert chunked.loss_config.chunk_tokens == 3
     for module in (chunked, whole):
         module.accumulated_loss(batch).backward()
     for one, other in zip(chunked.parameters(), whole.parameters(), strict=True):
@@ -285,7 +285,7 @@ def test_faults_keep_to_the_prompt_mask():
     documents = [
         Document(d.tokens, torch.arange(len(d.tokens)) >= 2) for d in make_documents((5, 4))
     ]
-    batch = Collate(PAD, V, packed=12)(documents)
+    batch = Collate(PAD, V, row_length=12)(documents)
     right = int((batch.labels != IGNORE).sum())
     assert right == 3 + 2
     # The other document's first token is masked as well; the last slot of each asks for PAD.
@@ -332,5 +332,5 @@ def test_without_a_mask_tiny_is_causal():
     masked = model(*args, explicit_mask(batch))[real]
     torch.testing.assert_close(model(*args, None)[real], masked, rtol=1e-5, atol=1e-6)
     everything = torch.ones(3, 7, 7, dtype=torch.bool)
-    open_mask = batch.attention_mask.replaced_by(everything)
+    open_mask = batch.attention_mask.with_dense(everything)
     assert (model(*args, open_mask)[real] - masked).abs().max() > 1e-3

@@ -39,9 +39,9 @@ def fit(module, batches, accumulate=1, plugin=None, ckpt_path=None):
         ("forward", 2, r"the loss \(first in model\.blocks\.layers\.0\.linear2\) of batch 2 is not "
                        r"finite at step 1"),
         # And on down to the two embeddings.
-        ("backward", 1, r"the gradient of batch 2 \(first in model\.blocks\.layers\.0, 3 layers in "
-                        r"all\) is not finite at step 2"),
-        ("backward", 2, r"the gradient of batch 2, 3 \(first in .*\.0, 3 layers .* at step 1"),
+        ("backward", 1, r"the gradient of batch 2 \(first in model\.blocks\.layers\.0; layers "
+                        r"affected: 3\) is not finite at step 2"),
+        ("backward", 2, r"the gradient of batch 2, 3 \(first in .*\.0; .*: 3\) .* at step 1"),
     ],
 )  # fmt: skip
 def test_a_run_stops_and_says_where(at, accumulate, words):
@@ -202,7 +202,7 @@ def test_sharded_parameters_are_not_asked_for_by_one_rank(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     assert nonfinite.describe_nonfinite(module, [fine, lost]) == "the loss of batch 5 of rank 0"
     found = nonfinite.describe_nonfinite(module, [fine])
-    assert found == "the gradient of batch 5 (first in blocks.1, 2 layers in all)"
+    assert found == "the gradient of batch 5 (first in blocks.1; layers affected: 2)"
 
 
 def test_rows_of_a_batch():

@@ -110,9 +110,9 @@ def test_command_where_nothing_could_be_examined(theirs):
     assert json.loads(done.stdout)["audited"] is False
 
 
-def test_the_example_shows_a_right_and_a_faulty_loss():
+def test_the_example_shows_a_correct_and_a_faulty_loss():
     example = str(ROOT / "examples" / "audit_me.py")
-    for function, code in (("right", 0), ("unshifted", 1)):
+    for function, code in (("correct", 0), ("unshifted", 1)):
         done = preflight(f"{example}:{function}", "--pad-id", "0", "--eos-id", "2", "--json")
         assert done.returncode == code, done.stderr
         assert json.loads(done.stdout)["faults"] == ["shift"] * code

@@ -1,1 +1,1 @@
-"""Causal language models with Lightning and Hydra, right where others go wrong silently."""
+"""Causal language models with PyTorch Lightning and Hydra."""

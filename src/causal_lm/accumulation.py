@@ -1,7 +1,7 @@
 """What one optimizer step sums over micro-batches and ranks, and divides once.
 
-Lightning averages over micro-batches and DDP over ranks, whatever number of targets each holds. A
-mean loss per micro-batch would therefore weigh a token by the batch that it came in. Here each
+Lightning averages over micro-batches and DDP over ranks, whatever number of targets each holds.
+With a mean loss per micro-batch, the weight of a token would depend on its micro-batch. Here each
 micro-batch contributes its *sum* of weighted token losses, and the gradients are divided once,
 before clipping, by the denominator of the whole step.
 """
@@ -24,12 +24,12 @@ class MicroBatch(NamedTuple):
 
 
 class StepAccumulator:
-    """Collects the micro-batches of one optimizer step on this rank."""
+    """Collects the micro-batches of one optimizer step on this rank, and sums over all ranks."""
 
     def __init__(self) -> None:
         self.micro_batches: list[MicroBatch] = []
         self.random_state: dict[str, Tensor] = {}
-        """Of the generators that dropout draws from, before the first micro-batch."""
+        """State of the random generators before the first micro-batch, to restart the step from."""
 
     def start(self, device: torch.device) -> None:
         """Call before the forward pass of each micro-batch."""
@@ -41,18 +41,18 @@ class StepAccumulator:
         sums = torch.stack([nats.detach().float(), denominator.float()])
         self.micro_batches.append(MicroBatch(batch_idx, batch, sums))
 
-    def sums(self, strategy: Any) -> tuple[float, float]:
-        """Nats (may be NaN) and denominator of the step, over all ranks; waits for the device."""
-        own: Any = sum(part.sums for part in self.micro_batches)
-        return tuple(strategy.reduce(own, reduce_op="sum").tolist())
+    def reduce(self, strategy: Any) -> tuple[float, float]:
+        """Sums of the step over all ranks: nats (may be NaN), denominator. Synchronizes."""
+        local_sums: Any = sum(micro_batch.sums for micro_batch in self.micro_batches)
+        return tuple(strategy.reduce(local_sums, reduce_op="sum").tolist())
 
     def clear(self) -> list[MicroBatch]:
         """Forget the micro-batches of a completed step, and return them."""
-        done, self.micro_batches = self.micro_batches, []
-        return done
+        finished, self.micro_batches = self.micro_batches, []
+        return finished
 
-    def resume_state(self, device: torch.device) -> dict[str, Tensor]:
-        """The random state to resume from: that of the last optimizer step."""
+    def random_state_to_resume(self, device: torch.device) -> dict[str, Tensor]:
+        """The current random state, or that before the unfinished step."""
         return self.random_state if self.micro_batches else get_random_state(device)
 
 
@@ -61,7 +61,7 @@ def divide_gradients(
 ) -> None:
     """Turn gradients of ``scale * sum`` into gradients of ``sum / denominator``, in place.
 
-    DDP has averaged them over the ranks; times ``world_size`` they are the sum.
+    DDP averages gradients over the ranks; multiplying by ``world_size`` gives their sum.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, world_size / (denominator * scale))

@@ -67,12 +67,12 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     """The module of a configuration: the correct class, unless a pitfall is switched on."""
     kind = CausalLM
     if any((cfg.get("pitfalls") or {}).values()):
-        from causal_lm.pitfalls import PITFALLS, faulty_module
+        from causal_lm.pitfalls import PITFALLS, pitfall_module
 
         for name in cfg.pitfalls:
             if name not in PITFALLS:
                 raise ConfigError(unknown(f"pitfalls.{name}", list(PITFALLS)))
-        kind = faulty_module(cfg.pitfalls, tokenizer.pad_id)
+        kind = pitfall_module(cfg.pitfalls, tokenizer.pad_id)
     model = instantiate(cfg.model, vocab_size=tokenizer.vocab_size)
     chunk = cfg.loss.chunk_tokens
     if chunk == "auto":

@@ -10,7 +10,7 @@ from causal_lm.data.collate import Batch
 
 
 def prompt_batch(input_ids: Tensor, start: int = 0) -> Batch:
-    """A batch of rows (B, T) without PAD, one document each; columns from ``start`` on."""
+    """A Batch of (B, T) prompts without PAD; ``start`` skips the columns that are in the cache."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return Batch(input_ids[:, start:], positions[:, start:], torch.zeros_like(input_ids)[:, start:])
 
@@ -25,20 +25,20 @@ def filter_top_k(logits: Tensor, k: int | None) -> Tensor:
 
 @torch.inference_mode()
 def sample(
-    logits_of: Callable[..., Tensor], prompt: Tensor, length: int, *, temperature: float = 1.0,
+    model: Callable[..., Tensor], prompt: Tensor, length: int, *, temperature: float = 1.0,
     top_k: int | None = None, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Continue each row of ``prompt`` (B, P) to ``length`` tokens in all: (B, length).
 
-    Sampling does not stop at EOS; cut the rows with :func:`until_eos`. Tokens are drawn on the CPU
+    Sampling does not stop at EOS; cut rows with :func:`through_eos`. Tokens are drawn on the CPU
     from ``generator``, so that a seed gives the same samples on every device.
 
     Args:
-        logits_of: Batch -> logits (B, T, V), such as a ``CausalLM`` in eval mode. If its
+        model: Batch -> logits (B, T, V), such as a ``CausalLM`` in eval mode. If its
             ``make_cache()`` returns a cache, each token is computed once, by
-            ``logits_of(batch of the new tokens, cache)``.
+            ``model(batch of the new tokens, cache)``.
         temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw among the k most likely tokens only.
+        top_k: sample from the k most likely tokens.
 
     Raises:
         ValueError: the temperature is negative, or the prompt is empty or longer than ``length``.
@@ -50,13 +50,13 @@ def sample(
         raise ValueError(
             f"a prompt of {prompt.shape[1]} tokens cannot grow to a length of {length}"
         )
-    cache = logits_of.make_cache() if hasattr(logits_of, "make_cache") else None
+    cache = model.make_cache() if hasattr(model, "make_cache") else None
     ids, cached = prompt, 0
     while ids.shape[1] < length:
         if cache is None:
-            logits = logits_of(prompt_batch(ids))
+            logits = model(prompt_batch(ids))
         else:
-            logits, cached = logits_of(prompt_batch(ids, cached), cache), ids.shape[1]
+            logits, cached = model(prompt_batch(ids, cached), cache), ids.shape[1]
         last = logits[:, -1].float().cpu()  # (B, V)
         if not (last < torch.inf).all():
             raise FloatingPointError("the model's logits are not finite: no token can be sampled")
@@ -81,6 +81,6 @@ def sample_in_batches(
     return torch.cat([sample(module, part, length, **options).cpu() for part in parts])
 
 
-def until_eos(row: list[int], eos_id: int) -> list[int]:
+def through_eos(row: list[int], eos_id: int) -> list[int]:
     """The tokens up to and including the first EOS after the first token (BOS may equal EOS)."""
     return row[: row.index(eos_id, 1) + 1] if eos_id in row[1:] else row

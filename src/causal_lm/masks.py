@@ -1,4 +1,4 @@
-"""Which positions may attend to which, in ONE convention: **True = may attend**.
+"""Which positions may attend to which, in one convention: **True = may attend**.
 
 This is the convention of ``F.scaled_dot_product_attention``. torch's older attention layers
 (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) mean the opposite by a bool mask, and add a
@@ -14,9 +14,9 @@ A row of two documents ``a a b b`` and one PAD slot (x = may attend; rows are qu
         b     x x
         .         x
 
-One rule gives all of it: a key is visible if it is not later than the query and belongs to the same
-document; PAD counts as a document of its own (id -1). The diagonal is always True, so no row is
-empty and no softmax is NaN. The rule covers padding on either side and several documents per row.
+One rule: query t may attend to key s if s <= t and both belong to the same document; PAD counts as
+a document of its own (id -1). The diagonal is always True, so no row is empty and no softmax is
+NaN. The rule covers padding on either side and several documents per row.
 """
 
 from collections.abc import Callable
@@ -32,10 +32,10 @@ def same_document(document_ids: Tensor) -> Tensor:
     return document_ids[:, :, None] == document_ids[:, None, :]
 
 
-def causal(document_ids: Tensor) -> Tensor:
+def causal_within_documents(document_ids: Tensor) -> Tensor:
     """(B, T) document ids -> bool (B, T, T): may query t (dim 1) attend to key s (dim 2)?
 
-    >>> causal(torch.tensor([[0, 0, -1]]))[0].int()
+    >>> causal_within_documents(torch.tensor([[0, 0, -1]]))[0].int()
     tensor([[1, 0, 0],
             [1, 1, 0],
             [0, 0, 1]], dtype=torch.int32)
@@ -47,8 +47,8 @@ def causal(document_ids: Tensor) -> Tensor:
 class AttentionMask:
     """The attention mask of a batch, as a value that converts to what a kernel needs.
 
-    The collator makes it from ``document_ids`` on the CPU, so no forward pass has to wait for the
-    device to learn how rows are laid out. (The idea: ``AttentionMask`` of levanter.)
+    The collator makes it from ``document_ids`` on the CPU, so no forward pass synchronizes with
+    the device to learn how rows are laid out. (The idea: ``AttentionMask`` of levanter.)
 
     ``plain_causal``: each row is one document, with PAD, if any, on the right. Plain causal then
     gives the same logits at every real token, and has the fastest kernels.
@@ -61,7 +61,7 @@ class AttentionMask:
 
     @classmethod
     def from_document_ids(cls, document_ids: Tensor) -> "AttentionMask":
-        """The mask of (B, T) document ids. Waits for the device unless they are on the CPU.
+        """The mask of (B, T) document ids. Synchronizes with the device unless they are on the CPU.
 
         >>> AttentionMask.from_document_ids(torch.tensor([[0, 0, 0], [0, 0, -1]])).plain_causal
         True
@@ -80,22 +80,22 @@ class AttentionMask:
         dense = None if self.dense is None else move(self.dense)
         return replace(self, document_ids=move(self.document_ids), dense=dense)
 
-    def replaced_by(self, dense: Tensor) -> "AttentionMask":
-        """The mask with an explicit bool (B, T, T) in place of the rule."""
+    def with_dense(self, dense: Tensor) -> "AttentionMask":
+        """This mask, with bool (B, T, T) ``dense`` used instead of the document rule."""
         return replace(self, plain_causal=False, dense=dense)
 
     def to_dense(self) -> Tensor:
         """bool (B, T, T), True = may attend."""
-        return causal(self.document_ids) if self.dense is None else self.dense
+        return causal_within_documents(self.document_ids) if self.dense is None else self.dense
 
     def to_masked_out(self) -> Tensor:
-        """bool (B, T, T), True = masked out, as ``nn.MultiheadAttention`` and friends mean it."""
+        """bool (B, T, T), True = masked out, the convention of ``nn.MultiheadAttention``."""
         return ~self.to_dense()
 
     def to_additive(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Float (B, T, T) to add to attention scores: 0 where visible, -inf where not."""
-        visible = self.to_dense()
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
+        """Float (B, T, T) to add to attention scores: 0 where allowed, -inf where masked out."""
+        masked_out = self.to_masked_out()
+        return torch.zeros_like(masked_out, dtype=dtype).masked_fill_(masked_out, float("-inf"))
 
     def cu_seqlens(self) -> tuple[Tensor, int]:
         """What variable-length kernels take for the batch flattened to (B * T,): the cumulative

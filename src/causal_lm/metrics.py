@@ -1,8 +1,9 @@
-"""Token-exact evaluation: sums are kept, never means of means, and divided once.
+"""Loss, perplexity and bits per byte from exact sums over tokens.
 
 torchmetrics' own ``Perplexity`` sums correctly over batches, but it computes a softmax in the dtype
 of the logits (``inf`` at a gap of about 110 in float32, 18 in float16), reads -100 as an index
-unless told otherwise, and rounds its counts in a ``bfloat16`` module. The states here do not.
+unless told otherwise, and rounds its counts in a ``bfloat16`` module. This one keeps nats in
+float64 and counts in int64.
 """
 
 import math
@@ -59,11 +60,11 @@ class TokenPerplexity(Metric):
         return {"loss": loss, "ppl": loss.exp(), "bpb": bpb}
 
     def _apply(self, fn: Callable, exclude_state=()) -> "TokenPerplexity":
-        """Follow the module's device, never its dtype. (float32 on MPS, which has no float64.)"""
+        """Move the states with the module, but keep their dtype (MPS has no float64: float32)."""
         device = fn(self.tokens).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         nats, zero = self.nats.cpu().to(dtype), torch.zeros((), dtype=dtype)
-        self.nats, self._defaults["nats"] = nats, zero  # which ``fn`` may move, and cast
+        self.nats, self._defaults["nats"] = nats, zero  # ``fn`` may cast these
         super()._apply(fn, exclude_state)
         self.nats, self._defaults["nats"] = nats.to(device), zero.to(device)
         return self

@@ -1,4 +1,4 @@
-"""The correct path from a batch to a loss, with no switches in it."""
+"""``CausalLM``, the LightningModule: training step, evaluation, optimizer, checkpoint hooks."""
 
 import logging
 import math
@@ -28,18 +28,18 @@ from causal_lm.schema import is_float16
 log = logging.getLogger(__name__)
 TRAINING_STATE = "causal_lm_training"  # key of a checkpoint, see CausalLM.on_save_checkpoint
 FP16_GRAD_SCALE = 2.0**-10
-"""The gradients of a summed loss are large, and float16 ends at 65,504: scale them down first."""
+"""Scale of the summed loss under float16, whose largest value is 65,504."""
 
 
 class CausalLM(L.LightningModule):
     """Trains a causal language model to predict the next token of each document.
 
     Training uses :meth:`training_labels` and :meth:`training_mask`; evaluation uses the labels and
-    the mask of the batch itself. A subclass that overrides the former changes what is trained, and
-    cannot change what is measured (see ``pitfalls.py``).
+    the mask of the batch itself. Overriding the first two changes training only (see
+    ``pitfalls.py``).
 
     ``optimizer`` makes one from parameter groups, and ``scheduler`` a factor of the learning rate
-    from the number of steps (see ``optim/``). A module that is only evaluated needs neither.
+    from the number of steps (see ``optim/``). Both are None if the module is only evaluated.
 
     Raises:
         TypeError: ``model`` lacks a member of ``CausalModel`` (named).
@@ -50,25 +50,25 @@ class CausalLM(L.LightningModule):
         self,
         model: CausalModel,
         optimizer: Callable[[ParameterGroups], torch.optim.Optimizer] | None = None,
-        scheduler: Callable[[int], Factor] | None = None,  # None: a constant rate
+        scheduler: Callable[[int], Factor] | None = None,  # None: constant
         token_bytes: Tensor | None = None,  # (V,) UTF-8 bytes of each token; None: not text
         loss: LossConfig | None = None,
-        nonfinite: NonFiniteGuard | None = None,  # None: stop at what is not finite
+        nonfinite: NonFiniteGuard | None = None,  # None: stop the run
     ) -> None:
         super().__init__()
-        self.loss, name = loss or LossConfig(), type(model).__name__
+        self.loss_config, name = loss or LossConfig(), type(model).__name__
         if not isinstance(model, CausalModel):
             base = "causal_lm.models.base.BaseCausalModel"
             raise TypeError(f"{name} is not a CausalModel: derive it from {base}")
         if model.lm_head is not None and model.lm_head.bias is not None:
             raise ValueError(f"{name}: lm_head has a bias; set it to None and override forward")
-        if self.loss.chunk_tokens and model.lm_head is None:
+        if self.loss_config.chunk_tokens and model.lm_head is None:
             raise ValueError(
                 f"{name} has no lm_head, so its loss cannot be computed in chunks: set "
                 f"loss.chunk_tokens=null"
             )
         self.model, self.make_optimizer, self.make_scheduler = model, optimizer, scheduler
-        self.val_metric, self.val_objective = TokenPerplexity(token_bytes), MeanMetric()
+        self.val_metric, self.train_objective_metric = TokenPerplexity(token_bytes), MeanMetric()
         self.guard, self.accumulator = nonfinite or NonFiniteGuard(), StepAccumulator()
         self.step_loss: float | None = None
         """Loss of the last optimizer step, in nats; None where the step was skipped."""
@@ -80,17 +80,17 @@ class CausalLM(L.LightningModule):
         return batch.labels
 
     def training_mask(self, batch: Batch) -> AttentionMask:
-        """Which positions may see which in training."""
+        """The attention mask used in training."""
         return batch.attention_mask
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the weighted token losses, in nats, and its denominator; both scalars."""
-        labels = self.training_labels(batch)
-        weights, denominator = objective.token_weights(labels, batch.document_ids, self.loss)
+        labels, config = self.training_labels(batch), self.loss_config
+        weights, denominator = objective.token_weights(labels, batch.document_ids, config)
         inputs = batch.input_ids, batch.position_ids, self.training_mask(batch)
-        if self.loss.chunk_tokens and self.model.lm_head is not None:
+        if config.chunk_tokens and self.model.lm_head is not None:
             hidden, head = self.model.hidden_states(*inputs), self.model.lm_head.weight
-            nats = objective.chunked_nll(hidden, head, labels, weights, self.loss.chunk_tokens)
+            nats = objective.chunked_nll(hidden, head, labels, weights, config.chunk_tokens)
         else:
             nats = objective.weighted_nll(self.model(*inputs), labels, weights)
         return nats, denominator
@@ -105,7 +105,7 @@ class CausalLM(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the denominator of all micro-batches and ranks."""
-        nats, denominator = self.accumulator.sums(self.trainer.strategy)
+        nats, denominator = self.accumulator.reduce(self.trainer.strategy)
         self.loss_is_finite = math.isfinite(nats)
         if denominator:
             self.step_loss = nats / denominator
@@ -114,8 +114,8 @@ class CausalLM(L.LightningModule):
             return
         self.step_loss = None
         if self.trainer.is_global_zero:
-            log.warning(f"step {self.trainer.global_step} is skipped: it has no counted target")
-        optimizer.zero_grad(set_to_none=True)  # no gradient, no change: not even weight decay
+            log.warning(f"step {self.trainer.global_step} is skipped: no position has a target")
+        optimizer.zero_grad(set_to_none=True)  # without gradients there is no weight decay either
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -126,8 +126,8 @@ class CausalLM(L.LightningModule):
         finite = self.loss_is_finite and bool(torch.isfinite(norm))
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # sharded norms may differ
             by_scaler = self.loss_is_finite and is_float16(self.trainer.precision)
-            finding = describe_nonfinite(self, micro_batches)
-            self.guard.skip_step(self.trainer.global_step, finding, by_scaler)
+            cause = describe_nonfinite(self, micro_batches)
+            self.guard.record_skipped_step(self.trainer.global_step, cause, by_scaler)
             optimizer.zero_grad(set_to_none=True)
             self.step_loss = None
             self.log("train/skipped", float(self.guard.skipped))
@@ -152,12 +152,12 @@ class CausalLM(L.LightningModule):
 
     @contextmanager
     def whole_logits(self) -> Iterator[None]:
-        """Within this context the loss is computed from all logits, so that an audit sees them."""
-        before, self.loss = self.loss, replace(self.loss, chunk_tokens=None)
+        """Context: the loss is computed from all logits, so that the preflight can read them."""
+        before, self.loss_config = self.loss_config, replace(self.loss_config, chunk_tokens=None)
         try:
             yield
         finally:
-            self.loss = before
+            self.loss_config = before
 
     # ---- evaluation: always the canonical labels and mask ----
 
@@ -167,40 +167,41 @@ class CausalLM(L.LightningModule):
         return self.model(batch.input_ids, batch.position_ids, mask, cache)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """What the model's head reads: (B, T, C)."""
+        """The input of the model's head: (B, T, C)."""
         return self.model.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
 
     def make_cache(self) -> Any:
-        """An empty cache for :meth:`forward`; None where the model has none."""
+        """An empty cache for :meth:`forward`; None if the model has no cache."""
         return self.model.make_cache()
 
     def token_nll(self, batch: Batch) -> Tensor:
         """(B, T): negative log-likelihood of each label in nats, 0 where there is none."""
-        chunk = self.loss.chunk_tokens
+        chunk = self.loss_config.chunk_tokens
         if not chunk or self.model.lm_head is None:
             return objective.token_nll(self(batch), batch.labels)
         hidden, head = self.hidden_states(batch), self.model.lm_head.weight
         return objective.chunked_token_nll(hidden, head, batch.labels, chunk)
 
     @property
-    def has_own_objective(self) -> bool:
-        """Does the training objective differ from the mean over tokens that is measured?"""
-        return self.loss.reduction != "token"
+    def train_objective_differs(self) -> bool:
+        """Whether the training objective differs from the mean over tokens that is measured."""
+        return self.loss_config.reduction != "token"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_metric.update(self.token_nll(batch), batch.labels)
-        if self.has_own_objective:
+        if self.train_objective_differs:
             nats, denominator = self.loss_terms(batch)
-            self.val_objective.update(nats / denominator.clamp(min=1), denominator)
+            self.train_objective_metric.update(nats / denominator.clamp(min=1), denominator)
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metric.compute()
         for name, value in values.items():
             self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
-        own = self.val_objective.compute() if self.has_own_objective else values["loss"]
-        self.log("val/loss_as_trained", own.float())
+        differs = self.train_objective_differs
+        train_objective = self.train_objective_metric.compute() if differs else values["loss"]
+        self.log("val/loss_as_trained", train_objective.float())
         self.val_metric.reset()
-        self.val_objective.reset()
+        self.train_objective_metric.reset()
 
     # ---- optimizer, schedule, checkpoint ----
 
@@ -218,16 +219,16 @@ class CausalLM(L.LightningModule):
         """Add the counters and the random state of the last optimizer step."""
         checkpoint[TRAINING_STATE] = {
             "guard": [self.guard.skipped, self.guard.in_a_row],
-            "random": self.accumulator.resume_state(self.device),
+            "random": self.accumulator.random_state_to_resume(self.device),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume from the last optimizer step: micro-batches after it are done again."""
+        """Repeat the micro-batches after the last optimizer step."""
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if not batches["is_last_batch"]:
-            part = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
+            unfinished = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
             for name in ("total", "current"):
-                batches[name] = {k: n - part for k, n in batches[name].items()}
+                batches[name] = {k: n - unfinished for k, n in batches[name].items()}
         if state := checkpoint.get(TRAINING_STATE):
             self.guard.skipped, self.guard.in_a_row = state["guard"]
             self.accumulator.random_state = state["random"]

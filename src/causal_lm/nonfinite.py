@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: which batch and layer they began in, and whether to go on."""
+"""Non-finite losses and gradients: name the batch and layer, then skip the step or stop."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteGuard:
-    """Skips a limited number of non-finite optimizer steps in a row, then stops the run.
+    """Counts non-finite optimizer steps, and raises when too many follow each other.
 
     The limit is ``max_skipped`` with ``on_nonfinite="skip"``, and always for steps that float16's
     loss scaler skips as a matter of course. With ``stop`` it is 0 for all others.
@@ -29,8 +29,8 @@ class NonFiniteGuard:
         self.skip, self.max_skipped = on_nonfinite == "skip", max_skipped
         self.skipped = self.in_a_row = 0
 
-    def skip_step(self, step: int, finding: str, by_scaler: bool = False) -> None:
-        """Count and log a skipped step; ``finding`` is what :func:`describe_nonfinite` returned.
+    def record_skipped_step(self, step: int, cause: str, by_scaler: bool = False) -> None:
+        """Count and log a skipped step; ``cause`` is that of :func:`describe_nonfinite`.
 
         Raises:
             FloatingPointError: more than the limit in a row.
@@ -39,12 +39,12 @@ class NonFiniteGuard:
         if self.in_a_row >= limit:
             after = f", after gradients.max_skipped={limit} skipped steps in a row" if limit else ""
             raise FloatingPointError(
-                f"{finding} is not finite at step {step}{after}: lower optimizer.lr, check the "
-                f"batch{'' if limit else ', or set gradients.on_nonfinite=skip'}; the weights are "
-                f"those before this step, and the checkpoints are kept"
+                f"{cause} is not finite at step {step}{after}: lower optimizer.lr, check the "
+                f"batch{'' if limit else ', or set gradients.on_nonfinite=skip'}; weights and "
+                f"checkpoints are those from before this step"
             )
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        log.warning(f"step {step} is skipped ({self.in_a_row} in a row): {finding} is not finite")
+        log.warning(f"step {step} is skipped ({self.in_a_row} in a row): {cause} is not finite")
 
     def accept_step(self) -> None:
         """Reset the count of skipped steps in a row."""
@@ -52,39 +52,40 @@ class NonFiniteGuard:
 
 
 def describe_nonfinite(module: Any, micro_batches: Sequence[MicroBatch]) -> str:
-    """Name what is not finite and where it began (batch, rows, layer); the same on every rank.
+    """Name what is not finite and where it began (batch, layer); the same text on every rank.
 
     To be called after the backward pass, with this rank's micro-batches of the step.
     """
-    ranks = module.trainer.world_size
-    lost = next((part for part in micro_batches if not part.sums.isfinite().all()), None)
-    own: Any = (_describe_loss(module, lost) if lost else None), nonfinite_layers(module)
-    by_rank: list[Any] = [own] * ranks
-    if ranks > 1:  # each rank has batches of its own, and may have parameters of its own
-        torch.distributed.all_gather_object(by_rank, own)
-    for rank, (finding, _) in enumerate(by_rank):
-        if finding:
-            return finding + (f" of rank {rank}" if ranks > 1 else "")
-    # The loss was finite, so the backward pass broke it; that starts at the last layer.
-    layers = max((layers for _, layers in by_rank), key=len)
-    batches = ", ".join(_name_batch(module.trainer, part) for part in micro_batches)
-    where = f"first in {layers[-1]}, {len(layers)} layers in all" if layers else "in its norm"
+    world_size = module.trainer.world_size
+    nonfinite_batch = next((m for m in micro_batches if not m.sums.isfinite().all()), None)
+    loss = _describe_loss(module, nonfinite_batch) if nonfinite_batch else None
+    local: Any = loss, nonfinite_layers(module)
+    results: list[Any] = [local] * world_size
+    if world_size > 1:  # each rank has batches of its own, and may have parameters of its own
+        torch.distributed.all_gather_object(results, local)
+    for rank, (loss, _) in enumerate(results):
+        if loss:
+            return loss + (f" of rank {rank}" if world_size > 1 else "")
+    # The loss is finite, so a gradient is not; backward runs from the last layer to the first.
+    layers = max((layers for _, layers in results), key=len)
+    batches = ", ".join(_name_batch(module.trainer, m) for m in micro_batches)
+    where = f"first in {layers[-1]}; layers affected: {len(layers)}" if layers else "only its norm"
     return f"the gradient of batch {batches} ({where})"
 
 
-def _describe_loss(module: Any, part: MicroBatch) -> str:
+def _describe_loss(module: Any, micro_batch: MicroBatch) -> str:
     trainer, where = module.trainer, ""
-    # Under sharded strategies a forward pass is collective, and ranks without a fault do not join.
+    # Sharded forward passes are collective, and the other ranks would not take part.
     if trainer.world_size == 1 or type(trainer.strategy) is DDPStrategy:
         with torch.no_grad(), trainer.precision_plugin.train_step_context():
-            layer = first_nonfinite_layer(module, lambda: module.loss_terms(part.batch))
-        where = f" (first in {layer})" if layer else " (in no layer's output)"
-    return f"the loss{where} of batch {_name_batch(trainer, part)}"
+            layer = first_nonfinite_layer(module, lambda: module.loss_terms(micro_batch.batch))
+        where = f" (first in {layer})" if layer else " (every layer's output is finite)"
+    return f"the loss{where} of batch {_name_batch(trainer, micro_batch)}"
 
 
-def _name_batch(trainer: Any, part: MicroBatch) -> str:
-    indices = ", ".join(map(str, dataset_indices(trainer, part.batch_idx)))
-    return f"{part.batch_idx}" + (f" with rows {indices}" if indices else "")
+def _name_batch(trainer: Any, micro_batch: MicroBatch) -> str:
+    indices = ", ".join(map(str, dataset_indices(trainer, micro_batch.batch_idx)))
+    return f"{micro_batch.batch_idx}" + (f" with data-set indices {indices}" if indices else "")
 
 
 def first_nonfinite_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
@@ -107,7 +108,7 @@ def first_nonfinite_layer(model: nn.Module, forward: Callable[[], Any]) -> str |
 
 
 def layer_of(name: str) -> str:
-    """The numbered block that a parameter belongs to, or else its module.
+    """The outermost numbered block that a parameter belongs to, or else its module.
 
     >>> layer_of("model.blocks.layers.3.linear1.weight"), layer_of("model.lm_head.weight")
     ('model.blocks.layers.3', 'model.lm_head')
@@ -122,14 +123,14 @@ def nonfinite_layers(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(layer_of(name) for name, g in gradients if not g.isfinite().all()))
 
 
-def dataset_indices(trainer: Any, batch_index: int) -> list[int]:
-    """Indices in the training set of this rank's batch with that index in the epoch.
+def dataset_indices(trainer: Any, batch_idx: int) -> list[int]:
+    """Indices in the training set of the windows in this rank's batch ``batch_idx`` of the epoch.
 
-    They are of whole documents, or of windows of long ones; empty where the sampler is not ours.
+    Empty if the sampler is not a ``DocumentSampler``.
     """
     loader, loop = trainer.train_dataloader, trainer.fit_loop
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DocumentSampler):
         return []
-    done = loop.total_batch_idx - loop.batch_idx + batch_index
+    done = loop.total_batch_idx - loop.batch_idx + batch_idx
     return [i for i in islice(sampler.remaining_indices(done), loader.batch_size) if i >= 0]

@@ -1,16 +1,14 @@
 """The objective: which token is the target of each position, which targets count, and how much.
 
-These questions are answered here and nowhere else. A batch is *not shifted*. Its labels are made
-once, from where documents begin and end, and never by comparing token values with PAD; so PAD may
-equal EOS:
+A batch is *not shifted*. Its labels are made once, from where documents begin and end, and never by
+comparing token values with PAD; so PAD may equal EOS:
 
     input_ids      BOS  the  cat  EOS  PAD  PAD
     document_ids     0    0    0    0   -1   -1
     labels         the  cat  EOS    ·    ·    ·      (· = IGNORE)
 
-Every loss is one formula, sum(weight * nll) / denominator. The two parts stay apart until they have
-been summed over all micro-batches and ranks (see ``accumulation.py``). Losses are in nats, counts
-in tokens.
+Every loss is sum(weight * nll) / denominator. Both are summed over all micro-batches and ranks
+before they are divided (see ``accumulation.py``). Losses are in nats, counts in tokens.
 """
 
 from dataclasses import dataclass
@@ -30,8 +28,7 @@ class LossConfig:
 
     token: every counted token has the same weight.
     sequence: every document (or window of one) has the same weight, whatever its length.
-    padded: the sum is divided by ``length`` slots per document, counted or not, so that short
-        documents weigh less.
+    padded: the sum is divided by ``length`` × documents, so that a short document weighs less.
     """
 
     reduction: str = "token"
@@ -60,9 +57,9 @@ def has_target(document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     loss_mask: bool (B, T), False at tokens that are context only (a prompt). It masks the *target*:
         the last token of a prompt still predicts the first token of its answer.
     """
-    following = F.pad(document_ids[:, 1:], (0, 1), value=-1)
-    found = (document_ids >= 0) & (document_ids == following)
-    return found if loss_mask is None else found & F.pad(loss_mask[:, 1:], (0, 1))
+    next_document_ids = F.pad(document_ids[:, 1:], (0, 1), value=-1)
+    same_document = (document_ids >= 0) & (document_ids == next_document_ids)
+    return same_document if loss_mask is None else same_document & F.pad(loss_mask[:, 1:], (0, 1))
 
 
 def make_labels(input_ids: Tensor, document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
@@ -75,15 +72,17 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits (B, T, V), labels (B, T) -> (B, T). Computed in float32 whatever the logits' dtype.
     """
-    rows = logits.flatten(0, -2).float()  # (B T, V)
-    nll = F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    flat = logits.flatten(0, -2).float()  # (B T, V)
+    nll = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="none")
     return nll.view_as(labels)
 
 
-def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:
+def token_weights(
+    labels: Tensor, document_ids: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
     """Weight of each token's loss, (B, T), and the denominator of the weighted sum, a scalar.
 
-    Two rows of three slots with three and one counted targets (x):
+    Two documents with three targets and one (· = no target):
 
                        token      sequence            padded, length 3
         x x x          1  1  1    1/3  1/3  1/3       1  1  1
@@ -91,18 +90,18 @@ def token_weights(labels: Tensor, document_ids: Tensor, loss: LossConfig) -> tup
         denominator       4            2                 6
     """
     counted = labels != IGNORE
-    if loss.reduction == "token":
+    if config.reduction == "token":
         return counted.float(), counted.sum()
-    # The tokens of a document are neighbors: each document begins where the id changes. (A stretch
-    # of PAD is numbered too; it has no targets.)
+    # The tokens of a document are neighbors: each document begins where the id changes. (A run of
+    # PAD gets a number as well, but has no targets.)
     begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    document = begins.flatten().cumsum(0) - 1  # (B T,)
-    targets = torch.zeros_like(document).scatter_add_(0, document, counted.flatten().long())
-    documents = (targets > 0).sum()
-    if loss.reduction == "padded":
-        assert loss.length is not None
-        return counted.float(), documents * loss.length
-    return counted.float() / targets[document].view_as(counted).clamp(min=1), documents
+    index = begins.flatten().cumsum(0) - 1  # (B T,) document of each slot
+    n_targets = torch.zeros_like(index).scatter_add_(0, index, counted.flatten().long())
+    n_documents = (n_targets > 0).sum()
+    if config.reduction == "padded":
+        assert config.length is not None
+        return counted.float(), n_documents * config.length
+    return counted.float() / n_targets[index].view_as(counted).clamp(min=1), n_documents
 
 
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -152,21 +151,21 @@ class _ChunkedNLL(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
-            matrix = head.to(dtype)
+            head_cast = head.to(dtype)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
             for start in range(0, len(hidden), chunk_tokens):
-                rows = slice(start, start + chunk_tokens)
-                x, y, w = hidden[rows].to(dtype), labels[rows, None], weights[rows, None]
-                z = (x @ matrix.T).float()  # (chunk, V)
-                z -= z.amax(dim=-1, keepdim=True)
-                of_label = z.gather(1, y)
-                sums = z.exp_().sum(dim=-1, keepdim=True)
-                total += ((sums.log() - of_label) * w).sum()
-                # d nll / d z = softmax - onehot, written over z, as the chunk's logits are large
-                z.div_(sums).scatter_add_(1, y, -torch.ones_like(w))
-                grad = z.to(dtype)  # without w: float16 has no room below 1 / V
-                grad_hidden[rows] = ((grad @ matrix) * w).to(grad_hidden.dtype)
+                chunk = slice(start, start + chunk_tokens)
+                x, y, w = hidden[chunk].to(dtype), labels[chunk, None], weights[chunk, None]
+                logits = (x @ head_cast.T).float()  # (chunk, V)
+                logits -= logits.amax(dim=-1, keepdim=True)
+                label_logit = logits.gather(1, y)
+                exp_sum = logits.exp_().sum(dim=-1, keepdim=True)
+                total += ((exp_sum.log() - label_logit) * w).sum()
+                # d nll / d logits = softmax - onehot, written over the logits to save memory
+                logits.div_(exp_sum).scatter_add_(1, y, -torch.ones_like(w))
+                grad = logits.to(dtype)  # w is applied later: softmax / V underflows in float16
+                grad_hidden[chunk] = ((grad @ head_cast) * w).to(grad_hidden.dtype)
                 weighted = (x * w).to(dtype)
                 if dtype == grad_head.dtype:
                     grad_head.addmm_(grad.T, weighted)

@@ -1,7 +1,7 @@
-"""The wrong versions, each a small override of one method of the module. Here, and nowhere else.
+"""Pitfalls: wrong versions of the module, each a small override of one method.
 
-With every switch off this file is not imported. Without the file, ``configs/pitfalls`` and the
-presets that name it, a clean starter remains. ``docs/pitfalls.md`` shows what each one does.
+With every pitfall off this file is not imported, and it can be deleted, with ``configs/pitfalls``
+and the presets that name it. ``docs/pitfalls.md`` shows what each pitfall does.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from causal_lm.objective import IGNORE
 
 
 class Pitfall(CausalLM):
-    """Splits the training labels into two methods, one of which a pitfall overrides.
+    """Base of the pitfalls: splits ``training_labels`` into :meth:`targets` and :meth:`has_target`.
 
     Validation also logs the training objective, as ``val/loss_as_trained``.
     """
 
-    label: str  # what the preflight calls the fault
+    label: str  # of the fault in the preflight's report
     pad_id: int
-    has_own_objective = True
+    train_objective_differs = True
 
     def __init_subclass__(cls, label: str = "") -> None:
         cls.label = label or cls.label
@@ -71,11 +71,11 @@ class PadInLoss(Pitfall, label="pad"):
 
 
 class InputMaskOnTargets(Pitfall, label="pad"):
-    """A target counts where its *input* is real: the EOS of each document learns to predict PAD."""
+    """A target counts where its *input* is real: the EOS of each document is trained on PAD."""
 
     def has_target(self, batch: Batch) -> Tensor:
-        right = super().has_target(batch)
-        return right | ((batch.document_ids >= 0) & ~objective.has_target(batch.document_ids))
+        correct = super().has_target(batch)
+        return correct | ((batch.document_ids >= 0) & ~objective.has_target(batch.document_ids))
 
 
 class PadIsEosByValue(Pitfall, label="eos"):
@@ -92,40 +92,40 @@ class LabelCrossesDocuments(Pitfall, label="shift"):
         return objective.has_target(_merge_documents(batch), batch.loss_mask)
 
 
-# ---- which positions see which ----
+# ---- which positions attend to which ----
 
 
 class NoCausalMask(Pitfall, label="causal"):
-    """Every position sees its whole document, the answer included: the model looks it up."""
+    """Every position attends to its whole document, including its target."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
-        return batch.attention_mask.replaced_by(masks.same_document(batch.document_ids))
+        return batch.attention_mask.with_dense(masks.same_document(batch.document_ids))
 
 
 class InvertedMask(Pitfall, label="causal"):
-    """True is taken for "masked out": each position sees exactly what it must not.
+    """True means "masked out": a position attends only to later tokens and other documents.
 
-    A position that would see nothing sees itself, as a softmax over nothing is NaN.
+    A position without any key attends to itself, since a softmax over no key is NaN.
     """
 
     def training_mask(self, batch: Batch) -> AttentionMask:
-        wrong = batch.attention_mask.to_masked_out()
-        itself = torch.eye(wrong.shape[-1], dtype=torch.bool, device=wrong.device)
-        visible = wrong | (itself & ~wrong.any(dim=-1, keepdim=True))
-        return batch.attention_mask.replaced_by(visible)
+        inverted = batch.attention_mask.to_masked_out()
+        diagonal = torch.eye(inverted.shape[-1], dtype=torch.bool, device=inverted.device)
+        without_key = ~inverted.any(dim=-1, keepdim=True)
+        return batch.attention_mask.with_dense(inverted | (diagonal & without_key))
 
 
 class PaddingAttended(Pitfall, label="pad"):
-    """PAD is attended to like any token; padded on the left, by every token of the document."""
+    """PAD is a valid key. With left padding every token attends to it."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         pad = (batch.document_ids < 0)[:, None, :]
-        visible = masks.same_document(batch.document_ids) | pad
-        return batch.attention_mask.replaced_by(visible.tril())
+        allowed = masks.same_document(batch.document_ids) | pad
+        return batch.attention_mask.with_dense(allowed.tril())
 
 
 class LeakyPacking(Pitfall, label="causal"):
-    """Causal over the whole packed row: documents see those before them."""
+    """Causal over the whole packed row: a document attends to the ones before it."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         return AttentionMask.from_document_ids(_merge_documents(batch))
@@ -140,7 +140,7 @@ def _merge_documents(batch: Batch) -> Tensor:
 
 
 class MaskAfterMean(Pitfall, label="pad"):
-    """The mask is applied after the mean over every slot, which is a scalar: it cancels out."""
+    """The mask is multiplied with the mean over every slot, a scalar, and so has no effect."""
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.model(batch.input_ids, batch.position_ids, self.training_mask(batch))
@@ -176,10 +176,10 @@ PITFALLS: dict[str, type[Pitfall]] = {
 }
 
 
-def faulty_module(switches: Mapping[str, bool], pad_id: int) -> type[CausalLM]:
-    """The module class with the faults that are switched on.
+def pitfall_module(enabled: Mapping[str, bool], pad_id: int) -> type[CausalLM]:
+    """The module class with the enabled pitfalls.
 
-    Of two that override the same method, the later one in :data:`PITFALLS` takes effect.
+    If two override the same method, the later one in :data:`PITFALLS` is used.
     """
-    chosen = tuple(cls for name, cls in reversed(PITFALLS.items()) if switches.get(name))
-    return type("Faulty" + "".join(c.__name__ for c in chosen), chosen, {"pad_id": pad_id})
+    chosen = tuple(cls for name, cls in reversed(PITFALLS.items()) if enabled.get(name))
+    return type("Pitfall" + "".join(c.__name__ for c in chosen), chosen, {"pad_id": pad_id})

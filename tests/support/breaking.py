@@ -10,7 +10,7 @@ MUON = {"muon_lr": 0.02, "muon_momentum": 0.95, "lr": 0.01, "weight_decay": 0.1}
 
 
 class Breaks(torch.autograd.Function):
-    """The identity; its output or its gradient is NaN where ``at`` says so."""
+    """The identity, with a NaN output (``at="forward"``) or gradient (``at="backward"``)."""
 
     @staticmethod
     def forward(ctx, x, at):

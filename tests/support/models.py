@@ -1,4 +1,4 @@
-"""Every kind of model, small, and batches to hold against each other."""
+"""Every kind of model, small, and the same documents in two layouts."""
 
 from typing import Any
 
@@ -45,13 +45,13 @@ def close(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 if name in OURS else 1e-5)
 
 
-def make(name: str, loud: bool = True) -> nn.Module:
-    """The model, its weights large enough that every input is heard in every logit."""
+def make(name: str, large_weights: bool = True) -> nn.Module:
+    """The model, with weights so large that every input has an effect on every logit."""
     torch.manual_seed(0)
     model = MAKE[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if loud and parameter.dim() > 1:
+            if large_weights and parameter.dim() > 1:
                 parameter.normal_(std=0.3)
     return model
 

@@ -1,4 +1,4 @@
-"""Parts that a project of one's own brings: none of them is in causal_lm."""
+"""Classes of a user's own project: none of them is in causal_lm."""
 
 import lightning as L
 

@@ -1,4 +1,4 @@
-"""Fits that are broken off and continued, and the batches that they read."""
+"""Fits that are interrupted and resumed, and the batches that they read."""
 
 import lightning as L
 import torch
@@ -32,7 +32,7 @@ class Uneven:
 
 
 class Reads(L.Callback):
-    """Records the tokens of each batch, which must be those of the rows that the guard names."""
+    """Records the tokens of each batch; they must be those of the windows that the guard names."""
 
     def __init__(self):
         self.batches = []

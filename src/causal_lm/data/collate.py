@@ -6,14 +6,15 @@ Three documents ``a``, ``b`` and ``c`` (· = PAD), one per row, and packed into 
              b b · · · ·                 c c c · · · · ·
              c c c · · ·
 
-Positions start anew in each document. ``document_ids`` say which document of its row a slot belongs
-to: ``masks.py`` uses them to hide documents from each other, ``objective.py`` to keep one document
+Positions restart in each document. ``document_ids`` say which document of its row a slot belongs
+to: ``masks.py`` uses them to mask documents from each other, ``objective.py`` to keep one document
 from predicting the next. So loss and gradient do not depend on the layout.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +26,14 @@ from causal_lm.masks import AttentionMask
 
 @dataclass(eq=False)
 class Batch:
-    """One micro-batch of B rows and T slots; ids are int64. Make changed copies with ``replace``.
+    """B rows of T slots; ids are int64. Make changed copies with ``replace``.
 
     Whether a slot is PAD is told by ``document_ids``, which come from lengths, never by the token
     value (PAD may be EOS).
     """
 
     input_ids: Tensor  # (B, T) tokens, the PAD id where there is none
-    position_ids: (
-        Tensor  # (B, T) 0, 1, 2 … within each document; they continue into PAD on the right
-    )
+    position_ids: Tensor  # (B, T) 0, 1, 2 … within each document, and on through PAD after it
     document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
     loss_mask: Tensor | None = None  # (B, T) bool, False at context (a prompt); None: all True
 
@@ -70,9 +69,9 @@ class Batch:
 
 
 class Collate:
-    """Puts one document into each row, or several with ``packed``, and pads to the longest row.
+    """Collates documents into a padded :class:`Batch`, one per row or packed.
 
-    A document of no tokens (a filler of the sampler) becomes a row of PAD without targets.
+    An empty document (index -1 of the sampler) becomes a row of PAD without targets.
     """
 
     def __init__(
@@ -81,10 +80,10 @@ class Collate:
         vocab_size: int,  # ids must lie below it
         *,
         padding_side: str = "right",  # or "left"
-        packed: int | None = None,  # slots per row; None: each document has its own row
+        row_length: int | None = None,  # slots of a packed row; None: one document per row
     ) -> None:
         self.pad_id, self.vocab_size = pad_id, vocab_size
-        self.left, self.packed = padding_side == "left", packed
+        self.pad_left, self.row_length = padding_side == "left", row_length
 
     def __call__(self, documents: Sequence[Document]) -> Batch:
         """Documents, of any integer dtype -> Batch.
@@ -99,59 +98,58 @@ class Collate:
         tokens = torch.cat([document.tokens for document in documents]).long()
         self._check_range(tokens, lengths)
 
-        # Of each document: its row, its number in the row, and its first slot.
-        if self.packed is None:
-            rows = torch.arange(len(lengths))
-            numbers = firsts = torch.zeros_like(rows)
+        # Row, number within the row, and first slot of each document.
+        if self.row_length is None:
+            row = torch.arange(len(lengths))
+            number = first_slot = torch.zeros_like(row)
         else:
-            rows, numbers, firsts = first_fit(lengths.tolist(), self.packed)
-        n_rows = int(rows.max()) + 1
-        filled = torch.zeros(n_rows, dtype=torch.int64).scatter_add_(0, rows, lengths)
-        width = max(int(filled.max()), 1)
-        if self.left:
-            firsts = firsts + (width - filled)[rows]
+            row, number, first_slot = first_fit(lengths.tolist(), self.row_length)
+        n_rows = int(row.max()) + 1
+        slots_used = torch.zeros(n_rows, dtype=torch.int64).scatter_add_(0, row, lengths)
+        width = max(int(slots_used.max()), 1)
+        if self.pad_left:
+            first_slot = first_slot + (width - slots_used)[row]
 
-        # Of each token: its row, its position in the document, and its slot.
-        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # of its document
-        position = torch.arange(len(tokens)) - starts
-        row, slot = rows.repeat_interleave(lengths), firsts.repeat_interleave(lengths) + position
+        # Position in its document, row and slot of each token.
+        document_starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        position = torch.arange(len(tokens)) - document_starts
+        token_slot = first_slot.repeat_interleave(lengths) + position
+        indices, shape = (row.repeat_interleave(lengths), token_slot), (n_rows, width)
 
-        last = torch.zeros(n_rows, dtype=torch.int64).scatter_reduce_(0, rows, firsts, "amax")
+        last = torch.zeros(n_rows, dtype=torch.int64).scatter_reduce_(0, row, first_slot, "amax")
         position_ids = (torch.arange(width) - last[:, None]).clamp(min=0)
-        position_ids[row, slot] = position
-        shape, at = (n_rows, width), (row, slot)
         batch = Batch(
-            torch.full(shape, self.pad_id).index_put_(at, tokens),
-            position_ids,
-            torch.full(shape, -1).index_put_(at, numbers.repeat_interleave(lengths)),
-            self._loss_mask(documents, at, shape),
+            torch.full(shape, self.pad_id).index_put_(indices, tokens),
+            position_ids.index_put_(indices, position),
+            torch.full(shape, -1).index_put_(indices, number.repeat_interleave(lengths)),
+            self._loss_mask(documents, indices, shape),
         )
         _ = batch.attention_mask  # evaluated here, while the ids are on the CPU
         return batch
 
     @staticmethod
-    def _loss_mask(documents, at: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor | None:
+    def _loss_mask(documents, indices: Any, shape: tuple[int, int]) -> Tensor | None:
         if all(document.loss_mask is None for document in documents):
             return None
         flat = [
             torch.ones(len(d.tokens), dtype=torch.bool) if d.loss_mask is None else d.loss_mask
             for d in documents
         ]
-        return torch.zeros(shape, dtype=torch.bool).index_put_(at, torch.cat(flat))
+        return torch.zeros(shape, dtype=torch.bool).index_put_(indices, torch.cat(flat))
 
-    def _check_range(self, flat: Tensor, lengths: Tensor) -> None:
-        outside = (flat < 0) | (flat >= self.vocab_size)
+    def _check_range(self, tokens: Tensor, lengths: Tensor) -> None:
+        outside = (tokens < 0) | (tokens >= self.vocab_size)
         if outside.any():
-            at = int(outside.nonzero()[0])
-            number = int((lengths.cumsum(0) <= at).sum())
+            first = int(outside.nonzero()[0])
+            number = int((lengths.cumsum(0) <= first).sum())
             raise ValueError(
-                f"document {number} of the batch holds token id {int(flat[at])}, outside the "
+                f"document {number} of the batch holds token id {int(tokens[first])}, outside the "
                 f"vocabulary of {self.vocab_size} (ids 0 to {self.vocab_size - 1}): "
                 f"was this data tokenized with another tokenizer?"
             )
 
 
-def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def first_fit(lengths: Sequence[int], row_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pack documents into rows: row, number in the row and first slot of each document, (D,) each.
 
     First-fit decreasing: longest first, each into the first row with room. It needs at most 11/9 of
@@ -160,17 +158,18 @@ def first_fit(lengths: Sequence[int], capacity: int) -> tuple[Tensor, Tensor, Te
     >>> first_fit([3, 6, 2], 8)
     (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))
     """
-    used, held = [0], [0]  # of each row: slots and documents
+    slots_used, n_documents = [0], [0]  # in each row
     placed = torch.zeros(3, len(lengths), dtype=torch.int64)
     for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
         length = lengths[document]
-        if length > capacity:
-            raise ValueError(f"a document of {length} tokens does not fit a row of {capacity}")
-        row = next((r for r, n in enumerate(used) if n + length <= capacity), len(used))
-        if row == len(used):
-            used.append(0)
-            held.append(0)
-        placed[:, document] = torch.tensor([row, held[row], used[row]])
-        used[row] += length
-        held[row] += 1
+        if length > row_length:
+            raise ValueError(f"a document of {length} tokens does not fit a row of {row_length}")
+        with_room = (row for row, n in enumerate(slots_used) if n + length <= row_length)
+        row = next(with_room, len(slots_used))
+        if row == len(slots_used):
+            slots_used.append(0)
+            n_documents.append(0)
+        placed[:, document] = torch.tensor([row, n_documents[row], slots_used[row]])
+        slots_used[row] += length
+        n_documents[row] += 1
     return placed[0], placed[1], placed[2]

@@ -109,10 +109,9 @@ class DataModule(L.LightningDataModule):
             batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1, **options,
         )  # fmt: skip
-        packed = self.max_length if self.layout == "packed" else None
-        collate = Collate(
-            tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side, packed=packed
-        )
+        row_length = self.max_length if self.layout == "packed" else None
+        layout: dict[str, Any] = {"padding_side": self.padding_side, "row_length": row_length}
+        collate = Collate(tokenizer.pad_id, tokenizer.vocab_size, **layout)
         return DataLoader(
             windows,  # type: ignore[arg-type]  # the collator turns documents into a Batch
             batch_size=self.batch_size,

@@ -17,7 +17,7 @@ class CausalModel(Protocol):
     """A causal language model. Derive from :class:`BaseCausalModel` to get the optional parts.
 
     All inputs are (B, T): ``input_ids``, *not shifted*; ``position_ids``, 0, 1, 2 … within each
-    document; ``attention_mask``, what each position may see; and, where the model has one, a
+    document; ``attention_mask``, what each position may attend to; and, where the model has one, a
     ``cache``. With a cache the inputs are the T new positions, and ``attention_mask``, unless it is
     None, covers the S positions in the cache as well.
     """
@@ -37,15 +37,15 @@ class CausalModel(Protocol):
         """Hidden states (B, T, C), as the head reads them. A cache is extended in place."""
 
     def make_cache(self) -> Any:
-        """An empty cache for generation; None: the model has none, and rows are computed anew."""
+        """An empty cache for generation; None if there is none (each token recomputes the row)."""
 
     def embeddings(self) -> list[nn.Embedding]:
-        """The embedding tables. They are not decayed, and Muon does not update them."""
+        """The embedding tables. They get no weight decay and are not updated by Muon."""
 
     def standalone_config(self) -> dict[str, Any]:
         """Constructor arguments to change so that a checkpoint needs no other file."""
 
-    # What every nn.Module has, and is used here:
+    # Methods of nn.Module that are used here:
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -58,7 +58,7 @@ class BaseCausalModel(nn.Module, abc.ABC):
     """A :class:`CausalModel` from :meth:`hidden_states` and ``lm_head`` alone.
 
     A subclass defines :meth:`hidden_states` and sets ``self.lm_head`` to a linear layer without
-    bias. Where logits are something else than that layer's output, set it to None and override
+    bias. If the logits are not exactly this layer's output, set it to None and override
     :meth:`forward`.
     """
 

@@ -17,33 +17,33 @@ from causal_lm.models import hf_conversion
 from causal_lm.models.base import BaseCausalModel, Mask
 
 EMBEDDING_STD = 0.3
-"""As in ``tiny.py``; docs/NOTES.md has what other values gave."""
+"""Standard deviation of the embeddings (measured in docs/NOTES.md)."""
 LOGIT_STD = 0.1
 """Standard deviation of the first logits: above 0 so that they depend on the input, small enough
 for a first loss of ln V + LOGIT_STD² / 2."""
 RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")
-"""The matrices of a block whose output is added to the residual stream."""
+"""Matrices of a block whose output is added to the residual stream (for initialization only)."""
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of the angle of each position and pair of channels, (B, T, 1, D/2) each."""
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, (B, KV, S, D) per layer; for
+    """Keys and values of the cached positions, (B, KV, S, D) per layer; for
     :class:`TokenSmear` also the last few embeddings."""
 
     def __init__(self) -> None:
-        self.embeddings: Tensor | None = None  # (B, reach, C)
+        self.embeddings: Tensor | None = None  # (B, n_previous, C)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
-        """Positions seen so far, S."""
+        """Cached positions, S."""
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append T new positions, (B, KV, T, D); returns all S + T of them."""
         if layer in self.layers:
-            seen_k, seen_v = self.layers[layer]
-            k, v = torch.cat([seen_k, k], dim=2), torch.cat([seen_v, v], dim=2)
+            old_k, old_v = self.layers[layer]
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         self.layers[layer] = k, v
         return k, v
 
@@ -51,27 +51,26 @@ class KVCache:
 class TokenSmear(nn.Module):
     """Adds the embeddings of the few previous tokens of the document, weighted per channel.
 
-    Short contexts are most of what a small model learns, and this provides them without attention
-    (a causal depthwise convolution; So et al. 2021, https://arxiv.org/abs/2109.08668, put one after
-    queries, keys and values).
+    It gives short contexts without attention: a causal depthwise convolution (So et al. 2021,
+    https://arxiv.org/abs/2109.08668, put one after queries, keys and values).
     """
 
-    def __init__(self, d_model: int, reach: int) -> None:
+    def __init__(self, d_model: int, n_previous: int) -> None:
         super().__init__()
-        self.reach = reach
-        self.weight = nn.Parameter(torch.zeros(reach, 1, d_model))  # (reach, 1, C)
+        self.n_previous = n_previous
+        self.weight = nn.Parameter(torch.zeros(n_previous, 1, d_model))  # (n_previous, 1, C)
 
     def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None) -> Tensor:
         """x (B, T, C), position_ids (B, T) -> (B, T, C)."""
         before = None if cache is None else cache.embeddings
         if before is None:
-            before = x.new_zeros(len(x), self.reach, x.shape[2])
-        slots = torch.cat([before, x], dim=1)  # (B, reach + T, C)
+            before = x.new_zeros(len(x), self.n_previous, x.shape[2])
+        slots = torch.cat([before, x], dim=1)  # (B, n_previous + T, C)
         if cache is not None:
-            cache.embeddings = slots[:, -self.reach :]
-        for back in range(1, self.reach + 1):
+            cache.embeddings = slots[:, -self.n_previous :]
+        for back in range(1, self.n_previous + 1):
             inside = (position_ids >= back)[:, :, None]  # else the slot is of another document
-            earlier = slots[:, self.reach - back : slots.shape[1] - back]
+            earlier = slots[:, self.n_previous - back : slots.shape[1] - back]
             x = x + self.weight[back - 1] * earlier.masked_fill(~inside, 0)
         return x
 
@@ -111,9 +110,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotary: Rotary, attn_mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """x (B, T, C), visible bool (B, 1, T, S) or None for plain causal -> (B, T, C)."""
+        """x (B, T, C), attn_mask bool (B, 1, T, S) or None for plain causal -> (B, T, C)."""
         x = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, T, H + 2 KV, D)
         qk, v = x.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
         qk = qk.float()
@@ -123,11 +122,11 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, KV, S, D)
-        if visible is None:
+        if attn_mask is None:
             x = attend(q, k, v, is_causal=True, enable_gqa=self.n_heads > self.n_kv_heads)
         else:  # with a mask, CUDA has no fast kernel that groups queries: repeat keys and values
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for part in (k, v))
-            x = attend(q, k, v, attn_mask=visible)
+            x = attend(q, k, v, attn_mask=attn_mask)
         return self.out(x.transpose(1, 2).flatten(2))
 
 
@@ -171,9 +170,9 @@ class Block(nn.Module):
         self.mlp = MLPS[sizes["mlp"]](d_model, sizes["d_ff"])
 
     def forward(
-        self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotary: Rotary, attn_mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, visible, cache)
+        x = x + self.attention(self.attention_norm(x), rotary, attn_mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -197,7 +196,7 @@ class Decoder(BaseCausalModel):
         tied: bool = False,  # head and embedding share one weight
         mlp: str = "swiglu",  # or "relu2"
         # Normalize queries and keys, without weights: scores stay below sqrt(D), which allows high
-        # rates (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
+        # learning rates (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
         qk_norm: bool = False,
         zero_init_residual: bool = False,  # blocks add zero at first, and an untied head is small
         token_smear: int = 0,  # previous tokens whose embeddings are added to each one
@@ -233,13 +232,13 @@ class Decoder(BaseCausalModel):
                 scale = (2 * len(self.blocks)) ** -0.5 if is_residual else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
         width = head.in_features
-        if zero_init_residual and not self.sizes["tied"]:  # high rates need small first logits
+        if zero_init_residual and not self.sizes["tied"]:  # high learning rates need it
             nn.init.normal_(self.token_embedding.weight)
             nn.init.normal_(head.weight, std=LOGIT_STD * width**-0.5)
             return
         nn.init.normal_(self.token_embedding.weight, std=EMBEDDING_STD)
         nn.init.normal_(head.weight, std=EMBEDDING_STD)
-        # A head of that size gives large logits (a tied one must): the final norm scales them down.
+        # Such a head (a tied one must be such) gives large logits: the final norm scales them down.
         nn.init.constant_(self.final_norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
 
     def hidden_states(
@@ -249,23 +248,23 @@ class Decoder(BaseCausalModel):
         if self.token_smear is not None:
             x = self.token_smear(x, position_ids, cache)
         rotary = self._rotary(position_ids)  # (B, T, 1, D/2) each
-        visible = self._visible(input_ids, attention_mask, 0 if cache is None else len(cache))
+        attn_mask = self._attn_mask(input_ids, attention_mask, 0 if cache is None else len(cache))
         for block in self.blocks:
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, visible, cache, use_reentrant=False)
+                x = checkpoint(block, x, rotary, attn_mask, cache, use_reentrant=False)
             else:
-                x = block(x, rotary, visible, cache)
+                x = block(x, rotary, attn_mask, cache)
         return self.final_norm(x)
 
     @staticmethod
-    def _visible(input_ids: Tensor, attention_mask: Mask, cached: int) -> Tensor | None:
+    def _attn_mask(input_ids: Tensor, attention_mask: Mask, cached: int) -> Tensor | None:
         """bool (B or 1, 1, T, S), one for all heads; None where ``is_causal`` says the same."""
         length = input_ids.shape[1]
         if attention_mask is not None and not attention_mask.plain_causal:
             return attention_mask.to_dense()[:, None, -length:]
         if not cached:
             return None
-        # is_causal is aligned to the upper left: it would show the first query key 0 alone
+        # is_causal is aligned to the upper left: the first new query could attend to key 0 only
         shape = (1, 1, length, cached + length)
         return input_ids.new_ones(shape, dtype=torch.bool).tril(cached)
 

@@ -1,8 +1,8 @@
 """Models of other libraries behind our interface: transformers and x-transformers.
 
-They get the unshifted batch and never any labels: the one shift is that of ``objective.py``. Our
-mask goes in as it is. Whether a model honors it is tried on two small documents when the model is
-built; one that does not is limited to rows of one document, padded on the right.
+They get the unshifted batch and never any labels: the one shift is that of ``objective.py``. They
+also get our attention mask. At construction two packed documents are run to test whether the model
+applies it; one that does not is limited to rows of one document, padded on the right.
 """
 
 import inspect
@@ -24,7 +24,7 @@ CACHE = ("past_key_values", "cache")
 
 @torch.no_grad()
 def keeps_documents_apart(model: Callable[..., Tensor], vocab_size: int) -> bool:
-    """Does each of two documents in a packed row get the logits that it gets alone (eval mode)?"""
+    """Whether two documents in a packed row get the logits that each gets alone (eval mode)."""
     ids = torch.arange(7)[None] % vocab_size
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
@@ -39,14 +39,14 @@ def keeps_documents_apart(model: Callable[..., Tensor], vocab_size: int) -> bool
     return bool((packed - expected).abs().max() <= 1e-5 + 0.01 * mixed)
 
 
-class External(BaseCausalModel):
-    """What the models of both libraries share: ``net`` is theirs, limited to ``max_positions``."""
+class ExternalModel(BaseCausalModel):
+    """Base of the wrappers: checks length and mask for ``net``, the model of the library."""
 
     def __init__(self, net: Any, vocab_size: int, max_positions: int | None) -> None:
         super().__init__()
-        self.net, self.max_positions, self.honors_mask = net, max_positions, True
+        self.net, self.max_positions, self.applies_mask = net, max_positions, True
         self.eval()
-        self.honors_mask = keeps_documents_apart(self, vocab_size)
+        self.applies_mask = keeps_documents_apart(self, vocab_size)
         self.train()  # as any new module; transformers returns pretrained weights in eval mode
 
     def checked_mask(self, length: int, attention_mask: Mask) -> Mask:
@@ -54,7 +54,7 @@ class External(BaseCausalModel):
 
         Raises:
             ValueError: a row is longer than the model's positions, or the mask says more than plain
-                causal and the model does not honor it.
+                causal and the model does not apply it.
         """
         if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
@@ -64,7 +64,7 @@ class External(BaseCausalModel):
             )
         if attention_mask is None or attention_mask.plain_causal:
             return None
-        if not self.honors_mask:
+        if not self.applies_mask:
             raise ValueError(
                 "this model ignores the attention mask: use data.layout=padded, "
                 "data.padding_side=right and the causal mask, or another model"
@@ -72,46 +72,46 @@ class External(BaseCausalModel):
         return attention_mask
 
 
-class Transformers(External):
+class TransformersModel(ExternalModel):
     """A causal language model of ``transformers``; :func:`huggingface` makes one."""
 
     def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any]) -> None:
-        self.accepted = frozenset(inspect.signature(net.forward).parameters)
-        self.standalone, self.has_plain_head = standalone, has_plain_head(net)
+        self.forward_parameters = frozenset(inspect.signature(net.forward).parameters)
+        self.standalone, self.head_is_plain = standalone, has_plain_head(net)
         super().__init__(net, vocab_size, getattr(net.config, "max_position_embeddings", None))
 
     @property
     def lm_head(self) -> nn.Linear | None:  # type: ignore[override]  # a part of ``net``
-        return self.net.get_output_embeddings() if self.has_plain_head else None
+        return self.net.get_output_embeddings() if self.head_is_plain else None
 
-    def arguments(
+    def _kwargs(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask, cache: Any
     ) -> dict[str, Any]:
-        """Our inputs as keyword arguments of theirs; a mask is passed as (B, 1, T, T)."""
+        """The inputs as keyword arguments of transformers; a mask is passed as (B, 1, T, T)."""
         # The cache of a recurrent model, whose positions are unlimited, cannot tell its length.
-        seen = 0 if cache is None or self.max_positions is None else cache.get_seq_length()
-        mask, dense = self.checked_mask(seen + input_ids.shape[1], attention_mask), None
+        n_cached = 0 if cache is None or self.max_positions is None else cache.get_seq_length()
+        mask, dense = self.checked_mask(n_cached + input_ids.shape[1], attention_mask), None
         if mask is not None:
             is_bool = self.net.config._attn_implementation == "sdpa"
             dense = (mask.to_dense() if is_bool else mask.to_additive())[:, None]
         given = dict.fromkeys(CACHE, cache)
         given |= {"position_ids": position_ids, "attention_mask": dense}
-        given = {name: value for name, value in given.items() if name in self.accepted}
+        given = {name: value for name, value in given.items() if name in self.forward_parameters}
         return {"input_ids": input_ids, "use_cache": cache is not None} | given
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        return self.net(**self.arguments(input_ids, position_ids, attention_mask, cache)).logits
+        return self.net(**self._kwargs(input_ids, position_ids, attention_mask, cache)).logits
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
-        given = self.arguments(input_ids, position_ids, attention_mask, cache)
+        given = self._kwargs(input_ids, position_ids, attention_mask, cache)
         return self.net.base_model(**given).last_hidden_state
 
     def make_cache(self) -> Any:
-        if self.accepted.isdisjoint(CACHE):
+        if self.forward_parameters.isdisjoint(CACHE):
             return None
         return extras.load("transformers", "huggingface").DynamicCache(config=self.net.config)
 
@@ -121,24 +121,24 @@ class Transformers(External):
 
 @torch.no_grad()
 def has_plain_head(net: Any) -> bool:
-    """Is a linear layer without bias all there is between hidden states and logits?"""
+    """Whether the logits are exactly ``hidden_states @ head.weight.T``."""
     head = net.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
     net.eval()
     ids = torch.tensor([[0, 1]])
     hidden = net.base_model(input_ids=ids).last_hidden_state
-    return torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or cap them
+    return torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or soft-cap them
 
 
 def huggingface(
     vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None
-) -> Transformers:
+) -> TransformersModel:
     """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
     Args:
-        config: ``model_type`` of a new model, and what else its configuration takes.
-        init_from: instead of that, a folder with a pretrained model, or its name on the hub.
+        config: of a new model: ``model_type``, and other keys of its configuration.
+        init_from: folder, or name on the hub, of a pretrained model (instead of ``config``).
 
     Raises:
         ModuleNotFoundError: the extra is not installed.
@@ -155,15 +155,16 @@ def huggingface(
         net = library.AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
         standalone = {"init_from": None, "config": net.config.to_dict()}
     size = net.get_input_embeddings().num_embeddings
+    source = "model.config" if init_from is None else f"model.init_from={init_from}"
     if not vocab_size <= size <= MAX_PADDED_VOCABULARY * vocab_size:
         raise ValueError(
-            f"model.init_from={init_from} has a vocabulary of {size} tokens, but the tokenizer of "
-            f"this run has {vocab_size}: use the tokenizer that it was trained with"
+            f"{source} has a vocabulary of {size} tokens, but the tokenizer of this run has "
+            f"{vocab_size}: the two must agree; a pretrained model needs its own tokenizer"
         )
-    return Transformers(net, vocab_size, standalone)
+    return TransformersModel(net, vocab_size, standalone)
 
 
-class XTransformers(External):
+class XTransformers(ExternalModel):
     """A decoder of ``x-transformers``; ``decoder`` has more arguments of its ``Decoder``.
 
     Raises:
@@ -191,6 +192,6 @@ class XTransformers(External):
     ) -> Tensor:
         mask = self.checked_mask(input_ids.shape[1], attention_mask)
         given: dict[str, Any] = {"pos": position_ids, "return_embeddings": True}
-        if mask is not None:  # ours is complete, so theirs is switched off
+        if mask is not None:  # it includes the causal mask of x-transformers
             given |= {"attn_mask": mask.to_dense()[:, None], "causal": False}
         return self.net(input_ids, **given)

@@ -7,14 +7,14 @@ from torch.nn.utils.rnn import pad_sequence
 from causal_lm.models.base import BaseCausalModel, Mask
 
 Cache = dict[str, Tensor]
-"""The hidden state after the positions seen so far, under ``state``; empty before the first."""
+"""The hidden state after the cached positions, under ``state``; empty before the first."""
 
 
 class GRU(BaseCausalModel):
-    """Embedding, ``nn.GRU``, linear head. Order is in the recurrence, so positions are not used.
+    """Embedding, ``nn.GRU``, linear head. ``position_ids`` are not used.
 
-    A mask cannot hide the past from a recurrent state. So each document gets a row, and a fresh
-    state, of its own. (An explicit dense mask, as pitfalls use, has no effect.)
+    A recurrent state cannot be masked, so each document of a packed row is run as a row of its own,
+    from a zero state. (An explicit dense mask, as pitfalls use, has no effect.)
 
     vocab_size: V; d_model: width C of embedding and state; dropout: probability between layers.
     """

@@ -18,16 +18,16 @@ from causal_lm.data.subwords import SubwordTokenizer
 from causal_lm.data.tokenizers import SPECIAL, ByteTokenizer, SymbolTokenizer, Tokenizer
 
 Sizes = Mapping[str, Any]
-"""What our decoder computes, by argument (its attribute ``sizes``)."""
-SIZES = {
+"""Arguments of ``Decoder`` that determine its architecture (its attribute ``sizes``)."""
+LLAMA_KEYS = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "n_layers": "num_hidden_layers",
     "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
 }  # fmt: skip
-"""Our size -> the key in ``LlamaConfig``."""
-PLAIN = {"mlp": "swiglu", "qk_norm": False, "token_smear": 0}
-"""Options of our decoder with which it is a Llama."""
+"""Argument of ``Decoder`` -> key of ``LlamaConfig``."""
+LLAMA_OPTIONS = {"mlp": "swiglu", "qk_norm": False, "token_smear": 0}
+"""Options of ``Decoder`` with which it is a Llama."""
 WEIGHTS = {
     "token_embedding.weight": ["model.embed_tokens.weight"],
     "final_norm.weight": ["model.norm.weight"],
@@ -41,7 +41,7 @@ BLOCK_WEIGHTS = {
     "mlp.gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.down.weight": ["mlp.down_proj.weight"],
 }
-"""Our weight -> theirs; where there are several, ours is their concatenation along dimension 0."""
+"""Weight of ``Decoder`` -> Llama weights that are concatenated (dimension 0) to it."""
 SPECIAL_ROLES = ("pad", "bos", "eos")
 
 
@@ -55,14 +55,14 @@ def _transformers() -> Any:
 
 
 def _llama_config(sizes: Sizes, **more: Any) -> Any:
-    """The ``LlamaConfig`` of our decoder; ValueError where an option makes it another model."""
-    for key, plain in PLAIN.items():
-        if sizes[key] != plain:
+    """The ``LlamaConfig`` of our decoder; ValueError for options that Llama does not have."""
+    for key, expected in LLAMA_OPTIONS.items():
+        if sizes[key] != expected:
             raise ValueError(
                 f"model.{key}={_yaml(sizes[key])} has no counterpart in transformers: only "
-                f"model.{key}={_yaml(plain)} can be converted"
+                f"model.{key}={_yaml(expected)} can be converted"
             )
-    return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in SIZES.items()}, **more)
+    return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in LLAMA_KEYS.items()}, **more)
 
 
 def _weight_names(n_layers: int) -> dict[str, list[str]]:
@@ -87,7 +87,7 @@ def _to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any
 
 
 def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
-    """The weights of a Llama in ``folder``, as a state dict of our decoder.
+    """The weights of a Llama in ``folder``, as a state dict of ``Decoder``.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -95,31 +95,31 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
         ValueError: the folder has another kind of model, other sizes or too few weights (named), or
             ``sizes`` are not those of a plain Llama.
     """
-    ours, library = _llama_config(sizes), _transformers()
-    path, given = Path(folder) / "config.json", f"model.init_from={folder}"
+    config, library = _llama_config(sizes), _transformers()
+    path, source = Path(folder) / "config.json", f"model.init_from={folder}"
     if not path.is_file():
-        raise FileNotFoundError(f"{given}: no {path.name}; give a Llama saved by transformers")
-    theirs = library.LlamaConfig.from_pretrained(folder)
+        raise FileNotFoundError(f"{source}: no {path.name}; give a Llama saved by transformers")
+    saved = library.LlamaConfig.from_pretrained(folder)
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    has, needs = _architecture(theirs) | {"model_type": kind}, _architecture(ours)
-    if different := [key for key in needs if has[key] != needs[key]]:
-        there = " ".join(f"{key}={_yaml(has[key])}" for key in different)
-        here = ", ".join(_yaml(needs[key]) for key in different)
+    found, expected = _architecture(saved) | {"model_type": kind}, _architecture(config)
+    if different := [key for key in expected if found[key] != expected[key]]:
+        theirs = " ".join(f"{key}={_yaml(found[key])}" for key in different)
+        ours = ", ".join(_yaml(expected[key]) for key in different)
         raise ValueError(
-            f"{given} has {there}, but this run has {here}: set these keys, use the tokenizer of "
+            f"{source} has {theirs}, but this run has {ours}: set these keys, use the tokenizer of "
             f"that model, or use model=huggingface, which takes any model of transformers"
         )
     try:
         with torch.random.fork_rng():  # it draws weights before it loads them
-            net, found = library.LlamaForCausalLM.from_pretrained(
+            net, info = library.LlamaForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True,
                 output_loading_info=True,
             )  # fmt: skip
     except OSError as error:
-        raise FileNotFoundError(f"{given}: {str(error).splitlines()[0]}") from error
-    if found["missing_keys"]:
-        missing = ", ".join(sorted(found["missing_keys"]))
-        raise ValueError(f"{given} has no weight {missing}: is the download complete?")
+        raise FileNotFoundError(f"{source}: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ValueError(f"{source} has no weight {missing}: is the download complete?")
     weights = net.state_dict()
     return {
         ours: torch.cat([weights[name] for name in names])
@@ -128,17 +128,17 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
 
 
 def _architecture(config: Any) -> dict[str, Any]:
-    """What tells one ``LlamaConfig`` from another, by our keys where we have one, else theirs."""
+    """What tells one ``LlamaConfig`` from another, by our configuration keys where there is one."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
     values = config.to_dict() | {"rope_theta": theta, "rope_type": rope.get("rope_type", "default")}
     others = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "rope_type")
-    sizes = {f"model.{ours}": values[key] for ours, key in SIZES.items()}
+    sizes = {f"model.{ours}": values[key] for ours, key in LLAMA_KEYS.items()}
     return sizes | {key: values[key] for key in others}
 
 
 def _yaml(value: Any) -> str:
-    """As it is typed on the command line."""
+    """The value in YAML syntax."""
     return str(value).lower()
 
 
@@ -158,8 +158,8 @@ def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> P
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as part:
-        written = Path(part) / "written"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        written = Path(temporary) / "written"
         written.mkdir()
         write_model(model, tokenizer, max_length, written)
         write_tokenizer(tokenizer, max_length, written)
@@ -177,7 +177,7 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
     if hasattr(model, "to_transformers"):
         net = model.to_transformers()
-    elif SIZES.keys() | PLAIN.keys() <= getattr(model, "sizes", {}).keys():
+    elif LLAMA_KEYS.keys() | LLAMA_OPTIONS.keys() <= getattr(model, "sizes", {}).keys():
         net = _to_llama(model.state_dict(), model.sizes, max_length)
     elif hasattr(getattr(model, "net", None), "save_pretrained"):
         net = model.net
@@ -193,7 +193,7 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
 
 def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
     """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text."""
-    library, fast = extras.load("tokenizers", "huggingface"), _same_ids(tokenizer)
+    library, fast = extras.load("tokenizers", "huggingface"), _to_hf_tokenizer(tokenizer)
     names = {role: fast.id_to_token(getattr(tokenizer, f"{role}_id")) for role in SPECIAL_ROLES}
     bos = names["bos"]
     fast.post_processor = library.processors.TemplateProcessing(
@@ -206,7 +206,7 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     ).save_pretrained(folder)  # fmt: skip
 
 
-def _same_ids(tokenizer: Tokenizer) -> Any:
+def _to_hf_tokenizer(tokenizer: Tokenizer) -> Any:
     """A tokenizer of the library ``tokenizers`` with the ids of ours."""
     library = extras.load("tokenizers", "huggingface")
     if isinstance(tokenizer, SubwordTokenizer):

@@ -1,7 +1,7 @@
 """Optimizer factories: parameter groups and options in, an optimizer out.
 
 Any class of ``torch.optim`` is such a factory too (``_target_: torch.optim.AdamW``,
-``_partial_: true``). What the ones here add is ``lr=auto``, and Muon beside AdamW.
+``_partial_: true``). The factories here add ``lr=auto`` and ``muon``.
 """
 
 import logging
@@ -25,17 +25,17 @@ def peak_lr(lr: float | str, groups: ParameterGroups) -> float:
     """
     if lr != "auto":
         return float(lr)
-    tables = {group["role"]: group["params"][0][1] for group in groups}
-    table = tables.get("embedding", tables.get("head"))
-    if table is None:
+    weights = {group["role"]: group["params"][0][1] for group in groups}
+    weight = weights.get("embedding", weights.get("head"))
+    if weight is None:
         raise ValueError(
             "optimizer.lr=auto is computed from the width of the embedding, but this model trains "
             "neither an embedding nor a head: set optimizer.lr to a number"
         )
-    width = table.shape[-1]
-    rate = 6e-3 * width**-0.5
-    log.info(f"optimizer.lr=auto: 6e-3 / sqrt({width}) = {rate:.2g}")
-    return rate
+    width = weight.shape[-1]
+    auto_lr = 6e-3 * width**-0.5
+    log.info(f"optimizer.lr=auto: 6e-3 / sqrt({width}) = {auto_lr:.2g}")
+    return auto_lr
 
 
 def _with_auto_lr(

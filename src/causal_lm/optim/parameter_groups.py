@@ -1,7 +1,8 @@
-"""Parameter groups for an optimizer, by what each parameter is in its model.
+"""Parameter groups for an optimizer, by the role of each parameter.
 
 Roles come from module types and from what the model declares (``lm_head``, ``embeddings()``), never
-from names, so that a model with other names is treated alike.
+from parameter names, so that a model with other names is treated alike. (A norm has "norm" in
+its class name.)
 
     role            which parameters                                         weight decay   Muon
     hidden_matrix   2-D weights with no other role                           yes            yes
@@ -24,8 +25,8 @@ from torch.optim import Optimizer
 from causal_lm.models.base import CausalModel
 
 ParameterGroups = list[dict[str, Any]]
-"""``role``, ``params`` as (name, parameter) pairs, and ``weight_decay`` 0.0 where the optimizer's
-own must not apply: what any ``torch.optim`` class takes as its first argument."""
+"""``role``, ``params`` as (name, parameter) pairs, and ``weight_decay`` 0.0 for roles without
+weight decay: what any ``torch.optim`` class takes as its first argument."""
 
 ROLES = ("hidden_matrix", "head", "other_weight", "embedding", "norm_or_bias")
 WITHOUT_DECAY = ("embedding", "norm_or_bias")

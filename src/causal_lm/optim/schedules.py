@@ -1,8 +1,8 @@
-"""Learning-rate schedules: pure functions of the optimizer step. Needs the standard library alone.
+"""Learning-rate schedules: pure functions of the optimizer step. Imports only the standard library.
 
 Each factory takes the optimizer steps of the run and returns the factor of the peak learning rate
-at step 0, 1, … All begin with a linear warm-up, ``1/n, 2/n … 1``
-over n steps. ``warmup_cosine`` and ``warmup_stable_decay`` reach ``final_share`` at the last step.
+at step 0, 1, … All begin with a linear warm-up, ``1/n, 2/n … 1`` over n steps.
+``warmup_cosine`` and ``warmup_stable_decay`` reach ``final_share`` at the last step.
 """
 
 import logging
@@ -17,26 +17,26 @@ Factor = Callable[[int], float]
 
 
 def warmup(total_steps: int, steps: int | str, cap: float) -> tuple[int, str]:
-    """Length of the warm-up in optimizer steps, and the rule that decided it, for the log.
+    """Length of the warm-up in optimizer steps, and the reason for it, for the log.
 
     Args:
         steps: a number, or ``auto`` for the longer of 500 and a tenth of the run.
         cap: largest fraction of the run, so that a short run still has time at its peak.
     """
     if steps == "auto":
-        wanted = max(500, total_steps // 10)
-        rule = "the minimum of 500" if wanted == 500 else "a tenth of the run"
+        requested = max(500, total_steps // 10)
+        reason = "the minimum of 500" if requested == 500 else "a tenth of the run"
     else:
-        wanted, rule = int(steps), "scheduler.warmup_steps"
-    most = int(cap * total_steps)
-    return (wanted, rule) if wanted <= most else (most, f"capped at {cap:.0%}")
+        requested, reason = int(steps), "scheduler.warmup_steps"
+    limit = int(cap * total_steps)
+    return (requested, reason) if requested <= limit else (limit, f"capped at {cap:.0%}")
 
 
 def _schedule(
     shape: Any, total_steps: int, *, warmup_steps: int | str, warmup_cap: float, **options: float
 ) -> Factor:
     """The warm-up, and after its W steps ``shape(step, W, total_steps, **options)``."""
-    n_warmup, rule = warmup(total_steps, warmup_steps, warmup_cap)
+    n_warmup, reason = warmup(total_steps, warmup_steps, warmup_cap)
 
     def factor(step: int) -> float:
         if step < n_warmup:
@@ -45,7 +45,7 @@ def _schedule(
 
     last = factor(total_steps - 1)
     log.info(
-        f"warm-up: {n_warmup} of {total_steps} steps ({rule}); "
+        f"warm-up: {n_warmup} of {total_steps} steps ({reason}); "
         f"the last step is at {last:.3g} of the peak learning rate"
     )
     return factor
@@ -86,7 +86,7 @@ def _warmup_stable_decay(
     """The peak, then a linear decay to ``final_share`` over the last ``decay_share`` of the run, or
     over what the warm-up leaves of it (MiniCPM, https://arxiv.org/abs/2404.06395).
 
-    The length of the run can be chosen late: a checkpoint from before the decay can go on.
+    A checkpoint from before the decay can be continued for more steps.
     """
     decay_steps = min(round(decay_share * total), total - n_warmup)
     done = max(0, step + 1 - (total - decay_steps))

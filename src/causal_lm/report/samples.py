@@ -8,7 +8,7 @@ from torch import Tensor
 
 from causal_lm.data.documents import Language
 from causal_lm.data.tokenizers import Tokenizer, show_token
-from causal_lm.generation import until_eos
+from causal_lm.generation import through_eos
 
 Continuations = Sequence[Sequence[int]]
 """Generated tokens of each sample: without the prompt, up to its first EOS, which is left out."""
@@ -110,7 +110,7 @@ def format_samples(
     known = asdict(statistics) if statistics else {}
     lines = [f"{name} {value}" for name, value in known.items() if value is not None]
     for number, row in enumerate(rows.tolist(), start=1):
-        document = until_eos(row, tokenizer.eos_id)
+        document = through_eos(row, tokenizer.eos_id)
         lines += ["", f"--- {number}", printable(tokenizer.decode(document))]
         if rest := row[len(document) :][:8]:
             after = " ".join(show_token(tokenizer, token) for token in rest)

@@ -57,11 +57,11 @@ class GPT(nn.Module):
         return F.linear(self.norm(self.layers(x)), self.tokens.weight)
 
 
-class Yardstick:
-    """Training by that recipe, in parts of as many steps as one likes.
+class NanoGPTBaseline:
+    """Training by that recipe; :meth:`advance` can be called several times.
 
     Args:
-        train, val: (N,) tokens, in memory or mapped; those that occur are the vocabulary.
+        train, val: (N,) tokens, in memory or in a file; those that occur are the vocabulary.
         steps: optimizer steps in all.
     """
 
