@@ -59,10 +59,9 @@ def describe_nonfinite(module: Any, micro_batches: Sequence[MicroBatch]) -> str:
     world_size = module.trainer.world_size
     nonfinite_batch = next((m for m in micro_batches if not m.sums.isfinite().all()), None)
     loss = _describe_loss(module, nonfinite_batch) if nonfinite_batch else None
-    local: Any = loss, nonfinite_layers(module)
-    results: list[Any] = [local] * world_size
+    results: list[Any] = [(loss, nonfinite_layers(module))] * world_size
     if world_size > 1:  # each rank has batches of its own, and may have parameters of its own
-        torch.distributed.all_gather_object(results, local)
+        torch.distributed.all_gather_object(results, results[0])
     for rank, (loss, _) in enumerate(results):
         if loss:
             return loss + (f" of rank {rank}" if world_size > 1 else "")
