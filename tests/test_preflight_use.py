@@ -131,7 +131,9 @@ def test_the_callback_of_a_configured_run(tmp_path):
     wrong = make_preflight(config.load(["pitfalls.unshifted_labels=true"]), tokenizer, None)
     wrong.report = Report([Finding("shift", "seen", "mend"), Finding("causal", "seen", "mend")])
     assert wrong.figures()["preflight/faults"] == ["causal", "shift"]
-    assert wrong.figures()["preflight/audited"] is False  # no probe says what the loss trains
+    assert wrong.figures()["preflight/audited"] is True
+    right.report = Report()  # no probe has passed: it is unknown what the loss trains
+    assert right.figures()["preflight/audited"] is False
     message = wrong.message(wrong.report)
     assert "pitfalls.unshifted_labels" in message  # asked for: its key
     assert WHERE_TO_LOOK["causal"] in message  # not asked for: where to look

@@ -123,12 +123,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
     if corpus.language is not None:
         nats, tokens = corpus.language.nll(corpus.val)
-        floor, ppl = math.exp(nats / tokens), figures["val/ppl"]
-        summary |= {
-            "floor/loss": nats / tokens,
-            "floor/ppl": floor,
-            "val/ppl_over_floor": ppl / floor,
-        }
+        summary |= {"floor/loss": nats / tokens, "floor/ppl": math.exp(nats / tokens)}
+        summary["val/ppl_over_floor"] = figures["val/ppl"] / summary["floor/ppl"]
     lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
     if figures["val/loss"] < lowest:
         lowest = figures["val/loss"]

@@ -108,16 +108,12 @@ class EvalCheckpoint(ModelCheckpoint):
 
 def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
     """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept."""
+    names = ["best", "last", *(["stable"] if has_stable else [])]
+    files = {n: torch.load(folder / f"{n}.ckpt", mmap=True, weights_only=True) for n in names}
     reasons = {"best": f"val/loss is lowest, {lowest:.4f}", "last": "the end of the run"}
     if has_stable:
-        reasons["stable"] = "the lowest spread of repetition_4 over three evaluations, "
-    figures = {}
-    for name, reason in reasons.items():
-        saved = torch.load(folder / f"{name}.ckpt", mmap=True, weights_only=True)
-        if name == "stable":
-            rates = saved["callbacks"]["SampleMonitor"]["rates"]
-            reason += ", ".join(f"{rate:.4f}" for rate in rates)
-        figures[f"checkpoint/{name}"] = f"step {saved['global_step']}: {reason}"
-    if has_stable:  # under the old name too, for one version
-        figures["checkpoint/steady"] = figures["checkpoint/stable"]
-    return figures
+        rates = (f"{rate:.4f}" for rate in files["stable"]["callbacks"]["SampleMonitor"]["rates"])
+        reasons["stable"] = f"the spread of repetition_4 is lowest, {', '.join(rates)}"
+    found = {f"checkpoint/{n}": f"step {files[n]['global_step']}: {reasons[n]}" for n in names}
+    old_name = {"checkpoint/steady": found["checkpoint/stable"]} if has_stable else {}
+    return found | old_name
