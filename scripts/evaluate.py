@@ -20,13 +20,13 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     from causal_lm.evaluate import evaluate
-    from causal_lm.report.files import strict
+    from causal_lm.report.files import replace_nonfinite
 
     figures = evaluate(
         args.checkpoint, args.overrides, split=args.split, device=args.device, trust=args.trust
     )
     if args.json:
-        print(json.dumps(strict(figures), indent=2))
+        print(json.dumps(replace_nonfinite(figures), indent=2))
         return
     bpb = f"{figures['bpb']:.4f} bits per byte, " if figures["bytes"] else ""
     print(

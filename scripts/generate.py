@@ -36,13 +36,9 @@ def main() -> None:
         raise ValueError(f"--length {length} is above data.max_length={limit} of the training run")
     prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(args.prompt)]])
     rows = generation.sample(
-        module,
-        prompt.expand(args.count, -1),
-        length,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+        module, prompt.expand(args.count, -1), length, temperature=args.temperature,
+        top_k=args.top_k, generator=torch.Generator().manual_seed(args.seed),
+    )  # fmt: skip
     for number, row in enumerate(rows.tolist(), start=1):
         text = tokenizer.decode(generation.through_eos(row, tokenizer.eos_id))
         print(f"--- {number}\n{printable(text)}")

@@ -77,5 +77,5 @@ def _call(file: str, function: str) -> tuple[Any, ...]:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors(failed=2):
+    with cli.one_line_errors(exit_code=2):
         sys.exit(main())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from causal_lm.build import restore
-from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read
+from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
 from support import command
 from support.runs import short_run
 
@@ -112,7 +112,7 @@ def test_auto_falls_back_to_the_newest_that_can_be_read(tmp_path, caplog):
     assert more["steps"] == 8
     assert [m for m in caplog.messages if str(last) in m and "read" in m]
     assert [m for m in caplog.messages if str(best) in m and "step 6" in m]
-    assert read(last)["global_step"] == 8
+    assert read_checkpoint(last)["global_step"] == 8
     for path in (last, best):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=str(tmp_path)):

@@ -13,7 +13,7 @@ from causal_lm.data.documents import Corpus, Documents
 from causal_lm.data.tokenizers import ByteTokenizer
 from causal_lm.evaluate import evaluate
 from causal_lm.fit import run
-from support import ROOT
+from support import ROOT, command
 from support.runs import SHORT
 
 SEARCH = f"hydra.searchpath=[file://{ROOT / 'examples' / 'configs'}]"
@@ -35,6 +35,14 @@ def test_a_model_of_ones_own_trains_resumes_and_evaluates(tmp_path):
     data = [word for word in OWN_MODEL if word.startswith("data.")]
     found = evaluate(str(path), ["data=synthetic", *data], trust=[CLASS])
     assert found["loss"] == pytest.approx(more["val/loss"], rel=1e-5)
+    # The scripts find the class from the project root, whose examples they do not have on the path.
+    done = command("scripts/generate.py", str(path), "--count=1", "--trust", CLASS)
+    assert done.returncode == 0, done.stderr
+    done = command("scripts/export.py", str(path), str(tmp_path / "out"), "--trust", CLASS)
+    assert done.returncode == 1 and "ConvLM" in done.stderr and "--trust" not in done.stderr
+    done = command("scripts/generate.py", str(path), "--trust", f"{CLASS}s")
+    assert done.returncode == 1 and f"{CLASS}s" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_callback_of_ones_own_is_in_the_summary(tmp_path):

@@ -38,6 +38,7 @@ def test_the_contract(finished):
     ]  # fmt: skip
     assert on_disk["steps"] == 6
     assert on_disk["status"] == "finished"
+    assert on_disk["preflight/audited"] is True
     assert on_disk["checkpoint/last"].startswith("step 6: ")
     assert re.fullmatch(rf"step 6: .* {on_disk['val/loss']:.4f}", on_disk["checkpoint/best"])
     assert on_disk["val/loss"] == on_disk["val/loss_as_trained"]

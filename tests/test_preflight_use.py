@@ -127,10 +127,13 @@ def test_the_callback_of_a_configured_run(tmp_path):
     right = make_preflight(config.load(["experiment=fix"]), tokenizer, tmp_path)
     ids = right.options["pad_id"], right.options["eos_id"]
     assert ids == (tokenizer.pad_id, tokenizer.eos_id)
-    assert right.figures() == {"preflight/faults": [], "seconds/preflight": None}
+    assert right.figures() == {}
     wrong = make_preflight(config.load(["pitfalls.unshifted_labels=true"]), tokenizer, None)
     wrong.report = Report([Finding("shift", "seen", "mend"), Finding("causal", "seen", "mend")])
     assert wrong.figures()["preflight/faults"] == ["causal", "shift"]
+    assert wrong.figures()["preflight/audited"] is True
+    right.report = Report()  # no probe has passed: it is unknown what the loss trains
+    assert right.figures()["preflight/audited"] is False
     message = wrong.message(wrong.report)
     assert "pitfalls.unshifted_labels" in message  # asked for: its key
     assert WHERE_TO_LOOK["causal"] in message  # not asked for: where to look

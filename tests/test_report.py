@@ -5,9 +5,9 @@ import json
 import pytest
 
 from causal_lm.report import files
-from causal_lm.report.table import number, sweep_table, table, verdict
+from causal_lm.report.table import markdown_table, number, sweep_table, table, verdict
 
-HONEST = {
+CORRECT = {
     "train/loss": 1.80, "val/loss_as_trained": 1.79, "val/loss": 1.79,
     "val/ppl_over_floor": 1.01, "preflight/faults": [],
 }  # fmt: skip
@@ -17,8 +17,8 @@ HONEST = {
     ("changes", "kind", "figures"),
     [
         ({}, "at_floor", ["1.010"]),
-        ({"val/ppl_over_floor": 1.5}, "honest", ["1.800", "1.790", "1.5"]),
-        ({"val/ppl_over_floor": None}, "honest", ["1.800", "1.790"]),
+        ({"val/ppl_over_floor": 1.5}, "correct", ["1.800", "1.790", "1.5"]),
+        ({"val/ppl_over_floor": None}, "correct", ["1.800", "1.790"]),
         ({"val/ppl_over_floor": 0.9}, "leaking", ["0.900"]),
         ({"train/loss": None}, "untrained", ["1.790"]),
         (
@@ -32,7 +32,7 @@ HONEST = {
     ],
 )
 def test_verdicts(changes, kind, figures):
-    found = verdict(HONEST | changes)
+    found = verdict(CORRECT | changes)
     assert found.kind == kind
     assert [figure for figure in figures if figure not in found.sentence] == []
 
@@ -45,6 +45,16 @@ def test_columns_line_up():
 
 def test_a_failed_job_has_a_row():
     assert "failed" in sweep_table([{"name": "1_bug", "status": "failed", "val/loss": None}])
+
+
+@pytest.mark.parametrize("make_table", [sweep_table, markdown_table])
+def test_only_an_audited_run_is_clean(make_table):
+    keys = ("sample/legal_rate", "sample/pad_eos_share")
+    run = {"name": "a", "experiment": "fix", "seconds/total": 1.0} | CORRECT | dict.fromkeys(keys)
+    for audited, cell in ((True, "clean"), (False, "not audited"), (None, "not audited")):
+        (*_, row) = make_table([run | {"preflight/audited": audited}]).splitlines()
+        assert ("not audited" if "not audited" in row else "clean") == cell
+        assert cell in row
 
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from causal_lm.checkpoint_file import read
+from causal_lm.checkpoint_file import read_checkpoint
 from support import ROOT, command
 from support.runs import SHORT, short_run
 
@@ -91,7 +91,7 @@ def test_the_old_name_of_a_checkpoint_is_understood(finished, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "last.ckpt").rename(tmp_path / "checkpoints" / "stable.ckpt")
     old = tmp_path / "checkpoints" / "steady.ckpt"
-    assert read(old)["global_step"] == 6
+    assert read_checkpoint(old)["global_step"] == 6
     more = short_run(tmp_path / "more", f"ckpt_path={old}", "trainer.max_steps=7")
     assert more["steps"] == 7
 

@@ -1,6 +1,8 @@
 """Configuration -> objects: data, module, trainer, preflight; and a model from a checkpoint."""
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read
-from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown
+from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown_key
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state
@@ -27,32 +29,44 @@ OWN_MODELS = (
 )  # fmt: skip
 """Every ``_target_`` that a checkpoint may name without being trusted."""
 CODE_KEYS = (*HYDRA_KEYS, "auto_map", "trust_remote_code")
-"""Keys by which a stored option would name code."""
+"""Keys that make Hydra or transformers load code."""
 LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
-"""``loss.chunk_tokens=auto``: chunks of so many tokens, from this vocabulary size on."""
+"""``loss.chunk_tokens=auto``: from this vocabulary size on, chunks of this many tokens."""
+
+
+def import_object(name: str) -> Any:
+    """The class or function of a dotted name, or ValueError; Hydra's would log a traceback."""
+    try:
+        try:
+            return pkgutil.resolve_name(name)
+        except AttributeError:  # an import inside the module may have failed: raise that error
+            importlib.import_module(name.rpartition(".")[0])
+            raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be imported: {error}") from error
 
 
 def instantiate(node: DictConfig, **more: Any) -> Any:
-    """Make the object that ``node._target_`` names; ``more`` are arguments that are objects.
+    """Make the object that ``node._target_`` names; ``more`` are further arguments.
 
     Raises:
         ConfigError: there is no such target, or it does not take a key of the node.
     """
     try:
-        target = hydra.utils.get_object(node._target_)
-    except Exception as error:
-        raise ConfigError(f"{node._get_full_key('_target_')}={node._target_}: {error}") from error
+        target = import_object(node._target_)
+    except ValueError as error:
+        raise ConfigError(f"{node._get_full_key('_target_')}: {error}") from error
     try:
         parameters = dict(inspect.signature(target).parameters)
-    except ValueError:  # built-in, without a signature
+    except ValueError:  # built-ins may have no signature
         parameters = {}
     takes_any = not parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     for key in node if not takes_any else ():
         if key not in parameters and key not in HYDRA_KEYS:
-            raise ConfigError(unknown(node._get_full_key(key), list(parameters)))
+            raise ConfigError(unknown_key(node._get_full_key(key), list(parameters)))
     try:
         return hydra.utils.instantiate(node, _convert_="all", **more)
-    except InstantiationException as error:  # the message of the object itself is the better one
+    except InstantiationException as error:  # re-raise the object's own error
         raise (error.__cause__ or error) from None
 
 
@@ -65,28 +79,28 @@ def instantiate_all(nodes: Any) -> list[Any]:
 
 def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     """The module of a configuration: the correct class, unless a pitfall is switched on."""
-    kind = CausalLM
+    module_class = CausalLM
     if any((cfg.get("pitfalls") or {}).values()):
         from causal_lm.pitfalls import PITFALLS, pitfall_module
 
         for name in cfg.pitfalls:
             if name not in PITFALLS:
-                raise ConfigError(unknown(f"pitfalls.{name}", list(PITFALLS)))
-        kind = pitfall_module(cfg.pitfalls, tokenizer.pad_id)
+                raise ConfigError(unknown_key(f"pitfalls.{name}", list(PITFALLS)))
+        module_class = pitfall_module(cfg.pitfalls, tokenizer.pad_id)
     model = instantiate(cfg.model, vocab_size=tokenizer.vocab_size)
     chunk = cfg.loss.chunk_tokens
     if chunk == "auto":
-        large = tokenizer.vocab_size >= LARGE_VOCABULARY and model.lm_head is not None
-        chunk = CHUNK_TOKENS if large else None
+        is_large = tokenizer.vocab_size >= LARGE_VOCABULARY and model.lm_head is not None
+        chunk = CHUNK_TOKENS if is_large else None
     loss = LossConfig(cfg.loss.reduction, cfg.loss.length, chunk)
     guard = NonFiniteGuard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
     optimizer, scheduler = make_optimizer(cfg), instantiate(cfg.scheduler)
-    return kind(model, optimizer, scheduler, tokenizer.token_bytes(), loss, guard)
+    return module_class(model, optimizer, scheduler, tokenizer.token_bytes(), loss, guard)
 
 
 def make_optimizer(cfg: DictConfig) -> Any:
     """The factory (parameter groups -> optimizer), with ``optimizer.fused=auto`` resolved."""
-    # A fused optimizer undoes float16's loss scale itself, after the gradients were clipped.
+    # Under float16, a fused optimizer unscales gradients in its step, which is after clipping.
     if cfg.optimizer.get("fused") == "auto":
         return instantiate(cfg.optimizer, fused=not is_float16(cfg.trainer.precision))
     return instantiate(cfg.optimizer)
@@ -100,9 +114,9 @@ def make_trainer(
     These are in the groups ``callbacks`` and ``logger``, and in ``trainer.callbacks``,
     ``trainer.logger`` and ``trainer.plugins``.
     """
-    for node in (cfg.get("callbacks"), cfg.trainer.get("callbacks")):
-        callbacks = [*callbacks, *instantiate_all(node)]
-    for node in (cfg.get("logger"), cfg.trainer.get("logger")):
+    for group in (cfg, cfg.trainer):
+        callbacks = [*callbacks, *instantiate_all(group.get("callbacks"))]
+        node = group.get("logger")
         logger = [] if node is False else [*logger, *instantiate_all(node)]
     more["plugins"] = [AtomicCheckpointIO(), *instantiate_all(cfg.trainer.get("plugins"))]
     try:
@@ -125,18 +139,18 @@ def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
 def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Tokenizer, Any]:
     """The module of a checkpoint, in eval mode on the CPU, its tokenizer and its configuration.
 
-    The module is of the correct class, whichever pitfalls it was trained with. ``trust`` has the
+    Always a plain :class:`CausalLM`, whichever pitfalls it was trained with. ``trust`` has the
     dotted names of model classes from outside causal_lm that the checkpoint may name.
 
     Raises:
-        FileNotFoundError, ValueError: of :func:`~causal_lm.checkpoint_file.read`, :func:`model_of`.
+        FileNotFoundError, ValueError: of ``read_checkpoint`` and :func:`model_from_config`.
     """
-    saved = read(path)
+    saved = read_checkpoint(path)
     try:
         tokenizer = from_state(saved[TOKENIZER])
     except Exception as error:
         raise ValueError(f"{path} holds a tokenizer that cannot be read: {error!r}") from error
-    model = model_of(path, saved[CONFIG]["model"], tokenizer.vocab_size, trust)
+    model = model_from_config(path, saved[CONFIG]["model"], tokenizer.vocab_size, trust)
     module = CausalLM(model, token_bytes=tokenizer.token_bytes())
     try:
         module.load_state_dict(saved["state_dict"], strict=True)
@@ -145,10 +159,10 @@ def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Toke
     return module.eval(), tokenizer, saved[CONFIG]
 
 
-def model_of(
+def model_from_config(
     path: str | Path, stored: Mapping[str, Any], vocab_size: int, trust: Iterable[str]
 ) -> Any:
-    """The model that a checkpoint describes, by a plain call of its class with plain values.
+    """Rebuild the model of a checkpoint: call its class with the stored options, plain values.
 
     A file must not decide which code runs: modules are imported only for names of
     :data:`OWN_MODELS` and ``trust``, and nothing below the model's ``_target_`` is instantiated.
@@ -161,8 +175,8 @@ def model_of(
     if _names_code(options) or (target in OWN_MODELS and options.get("init_from")):
         raise ValueError(f"{path} is refused: an option of its model names code or files to load")
     names = [target] if target in OWN_MODELS else list(trust)
-    classes = {name: hydra.utils.get_object(name) for name in names}
-    for kind in list(classes.values()):  # a class may be trusted under another name than stored
+    classes = {name: import_object(name) for name in names}
+    for kind in list(classes.values()):  # the checkpoint may name it by its own module
         classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The checkpoint file: written whole or not at all, and read with a check of its parts."""
+"""Atomic writing and validated reading of checkpoint files."""
 
 import os
 from pathlib import Path
@@ -35,24 +35,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}{self.SUFFIX}")
+        temporary = path.with_name(f".{path.name}{self.SUFFIX}")
         try:
-            with part.open("wb") as file:
+            with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
+            temporary.replace(path)
         finally:
-            part.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):  # the new name, too, must reach the disk
-            folder = os.open(path.parent, os.O_DIRECTORY)
+            temporary.unlink(missing_ok=True)
+        if hasattr(os, "O_DIRECTORY"):  # flush the rename, too
+            descriptor = os.open(path.parent, os.O_DIRECTORY)
             try:
-                os.fsync(folder)
+                os.fsync(descriptor)
             finally:
-                os.close(folder)
+                os.close(descriptor)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this project onto the CPU: tensors and plain data only.
 
     Raises:
@@ -65,12 +65,12 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: it is damaged, or no checkpoint") from error
+        raise ValueError(f"{path} cannot be read: it is damaged, or not a checkpoint") from error
     for keys, kind in PARTS.items():
-        part = checkpoint
+        value = checkpoint
         for key in keys:
-            part = part.get(key) if isinstance(part, dict) else None
-        if not isinstance(part, kind):
-            wrong = f"{'.'.join(keys)} is {type(part).__name__}, not {kind.__name__}"
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            wrong = f"{'.'.join(keys)} is {type(value).__name__}, not {kind.__name__}"
             raise ValueError(f"{path} is not a checkpoint of this project: {wrong}")
     return checkpoint

@@ -20,58 +20,57 @@ from omegaconf import DictConfig, OmegaConf
 
 from causal_lm.config import (
     ConfigError,
-    as_one_line,
-    one_line,
+    as_config_error,
     rename_overrides,
     validate,
     validate_sweep,
 )
 
-# Read when torch loads: waiting threads spin briefly, then sleep. Spinning on, the default, is no
-# faster on an idle machine and slows a busy one down (docs/NOTES.md).
+# Read when torch loads: waiting OpenMP threads spin briefly, then sleep. Endless spinning, the
+# default, slows a busy machine down (docs/NOTES.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 log = logging.getLogger(__name__)
-FULL_ERROR, ASKED = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
+FULL_ERROR, USER_FULL_ERROR = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
 
 
-class _PastHydraError(BaseException):
-    """Carries an error, its cause, through Hydra, which would print or swallow an ``Exception``."""
+class _BypassHydraError(BaseException):
+    """Wraps an error, its cause, so that Hydra neither prints nor swallows it."""
 
 
 @contextlib.contextmanager
-def _past_hydra() -> Iterator[None]:
+def _bypass_hydra() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise _PastHydraError from error
+        raise _BypassHydraError from error
 
 
 @contextlib.contextmanager
-def one_line_errors(failed: int = 1) -> Iterator[None]:
+def one_line_errors(exit_code: int = 1) -> Iterator[None]:
     """Print an error as one line on stderr and exit.
 
-    The exit code is 2 where the configuration is not valid, otherwise ``failed``.
+    The exit code is 2 where the configuration is not valid, otherwise ``exit_code``.
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
-    os.environ.setdefault(ASKED, os.environ.get(FULL_ERROR, ""))  # inherited by other ranks
+    os.environ.setdefault(USER_FULL_ERROR, os.environ.get(FULL_ERROR, ""))  # for other ranks too
     os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         yield
-    except (Exception, _PastHydraError) as failure:
-        error = failure.__cause__ if isinstance(failure, _PastHydraError) else failure
+    except (Exception, _BypassHydraError) as failure:
+        error = failure.__cause__ if isinstance(failure, _BypassHydraError) else failure
         assert error is not None
-        if os.environ[ASKED] == "1":
+        if os.environ[USER_FULL_ERROR] == "1":
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {describe(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else failed)
+        sys.exit(2 if isinstance(error, ConfigError) else exit_code)
 
 
 def describe(error: BaseException) -> str:
-    """The message of an error as one line, with the type of the error where that helps."""
-    message = as_one_line(error)
+    """The message of an error as one line, with its type unless it is a common one."""
+    message = " ".join(str(error).split())
     if message and isinstance(error, ValueError | OSError | FloatingPointError):
         return message
     kind = type(error).__name__
@@ -79,7 +78,12 @@ def describe(error: BaseException) -> str:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Add ``--trust``, the classes that a checkpoint may name besides those of causal_lm."""
+    """Add ``--trust``, the classes that a checkpoint may name besides those of causal_lm.
+
+    Only a script's own folder is on the path of Python. Append the current directory, where
+    train.py found such a class.
+    """
+    sys.path.append(os.getcwd())
     parser.add_argument(
         "--trust", action="append", default=[], metavar="package.module.Class",
         help="open a checkpoint of this model class, which is not part of causal_lm",
@@ -87,26 +91,26 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def start(main: Callable[[], Any]) -> None:
-    """Call a ``hydra.main`` function; what Hydra refuses is one line, exit code 2."""
+    """Call a ``hydra.main`` function; an error of Hydra is one line, exit code 2."""
     with one_line_errors():
         sys.argv[1:] = rename_overrides(sys.argv[1:])
-        with one_line(sys.argv[1:]):
+        with as_config_error(sys.argv[1:]):
             main()
 
 
 class ValidateConfig(Callback):
-    """Validate before Hydra makes a directory, in a sweep each value of each axis."""
+    """Validate before Hydra makes a directory; in a sweep, every value of every axis."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with _past_hydra():
+        with _bypass_hydra():
             validate(config)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = config.hydra.overrides
         axes = OmegaConf.select(config, "hydra.sweeper.params") or {}
-        words = [*given.hydra, *given.task, *(f"{key}={axis}" for key, axis in axes.items())]
-        with _past_hydra():
-            validate_sweep(words, config.hydra.job.config_name)
+        overrides = [*given.hydra, *given.task, *(f"{key}={axis}" for key, axis in axes.items())]
+        with _bypass_hydra():
+            validate_sweep(overrides, config.hydra.job.config_name)
 
 
 def job(cfg: DictConfig) -> float:
@@ -116,28 +120,28 @@ def job(cfg: DictConfig) -> float:
     """
     hydra_cfg = HydraConfig.get()
     is_sweep, directory = hydra_cfg.mode == RunMode.MULTIRUN, Path(hydra_cfg.runtime.output_dir)
-    # Lightning's advice on workers and checkpoint folders does not concern this run.
+    # Silence Lightning's advice on workers and existing checkpoint folders.
     warnings.filterwarnings("ignore", module="lightning")
     try:
-        validate(cfg)  # a configuration of the user's own may be without ValidateConfig
+        validate(cfg)  # the user's own main configuration may lack ValidateConfig
         if is_sweep and cfg.trainer.devices != 1:
-            return _run_alone(hydra_cfg, directory)
+            return _run_in_subprocess(hydra_cfg, directory)
         from causal_lm.fit import run  # loads torch and lightning
 
         return run(cfg, directory)["val/loss"]
     except Exception as error:
         log.debug("the run failed", exc_info=True)
         if not is_sweep:
-            raise _PastHydraError from error
+            raise _BypassHydraError from error
         log.error(f"error: {describe(error)}")
         return math.nan
 
 
-def _run_alone(hydra_cfg: Any, directory: Path) -> float:
+def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> float:
     """Run one job of a sweep as a command of its own.
 
-    Lightning starts the other ranks by repeating the command line. Repeating that of a sweep, each
-    rank would run the whole sweep, and the ranks would train different configurations.
+    Lightning starts the other ranks by repeating the command line; in a sweep, each rank would run
+    the whole sweep, and the ranks would train different configurations.
     """
     command = [sys.executable, sys.argv[0], f"--config-name={hydra_cfg.job.config_name}"]
     sources = hydra_cfg.runtime.config_sources

@@ -1,7 +1,7 @@
 """Compose and validate the configuration of a run; every error is one line that names the key.
 
 ``configs/`` has the keys and their defaults, ``schema.py`` the values that are valid. Imports
-neither torch nor lightning, so that a misspelt key is answered in a fraction of a second.
+neither torch nor lightning, so that a misspelled key is reported at once.
 """
 
 import difflib
@@ -37,7 +37,7 @@ REQUIRED = (  # the code reads them
     "samples.length", "samples.batch_size", "samples.self_check.shown",
     "samples.self_check.count", "samples.self_check.length",
 )  # fmt: skip
-UNRESOLVED = object()  # stands for a value that depends on the node ``hydra``
+UNRESOLVED = object()  # a value that depends on the node ``hydra``, before the job starts
 RENAMED = {
     "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
     "steady.ckpt": "stable.ckpt",
@@ -57,13 +57,13 @@ def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictCo
 
 
 def validate_sweep(overrides: Sequence[str], config_name: str | None = "train") -> None:
-    """Validate each value of each axis, beside the first values of the others.
+    """Validate every value of every axis, with the other axes at their first value.
 
-    Hydra must be initialized. An interval is validated at its ends.
+    Hydra must be initialized. An interval is validated at both ends.
     """
-    with one_line(overrides):
+    with as_config_error(overrides):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        axes = [_values(override) for override in parser.parse_overrides(list(overrides))]
+        axes = [_sweep_values(override) for override in parser.parse_overrides(list(overrides))]
     first = [values[0] for values in axes]
     _load(first, config_name)
     for i, values in enumerate(axes):
@@ -72,14 +72,14 @@ def validate_sweep(overrides: Sequence[str], config_name: str | None = "train") 
 
 
 def _load(overrides: Sequence[str], config_name: str | None = "train") -> DictConfig:
-    words = rename_overrides(overrides)
-    with one_line(words):
-        cfg = compose(config_name, overrides=words)
+    overrides = rename_overrides(overrides)
+    with as_config_error(overrides):
+        cfg = compose(config_name, overrides=overrides)
     validate(cfg)
     return cfg
 
 
-def _values(override: Override) -> list[str]:
+def _sweep_values(override: Override) -> list[str]:
     """The overrides that a sweep puts in the place of this one."""
     key = override.get_key_element()
     if override.is_sweep_override() and override.is_discrete_sweep():
@@ -93,7 +93,7 @@ def _values(override: Override) -> list[str]:
 def new_name(name: str) -> str:
     """The new name of a key or file, with a warning; other names stay as they are."""
     if name in RENAMED:
-        log.warning(f"{name} is now called {RENAMED[name]}; the old name will stop working")
+        log.warning(f"{name} is now called {RENAMED[name]}; the old name will be removed")
     return RENAMED.get(name, name)
 
 
@@ -103,7 +103,7 @@ def rename_overrides(overrides: Iterable[str]) -> list[str]:
 
 
 def rename_file(path: str | Path) -> Path:
-    """``path``; where there is no such file, with the new name if its name is an old one."""
+    """``path``, or the path with the file's new name if ``path`` does not exist."""
     path = Path(path)
     return path if path.exists() else path.with_name(new_name(path.name))
 
@@ -119,7 +119,7 @@ def _rename_keys(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
+def as_config_error(overrides: Sequence[str] = ()) -> Iterator[None]:
     """Turn what Hydra and OmegaConf raise inside into a :class:`ConfigError` of one line."""
     try:
         yield
@@ -148,7 +148,7 @@ def _explain(error: Exception) -> str:
         parent = cause.parent_node
         siblings = list(parent) if isinstance(parent, DictConfig) else []
         root: Any = OmegaConf.to_container(parent._get_root(), resolve=False) if siblings else {}
-        return unknown(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
+        return unknown_key(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
     if isinstance(cause, errors.OmegaConfBaseException):
         error = cause
     if isinstance(error, errors.OmegaConfBaseException) and error.full_key:
@@ -156,8 +156,8 @@ def _explain(error: Exception) -> str:
     return as_one_line(error)
 
 
-def unknown(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
-    """The error of an unknown key: the likely one, and the valid keys in its place."""
+def unknown_key(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
+    """The message for an unknown key: the likely one, and the valid keys in its place."""
     parent, _, last = key.rpartition(".")
     guess = _did_you_mean(last, siblings, f"{parent}." if parent else "")
     same = [other for other in others if other.endswith(f".{last}")]  # in another group
@@ -180,18 +180,18 @@ def as_one_line(error: BaseException) -> str:
 def validate(cfg: DictConfig) -> None:
     """Rename old keys in place; raise :class:`ConfigError` for the first key at fault.
 
-    What is inside a node whose ``_target_`` is not of causal_lm is checked when the object is built
-    (see :func:`causal_lm.build.instantiate`).
+    Keys below a ``_target_`` outside causal_lm are checked when the object is built
+    (:func:`causal_lm.build.instantiate`).
     """
     _rename_keys(cfg)
-    with one_line():
+    with as_config_error():
         values = dict(leaves(cfg))
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
-    ours = _ours(values)
+    ours = _values_to_check(values)
     check_values(ours)
-    _check_together(ours)
+    _check_combinations(ours)
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -213,10 +213,10 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield key, OmegaConf.to_container(value, resolve=True) if is_list else value
 
 
-def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values to check; those inside a ``_target_`` from outside causal_lm are left out.
+def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values to check, without those below a ``_target_`` outside causal_lm.
 
-    A key is refused if it is unknown in a group of ours, or in a group with nearly such a name.
+    Raises for an unknown key of one of our groups, and for a misspelled group.
     """
     targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
     foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")}
@@ -231,12 +231,12 @@ def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if rule_of(key) or parent in RULES:
             ours[key] = value
-        elif group not in groups:  # the user's own, unless it is a misspelt one of ours
+        elif group not in groups:  # the user's own, unless it is a misspelled one of ours
             if _did_you_mean(group, groups):
-                raise ConfigError(unknown(group, groups))
+                raise ConfigError(unknown_key(group, groups))
         elif group != "trainer" and not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
-            raise ConfigError(unknown(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
+            raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
     return ours
 
 
@@ -245,13 +245,14 @@ def check_values(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         parent = key.rpartition(".")[0]
         if parent in RULES:
-            raise ConfigError(f"{parent} must be {RULES[parent].words}, not a group of keys")
+            raise ConfigError(f"{parent} must be {RULES[parent].description}, not a group of keys")
         rule = rule_of(key)
-        if rule and not rule.holds(value):
-            raise ConfigError(f"{key} must be {rule.words}, not {value!r}")
+        if rule and not rule.accepts(value):
+            given = "null" if value is None else repr(value)
+            raise ConfigError(f"{key} must be {rule.description}, not {given}")
 
 
-def _check_together(v: Mapping[str, Any]) -> None:
+def _check_combinations(v: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` for the first values that do not go together."""
     is_rotary = bool(v.get("model.n_kv_heads"))
     for whole, part, is_even, why in (

@@ -21,7 +21,6 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
-from causal_lm.data.documents import Corpus
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir, is_rank_zero
@@ -33,14 +32,15 @@ SUMMARY_KEYS = (
     "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained",
     "floor/loss", "floor/ppl", "val/ppl_over_floor",
     "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
-    "train/tokens_per_second", "train/pad_share", "train/skipped", "preflight/faults",
+    "train/tokens_per_second", "train/pad_share", "train/skipped",
+    "preflight/faults", "preflight/audited",
     "seconds/total", "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
     "checkpoint/best", "checkpoint/stable", "checkpoint/steady", "checkpoint/last",
     *(f"writing/{field.name}" for field in fields(SampleStatistics)),
     "writing/repetition_spread", "writing/consistency_hidden", "writing/consistency_sentences",
 )  # fmt: skip
-"""Keys that ``summary.json`` always has, null where one does not apply; it has what else was
-logged, too. ``checkpoint/steady`` is the old name of ``checkpoint/stable``."""
+"""Keys that ``summary.json`` always has, besides what was logged; null where one does not apply.
+``checkpoint/steady`` is the old name of ``checkpoint/stable``."""
 
 
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
@@ -52,33 +52,33 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     Raises:
         RefusedError: ``ckpt_path`` is of another model or tokenizer; no file is changed.
     """
-    started, files = time.perf_counter(), RunDir(directory)
+    started, run_dir = time.perf_counter(), RunDir(directory)
     summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS)
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
     if cfg.ckpt_path == "auto":
-        cfg, earlier = cfg.copy(), files.finished(cfg.trainer.max_steps)
-        cfg.ckpt_path = files.latest_checkpoint()
+        cfg, earlier = cfg.copy(), run_dir.finished_summary(cfg.trainer.max_steps)
+        cfg.ckpt_path = run_dir.latest_checkpoint()
         if cfg.ckpt_path and earlier:
             log.info(f"{directory} is finished at step {earlier['steps']}: nothing to do")
             return earlier
     try:
         with StopAfterStep() as stop:
-            _run(cfg, files, summary, stop)
+            _run(cfg, run_dir, summary, stop)
     except RefusedError:
         raise
     except BaseException as error:
         summary |= {"status": "failed", "error": str(error) or type(error).__name__}
-        files.write_summary(summary, started)
+        run_dir.write_summary(summary, started)
         raise
-    files.write_summary(summary, started)
+    run_dir.write_summary(summary, started)
     if is_rank_zero():
         print(f"\n{run_table(summary)}\nwritten to {directory}\n")
     return summary
 
 
-def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfterStep) -> None:
-    """Fill ``summary`` step by step, so that a failed run has what was known by then."""
+def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAfterStep) -> None:
+    """Fill ``summary`` as the run proceeds, so that a failed run keeps what is known."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     data, corpus, module = build.prepare(cfg)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -86,14 +86,14 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
     config["model"] |= module.model.standalone_config()
     metadata = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
     step = metadata.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0
-    continued = files.holds(cfg.ckpt_path)
-    files.begin(cfg, step if continued else 0)
+    continued = run_dir.contains(cfg.ckpt_path)
+    run_dir.prepare(cfg, step if continued else 0)
 
-    preflight, statistics = make_preflight(cfg, corpus.tokenizer, files.path), RunStatistics()
+    preflight, statistics = make_preflight(cfg, corpus.tokenizer, run_dir.path), RunStatistics()
     options = {name: value for name, value in cfg.samples.items() if name != "self_check"}
     options["length"] = min(cfg.samples.length, cfg.data.max_length)
-    monitor = SampleMonitor(corpus, seed=cfg.seed, directory=files.path, **options)
-    keep = partial(checkpoint.EvalCheckpoint, files.checkpoints, continued=continued)
+    monitor = SampleMonitor(corpus, seed=cfg.seed, directory=run_dir.path, **options)
+    keep = partial(checkpoint.EvalCheckpoint, run_dir.checkpoints, continued=continued)
     best, last = keep("best", "val/loss"), keep("last", "val/loss", latest=True)
     stable = keep("stable", "writing/repetition_spread")
     callbacks = [preflight, statistics, stop, metadata, monitor, best, stable, last]
@@ -101,16 +101,16 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
         callbacks.append(GradientReport(cfg.gradients.report_every))
-    trainer = build.make_trainer(cfg, callbacks, [files.logger(step)])
+    trainer = build.make_trainer(cfg, callbacks, [run_dir.logger(step)])
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
     finally:
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
-    if stop.requested:  # now: whoever sent the signal may not wait for the validation
-        trainer.save_checkpoint(files.checkpoints / "last.ckpt")
-    because = "a signal asked for it" if stop.requested else monitor.stopper.stopped_because
-    summary |= {"status": "stopped" if because else "finished", "stopped_because": because}
+    if stop.requested:  # now: the process may be killed before the validation ends
+        trainer.save_checkpoint(run_dir.checkpoints / "last.ckpt")
+    stop_reason = "signal SIGINT or SIGTERM" if stop.requested else monitor.stopper.stopped_because
+    summary |= {"status": "stopped" if stop_reason else "finished", "stopped_because": stop_reason}
 
     logged: dict[str, Any] = dict(trainer.callback_metrics)
     with isolate_rng():  # the random state that is saved does not depend on this validation
@@ -121,29 +121,23 @@ def _run(cfg: DictConfig, files: RunDir, summary: dict[str, Any], stop: StopAfte
     if not math.isfinite(figures["val/loss"]):
         todo = "lower optimizer.lr, and continue from best.ckpt if there is one"
         raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
-    summary |= floor(corpus, figures["val/ppl"])
+    if corpus.language is not None:
+        nats, tokens = corpus.language.nll(corpus.val)
+        summary |= {"floor/loss": nats / tokens, "floor/ppl": math.exp(nats / tokens)}
+        summary["val/ppl_over_floor"] = figures["val/ppl"] / summary["floor/ppl"]
     lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
     if figures["val/loss"] < lowest:
         lowest = figures["val/loss"]
         best.best_model_score = torch.tensor(lowest)
-        trainer.save_checkpoint(files.checkpoints / "best.ckpt")
-    trainer.save_checkpoint(files.checkpoints / "last.ckpt")
+        trainer.save_checkpoint(run_dir.checkpoints / "best.ckpt")
+    trainer.save_checkpoint(run_dir.checkpoints / "last.ckpt")
     if trainer.is_global_zero:
         is_stable = stable.best_model_score is not None
-        summary |= checkpoint.figures(files.checkpoints, lowest, is_stable)
+        summary |= checkpoint.figures(run_dir.checkpoints, lowest, is_stable)
         options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
-        summary |= final_samples(module, corpus, files.path, **options)
+        summary |= final_samples(module, corpus, run_dir.path, **options)
     ratio = summary["val/ppl_over_floor"]
     if ratio is not None and ratio < LEAKS_BELOW:
-        below = f"the validation perplexity is {ratio:.3f} of the entropy floor"
+        below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"
         todo = "check masks.py, objective.py and the split of the data"
         raise ValueError(f"{below}: the evaluation leaks its targets; {todo}")
-
-
-def floor(corpus: Corpus, ppl: float) -> dict[str, float]:
-    """The entropy floor, where it is known, and ``ppl`` over its perplexity."""
-    if corpus.language is None:
-        return {}
-    nats, tokens = corpus.language.nll(corpus.val)
-    lowest = math.exp(nats / tokens)
-    return {"floor/loss": nats / tokens, "floor/ppl": lowest, "val/ppl_over_floor": ppl / lowest}

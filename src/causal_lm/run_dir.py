@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from causal_lm.checkpoint_file import AtomicCheckpointIO, RefusedError, read
+from causal_lm.checkpoint_file import AtomicCheckpointIO, RefusedError, read_checkpoint
 from causal_lm.report.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 FILES = (
     "metrics.csv", "config.yaml", "summary.json", "preflight.json", "preflight.html", "samples.txt",
 )  # fmt: skip
-"""What a run writes beside its checkpoints and its ``samples/``."""
+"""What a run writes besides its checkpoints and its ``samples/``."""
 
 
 class RunDir:
-    """The directory of a run. Only the process of rank zero writes into it."""
+    """The directory of a run, which each rank makes; only rank zero writes files into it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
@@ -38,17 +38,17 @@ class RunDir:
         found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
         for path in sorted(found, key=lambda path: path.name != "last.ckpt"):
             try:
-                read(path)
+                read_checkpoint(path)
                 return str(path)
             except ValueError as error:
                 log.warning(str(error))
         if found:
             where = f"no checkpoint in {self.checkpoints} can be read"
-            raise RefusedError(f"{where}: delete them to start anew")
+            raise RefusedError(f"{where}: delete them to start from step 0")
         return None
 
-    def finished(self, max_steps: int) -> dict[str, Any] | None:
-        """The summary of the run of so many steps that is finished here; None if there is none."""
+    def finished_summary(self, max_steps: int) -> dict[str, Any] | None:
+        """The summary of a finished run of at least ``max_steps`` here; None if there is none."""
         try:
             summary = json.loads((self.path / "summary.json").read_text())
             is_finished = summary["status"] == "finished" and summary["steps"] >= max_steps
@@ -56,28 +56,28 @@ class RunDir:
             return None
         return summary if is_finished else None
 
-    def holds(self, ckpt_path: str | None) -> bool:
+    def contains(self, ckpt_path: str | None) -> bool:
         """Whether the checkpoint is in this directory."""
         return bool(ckpt_path and Path(ckpt_path).resolve().is_relative_to(self.path.resolve()))
 
-    def begin(self, cfg: DictConfig, step: int) -> None:
-        """Delete what an earlier run left, after ``step`` where it is continued; write config.yaml.
+    def prepare(self, cfg: DictConfig, step: int) -> None:
+        """Write config.yaml; delete the files of an earlier run, but for checkpoints.
 
-        Checkpoints are kept until new ones replace them.
+        If that run is continued, ``step`` is not 0: ``metrics.csv`` and samples up to it are kept.
         """
         if not is_rank_zero():
             return
         for name in FILES[1:] if step else FILES:
             (self.path / name).unlink(missing_ok=True)
         for path in self.checkpoints.glob(f".*{AtomicCheckpointIO.SUFFIX}"):
-            path.unlink()  # of a process that was killed
+            path.unlink()  # left by a killed process
         for path in (self.path / "samples").glob("step_*.txt"):
             if not step or int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def logger(self, step: int) -> CSVLogger:
-        """The logger of ``metrics.csv``, with the rows up to ``step``, which Lightning deletes."""
+        """A CSVLogger that keeps the rows before ``step``; Lightning's would delete them."""
         logger, path = CSVLogger(self.path, name="", version=""), self.path / "metrics.csv"
         if is_rank_zero() and path.exists():
             logger.experiment.metrics = _rows(path, step)
@@ -85,7 +85,7 @@ class RunDir:
         return logger
 
     def write_summary(self, summary: dict[str, Any], started: float) -> None:
-        """Write it with the seconds since ``started``."""
+        """Write ``summary.json``, with the seconds since ``started``."""
         summary["seconds/total"] = time.perf_counter() - started
         if is_rank_zero():
             write_json(self.path / "summary.json", summary)

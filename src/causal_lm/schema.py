@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """A test of a value, and in words which values pass it."""
+    """A test of a value, and a description of the values that pass it."""
 
-    holds: Callable[[Any], bool]
-    words: str
+    accepts: Callable[[Any], bool]
+    description: str
 
 
 def _is_integer(value: Any) -> bool:
@@ -21,52 +21,55 @@ def _is_integer(value: Any) -> bool:
 
 def integer(low: int, high: float = inf) -> Rule:
     """Integers from ``low`` to ``high``, both included."""
-    words = f"of at least {low}" if high == inf else f"from {low} to {high}"
-    return Rule(lambda v: _is_integer(v) and low <= v <= high, f"a whole number {words}")
+    bounds = f"of at least {low}" if high == inf else f"from {low} to {high}"
+    return Rule(lambda v: _is_integer(v) and low <= v <= high, f"an integer {bounds}")
 
 
 def real(above: float = -inf, low: float = -inf, below: float = inf) -> Rule:
     """Finite numbers within these bounds; ``low`` itself included."""
-    bounds = [("above", above), ("at least", low), ("below", below)]
-    words = " and ".join(f"{name} {value:g}" for name, value in bounds if isfinite(value))
+    limits = [("above", above), ("at least", low), ("below", below)]
+    bounds = " and ".join(f"{name} {value:g}" for name, value in limits if isfinite(value))
 
-    def holds(v: Any) -> bool:
+    def accepts(v: Any) -> bool:
         return (_is_integer(v) or isinstance(v, float)) and above < v < below and v >= low
 
-    return Rule(holds, f"a number {words}")
+    return Rule(accepts, f"a number {bounds}")
 
 
 def one_of(*options: Any) -> Rule:
-    return Rule(lambda v: v in options, "one of " + ", ".join(str(o) for o in options))
+    """These options; None is written as null, as in YAML."""
+    names = ["null" if option is None else str(option) for option in options]
+    return Rule(lambda v: v in options, ("one of " if names[1:] else "") + ", ".join(names))
 
 
 def optional(rule: Rule) -> Rule:
-    return Rule(lambda v: v is None or rule.holds(v), f"{rule.words}, or null")
+    """What the rule accepts, or None."""
+    return Rule(lambda v: v is None or rule.accepts(v), f"{rule.description}, or null")
 
 
 def or_auto(rule: Rule) -> Rule:
-    return Rule(lambda v: v == "auto" or rule.holds(v), f"{rule.words}, or auto")
+    """What the rule accepts, or ``auto``."""
+    return Rule(lambda v: v == "auto" or rule.accepts(v), f"{rule.description}, or auto")
 
 
-anything = Rule(lambda v: True, "anything")
-flag = Rule(lambda v: isinstance(v, bool), "true or false")
-text = Rule(lambda v: isinstance(v, str) and v != "", "a text")
-share = real(low=0, below=1)
-file = Rule(lambda v: isinstance(v, str) and Path(v).is_file(), "a file that exists")
-folder = Rule(lambda v: isinstance(v, str) and Path(v).is_dir(), "a folder that exists")
+ANY = Rule(lambda v: True, "anything")
+BOOLEAN = Rule(lambda v: isinstance(v, bool), "true or false")
+STRING = Rule(lambda v: isinstance(v, str) and v != "", "a non-empty string")
+FRACTION = real(low=0, below=1)
+FILE = Rule(lambda v: isinstance(v, str) and Path(v).is_file(), "a file that exists")
+FOLDER = Rule(lambda v: isinstance(v, str) and Path(v).is_dir(), "a folder that exists")
 
-
-_GROUPED: list[tuple[Rule, str]] = [
-    (text, "experiment data.split data.field trainer.strategy"),
-    (optional(text), """
+_KEYS_BY_RULE: list[tuple[Rule, str]] = [
+    (STRING, "experiment data.split data.field trainer.strategy"),
+    (optional(STRING), """
         data.special_tokens.* data.cache_dir data.root data.val_path data.name data.val_split
         data.prompt_field model.init_from"""),
-    (flag, """
+    (BOOLEAN, """
         data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
         model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
         pitfalls.*"""),
-    (or_auto(flag), "optimizer.fused"),
+    (or_auto(BOOLEAN), "optimizer.fused"),
     (integer(-1), "trainer.max_epochs trainer.num_sanity_val_steps"),
     (integer(0), """
         data.num_workers data.seed data.source.copies_after data.source.seed model.token_smear
@@ -93,11 +96,11 @@ _GROUPED: list[tuple[Rule, str]] = [
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val"),
     (or_auto(real(above=0)), "optimizer.lr"),
-    (share, """
+    (FRACTION, """
         model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),
-    (optional(or_auto(file)), "ckpt_path"),
-    (optional(folder), "samples.embedder"),
+    (optional(or_auto(FILE)), "ckpt_path"),
+    (optional(FOLDER), "samples.embedder"),
     (one_of("padded", "bucketed", "packed"), "data.layout"),
     (one_of("right", "left"), "data.padding_side"),
     (one_of(None, "txt", "jsonl", "json", "csv", "parquet"), "data.format"),
@@ -112,21 +115,21 @@ _GROUPED: list[tuple[Rule, str]] = [
             "bf16"), "trainer.precision"),
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
     (one_of(None), "trainer.check_val_every_n_epoch"),
-    (anything, "model.config.* model.decoder.*"),
-    (Rule(text.holds, "a file, a folder or a glob, as in data.path=texts/*.txt"), "data.path"),
-    (Rule(lambda v: v in ("bytes", "bpe") or file.holds(v),
+    (ANY, "model.config.* model.decoder.*"),
+    (Rule(STRING.accepts, "a file, a folder or a glob, as in data.path=texts/*.txt"), "data.path"),
+    (Rule(lambda v: v in ("bytes", "bpe") or FILE.accepts(v),
           "bytes, bpe, or the path of a tokenizer.json that exists"), "data.tokenizer"),
-    (Rule(lambda v: isinstance(v, list) and len(v) == 2 and all(map(share.holds, v)),
-          "two numbers from 0 to 1, such as [0.9,0.95]"), "optimizer.betas"),
-    (Rule(lambda v: v == 0 or integer(2).holds(v),
-          "a whole number of at least 2, or 0"), "samples.per_prompt"),
-    (Rule(lambda v: v == "auto" or v == -1 or integer(1).holds(v),
-          "a whole number of at least 1, -1 for all, or auto"), "trainer.devices"),
+    (Rule(lambda v: isinstance(v, list) and len(v) == 2 and all(map(FRACTION.accepts, v)),
+          "two numbers in [0, 1), such as [0.9,0.95]"), "optimizer.betas"),
+    (Rule(lambda v: v == 0 or integer(2).accepts(v),
+          "0, or an integer of at least 2"), "samples.per_prompt"),
+    (Rule(lambda v: v == "auto" or v == -1 or integer(1).accepts(v),
+          "an integer of at least 1, -1 for all, or auto"), "trainer.devices"),
     (Rule(lambda v: v is None or (isinstance(v, str) and bool(fullmatch(r"\d+(:\d\d){3}", v))),
           "days:hours:minutes:seconds, as in '00:01:30:00', or null"), "trainer.max_time"),
 ]  # fmt: skip
-RULES: dict[str, Rule] = {key: rule for rule, keys in _GROUPED for key in keys.split()}
-"""Dotted key, in which ``*`` stands for any text -> its rule."""
+RULES: dict[str, Rule] = {key: rule for rule, keys in _KEYS_BY_RULE for key in keys.split()}
+"""Dotted key, as a pattern of ``fnmatch`` -> its rule."""
 
 
 def rule_of(key: str) -> Rule | None:

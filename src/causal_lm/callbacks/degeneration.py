@@ -1,4 +1,4 @@
-"""Stops a run whose samples degenerate, whatever the loss says."""
+"""Early stopping on degenerate samples."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ import math
 log = logging.getLogger(__name__)
 
 STANDARD_ERRORS = 3
-"""Rises of repetition below so many standard errors are taken for chance."""
+"""Rise of repetition, in standard errors, above which it counts as significant."""
 
 
 class DegenerationStopper:
@@ -15,7 +15,7 @@ class DegenerationStopper:
     An evaluation is worse if its repetition is higher, by :data:`STANDARD_ERRORS`, and its
     consistency is lower than at the reference: the last evaluation that was not worse. (Compared
     with the evaluation just before it, few would be worse in a row, since both figures fluctuate.)
-    A model that begins to learn may be worse for a while too.
+    Early in training this can happen without degeneration.
     """
 
     def __init__(self, patience: int | None) -> None:
@@ -34,7 +34,7 @@ class DegenerationStopper:
         if repetition is None or consistency is None:
             if not self._warned:
                 missing = "repetition" if repetition is None else "consistency"
-                log.warning(f"step {step}: samples.patience has no effect: no {missing} is known")
+                log.warning(f"step {step}: samples.patience has no effect without {missing}")
             self._warned = True
             return False
         now = [repetition, error, consistency]
@@ -44,11 +44,11 @@ class DegenerationStopper:
         self.history = [*self.history, now] if is_worse else [now]
         if len(self.history) <= self.patience:
             return False
-        figures = zip(*self.history, strict=True)
-        rates, _, agreements = (", ".join(f"{x:.4f}" for x in column) for column in figures)
+        columns = zip(*self.history, strict=True)
+        repetitions, _, consistencies = (", ".join(f"{x:.4f}" for x in c) for c in columns)
         self.stopped_because = (
             f"the samples degenerated at {len(self.history) - 1} evaluations in a row, up to step "
-            f"{step}; from the reference on, repetition was {rates} and consistency {agreements}"
+            f"{step}; from the reference on, repetition {repetitions}, consistency {consistencies}"
         )
         log.warning(f"stopped: {self.stopped_because}")
         return True

@@ -1,4 +1,4 @@
-"""Reports how much each layer learns: its gradient, and its update relative to its weights."""
+"""Logs the gradient and the relative update of each layer."""
 
 import logging
 from collections import defaultdict
@@ -12,8 +12,8 @@ from causal_lm.nonfinite import layer_of
 
 log = logging.getLogger(__name__)
 
-SHOWN_LAYERS = 3  # lowest and highest ones, in the table at the end of training
-STARVED_BELOW = 0.1  # of the highest block's gradient, the lowest block's is warned about
+SHOWN_LAYERS = 3  # number of lowest and of highest layers in the table at the end of training
+VANISHING_BELOW = 0.1  # warn if the lowest block's gradient is below this fraction of the highest's
 
 
 class GradientReport(L.Callback):
@@ -49,11 +49,11 @@ class GradientReport(L.Callback):
         if self.warned or not blocks:
             return
         low, high = figures[blocks[0]][0], figures[blocks[-1]][0]
-        if low < STARVED_BELOW * high:
+        if low < VANISHING_BELOW * high:
             self.warned = True
             log.warning(
                 f"step {trainer.global_step}: the gradient of {blocks[0]} is {low:.1e}, less than "
-                f"{STARVED_BELOW:.0%} of {high:.1e} in {blocks[-1]}: the lowest blocks hardly learn"
+                f"{VANISHING_BELOW:.0%} of {high:.1e} in {blocks[-1]}: gradients vanish downward"
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

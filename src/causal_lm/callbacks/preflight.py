@@ -1,4 +1,4 @@
-"""The preflight of a configured run: token names, remedies by configuration key, figures."""
+"""The preflight of a configured run, as a Lightning callback."""
 
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,14 @@ WHERE_TO_LOOK = {
 
 
 class Preflight(lightning.Preflight):
-    """:class:`causal_preflight.lightning.Preflight` with figures for ``summary.json``."""
+    """:class:`causal_preflight.lightning.Preflight` with metrics for ``summary.json``."""
 
     def figures(self) -> dict[str, Any]:
-        """``preflight/faults``, sorted, and ``seconds/preflight``, None if it did not run."""
-        if self.report is None:
-            return {"preflight/faults": [], "seconds/preflight": None}
-        faults, seconds = sorted(self.report.faults), self.report.seconds
-        return {"preflight/faults": faults, "seconds/preflight": seconds}
+        """``preflight/*`` and ``seconds/preflight``; empty if the preflight did not run."""
+        if (report := self.report) is None:
+            return {}
+        return {"preflight/faults": sorted(report.faults), "preflight/audited": report.audited,
+                "seconds/preflight": report.seconds}  # fmt: skip
 
 
 def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None) -> Preflight:
@@ -55,5 +55,5 @@ def audit_first_batch(
     """The preflight of a configured run on its first batch, without training."""
     ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
     batch = next(iter(data.train_dataloader()))
-    parted = cfg.trainer.accumulate_grad_batches > 1
-    return audit_batch(module, batch, module.accumulated_loss, parted=parted, **ids, **options)
+    is_split = cfg.trainer.accumulate_grad_batches > 1
+    return audit_batch(module, batch, module.accumulated_loss, parted=is_split, **ids, **options)

@@ -39,7 +39,7 @@ class StepBar(ProgressBar):
         if self._bar is None:  # not before the first step, as the preflight may end the run
             self._bar = tqdm(total=trainer.max_steps, unit="step", mininterval=0.5)
             self._bar.n = self._bar.initial = step - 1
-        if self._bar.update(step - self._bar.n):  # it was redrawn: only then fetch the losses
+        if self._bar.update(step - self._bar.n):  # redrawn: only then synchronize for the losses
             self._bar.set_postfix(self._losses(trainer), refresh=False)
 
     def _losses(self, trainer: L.Trainer) -> dict[str, str]:

@@ -24,20 +24,20 @@ class RunStatistics(L.Callback):
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=LOSS_STEPS)
         self.targets: Any = 0
-        self.tokens: Any = 0
+        self.real_tokens: Any = 0
         self.slots = 0
         self.seconds_fit = self.seconds_train = self.seconds_validating = 0.0
-        self._began: float | None = None
+        self._train_start: float | None = None
 
     def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._started, self._step = time.perf_counter(), trainer.global_step
+        self._fit_start, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._began = self._began or time.perf_counter()
+        self._train_start = self._train_start or time.perf_counter()
 
     def on_train_end(self, *_: Any) -> None:
-        if self._began is not None:
-            self.seconds_train = time.perf_counter() - self._began - self.seconds_validating
+        if self._train_start is not None:
+            self.seconds_train = time.perf_counter() - self._train_start - self.seconds_validating
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
@@ -47,26 +47,26 @@ class RunStatistics(L.Callback):
             if pl_module.step_loss is not None:  # None: the step was skipped
                 self.losses.append(pl_module.step_loss)
         self.targets += (batch.labels != objective.IGNORE).sum()
-        self.tokens += batch.lengths.sum()
+        self.real_tokens += batch.lengths.sum()
         self.slots += batch.input_ids.numel()
         pl_module.log("train/pad_share", (batch.document_ids < 0).float().mean())
 
     def on_validation_start(self, *_: Any) -> None:
-        self._validating = time.perf_counter()
+        self._validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit":
-            self.seconds_validating += time.perf_counter() - self._validating
+            self.seconds_validating += time.perf_counter() - self._validation_start
 
     def on_fit_end(self, *_: Any) -> None:
-        self.seconds_fit = time.perf_counter() - self._started
+        self.seconds_fit = time.perf_counter() - self._fit_start
 
     def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
         """Sums over all ranks, for ``summary.json``; every rank must call it."""
         module: Any = trainer.lightning_module
-        counts = [int(self.targets), int(self.tokens), self.slots]
-        own = torch.tensor(counts, device=trainer.strategy.root_device)
-        targets, tokens, slots = trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        counts = [int(self.targets), int(self.real_tokens), self.slots]
+        local = torch.tensor(counts, device=trainer.strategy.root_device)
+        targets, tokens, slots = trainer.strategy.reduce(local, reduce_op="sum").tolist()
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "train/tokens": targets,

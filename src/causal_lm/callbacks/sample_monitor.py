@@ -50,11 +50,11 @@ class SampleMonitor(L.Callback):
     """Logs statistics of samples as ``writing/*`` at each evaluation; writes the samples to files.
 
     ``repetition_spread`` is the standard deviation of ``repetition_4`` over the last three
-    evaluations of the fit, or 0 where that is within ``repetition_error``, the noise of sampling.
+    evaluations of the fit, or 0 if that is below ``repetition_error``, the noise of sampling.
 
     Every evaluation uses the same seed, so that differences come from the model, and a generator of
-    its own, so that training is not affected. Every rank samples, since sharded weights need all of
-    them; the figures are those of rank 0, so that all ranks decide alike.
+    its own, so that training is not affected. All ranks sample, since sharded weights need it; the
+    metrics of rank 0 are broadcast, so that all ranks decide alike.
 
     Args:
         count: samples; 0 turns the callback off.
@@ -118,8 +118,8 @@ class SampleMonitor(L.Callback):
             if len(self.rates) == SPREAD_EVALUATIONS:
                 spread = statistics.pstdev(self.rates)
                 self.last["repetition_spread"] = spread if spread > error else 0.0
-        agreement = self.last.get(self.consistency_name)
-        if self.stopper.should_stop(self._step, rate, error, agreement):
+        consistent = self.last.get(self.consistency_name)
+        if self.stopper.should_stop(self._step, rate, error, consistent):
             trainer.should_stop = True
 
     def evaluate(self, module: L.LightningModule) -> tuple[dict[str, float], str]:

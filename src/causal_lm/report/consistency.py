@@ -22,9 +22,9 @@ continuations, up to EOS. The vector of an empty continuation is zero."""
 def consistency(vectors: Tensor, prompt_ids: Tensor) -> float | None:
     """Mean cosine similarity over all pairs of samples from the same prompt; None without a pair.
 
-    The more the samples differ, the lower; 1 where they are equal. Averages of noise are alike, so
-    an untrained model is near 1 too. Hidden states lie in a narrow cone (Ethayarajh 2019,
-    https://arxiv.org/abs/1909.00512): compare their figure within one run.
+    The more the samples differ, the lower; 1 where they are equal. An untrained model is near 1
+    too, as mean hidden states of random tokens are alike. Hidden states lie in a narrow cone
+    (Ethayarajh 2019, https://arxiv.org/abs/1909.00512): compare their figure within one run.
 
     Args:
         vectors: (N, C); zero vectors have no direction and are left out.

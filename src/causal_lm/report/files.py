@@ -13,15 +13,15 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def strict(data: dict[str, Any]) -> dict[str, Any]:
+def replace_nonfinite(data: dict[str, Any]) -> dict[str, Any]:
     """A copy of ``data`` with None for NaN and infinities, which JSON cannot represent."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -30,5 +30,5 @@ def strict(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write ``data`` as :func:`strict` JSON, atomically."""
-    write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")
+    """Write ``data`` as JSON, null for NaN and infinities, atomically."""
+    write_text(path, json.dumps(replace_nonfinite(data), indent=2, allow_nan=False) + "\n")

@@ -73,7 +73,7 @@ def distinct(samples: Continuations, n: int) -> float | None:
 
 
 def continuations(rows: Tensor, eos_id: int, prompt_length: int = 1) -> list[list[int]]:
-    """What rows (B, T) of token ids have after a prompt, see :data:`Continuations`."""
+    """Tokens of rows (B, T) after the prompt, see :data:`Continuations`."""
     generated = [row[prompt_length:] for row in rows.tolist()]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in generated]
 
@@ -81,7 +81,7 @@ def continuations(rows: Tensor, eos_id: int, prompt_length: int = 1) -> list[lis
 def sample_statistics(
     rows: Tensor, tokenizer: Tokenizer, language: Language | None
 ) -> SampleStatistics:
-    """Statistics of rows (B, T) of token ids that were generated from BOS alone, their first."""
+    """Statistics of rows (B, T) of token ids sampled from BOS alone, which is column 0."""
     previous, generated = rows[:, :-1], rows[:, 1:]
     is_eos = generated == tokenizer.eos_id
     samples = continuations(rows, tokenizer.eos_id)
@@ -99,7 +99,7 @@ def sample_statistics(
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters escaped, so that it cannot steer a terminal."""
+    """``text`` with control characters escaped, as a terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 

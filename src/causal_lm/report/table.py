@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 LEAKS_BELOW = 0.98
 """Below this fraction of the perplexity of the entropy floor, the evaluation leaks its targets."""
 AT_FLOOR = 1.03
-"""Up to this multiple of the floor's perplexity, a model is as good as the language allows."""
+"""Up to this multiple of the floor's perplexity, a model counts as close to the entropy floor."""
 MISLEADING_BELOW = 0.75
-"""A loss below this fraction of the true one is misleading, and not a matter of noise."""
+"""Below this fraction of the true loss, the reported one is misleading."""
 WORTHLESS_BEYOND = 3.0
 """Nats per token between a misleading loss and the true one that make a model worthless."""
 
@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(summary: dict[str, Any]) -> Verdict:
-    """How far the reported loss of a run can be trusted, and how good its model is."""
+    """Whether the reported loss of a run is right, and how good its model is."""
     s = summary
     true, over_floor = s["val/loss"], s["val/ppl_over_floor"]
     trained, reported = s["train/loss"], s["val/loss_as_trained"]  # the latter on the same data
@@ -72,31 +72,32 @@ def verdict(summary: dict[str, Any]) -> Verdict:
         return Verdict("untrained", f"nothing was trained; the loss is {true:.3f} nats per token.")
     times_floor = "" if over_floor is None else f", {over_floor:,.4g}× the floor's perplexity"
     loss = f"{true:.3f} nats per token{times_floor}"
-    # Another reduction weights tokens in its own way: a lower loss alone is no fault then.
+    # Other reductions weight tokens differently: there, a lower loss alone is no fault.
     own_reduction = s.get("loss/reduction", "token") != "token"
     if reported < MISLEADING_BELOW * true and (s["preflight/faults"] or not own_reduction):
-        sentence = f"do not trust {reported:.3f}: the loss is {loss}"
+        sentence = f"the reported loss, {reported:.3f}, is wrong: the true loss is {loss}"
         faults = ", ".join(s["preflight/faults"])
         found = f" (preflight: {faults})" if faults else ""
         if true - reported > WORTHLESS_BEYOND:
             return Verdict("worthless", f"{sentence}; the model is worthless{found}.")
-        return Verdict("misleading", f"{sentence}; the reported loss is wrong{found}.")
-    unseen = reported if own_reduction else true
-    if trained < MISLEADING_BELOW * unseen:
-        losses = f"{trained:.3f} on the training data, {unseen:.3f} on the validation data"
+        return Verdict("misleading", f"{sentence}{found}.")
+    validated = reported if own_reduction else true
+    if trained < MISLEADING_BELOW * validated:
+        losses = f"{trained:.3f} on the training data, {validated:.3f} on the validation data"
         return Verdict("overfitted", f"overfitted: {losses}{times_floor}.")
     if over_floor is not None and over_floor <= AT_FLOOR:
         floor = f"{over_floor:.3f}× the floor's perplexity"
-        return Verdict("at_floor", f"honest, and as good as this language allows: {floor}.")
-    return Verdict("honest", f"honest: reported {trained:.3f}, true {loss}.")
+        return Verdict("at_floor", f"correct, and close to the entropy floor: {floor}.")
+    return Verdict("correct", f"correct: reported {trained:.3f}, true {loss}.")
 
 
 def _common_cells(s: dict[str, Any]) -> list[str]:
     """Reported loss, true loss, × floor, legal transitions, PAD or EOS, preflight."""
+    audited = "clean" if s.get("preflight/audited") else "not audited"
     return [
         *(number(s[key]) for key in ("train/loss", "val/loss", "val/ppl_over_floor")),
         *(percent(s[key]) for key in ("sample/legal_rate", "sample/pad_eos_share")),
-        ", ".join(s["preflight/faults"]) or "clean",
+        ", ".join(s["preflight/faults"]) or audited,
     ]
 
 
@@ -115,7 +116,7 @@ def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
 
 def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
     """One row per run, for a Markdown page."""
-    head = ["preset", "reported, nats", "the truth, nats", "× floor's perplexity",
-            "legal transitions", "PAD or EOS written", "preflight"]  # fmt: skip
+    head = ["preset", "reported, nats", "true, nats", "× floor's perplexity",
+            "legal transitions", "PAD or EOS generated", "preflight"]  # fmt: skip
     rows = [[f"`{s['experiment']}`", *_common_cells(s)] for s in summaries]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
