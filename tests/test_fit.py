@@ -125,7 +125,7 @@ def test_a_fault_that_is_wanted(on_fault, faults, tmp_path):
 
 
 def test_a_fault_in_the_numbers_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"rows \d+, .* step \d"):
+    with pytest.raises(FloatingPointError, match=r"indices \d+, .* step \d"):
         short_run(
             tmp_path,
             "optimizer.lr=1e30",
@@ -163,7 +163,7 @@ def test_before_any_evaluation_the_weights_in_hand_are_kept(tmp_path, monkeypatc
             next(p for p in self.parameters() if p.grad is not None).grad.fill_(math.nan)
 
     monkeypatch.setattr(CausalLM, "on_after_backward", break_gradients)
-    with pytest.raises(FloatingPointError, match=r"gradient of batch 2 .*rows \d+, .* step 2"):
+    with pytest.raises(FloatingPointError, match=r"gradient of batch 2 .*indices \d+, .* step 2"):
         short_run(tmp_path, "trainer.val_check_interval=100", "trainer.max_steps=5")
     kept = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert kept["global_step"] == 2
