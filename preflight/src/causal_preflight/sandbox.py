@@ -38,7 +38,7 @@ class Sandbox:
     def rewind(self, seed: int, train: bool) -> None:
         """Same state, mode and seed for every run; calls `reset()` of modules that have one.
 
-        Modules that were found in eval mode, or whose `train()` keeps them there, stay in it.
+        In train mode, eval-mode submodules of a model found in train mode stay in eval mode.
         """
         self._restore_state()
         root = self.modules[0]
