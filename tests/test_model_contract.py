@@ -119,3 +119,18 @@ def test_the_contract_catches_a_model_that_does_not_learn():
     contract.overfit_steps = 50
     with pytest.raises(AssertionError):
         contract.test_overfits_ten_documents()
+
+
+class ForgetsCache(Decoder):
+    """Takes no notice of how many positions the cache holds."""
+
+    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None):
+        positions = position_ids if cache is None else position_ids - position_ids[:, :1]
+        return super().hidden_states(input_ids, positions, attention_mask, cache)
+
+
+def test_the_contract_catches_a_cache_whose_positions_restart():
+    contract = ModelContract()
+    contract.make_model = lambda: ForgetsCache(contract.vocab_size, **SIZES)
+    with pytest.raises(AssertionError, match="decoding"):
+        contract.test_preflight_finds_no_fault()

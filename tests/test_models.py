@@ -69,6 +69,7 @@ def test_the_preflight_finds_nothing(name, layout):
     report = audit_batch(module, layout(), module.accumulated_loss, pad_id=PAD)
     assert report.faults == set(), str(report)
     assert {"alignment", "future", "context"} <= set(report.passed)
+    assert ("decoding" in report.passed) == (module.make_cache() is not None), str(report)
 
 
 REGRESSION = {

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from causal_preflight import html_page, padding, position, readout, visibility
-from causal_preflight.audit_batch import AuditBatch, UnexaminableError
+from causal_preflight.batch import AuditBatch, UnexaminableError
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
@@ -58,10 +58,8 @@ def preflight(
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     top = int(parsed.ids.max())
     if sizes and top >= max(sizes):  # crashes late and, on a GPU, without a clear message
-        raise ValueError(
-            f"input_ids hold id {top}, but the largest embedding has {max(sizes)} rows: "
-            "enlarge the embedding or check the tokenizer"
-        )
+        why = f"input_ids hold id {top}, but the largest embedding has {max(sizes)} rows: "
+        raise ValueError(f"{why}enlarge the embedding or check the tokenizer")
     report = Report()
     full, work = _sampled(parsed, report)
     instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
@@ -96,7 +94,7 @@ def _find_logits(ctx: Context) -> None:
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
         ctx.readout(True)
-    except RuntimeError:  # none, or it cannot be told to which positions they belong
+    except RuntimeError:  # none, or their positions are unknown
         model.logits_module = None
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
@@ -115,7 +113,7 @@ def _run(probe: Probe, ctx: Context) -> None:
 
 
 def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:
-    """As much of the batch as the loss is read on, and a few rows of unlike length for the rest."""
+    """The batch for reading targets, and a smaller one of unlike rows for comparing logits."""
     rows, width = batch.ids.shape
     most = max(2, _MAX_LOGITS // max(1, width * (int(batch.ids.max()) + 1)))
     if rows > most:

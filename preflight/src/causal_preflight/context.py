@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import AuditBatch, require
+from causal_preflight.batch import AuditBatch, require
 from causal_preflight.instrumented_model import InstrumentedModel, Observation, Readout
 from causal_preflight.report import REMEDIES, Finding, Report
 
@@ -36,7 +36,7 @@ class Context:
 
     `work` is a few rows of `full`, for the probes that compare logits. `explained` holds the
     mechanisms found so far ("future", "cross_row", "documents", "padding", ...); what one of them
-    explains, a later probe must not report again.
+    explains, a later probe does not report again.
     """
 
     model: InstrumentedModel
@@ -96,17 +96,17 @@ class Context:
         a = self.base if batch is self.work else self.model.observe(batch)
         b = self.model.observe(other)
         made = a.made.flatten().nonzero()[:, 0]
-        home = batch.slot.new_full((self.full.slot.numel() + 1,), -1)
-        home[batch.slot.flatten()[made]] = made
-        home[-1] = -1  # slot -1 is in no batch
-        index = home[other.slot]
+        index_of_slot = batch.slot.new_full((self.full.slot.numel() + 1,), -1)
+        index_of_slot[batch.slot.flatten()[made]] = made
+        index_of_slot[-1] = -1  # slot -1 is in no batch
+        index = index_of_slot[other.slot]
         watch = self.counted(other) & b.made & (index >= 0)
         require(watch.any(), NONE_COUNTS)
         old = a.logits.flatten(0, 1)[index]
         return self.largest_move(other, b.logits, old, watch, reshaped=True)
 
     def finding(self, label: str, seen: str, remedy: str, move: Move) -> Finding:
-        """`seen` may use {row}, {t} and {size}, and {where}, a sentence with all three."""
+        """`seen` is a format string of {row}, {t}, {size}, and {where}, a clause with all three."""
         size, (row, t) = f"{move.size:.3g}", divmod(move.slot, self.full.ids.shape[1])
         where = f"row {row}: the logits at position {t} move by {size}"
         seen = seen.format(row=row, t=t, size=size, where=where)

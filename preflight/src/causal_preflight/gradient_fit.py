@@ -10,7 +10,7 @@ leaves a residual, which widens the tolerances of the probes.
 import torch
 from torch import Tensor
 
-_CHUNK = 2**22  # numbers in hand at a time
+_CHUNK = 2**22  # values fitted at a time
 
 
 def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -25,9 +25,10 @@ def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
     mps = device.type == "mps"  # has no float64
     parts = [x.reshape(-1, v).split(max(1, _CHUNK // v)) for x in (logits, grad)]
     fitted = [_fit(*(x.cpu() if mps else x for x in pair)) for pair in zip(*parts, strict=True)]
-    target, rest, power, *values = (torch.cat(x) for x in zip(*fitted, strict=True))
-    live = power > 1e-24 * power.max()
-    residual = float((rest[live].sum() / power[live].sum()).sqrt()) if bool(live.any()) else 0.0
+    target, rest, mean_square, *values = (torch.cat(x) for x in zip(*fitted, strict=True))
+    nonzero = mean_square > 1e-24 * mean_square.max()
+    ratio = rest[nonzero].sum() / mean_square[nonzero].sum()
+    residual = float(ratio.sqrt()) if bool(nonzero.any()) else 0.0
     stack = torch.stack([x.float() if mps else x for x in values])
     return target.view(shape).to(device), stack.view(4, *shape).to(device), residual
 
@@ -35,14 +36,14 @@ def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
 def _fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     g = torch.nan_to_num(grad.double(), 0.0, 0.0, 0.0)
     p = torch.nan_to_num(logits.double().softmax(-1), 0.0)
-    power = g.pow(2).mean(-1)
+    mean_square = g.pow(2).mean(-1)
     # The target is the lowest g; with a confident model it can be the largest p instead.
-    y, w, u, rest = low = _fit_target(p, g, g.argmin(-1))
-    if bool((rest > 1e-6 * power).any()):
-        top = _fit_target(p, g, p.argmax(-1))
-        better = (rest > 1e-6 * power) & (top[3] < rest * 0.5)
-        y, w, u, rest = (torch.where(better, b, a) for a, b in zip(low, top, strict=True))
-    return y, rest, power, w + u * g.shape[-1], w, g.abs().amax(-1), g.sum(-1)
+    y, w, u, rest = by_grad = _fit_target(p, g, g.argmin(-1))
+    if bool((rest > 1e-6 * mean_square).any()):
+        by_logit = _fit_target(p, g, p.argmax(-1))
+        better = (rest > 1e-6 * mean_square) & (by_logit[3] < rest * 0.5)
+        y, w, u, rest = (torch.where(better, b, a) for a, b in zip(by_grad, by_logit, strict=True))
+    return y, rest, mean_square, w + u * g.shape[-1], w, g.abs().amax(-1), g.sum(-1)
 
 
 def _fit_target(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,9 +53,9 @@ def _fit_target(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor
     pm, gm = ((x * others).sum(-1, keepdim=True) / n for x in (p, g))
     dp, dg = (p - pm) * others, (g - gm) * others
     var = dp.pow(2).sum(-1, keepdim=True)
-    flat = var < 1e-24  # uniform p: a and u cannot be told apart, so all of it is called a
+    flat = var < 1e-24  # uniform p: a and u are not separable, so u is 0
     a = torch.where(flat, gm / pm.clamp_min(1e-300), (dp * dg).sum(-1, keepdim=True) / var)
     u = a * pm - gm
-    off = g - a * p + u
-    w = -off.gather(-1, y[..., None])[..., 0]
-    return y, w, u[..., 0], (off * others).pow(2).mean(-1)
+    deviation = g - a * p + u
+    w = -deviation.gather(-1, y[..., None])[..., 0]
+    return y, w, u[..., 0], (deviation * others).pow(2).mean(-1)

@@ -1,4 +1,4 @@
-"""The report as one HTML page, with pictures of what the loss trained and what the logits saw."""
+"""The report as one HTML page, with what the loss trained and which inputs change which logits."""
 
 from collections.abc import Callable, Iterable
 from html import escape

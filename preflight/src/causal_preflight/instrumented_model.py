@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from causal_preflight import locate
-from causal_preflight.audit_batch import AuditBatch
+from causal_preflight.batch import AuditBatch
 from causal_preflight.gradient_fit import fit
 from causal_preflight.sandbox import Sandbox
 
-_NO_LOGITS = 0.5  # residual of the fit from which a tensor is surely no logits
-_NO_GRADIENT = 0.4  # residual given to a tensor without a gradient to judge by
-_MAX_FITTED = 2**21  # numbers are enough to tell logits from hidden states
+_NO_LOGITS = 0.5  # residual of the fit above which a tensor is not logits
+_NO_GRADIENT = 0.4  # residual assumed for a tensor without a gradient
+_MAX_FITTED = 2**21  # values fitted per tensor: enough to tell logits from hidden states
 _TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
 LossFn = Callable[[Any, Any], Tensor]
 
 
 @dataclass
 class Observation:
-    """Loss of one run, its logits in float32 (B, T, V), and where any were `made` (B, T)."""
+    """Loss of one run, its logits in float32 (B, T, V), and where there are any: `made` (B, T)."""
 
     loss: float
     logits: Tensor
@@ -93,11 +93,11 @@ class InstrumentedModel:
             raise ValueError("loss_fn must return the scalar training loss as a tensor")
         return loss
 
-    def grads(self, loss: Tensor, of: list[Any]) -> list[Tensor | None]:
+    def grads(self, loss: Tensor, tensors: list[Any]) -> list[Tensor | None]:
         """Gradients by `backward`, as checkpointing needs, unless the loss has called it itself."""
         if loss.requires_grad:
             loss.backward()
-        grads = [t.grad for t in of]
+        grads = [t.grad for t in tensors]
         for p in self.sandbox.params:
             p.grad = None
         return grads
@@ -132,7 +132,7 @@ class InstrumentedModel:
                 continue
             few = slice(None, None, 1 + t.numel() // _MAX_FITTED)
             z, g = (locate.to_btv(x, layout).flatten(0, 1)[few] for x in (t.detach(), g))
-            # Without a gradient (a NaN loss, no target) the last tensor of the right shape is it.
+            # Without a gradient (NaN loss, no target), the last tensor of the right shape is taken.
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
             residual = _NO_GRADIENT if blank else fit(z[None], g[None])[2]
             if residual < 0.5 * best or (blank and best >= _NO_GRADIENT):
@@ -155,9 +155,8 @@ class InstrumentedModel:
     def readout(self, batch: AuditBatch, train: bool = False) -> Readout:
         """Run the loss and read targets and weights off d loss / d logits.
 
-        The logits are replaced by the same moderate noise at every position, as a confident or
-        broken model would blur the reading, unless the module that returns the logits computes the
-        loss as well.
+        The logits are replaced by the same moderate noise at every position, as large or NaN logits
+        would make the fit inaccurate, unless the module that returns them also computes the loss.
         """
 
         def replace(t: Tensor) -> Tensor:
@@ -190,8 +189,8 @@ class InstrumentedModel:
             target[slots] = torch.where(stronger, y, target[slots])
             values.index_add_(1, slots, new)
             residual = max(residual, rest)
-        target, values, nats = target.view(ids.shape), values.view(4, *ids.shape), loss.detach()
-        return Readout(float(nats), residual, len(placed), target, *values)
+        target, values = target.view(ids.shape), values.view(4, *ids.shape)
+        return Readout(float(loss.detach()), residual, len(placed), target, *values)
 
     def _catch(
         self, batch: AuditBatch, train: bool, edit: Callable[[Tensor], Tensor]
@@ -206,12 +205,12 @@ class InstrumentedModel:
                 calls.append((slots, []))
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            t = locate.get(output, self.path)
+            t = locate.get_path(output, self.path)
             if not calls or not isinstance(t, Tensor):
                 return None
             new = edit(t)
             calls[-1][1].append(new)
-            return None if new is t else locate.put(output, self.path, new)
+            return None if new is t else locate.set_path(output, self.path, new)
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, self.logits_module.register_forward_hook(after)])
@@ -225,7 +224,7 @@ class InstrumentedModel:
 
 
 def _loss_of_model(model: Any, batch: Any) -> Tensor:
-    loss = locate.get(model(**batch), ("loss",)) if isinstance(batch, dict) else None
+    loss = locate.get_path(model(**batch), ("loss",)) if isinstance(batch, dict) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the model returns no `.loss`: pass loss_fn(model, batch)")
     return loss

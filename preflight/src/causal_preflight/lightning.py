@@ -33,15 +33,15 @@ class PreflightError(ValueError):
 class Preflight(L.Callback):
     """Audit a LightningModule by its own `training_step`, on the first batch of the fit.
 
-    `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])` is all.
+    Use: `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])`.
 
     Args:
-        on_fault: "error" stops the run, "warn" prints the faults and goes on, "off" does nothing.
+        on_fault: "error" stops the run, "warn" reports the faults and goes on, "off" does nothing.
         pad_id, eos_id, input_key, labels_key: as in `preflight`.
         directory: gets `preflight.json` and `preflight.html`; None writes nothing.
         remedies: label of a fault -> what to change in this project, for the error message.
         override: what to set to train in spite of a fault, for the error message.
-        name: token id -> text that a person can read.
+        name: token id -> readable text.
 
     Raises:
         PreflightError: on every rank, with the evidence and the remedy.
@@ -97,20 +97,20 @@ class Preflight(L.Callback):
         with _without_effects(trainer, module) as losses:
             try:
                 return audit_batch(module, batch, loss_of, parted=parted, **self.options)
-            except ValueError as error:  # the first training step raises what the model has to say
+            except ValueError as error:  # the first training step raises the model's own error
                 return Report(skipped={"preflight": str(error)})
 
     def message(self, report: Report) -> str:
         """One line: each fault with its evidence and what to change."""
-        own = {label: f"change {where}" for label, where in self.remedies.items()}
-        faults = (f"{f.label}: {f.seen}; {own.get(f.label, f.remedy)}" for f in report.findings)
+        ours = {label: f"change {where}" for label, where in self.remedies.items()}
+        faults = (f"{f.label}: {f.seen}; {ours.get(f.label, f.remedy)}" for f in report.findings)
         return f"preflight found {'. '.join(faults)}. To train in spite of it: {self.override}"
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
-class _Idle:
+class _NoOp:
     """Stands in for an optimizer or a scheduler: it can be read, and its steps do nothing."""
 
     def __init__(self, inner: Any) -> None:
@@ -133,12 +133,12 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     a scheduler is undone.
     """
 
-    def one_or_all(found: list[_Idle]) -> Callable[..., Any]:
+    def one_or_all(found: list[_NoOp]) -> Callable[..., Any]:
         return lambda *args, **kwargs: found[0] if len(found) == 1 else found or None
 
     losses: list[Tensor] = []
-    optimizers = [_Idle(x) for x in trainer.optimizers]
-    schedulers = [_Idle(c.scheduler) for c in trainer.lr_scheduler_configs]
+    optimizers = [_NoOp(x) for x in trainer.optimizers]
+    schedulers = [_NoOp(c.scheduler) for c in trainer.lr_scheduler_configs]
     silent = ("log", "log_dict", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
     stubs: dict[str, Any] = dict.fromkeys(silent, _nothing)
     stubs["optimizers"], stubs["lr_schedulers"] = one_or_all(optimizers), one_or_all(schedulers)
@@ -229,10 +229,10 @@ def _announce(text: str, clean: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the whole file or none of it: beside its place, then renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write atomically: into a file beside it, which is then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import IGNORE, AuditBatch
+from causal_preflight.batch import IGNORE, AuditBatch
 
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
@@ -27,19 +27,19 @@ def iter_tensors(value: Any, depth: int, path: KeyPath = ()) -> Iterator[tuple[K
             yield from iter_tensors(v, depth, (*path, k))
 
 
-def get(output: Any, path: KeyPath) -> Any:
+def get_path(output: Any, path: KeyPath) -> Any:
     """The entry at `path`, None where there is none."""
     for k in path:
         output = _entries(output).get(k)
     return output
 
 
-def put(output: Any, path: KeyPath, value: Any) -> Any:
+def set_path(output: Any, path: KeyPath, value: Any) -> Any:
     """A copy of `output` with the entry at `path` replaced."""
     if not path:
         return value
     k, rest = path[0], path[1:]
-    inner = put(get(output, (k,)), rest, value)
+    inner = set_path(get_path(output, (k,)), rest, value)
     if isinstance(output, (tuple, list)):
         items = [inner if i == k else x for i, x in enumerate(output)]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
@@ -83,7 +83,7 @@ def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
 
     Tried in turn: the whole batch; rows in any order and any window of columns; transposed;
     flattened, with or without PAD; nearly the batch (a BOS put in front, a few ids altered).
-    Windows not yet in `used` come first, so that equal rows in several calls are told apart.
+    Prefers windows that no earlier call `used`: equal rows of several calls get different slots.
     """
     if t.is_floating_point() or t.dtype == torch.bool or t.ndim not in (1, 2):
         return None
@@ -155,5 +155,5 @@ def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Te
     elif total > t:
         slots = torch.cat([slots.new_full((b, total - t), -1), slots], 1)
     if slots.shape[1] < total:
-        raise RuntimeError("it cannot be told to which positions the logits belong")
+        raise RuntimeError("the positions of the logits are unknown")
     return list(slots[:, :total].split(widths, 1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from causal_preflight.audit_batch import AuditBatch, require
+from causal_preflight.batch import AuditBatch, require
 from causal_preflight.context import NONE_COUNTS, Context, Move
 from causal_preflight.locate import iter_tensors, locate
 from causal_preflight.report import Finding
@@ -36,7 +36,7 @@ def finite(ctx: Context) -> list[Finding]:
     if batch.has_pad:
         bare = model.observe(batch.unpadded_row(int(batch.real.sum(1).argmax())))
         if bare.loss == bare.loss and not bool(torch.isnan(bare.logits[bare.made]).any()):
-            seen = f"{what}: NaN on the padded batch, finite once the rows are freed of their PAD"
+            seen = f"{what}: NaN on the padded batch, finite once the PAD is removed"
             return [ctx.finding("pad", seen, "no key", move)]
     seen = f"{what}: NaN without any PAD; a query has no key left, as if the mask were inverted"
     return [ctx.finding("causal", seen, "mask future", move)]
@@ -73,7 +73,7 @@ def embedding(ctx: Context) -> list[Finding]:
     if not ctx.explained & {"future", "cross_row"}:  # else PAD on the right is seen as well
         sides.append(~work.real & ~work.left_pad)
     sides = [side for side in sides if bool(side.any())]
-    require(sides, "a look at later tokens explains what moves with PAD on the right")
+    require(sides, "a causal leak was found, which explains a dependence on PAD on the right")
 
     def changed(ctx: Context, s: Setting, part: Tensor) -> Tensor:
         with _EmbeddingNoise(s.batch, part, ctx.seed) as noise:

@@ -1,7 +1,7 @@
 """Make an `AuditBatch` of a raw batch: check it, find its PAD slots and its documents.
 
-What the batch states (document_ids, attention_mask) is believed. What it does not state is inferred
-from pad_id, from the labels, or from positions that restart. The model is not looked at.
+`document_ids` and `attention_mask` are used as given. The rest is inferred from pad_id,
+the labels, or positions that restart.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import IGNORE, AuditBatch
+from causal_preflight.batch import IGNORE, AuditBatch
 
 
 def named_tensors(
@@ -44,10 +44,8 @@ def named_tensors(
         kind = type(batch).__name__
         raise ValueError(f"a batch of type {kind} cannot be audited: pass a dict with `input_ids`")
     if input_key not in fields:
-        raise ValueError(
-            f"batch needs `{input_key}`, but has {', '.join(map(str, fields)) or 'nothing'}: pass "
-            "input_key= (and labels_key=)"
-        )
+        has = ", ".join(map(str, fields)) or "nothing"
+        raise ValueError(f"batch needs `{input_key}`, but has {has}: pass input_key=, labels_key=")
     to_ours = {theirs: ours for ours, theirs in own.items()}
     raw = {to_ours.get(k, k): v for k, v in fields.items()}
     return raw, lambda raw: make(**{own.get(k, k): v for k, v in raw.items()})
@@ -120,7 +118,7 @@ def _documents(raw: dict[str, Any], real: Tensor) -> Tensor:
         pair = real[:, 1:] & real[:, :-1]
         on = position[:, 1:] == position[:, :-1] + 1
         restart = pair & ~on & (position[:, 1:] == position[real].min())
-        # Believed only if positions count by one between restarts: else they mean something else.
+        # Used only if positions count by one between restarts: else they mean something else.
         if bool((on | restart)[pair].all()) and bool((on & pair).any()):
             doc[:, 1:] = restart.long().cumsum(1)
     return torch.where(real, doc, -1)

@@ -1,17 +1,19 @@
 """Probes of positions: the same content gives the same logits in any row, slot and padding."""
 
 import inspect
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import UnexaminableError, require, span
+from causal_preflight.batch import UnexaminableError, require, span
 from causal_preflight.context import NONE_COUNTS, Context, moved
-from causal_preflight.locate import get, iter_tensors
+from causal_preflight.locate import get_path, iter_tensors
 from causal_preflight.report import Finding
 
-_UNKNOWN_CACHE = "the model offers a cache, but takes it or its ids in a form not known here"
+_UNKNOWN_CACHE = "the model takes a cache, but makes none, or in a form not known here"
 _BESIDE = "{where} with the padding of other rows"
 
 
@@ -49,7 +51,7 @@ def alone(ctx: Context) -> list[Finding]:
         if move := ctx.compare(work, work.rows([b])):
             return [ctx.finding("pad", _BESIDE, "pad keys", move)]
         if move := ctx.compare(work, work.unpadded_row(b)):
-            seen = f"{{where}} once the row is freed of its {int(pads[b])} PAD"
+            seen = f"{{where}} when its {int(pads[b])} PAD tokens are removed"
             return [ctx.finding("position", seen, "positions", move)]
     return []
 
@@ -62,65 +64,69 @@ def packed(ctx: Context) -> list[Finding]:
     later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
     later = [(b, d) for b, d in later if d > int(work.doc[b, first[b]])]
     require(later, "one document a row (no document_ids)")
+
+    def as_first(b: int, name: str, v: Tensor) -> Tensor:
+        """Numbered and placed like the first document of row b."""
+        moves = name in ("position_ids", "document_ids", "doc")
+        return v - v[:, :1] + own[name][b, first[b]] if moves else v
+
     for b, d in later[:3]:
-
-        def as_first(name: str, v: Tensor, b: int = b) -> Tensor:
-            """Numbered and placed like the first document of its row."""
-            moves = name in ("position_ids", "document_ids", "doc")
-            return v - v[:, :1] + own[name][b, first[b]] if moves else v
-
-        by_itself = work.rows([b]).cols(*span(work.doc[b] == d)).each(as_first)
-        if move := ctx.compare(work, by_itself):
+        document = work.rows([b]).cols(*span(work.doc[b] == d))
+        if move := ctx.compare(work, document.map_tensors(partial(as_first, b))):
             seen = f"row {{row}}: document {d} has other logits than by itself, by {{size}} at "
             return [ctx.finding("position", seen + "position {t}", "positions", move)]
     return []
 
 
 def decoding(ctx: Context) -> list[Finding]:
-    """Token by token with a cache, if the model takes one, must give the logits of one pass."""
+    """Token by token with a cache, if the model takes one, must give the logits of one pass.
+
+    The cache is one that `forward` returns, or one that `make_cache()` of the module or of its
+    `model` makes and `forward(input_ids, position_ids=, cache=)` extends in place.
+    """
     _require_clean(ctx)
-    names = list(inspect.signature(ctx.model.module.forward).parameters)
+    inner = getattr(ctx.model.module, "model", None)
+    model: Any = inner if hasattr(inner, "make_cache") else ctx.model.module
+    names = list(inspect.signature(model.forward).parameters)
     caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]
     require(caches, "the model's forward takes no cache")
     cache = "past_key_values" if "past_key_values" in caches else caches[0]
-    keys = {"use_cache": True} if "use_cache" in names else {}
-    row, model = ctx.work.unpadded_row(0).cols(0, 12), ctx.model.module
+    logits, row = partial(_logits, model, names, cache), ctx.work.unpadded_row(0).cols(0, 12)
+    width = row.ids.shape[1]
+    steps = [0, *range(width // 2, width + 1)]  # the first half in one pass
     ctx.model.sandbox.rewind(ctx.seed, False)
     with torch.no_grad():
         try:
-            whole = _logits(model(row.ids))
+            whole = logits(row.ids, [0, width])
         except (AttributeError, TypeError):
             raise UnexaminableError(_UNKNOWN_CACHE) from None
-        stepped = _stepped(model, row.ids, cache, keys)
+        stepped = logits(row.ids, steps)
         move = ctx.largest_move(row, stepped, whole, row.real, reshaped=True)
         if not move:
             return []
         t = int((row.slot[0] == move.slot).nonzero())
-        before = torch.zeros_like(row.real)
-        before[:, t - 1] = True
-        reach = moved(_stepped(model, row.swap(before, ctx.seed).ids, cache, keys), stepped)[0, t]
+        before = (torch.arange(width) == t - 1).to(row.real)[None]
+        reach = moved(logits(row.swap(before, ctx.seed).ids, steps), stepped)[0, t]
     seen = "decoding with the cache differs from one pass by {size} at position {t}"
     if float(reach) > 0.04 * ctx.bound(whole, row.real):
         return [ctx.finding("position", seen, "cache", move)]
-    seen += ", and does not see the token just before it"
-    return [ctx.finding("causal", seen, "cache", move)]
+    return [ctx.finding("causal", f"{seen}, and misses the token before it", "cache", move)]
 
 
-def _stepped(model: Any, ids: Tensor, cache: str, keys: dict[str, bool]) -> Tensor:
-    """Logits (1, T, V): the first half in one pass, the rest token by token with the cache."""
-    half = ids.shape[1] // 2
-    out = model(ids[:, :half], **keys)
-    steps = [_logits(out)]
-    for one in ids[:, half:].split(1, 1):
-        places = (get(out, (k,)) for k in (cache, "past_key_values", "cache", "presents", 1))
-        kept = next((c for c in places if c is not None), None)
-        require(kept is not None, _UNKNOWN_CACHE)
-        out = model(one, **{cache: kept}, **keys)
-        steps.append(_logits(out)[:, -1:])
+def _logits(model: Any, names: list[str], cache: str, ids: Tensor, edges: list[int]) -> Tensor:
+    """Logits (1, T, V) of ids (1, T): one call between each two `edges`, joined by the cache."""
+    make, steps = getattr(model, "make_cache", None), list[Tensor]()
+    given: dict[str, Any] = {"use_cache": True} if "use_cache" in names else {}
+    given |= {cache: make()} if make and len(edges) > 2 else {}
+    for start, stop in pairwise(edges):
+        require(given.get(cache, 0) is not None, _UNKNOWN_CACHE)
+        if make and "position_ids" in names:
+            given["position_ids"] = torch.arange(start, stop).to(ids)[None]
+        out = model(ids[:, start:stop], **given)
+        if not make:
+            keys = (cache, "past_key_values", "cache", "presents", 1)
+            given[cache] = next((c for k in keys if (c := get_path(out, (k,))) is not None), None)
+        hits = [t.float() for _, t in iter_tensors(out, 2) if t.ndim == 3 and t.is_floating_point()]
+        require(hits, _UNKNOWN_CACHE)
+        steps.append(hits[0][:, start - stop :])
     return torch.cat(steps, 1)
-
-
-def _logits(out: Any) -> Tensor:
-    hits = [t.float() for _, t in iter_tensors(out, 2) if t.ndim == 3 and t.is_floating_point()]
-    require(hits, _UNKNOWN_CACHE)
-    return hits[0]

@@ -6,17 +6,17 @@ They read `Readout`, in train mode and in eval mode where some losses take anoth
 import torch
 from torch import Tensor
 
-from causal_preflight.audit_batch import IGNORE, AuditBatch, UnexaminableError, require, shift_left
+from causal_preflight.batch import IGNORE, AuditBatch, UnexaminableError, require, shift_left
 from causal_preflight.context import Context, Move
 from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding
 
-_PAD_COUNTS = "{} counts though its target is PAD:"
+_PAD_COUNTS = "{} is trained though it or its target is PAD:"
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
 
 
 def alignment(ctx: Context) -> list[Finding]:
-    """Is every counted position trained on the next token of its own document, and none on PAD?"""
+    """Every counted position must be trained on the next token of its document, none on PAD."""
     found: dict[str, Finding] = {}
     counts = any(bool(ctx.readout(train).trained.any()) for train in (True, False))
     require(counts, "no position of the batch is trained on a target")
@@ -53,22 +53,22 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
         return _shifted(ctx, r, k, mode)
     label, is_next = batch.label_of_next, r.target == shift_left(batch.ids, -1)
     eos = _closing_eos(batch, r)
-    right = batch.has_target & (is_next | (r.target == label)) | eos
+    expected = batch.has_target & (is_next | (r.target == label)) | eos
     if batch.labels is not None and batch.labels_shifted:
-        # The label beyond the row is right, unless it comes from a `roll` or from flattened rows.
+        # The label beyond the row is expected, except from a `roll` or from flattened rows.
         last, first = batch.labels[:, -1], batch.ids[:, 0]
         rolled = torch.equal(last, first) or torch.equal(last, first.roll(-1))
-        right[:, -1] |= (r.target[:, -1] == last) & (not rolled)
+        expected[:, -1] |= (r.target[:, -1] == last) & (not rolled)
     # A target is PAD at PAD itself, at the last real token before PAD, or in the last column.
     pad = ~batch.real | (~shift_left(batch.real, True) & is_next)
     pad[:, -1] = batch.has_pad & (r.target[:, -1] == (batch.pad_id or 0))
     pad &= on & ~eos
     ignored = on & batch.has_target & (label == IGNORE)
-    wrong = on & ~pad & ~right
-    found = [_at(ctx, r, wrong, "shift", mode + "{} is trained on")] if bool(wrong.any()) else []
-    for hit, text in ((pad, _PAD_COUNTS), (ignored, "{} counts though its label is -100:")):
+    wrong = on & ~pad & ~expected
+    found = [_first(ctx, r, wrong, "shift", mode + "{} is trained on")] if wrong.any() else []
+    for hit, text in ((pad, _PAD_COUNTS), (ignored, "{} is trained though its label is -100:")):
         if bool(hit.any()):
-            return [*found, _at(ctx, r, hit, "pad", mode + text)]
+            return [*found, _first(ctx, r, hit, "pad", mode + text)]
     return found + _without_target(ctx, r, mode)
 
 
@@ -92,12 +92,12 @@ def _shifted(ctx: Context, r: Readout, k: int | None, mode: str) -> list[Finding
     }.get(k, f"position t is trained on token t {k or 0:+d}")
     known = on & batch.has_target & (r.target != batch.ids.roll(-1, 1))
     hit = known if bool(known.any()) else on
-    found = [_at(ctx, r, hit, "shift", f"{mode}{what}; {{}}:")]
+    found = [_first(ctx, r, hit, "shift", f"{mode}{what}; {{}}:")]
     # PAD must not be a target at that offset either.
     k = k or 0
     pad = on & ~batch.real.roll(-k, 1) & ~batch.real & (r.target == batch.ids.roll(-k, 1))
     pad[:, batch.ids.shape[1] - max(0, k) :] = False
-    return found + ([_at(ctx, r, pad, "pad", mode + _PAD_COUNTS)] if bool(pad.any()) else [])
+    return found + ([_first(ctx, r, pad, "pad", mode + _PAD_COUNTS)] if bool(pad.any()) else [])
 
 
 def _without_target(ctx: Context, r: Readout, mode: str) -> list[Finding]:
@@ -111,30 +111,26 @@ def _without_target(ctx: Context, r: Readout, mode: str) -> list[Finding]:
     if not bool(hit.any()):
         return []
     fraction = float(r.max_abs_grad[hit].sum() / r.max_abs_grad.sum())
-    seen = (
-        f"{mode}{int(hit.sum())} positions whose target is PAD move the loss without a target "
-        f"(label smoothing or a z-loss over PAD), with {fraction:.1%} of the gradient; first at "
-        "row {row}, position {t}"
-    )
+    seen = f"{mode}{int(hit.sum())} positions whose target is PAD move the loss without a target "
+    seen += f"(label smoothing or a z-loss over PAD), with {fraction:.1%} of the gradient; "
+    seen += "first at row {row}, position {t}"
     return [ctx.finding_at("pad", seen, "pad targets", hit, fraction)]
 
 
-def _at(ctx: Context, r: Readout, hit: Tensor, label: str, text: str) -> Finding:
+def _first(ctx: Context, r: Readout, hit: Tensor, label: str, text: str) -> Finding:
     """`text` with the first place put in, the tokens there, and how much of the loss it is."""
     b, t = hit.nonzero()[0].tolist()
     fraction = float(r.weight[hit].abs().sum() / r.weight.abs().sum().clamp_min(1e-300))
     ids = [*ctx.full.ids[b].tolist(), "the end of the row"]
-    seen = (
-        f"{text.format(f'row {b}, position {t}')} token {ids[t]} -> target {int(r.target[b, t])}, "
-        f"followed by {ids[t + 1]}; {int(hit.sum())} such positions hold {fraction:.1%} of the "
-        "loss's weight"
-    )
+    place = text.format(f"row {b}, position {t}")
+    seen = f"{place} token {ids[t]} -> target {int(r.target[b, t])}, followed by {ids[t + 1]}; "
+    seen += f"{int(hit.sum())} such positions hold {fraction:.1%} of the loss's weight"
     remedy = "targets" if label == "shift" else "pad targets"
     return ctx.finding_at(label, seen, remedy, hit, fraction)
 
 
 def ending(ctx: Context) -> list[Finding]:
-    """Is the token that ends a document ever a counted target?
+    """The token that ends a document must be a counted target somewhere in the batch.
 
     An end is every EOS; where it is unknown, the last real token before PAD or another document.
     """
@@ -170,7 +166,7 @@ def ending(ctx: Context) -> list[Finding]:
 
 
 def reduction(ctx: Context) -> list[Finding]:
-    """Are the weights of the tokens those of a mean or a sum? In doubt, a second batch tells.
+    """The token weights must be those of a mean or a sum; if unclear, a second batch decides.
 
     Accepted are the token mean (all 1/N), the sum (all one constant, whatever the batch) and the
     mean over rows, or documents, of means.
@@ -191,11 +187,9 @@ def reduction(ctx: Context) -> list[Finding]:
             return []
         seen = f"the loss is a mean over {r.pieces} calls of the model of each call's own mean"
         return [ctx.finding("reduction", seen, "divide", Move(r.pieces))]
-    seen = (
-        f"the weights of the tokens differ from {float(w.min()):.3g} to {float(w.max()):.3g} (sum "
-        f"{float(w.sum()):.3g}) and are no mean over rows either; heaviest at row {{row}}, "
-        "position {t}"
-    )
+    low, high, total = (f"{float(x):.3g}" for x in (w.min(), w.max(), w.sum()))
+    seen = f"the weights of the tokens differ from {low} to {high} (sum {total}) and are no mean "
+    seen += "over rows either; heaviest at row {row}, position {t}"
     size = float(w.max() / w.min().clamp_min(1e-300))
     return [ctx.finding_at("reduction", seen, "divide", on & (r.weight == w.max()), size)]
 
@@ -211,8 +205,8 @@ def _mean_of_means(r: Readout, doc: Tensor, tol: float) -> bool:
     for group in (row, row * (int(doc.max()) + 2) + doc):
         parts = [r.weight[r.trained & (group == g)] for g in group[r.trained].unique()]
         sums = torch.stack([w.sum() for w in parts])
-        even = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
-        if even and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(doc))):
+        uniform = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
+        if uniform and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(doc))):
             return True
     return False
 
@@ -239,22 +233,23 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
         return []  # a sum with a factor
     others = "something other than the counted targets, or twice"
     by, total = "all slots of the batch, PAD included" if slots else others, float(w.sum())
-    seen = (
-        f"the loss is divided by {by}: each of the {len(w)} counted tokens weighs "
+    seen = f"the loss is divided by {by}: each of the {len(w)} counted tokens weighs "
+    seen += (
         f"{float(w.mean()):.3g}, together {total:.3g} instead of 1; with {len(cut_w)} tokens of "
-        f"the same rows, {float(cut_w.mean()):.3g} each"
     )
+    seen += f"the same rows, {float(cut_w.mean()):.3g} each"
     return [ctx.finding("reduction", seen, "divide", Move(total))]
 
 
 def emptied(ctx: Context) -> list[Finding]:
-    """Does a row without any target make the loss NaN? Asked where labels leave out tokens."""
+    """A row without any target must not make the loss NaN; run if labels leave out tokens."""
     require("finite" not in ctx.explained, "the loss is not finite on the plain batch")
     batch, labels = ctx.work, ctx.work.labels
     left_out = batch.has_target & (batch.label_of_next == IGNORE)
     if labels is None or not bool(left_out.any()):
-        raise UnexaminableError("every real token has a target: no row can come to hold none")
-    empty = batch.put("labels", torch.cat([torch.full_like(labels[:1], IGNORE), labels[1:]]))
+        raise UnexaminableError("every real token has a target: no row can be without a target")
+    ignored = torch.full_like(labels[:1], IGNORE)
+    empty = batch.with_tensor("labels", torch.cat([ignored, labels[1:]]))
     for train in (True, False):
         loss = float(ctx.model.run(empty, train).detach())
         if not abs(loss) < float("inf"):
@@ -264,7 +259,7 @@ def emptied(ctx: Context) -> list[Finding]:
 
 
 def labels(ctx: Context) -> list[Finding]:
-    """For a loss that hands out no logits: perturb labels, and see what the loss depends on.
+    """For a loss without visible logits: perturb labels, and see what the loss depends on.
 
     A label changed from a to b changes the loss by w (z_b - z_a). If that moves with the input at
     the label's own position, the logits have seen their target; if not with the one before, shifted
@@ -279,7 +274,7 @@ def labels(ctx: Context) -> list[Finding]:
     b, t = index[len(index) // 2].tolist()  # its target is the token at t + 1
 
     def loss(edited: AuditBatch, labels: Tensor) -> float:
-        return float(ctx.model.run(edited.put("labels", labels)).detach())
+        return float(ctx.model.run(edited.with_tensor("labels", labels)).detach())
 
     def difference(*swapped: int) -> float:
         """Loss with one label minus loss with another, with these inputs of row b swapped."""

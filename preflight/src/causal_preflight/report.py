@@ -14,7 +14,7 @@ REMEDIES = {
     "divide": "sum the token losses and divide once, by the targets of all micro-batches and ranks",
     "clamp": "clamp each count that divides to at least 1, or skip rows without targets",
     "mask future": "mask keys j > i before the softmax (sdpa: True = may attend; nn.Transformer: "
-    "True = hidden); no norm, pooling or convolution may use later positions",
+    "True = masked out); no norm, pooling or convolution may use later positions",
     "rows": "no layer may mix rows: check batch_first, BatchNorm, and views that merge axes",
     "documents": "attend only where document_ids[i] == document_ids[j]; or pack without documents",
     "pad keys": "hide PAD keys from real queries; check what True means in the layer's mask",
@@ -40,7 +40,7 @@ class Faults(frozenset[str]):
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: one of LABELS, what was seen, how to mend it, and the probe that saw it.
+    """One fault: one of LABELS, what was seen, how to fix it, and the probe that saw it.
 
     `size` is in the unit that `seen` names; `row`, `position` and `token` say where.
     """
@@ -74,11 +74,12 @@ class Report:
 
     @property
     def faults(self) -> Faults:
+        """The labels of the findings."""
         return Faults(f.label for f in self.findings)
 
     @property
     def audited(self) -> bool:
-        """Was it seen what the loss trains? Without that, no other probe says anything."""
+        """Whether the targets could be determined; without them no other result is meaningful."""
         return bool(self.findings or {"alignment", "labels"} & set(self.passed))
 
     @property

@@ -38,7 +38,7 @@ class Sandbox:
     def rewind(self, seed: int, train: bool) -> None:
         """Same state, mode and seed for every run; calls `reset()` of modules that have one.
 
-        In train mode, what was found in eval mode, or overrides `train()` to stay there, stays so.
+        In train mode, eval-mode submodules of a model found in train mode stay in eval mode.
         """
         self._restore_state()
         root = self.modules[0]
@@ -79,7 +79,7 @@ class Sandbox:
 
     @contextmanager
     def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:
-        """Weights under which every path carries signal; the originals return at the end.
+        """Context: weights rescaled so that no path is (nearly) zero; restored on exit.
 
         Weights that are zero get noise, small matrices are scaled up to 1/sqrt(fan in); with larger
         ones scores would outgrow a correct mask of finite values. `add_noise` gives another draw.

@@ -1,6 +1,6 @@
 """Probes of visibility: swap tokens, and see which counted logits move.
 
-They compare real runs: a gradient is blind to routing, sorting and no_grad. Each is repeated in
+They compare real runs: a gradient is zero through routing, sorting and no_grad. Each is repeated in
 settings that catch what others miss: train mode, nothing padded, rescaled weights.
 """
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.audit_batch import AuditBatch, UnexaminableError, require
+from causal_preflight.batch import AuditBatch, UnexaminableError, require
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
 from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding
 
-_BLIND = 0.25  # fraction of blind trials from which it is no accident
+_UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
 
 
 class Setting(NamedTuple):
@@ -28,6 +28,7 @@ class Setting(NamedTuple):
 
 
 Leak = tuple[Setting, Tensor, Move]
+Change = Callable[[Context, Setting, Tensor], Tensor]
 
 
 def _swapped(ctx: Context, s: Setting, part: Tensor) -> Tensor:
@@ -35,11 +36,7 @@ def _swapped(ctx: Context, s: Setting, part: Tensor) -> Tensor:
     return ctx.model.observe(s.batch.swap(part, ctx.seed), s.train).logits
 
 
-def find_leak(
-    ctx: Context,
-    settings: Iterable[Setting],
-    changed: Callable[[Context, Setting, Tensor], Tensor] = _swapped,
-) -> Leak | None:
+def find_leak(ctx: Context, settings: Iterable[Setting], changed: Change = _swapped) -> Leak | None:
     """The first part whose change moves a counted logit outside of it."""
     watched = False
     for s in settings:
@@ -154,38 +151,38 @@ def documents(ctx: Context) -> list[Finding]:
 def context(ctx: Context) -> list[Finding]:
     """Swap one token: the logits at its own and at the next position must move.
 
-    A model whose logits depend on their own token only may be meant so (a bigram): it is called
-    blind only if a part of its weights, as queries and keys, can have no effect.
+    A model whose logits depend on their own token only may be meant so (a bigram): it is a
+    fault only if a part of its weights, as queries and keys, can have no effect.
     """
     require("finite" not in ctx.explained, "the logits are not finite")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
     with ctx.weights(True):
-        own, blind, older, move = _sight(ctx, ctx.work)
-        hidden = _hidden_by_padding(ctx) if blind >= _BLIND else None
-    if own >= 0.5 and blind < _BLIND:
+        own, unmoved, older, move = _dependence(ctx, ctx.work)
+        hidden = _hidden_by_padding(ctx) if unmoved >= _UNMOVED else None
+    if own >= 0.5 and unmoved < _UNMOVED:
         return []
     if hidden:
         ctx.explained.add("padding")
         return [ctx.finding("pad", hidden, "pad keys", move)]
-    if blind < _BLIND:  # blind to its own token: the inputs are shifted inside the model
+    if unmoved < _UNMOVED:  # own token without effect: inputs are shifted inside the model
         if offset_of(ctx.full, ctx.readout(True)) == 0:
             ctx.explained.add("shifted inputs")
             return []
         seen = "logits do not see the token at their own position: inputs are shifted as well"
         both = (("shift", "targets"), ("causal", "mask future"))
         return [ctx.finding(label, seen, remedy, move) for label, remedy in both]
-    if blind == 1 and not older and own >= 0.5 and not _dead_weights(ctx):
+    if unmoved == 1 and not older and own >= 0.5 and not _dead_weights(ctx):
         raise UnexaminableError("each logit depends on its own token only, and all weights act")
     ctx.explained.add("context")
-    seen = f"in {blind:.0%} of the trials a logit does not see the token just before it"
+    seen = f"in {unmoved:.0%} of the trials a logit does not see the token just before it"
     seen += ", though it sees older ones" if older else ""
     return [ctx.finding("causal", seen, "mask future", move)]
 
 
-def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
+def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
     """Fractions of trials (own logit moves, next one does not, any later one does), and where.
 
-    A blind one is tried again one position further, which may begin a block of attention.
+    If the next one does not, the position after it is tried: it may begin a block of attention.
     """
     base = ctx.model.observe(batch).logits
     bound = ctx.bound(base, batch.real) * 0.05
@@ -196,7 +193,7 @@ def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
     def reach(where: Tensor, seed: int) -> Tensor:
         return moved(ctx.model.observe(batch.swap(where, seed)).logits, base) > bound
 
-    tried = own = blind = older = last = 0
+    tried = own = unmoved = older = last = 0
     for i in range(3):
         one = torch.zeros_like(ok)
         for b, row in enumerate(ok):
@@ -212,26 +209,26 @@ def _sight(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
         same = batch.doc == (batch.doc * one).sum(1, keepdim=True)
         beyond = ((one | following).long().cumsum(1) == 2) & ~following
         tried, own = tried + int(one.sum()), own + int((one & seen).sum())
-        blind += int(unseen.sum())
+        unmoved += int(unseen.sum())
         older += int((seen & same & beyond).any(1).sum())
     require(tried, "no position with a swappable token before it")
-    return own / tried, blind / tried, older / tried, Move(blind / tried, last)
+    return own / tried, unmoved / tried, older / tried, Move(unmoved / tried, last)
 
 
 def _hidden_by_padding(ctx: Context) -> str | None:
-    """What is seen once attention_mask is inverted, or nothing is padded; None: still blind."""
+    """What is seen once attention_mask is inverted, or nothing is padded; None: neither helps."""
     work, mask = ctx.work, ctx.work.raw.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == work.ids.shape:
-        inverted = work.put("attention_mask", (1 - mask.long()).to(mask))
-        if _sight(ctx, inverted)[1] < _BLIND:
+        inverted = work.with_tensor("attention_mask", (1 - mask.long()).to(mask))
+        if _dependence(ctx, inverted)[1] < _UNMOVED:
             return "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
-    if work.has_pad and _sight(ctx, work.unpadded())[1] < _BLIND:
+    if work.has_pad and _dependence(ctx, work.unpadded())[1] < _UNMOVED:
         return "the past is hidden in padded batches, and seen with nothing padded"
     return None
 
 
 def _dead_weights(ctx: Context) -> bool:
-    """Can a third of a matrix, of a stack of matrices, or of all of one shape have no effect?
+    """Whether a third of a matrix, of a stack of matrices, or of all of one shape has no effect.
 
     Draws of weights differ in the expert that a token is sent to; parameters may share a matrix.
     """

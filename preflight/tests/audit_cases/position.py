@@ -68,3 +68,48 @@ def first(model: nn.Module, batch: Batch) -> Tensor:
 
 cached = add_right("cached", case(Cached, loss=first))
 add("position", cached, "cache_offset", case(CacheOff, loss=first))
+
+
+class Extended(Cached):
+    """Makes a cache of its own, a list of ids that it extends in place."""
+
+    def make_cache(self) -> list[Tensor]:
+        return []
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cache: list[Tensor] | None = None, **k: Any
+    ) -> Tensor:
+        seen = torch.cat(cache, 1) if cache else None
+        if cache is not None:
+            cache.append(input_ids)
+        return super().forward(input_ids, seen)[0]
+
+
+class ExtendedOff(Extended):
+    offset = 1
+
+
+class Wrapper(nn.Module):
+    """Its forward takes a batch and the cache of its model, as a LightningModule may."""
+
+    kind = Extended
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = self.kind()
+
+    def forward(self, batch: Batch, cache: Any = None) -> Tensor:
+        at = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        return self.model(batch["input_ids"], position_ids=at, cache=cache)
+
+
+class WrapperOff(Wrapper):
+    kind = ExtendedOff
+
+
+def of_batch(model: nn.Module, batch: Batch) -> Tensor:
+    return ce(model(batch), targets(batch))
+
+
+extended = add_right("extended", case(Wrapper, loss=of_batch))
+add("position", extended, "extended_offset", case(WrapperOff, loss=of_batch))

@@ -1,6 +1,6 @@
 """`AuditBatch`: a batch together with what is known of it, and the edits that probes make to it.
 
-Every edit (swap, cut, pad) keeps the tensors and the knowledge in step.
+Every edit (swap, cut, pad) updates the tensors and what is derived from them.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ IGNORE = -100
 
 
 class UnexaminableError(Exception):
-    """A probe has nothing to look at in this batch; the reason lands in `Report.skipped`."""
+    """This batch cannot be examined by the probe; `Report.skipped` gets the reason."""
 
 
 def require(condition: object, otherwise: str) -> None:
@@ -43,10 +43,12 @@ class AuditBatch:
 
     @property
     def ids(self) -> Tensor:
+        """(B, T) token ids."""
         return self.raw["input_ids"]
 
     @property
     def labels(self) -> Tensor | None:
+        """(B, T), or None where the batch has none."""
         return self.raw.get("labels")
 
     @cached_property
@@ -56,6 +58,7 @@ class AuditBatch:
 
     @cached_property
     def has_pad(self) -> bool:
+        """Whether any slot is PAD."""
         return not bool(self.real.all())
 
     @cached_property
@@ -119,21 +122,23 @@ class AuditBatch:
         last = self.real & (self.real.flip(1).long().cumsum(1).flip(1) == 1)
         return self.real & ~torch.isin(self.ids, self.special) | last
 
-    def each(self, edit: Callable[[str, Tensor], Tensor]) -> "AuditBatch":
+    def map_tensors(self, edit: Callable[[str, Tensor], Tensor]) -> "AuditBatch":
         """Apply `edit(name, tensor)` to every tensor of shape (B, ...), `doc` and `slot` too."""
         rows = len(self.ids)
-        raw = {
-            k: edit(k, v) if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
-            for k, v in self.raw.items()
-        }
-        return replace(self, raw=raw, doc=edit("doc", self.doc), slot=edit("slot", self.slot))
+        tensors = {k: v for k, v in self.raw.items() if isinstance(v, Tensor) and v.ndim}
+        edited = {k: edit(k, v) for k, v in tensors.items() if len(v) == rows}
+        return replace(
+            self, raw=self.raw | edited, doc=edit("doc", self.doc), slot=edit("slot", self.slot)
+        )
 
-    def put(self, name: str, value: Tensor) -> "AuditBatch":
+    def with_tensor(self, name: str, value: Tensor) -> "AuditBatch":
+        """The batch with another tensor in `raw`."""
         return replace(self, raw={**self.raw, name: value})
 
     def rows(self, index: Tensor | list[int]) -> "AuditBatch":
+        """The rows of these numbers, in this order; a row may be repeated."""
         index = torch.as_tensor(index, device=self.ids.device)
-        return self.each(lambda _, v: v[index])
+        return self.map_tensors(lambda _, v: v[index])
 
     def cols(self, start: int, stop: int) -> "AuditBatch":
         """Columns start to stop - 1."""
@@ -144,7 +149,7 @@ class AuditBatch:
             square = v.ndim > 2 and v.shape[-1] == v.shape[-2] == self.ids.shape[1]
             return v[..., start:stop, start:stop] if square else v
 
-        return self.each(cut)
+        return self.map_tensors(cut)
 
     def unpadded_row(self, b: int) -> "AuditBatch":
         """Row b alone, without its PAD; positions that counted every slot start at 0 again."""
@@ -152,7 +157,7 @@ class AuditBatch:
         row = self.rows([b]).cols(start, stop)
         position = row.raw.get("position_ids")
         if isinstance(position, Tensor) and start and int(position[0, 0]) == start:
-            return row.put("position_ids", position - start)
+            return row.with_tensor("position_ids", position - start)
         return row
 
     def unpadded(self) -> "AuditBatch":
@@ -168,7 +173,7 @@ class AuditBatch:
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(pool), self.ids.shape, generator=gen).to(self.ids.device)
         new = torch.where(pool[pick] == self.ids, pool[(pick + 1) % len(pool)], pool[pick])
-        return self.put("input_ids", torch.where(where & self.swappable, new, self.ids))
+        return self.with_tensor("input_ids", torch.where(where & self.swappable, new, self.ids))
 
     def pad(self, count: int, left: bool, like: "AuditBatch") -> "AuditBatch":
         """`count` more columns of PAD on one side, each a copy of a PAD slot of `like`."""
@@ -183,7 +188,7 @@ class AuditBatch:
             block = source[b, t].expand(len(v), count, *v.shape[2:])
             return torch.cat([block, v] if left else [v, block], 1)
 
-        return self.each(grow)
+        return self.map_tensors(grow)
 
 
 def shift_left(x: Tensor, fill: int | bool) -> Tensor:
