@@ -13,20 +13,17 @@ from causal_lm.data.sampler import DocumentSampler
 
 log = logging.getLogger(__name__)
 
-CHECKED_WINDOWS = 10_000
-"""Largest number of windows of a split that are checked for targets, where there are prompts."""
+CHECKED_WINDOWS = 10_000  # most windows of a split with prompts that are checked for targets
 
 
 class DataModule(L.LightningDataModule):
     """LightningDataModule that cuts, orders and batches the documents of a source.
 
     Args:
-        source: any object with ``load() -> Corpus`` (see
-            :class:`causal_lm.data.documents.Source`), or a callable that makes one from
+        source: a :class:`causal_lm.data.documents.Source`, or a callable that makes one from
             ``source_options``, such as ``path``.
         batch_size: windows (documents, or pieces of long ones) per micro-batch and rank.
-        max_length: tokens per row, BOS and EOS included; longer documents are cut into windows
-            (see :meth:`causal_lm.data.documents.Documents.windows`).
+        max_length: tokens per row, BOS and EOS included; longer documents are cut into windows.
         layout: ``padded``: one window per row. ``bucketed``: the same, with windows of similar
             length in a batch. ``packed``: several windows per row of up to ``max_length`` tokens.
         padding_side: ``right`` or ``left``.
@@ -34,8 +31,7 @@ class DataModule(L.LightningDataModule):
         shuffle: draw a new training order each epoch, from ``seed``.
         num_workers: processes that collate; 0 (the fastest for short rows) collates in this one.
 
-    Raises:
-        TypeError: ``source_options`` are given and ``source`` is not a callable.
+    Raises TypeError where ``source_options`` are given and ``source`` is not a callable.
     """
 
     def __init__(
@@ -56,8 +52,7 @@ class DataModule(L.LightningDataModule):
         self.corpus: Corpus | None = None
 
     def load(self) -> Corpus:
-        """Load the corpus once, without a trainer, and cut both splits into windows. Raises
-        ValueError where a split holds no document."""
+        """Load the corpus once and cut it into windows. Raises ValueError for an empty split."""
         if self.corpus is None:
             self.corpus = self.source.load()
             if self.pad_is_eos:

@@ -13,10 +13,8 @@ from torch.utils.data import Dataset
 
 from causal_lm.data.tokenizers import Tokenizer
 
-MAX_PREAD_VALUES = 2**20
-"""Largest number of values read by one ``os.pread``, which the kernel limits to 2 GiB."""
-CHUNK_DOCUMENTS = 2**20
-"""Documents whose lengths are computed at a time."""
+MAX_PREAD_VALUES = 2**20  # most values read by one ``os.pread``, which the kernel limits to 2 GiB
+CHUNK_DOCUMENTS = 2**20  # documents whose lengths are computed at a time
 
 
 class FileArray:
@@ -71,8 +69,7 @@ class Documents(Dataset[Document]):
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
-        """Documents from lists of token ids, BOS and EOS included. Raises ValueError where one has
-        fewer than two tokens, so nothing to predict."""
+        """Documents from ids with BOS and EOS. Raises ValueError for one of fewer than two ids."""
         arrays = [np.asarray(document, dtype=np.int32) for document in documents]
         for i, array in enumerate(arrays):
             if len(array) < 2:
@@ -99,8 +96,8 @@ class Documents(Dataset[Document]):
         dtype = torch.int32 if len(self.tokens) < 2**31 else torch.int64
         lengths = torch.empty(len(self), dtype=dtype)
         for start in range(0, len(self), CHUNK_DOCUMENTS):
-            offsets = self.offsets[start : start + CHUNK_DOCUMENTS + 1]
-            lengths[start : start + CHUNK_DOCUMENTS] = offsets.diff()
+            stop = start + CHUNK_DOCUMENTS
+            lengths[start:stop] = self.offsets[start : stop + 1].diff()
         return lengths
 
     def windows(self, max_length: int) -> "Documents":
@@ -171,5 +168,4 @@ class Corpus:
 class Source(Protocol):
     """Where documents come from: any object with ``load() -> Corpus``."""
 
-    def load(self) -> Corpus:
-        """Both splits and their tokenizer."""
+    def load(self) -> Corpus: ...

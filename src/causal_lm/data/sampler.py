@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-POOL_BATCHES = 100
-"""Batches within which documents are sorted by length."""
-CHUNK_INDICES = 2**16
-"""Indices that are turned into Python integers at a time."""
+POOL_BATCHES = 100  # batches within which documents are sorted by length
+CHUNK_INDICES = 2**16  # indices that are turned into Python integers at a time
 
 
 class DocumentSampler(Sampler[int]):
@@ -22,8 +20,7 @@ class DocumentSampler(Sampler[int]):
         size: number of documents.
         shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
         rank, world_size: this process takes every ``world_size``-th index, from ``rank`` on.
-        lengths: (size,) tokens of each document: batch those of similar length together (see
-            :func:`bucketed`); None: keep the drawn order.
+        lengths: (size,) tokens of each document: batch like ones together (:func:`bucketed`).
         batch_size: indices per batch and rank.
         batches_done: returns the number of batches that this rank has finished, over all epochs;
             called as each epoch starts, so that a resumed run continues where it stopped.

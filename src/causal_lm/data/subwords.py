@@ -17,12 +17,11 @@ from causal_lm import extras
 
 log = logging.getLogger(__name__)
 
-USUAL_NAMES = {
+USUAL_NAMES = {  # of special tokens by role, in the order in which they are tried
     "eos": ("<eos>", "</s>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
     "bos": ("<bos>", "<s>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
 }
-"""Role of a special token -> its usual names, in the order in which they are tried."""
 
 # Unicode white space, for a character class.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -36,18 +35,15 @@ WORD = re.compile(
 """Splits a text at a subset of GPT-2's split points, so that words can be cached. A word with a
 non-ASCII character extends to the next space, because Python's ``re`` has no ``\\p{L}``; the
 library splits it further."""
-MAX_CACHED_WORDS = 300_000
-"""Words whose ids are remembered."""
+MAX_CACHED_WORDS = 300_000  # words whose ids are remembered
 
 
 class SubwordTokenizer:
     """A tokenizer of the ``tokenizers`` library, made from its JSON and its special tokens' ids.
 
     Text never produces a special token: the string ``<eos>`` is encoded as ordinary tokens. PAD,
-    BOS and EOS may share one id, as in GPT-2.
-
-    Raises:
-        ValueError: a special token is also part of ordinary text.
+    BOS and EOS may share one id, as in GPT-2. Raises ValueError where a special token is also part
+    of ordinary text.
     """
 
     def __init__(self, json: str, pad: int, bos: int, eos: int) -> None:
@@ -76,10 +72,9 @@ class SubwordTokenizer:
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - len(USUAL_NAMES),
-            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
+            vocab_size=vocab_size - len(USUAL_NAMES), initial_alphabet=alphabet, show_progress=False
         )
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens(["<eos>", "<bos>", "<pad>"])
@@ -102,9 +97,7 @@ class SubwordTokenizer:
         ``names`` are of the roles ``pad``, ``bos`` and ``eos``. A name that the vocabulary lacks is
         added to it. A role without a name takes the first of its usual names that is in the
         vocabulary; otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
-
-        Raises:
-            ValueError: the vocabulary is empty, or a special token is also part of ordinary text.
+        Raises ValueError for an empty vocabulary, or a special token that is part of ordinary text.
         """
         backend = extras.load("tokenizers", "huggingface").Tokenizer.from_str(text)
         if not backend.get_vocab_size():
@@ -187,11 +180,9 @@ def _hide_special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     special = {token["content"] for token in added if token["special"]}
     needed = {part for merge in model.get("merges", ()) for part in (*merge, "".join(merge))}
     needed |= set(_byte_of_character() if _is_byte_level(settings) else ())
-    if special & needed:
-        raise ValueError(
-            f"special token {min(special & needed)!r} is part of ordinary text: choose another "
-            f"token in data.special_tokens, such as <eos>"
-        )
+    if clash := special & needed:
+        hint = "choose another token in data.special_tokens, such as <eos>"
+        raise ValueError(f"special token {min(clash)!r} is part of ordinary text: {hint}")
     new_names = {token: f"{token}{suffix}" for token in special}
     vocab: Any = model["vocab"]
     if isinstance(vocab, dict):
@@ -233,11 +224,6 @@ def _encodes_word_by_word(settings: dict[str, Any]) -> bool:
     """Whether the ids of a text are those of its words, one after the other, as for GPT-2."""
     pre, model = settings["pre_tokenizer"] or {}, settings["model"]
     byte_level = pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
-    return (
-        byte_level
-        and not pre["add_prefix_space"]
-        and settings["normalizer"] is None
-        and model["type"] == "BPE"
-        and not model.get("dropout")
-        and all(token["special"] for token in settings["added_tokens"])
-    )
+    unchanged = byte_level and not pre["add_prefix_space"] and settings["normalizer"] is None
+    is_bpe = model["type"] == "BPE" and not model.get("dropout")
+    return unchanged and is_bpe and all(token["special"] for token in settings["added_tokens"])

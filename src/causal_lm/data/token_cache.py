@@ -1,5 +1,4 @@
-"""Cache of tokenized corpora on disk, in folders that are written atomically and named by a hash of
-the data's identity, the split and the tokenizer."""
+"""Cache of tokenized corpora, in folders that are written atomically and named by a hash."""
 
 import contextlib
 import hashlib
@@ -17,10 +16,8 @@ from filelock import FileLock
 from causal_lm.data.documents import Documents, FileArray
 
 SPLITS = ("train", "val")
-ABOUT = "about.json"
-"""File of plain data about a corpus, among it the dtype of its tokens."""
-SAMPLE_BYTES = 1 << 16
-"""Bytes at either end of a file that are part of its identity."""
+ABOUT = "about.json"  # plain data about a corpus, among it the dtype of its tokens
+SAMPLE_BYTES = 1 << 16  # bytes at either end of a file that are part of its identity
 
 
 def default_folder() -> Path:

@@ -4,7 +4,7 @@ import collections
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -13,10 +13,9 @@ import numpy as np
 from causal_lm.data.token_cache import TokenizedChunk
 from causal_lm.data.tokenizers import TextTokenizer, from_state
 
-Segments = tuple[str, ...]
-"""A document's text: one segment, or a prompt and what follows it."""
-DocumentPart = tuple[Segments, bool]
-"""A whole document and True, or a part of a long one and whether it is the last."""
+Segments = tuple[str, ...]  # a document's text: one segment, or a prompt and what follows it
+DocumentPart = tuple[Segments, bool]  # a document, or a part of it, and whether it is the last
+Tokenize = functools.partial[TokenizedChunk]
 
 
 class Chunk(NamedTuple):
@@ -66,9 +65,6 @@ def tokenize(
         ids, lengths, loss_mask, is_val, chunk.ends_mid_document, hashes,
         sum(map(len, texts)), tokenizer.unknown(texts),
     )  # fmt: skip
-
-
-Tokenize = Callable[[Chunk], TokenizedChunk]
 
 
 def tokenize_chunks(

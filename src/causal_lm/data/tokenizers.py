@@ -1,5 +1,4 @@
-"""Text to token ids and back: tokenizers of bytes and of symbols. Their PAD, BOS and EOS are 0, 1
-and 2. (``subwords.py`` has the tokenizers of the ``tokenizers`` library.)"""
+"""Text to token ids and back, by bytes or by symbols (``subwords.py`` has the other tokenizers)."""
 
 import string
 from collections import Counter
@@ -109,8 +108,7 @@ class SymbolTokenizer:
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer whose :meth:`Tokenizer.state` is ``state``. Raises ValueError for an unknown
-    name."""
+    """The tokenizer of a :meth:`Tokenizer.state`. Raises ValueError for an unknown name."""
     classes = {"bytes": ByteTokenizer, "symbols": SymbolTokenizer, "subwords": SubwordTokenizer}
     name = state["name"]
     if name not in classes:

@@ -23,17 +23,11 @@ from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 
 log = logging.getLogger(__name__)
 
-CHUNK_CHARACTERS = 1 << 20
-"""Characters that are tokenized at a time."""
-BPE_TRAINING_BYTES = 16 << 20
-"""Bytes of text that a BPE is trained on, spread evenly over the training documents."""
-SINGLE_PROCESS_BYTES = 16 << 20
-"""Bytes of a corpus below which one process tokenizes: starting more takes a second. A corpus
-of byte tokens is always tokenized by one, because sending text costs more than encoding it."""
-EXAMPLES = 8
-"""Characters that are named where a tokenizer's vocabulary lacks some."""
-FORMAT = 2
-"""Version of the cached files and of how text is cut; older caches are not read."""
+CHUNK_CHARACTERS = 1 << 20  # characters that are tokenized at a time
+BPE_TRAINING_BYTES = 16 << 20  # of a BPE's training text, spread evenly over the training documents
+SINGLE_PROCESS_BYTES = 16 << 20  # below which one process tokenizes: starting more takes a second
+EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks some
+FORMAT = 2  # version of the cached files and of how text is cut; older caches are not read
 
 
 @dataclass(kw_only=True)
@@ -52,13 +46,11 @@ class TextSource(abc.ABC):
     num_proc: int | None = None  # processes that tokenize; None: one per core
     max_overlap: float = 0.5  # fraction of separate validation documents that may be in training
 
-    has_separate_val = False
-    """Whether :meth:`parts` gives the validation documents on their own; they must come first."""
+    has_separate_val = False  # whether :meth:`parts` gives validation documents apart, and first
 
     def __post_init__(self) -> None:
         self.num_proc = self.num_proc or os.cpu_count() or 1
-        self.skipped: Counter[str] = Counter()
-        """Number of skipped documents by kind, such as ``blank lines``; :meth:`parts` counts."""
+        self.skipped = Counter[str]()  # documents by kind ("blank lines"), which ``parts`` counts
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -126,6 +118,7 @@ class TextSource(abc.ABC):
         tokenizer = self._train_bpe() if self.tokenizer == "bpe" else self._given_tokenizer
         state, size = tokenizer.state(), self.size()
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
+        # Sending text to another process costs more than encoding it as bytes.
         single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
         processes = 1 if single else self.num_proc or 1
         options = {"val_fraction": self.val_share, "keep_hashes": self.has_separate_val}

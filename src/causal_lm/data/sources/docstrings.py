@@ -15,6 +15,7 @@ from causal_lm.data.tokenize_corpus import DocumentPart
 
 log = logging.getLogger(__name__)
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
@@ -32,10 +33,8 @@ def docstrings(root: Path) -> Iterator[str]:
         except (SyntaxError, ValueError):  # the standard library has a few broken test files
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = (ast.get_docstring(node) or "").strip()
-                if text:
-                    yield text
+            if isinstance(node, DOCUMENTED) and (text := (ast.get_docstring(node) or "").strip()):
+                yield text
 
 
 @dataclass(kw_only=True)

@@ -15,18 +15,15 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("txt", "jsonl", "json", "csv", "parquet")
 COMPRESSIONS = (".gz", ".zst")
-COMPRESSION_RATIO = 4
-"""Bytes of text per byte of a compressed file, roughly."""
-BLOCK_BYTES = 1 << 20
-"""Bytes that are read from a file at a time."""
+COMPRESSION_RATIO = 4  # bytes of text per byte of a compressed file, roughly
+BLOCK_BYTES = 1 << 20  # bytes that are read from a file at a time
 
 
 def find_files(pattern: str, key: str, any_format: bool = False) -> list[Path]:
     """The files of a path, a folder or a glob, sorted; messages name the configuration ``key``.
 
-    A file that is named itself is always taken. In a folder or a glob, hidden files and (unless
-    ``any_format``) files of other formats are left out, with a warning. FileNotFoundError is raised
-    where no file is left.
+    In a folder or a glob, hidden files and (unless ``any_format``) files of other formats are left
+    out, with a warning. Raises FileNotFoundError where no file is left.
     """
     root = Path(pattern).expanduser()
     if root.is_file():
@@ -73,8 +70,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The decompressed bytes of a file, :data:`BLOCK_BYTES` at a time. Raises ValueError where it
-    cannot be decompressed."""
+    """The decompressed bytes of a file in blocks; ValueError where it cannot be decompressed."""
     with open_bytes(path) as file:
         try:
             while block := file.read(BLOCK_BYTES):

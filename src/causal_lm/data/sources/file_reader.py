@@ -14,10 +14,8 @@ from causal_lm.data.sources import file_io
 from causal_lm.data.sources.base import TextSource
 from causal_lm.data.tokenize_corpus import DocumentPart, Segments
 
-MAX_UNIT_BYTES = 16 << 20
-"""Largest line, paragraph or record; longer ones are bad input, as in files without line breaks."""
-RawUnits = Iterator[tuple[int, bytes]]
-"""Lines or paragraphs, each with the number of its first line."""
+MAX_UNIT_BYTES = 16 << 20  # largest line, paragraph or record; longer ones are bad input
+RawUnits = Iterator[tuple[int, bytes]]  # lines or paragraphs, each with its first line's number
 
 
 @dataclass(kw_only=True)
@@ -26,8 +24,7 @@ class FileReader(TextSource):
 
     Bad input is an empty file, bytes that are not UTF-8, a line of more than 16 MiB, or a record
     that is not JSON or lacks the field. It raises ValueError, or with ``on_error="skip"`` the file,
-    line or record is skipped and counted. Blank ones are always skipped and counted. Files that end
-    in .gz or .zst are decompressed.
+    line or record is skipped and counted. Blank ones are always skipped and counted.
     """
 
     format: str | None = None  # of FORMATS; None: by suffix, txt if that is unknown
@@ -36,8 +33,7 @@ class FileReader(TextSource):
     prompt_field: str | None = None  # the same of a prompt, which precedes it and is no target
     on_error: str = "raise"  # or skip
 
-    TXT_UNIT = "file"
-    """Unit of txt where ``unit`` is None."""
+    TXT_UNIT = "file"  # of txt where ``unit`` is None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,7 +139,6 @@ class FileReader(TextSource):
                 self._reject(f"{units} that are not UTF-8", f"{path}, {_where(error, number)}")
 
     def _file_rows(self, path: Path) -> Iterator[tuple[str, Any]]:
-        """The records of a file, each with where it is."""
         name = self.format_of(path)
         if name == "json" and not next(_raw_lines(path), (1, b""))[1].lstrip().startswith(b"["):
             name = "jsonl"
@@ -161,9 +156,8 @@ class FileReader(TextSource):
                 self._reject("records that are not JSON", f"{path}, line {number}: {error}")
 
     def _json_array(self, path: Path) -> Iterator[tuple[str, Any]]:
-        """An array of records, which is read as a whole."""
         try:
-            records = json.loads(b"".join(file_io.read_blocks(path)))
+            records = json.loads(b"".join(file_io.read_blocks(path)))  # read as a whole
         except (ValueError, RecursionError) as error:
             return self._reject("files that are not JSON", f"{path}: {error}")
         yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, start=1))

@@ -12,8 +12,7 @@ from causal_lm.data.sources.file_reader import FileReader, arrow_rows
 from causal_lm.data.token_cache import file_identity
 from causal_lm.data.tokenize_corpus import DocumentPart
 
-BATCH_ROWS = 256
-"""Rows that are taken from a data set's memory map at a time."""
+BATCH_ROWS = 256  # rows that are taken from a data set's memory map at a time
 
 
 @dataclass(kw_only=True)

@@ -32,14 +32,12 @@ class MarkovLanguage:
             others = others + (others >= symbol)  # never itself
             weights = torch.rand(successors, generator=generator, dtype=torch.float64) + 0.1
             transitions[first + symbol, first + others] = weights / weights.sum()
-        self.transitions = transitions
-        """(V, V) probability of the next symbol, given that the document goes on."""
+        self.transitions = transitions  # probability of the next symbol, where the document goes on
 
     def sample(self, count: int, generator: torch.Generator) -> Documents:
         """Draw ``count`` complete documents at once, symbol by symbol."""
-        columns = [torch.full((count,), BOS)]
+        columns, lengths = [torch.full((count,), BOS)], torch.full((count,), 2)
         unfinished = torch.ones(count, dtype=torch.bool)
-        lengths = torch.full((count,), 2)
         for _ in range(self.max_symbols):
             probabilities = self.transitions[columns[-1][unfinished]]
             symbol = torch.full((count,), EOS)
@@ -53,15 +51,12 @@ class MarkovLanguage:
         return Documents(tokens, F.pad(lengths.cumsum(0), (1, 0)))
 
     def nll(self, documents: Documents) -> tuple[float, int]:
-        """Sum of the true negative log-likelihood in nats, and number of targets. Their quotient is
-        the lowest expected loss on these documents, exactly."""
+        """Sum of the true negative log-likelihood in nats, and number of targets."""
         tokens, starts = documents.tokens[:].long(), documents.offsets[:-1]
-        is_target = torch.ones(len(tokens), dtype=torch.bool)
-        is_target[starts] = False  # BOS is given
-        previous, following = tokens[:-1][is_target[1:]], tokens[1:][is_target[1:]]
-        # Symbols up to the token before each target: none at BOS.
-        symbols = torch.arange(len(tokens)) - starts.repeat_interleave(documents.lengths)
-        symbols = symbols[:-1][is_target[1:]]
+        positions = torch.arange(len(tokens)) - starts.repeat_interleave(documents.lengths)
+        is_target = positions[1:] > 0  # BOS is given
+        previous, following = tokens[:-1][is_target], tokens[1:][is_target]
+        symbols = positions[:-1][is_target]  # up to the token before each target: none at BOS
         p_end = torch.full(symbols.shape, self.p_end, dtype=torch.float64)
         p_end[symbols == 0], p_end[symbols == self.max_symbols] = 0.0, 1.0
         p_symbol = (1 - p_end) * self.transitions[previous, following]
@@ -69,7 +64,6 @@ class MarkovLanguage:
         return float(-probability.log().sum()), len(following)
 
     def legal(self, previous: Tensor, following: Tensor) -> Tensor:
-        """bool, elementwise: ``following`` has nonzero probability after ``previous``."""
         is_possible = self.transitions.to(previous.device)[previous, following] > 0
         return torch.where(following == EOS, previous >= len(SPECIAL), is_possible)
 
@@ -92,7 +86,6 @@ class SyntheticLanguage:
     copies_after: int = 0  # number of unrepeated training documents that come first
 
     def load(self) -> Corpus:
-        """Draw both splits."""
         sizes = (self.train_documents, self.val_documents)
         generators = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(2)]
         tokenizer, language = SymbolTokenizer(self.symbols), self._language(copies=1)
@@ -110,7 +103,6 @@ class SyntheticLanguage:
         return MarkovLanguage(self.symbols, self.successors, self.mean, longest, self.seed)
 
     def _sample_repeated(self, size: int, generator: torch.Generator) -> Documents:
-        """Documents ``BOS s s … s EOS``, ``s`` being a sequence of symbols."""
         documents = self._language(self.copies).sample(size, generator)
         lists = (documents[i].tokens.tolist() for i in range(size))
         return Documents.from_lists([bos, *s * self.copies, eos] for bos, *s, eos in lists)

@@ -38,8 +38,7 @@ class TextFiles(FileReader):
         val = find(self.val_path, "data.val_path") if self.val_path else []
         for path in train + val:
             self.check(path)
-        both = {p.resolve() for p in train} & {p.resolve() for p in val}
-        if both:
+        if both := {p.resolve() for p in train} & {p.resolve() for p in val}:
             raise ValueError(f"{min(both)} is in data.path and in data.val_path")
         return train, val
 
@@ -63,8 +62,7 @@ class TextFiles(FileReader):
 
 
 def _start_of_last_part(path: Path, fraction: float) -> int:
-    """The byte at which about the last ``fraction`` of a file begins: at the start of a line,
-    or of a UTF-8 character if no line ends nearby."""
+    """The start of a line, or else of a UTF-8 character, after which about ``fraction`` is left."""
     compressed = path.suffix.lower() in file_io.COMPRESSIONS
     size = sum(map(len, file_io.read_blocks(path))) if compressed else path.stat().st_size
     cut = int(size * (1 - fraction))
