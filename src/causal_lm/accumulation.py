@@ -1,7 +1,6 @@
 """What one optimizer step sums over micro-batches and ranks, and divides once.
 
-Lightning averages over micro-batches and DDP over ranks, whatever number of targets each holds.
-With a mean loss per micro-batch, the weight of a token would depend on its micro-batch. Here each
+Lightning averages over micro-batches and DDP over ranks, however few targets each holds. Here each
 micro-batch contributes its *sum* of weighted token losses, and the gradients are divided once,
 before clipping, by the denominator of the whole step.
 """
@@ -59,10 +58,8 @@ class StepAccumulator:
 def divide_gradients(
     parameters: Iterable[torch.nn.Parameter], denominator: float, world_size: int, scale: float
 ) -> None:
-    """Turn gradients of ``scale * sum`` into gradients of ``sum / denominator``, in place.
-
-    DDP averages gradients over the ranks; multiplying by ``world_size`` gives their sum.
-    """
+    """Turn gradients of ``scale * sum`` into gradients of ``sum / denominator``, in place. (DDP has
+    divided them by ``world_size``.)"""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, world_size / (denominator * scale))
 

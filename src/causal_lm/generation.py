@@ -46,10 +46,8 @@ def sample(
     """
     if not temperature >= 0:  # NaN too
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
-    if not 0 < prompt.shape[1] <= length:
-        raise ValueError(
-            f"a prompt of {prompt.shape[1]} tokens cannot grow to a length of {length}"
-        )
+    if not 0 < (size := prompt.shape[1]) <= length:
+        raise ValueError(f"a prompt of {size} tokens cannot grow to a length of {length}")
     cache = model.make_cache() if hasattr(model, "make_cache") else None
     ids, cached = prompt, 0
     while ids.shape[1] < length:
@@ -73,9 +71,7 @@ def sample_in_batches(
     module: Any, prompts: Tensor, length: int, *, seed: int, batch_size: int, **options: Any
 ) -> Tensor:
     """:func:`sample` from ``prompts`` (N, P), ``batch_size`` rows at a time: (N, length), on CPU.
-
-    The global random state is not used: the same weights and ``seed`` give the same samples.
-    """
+    The same weights and ``seed`` give the same samples, whatever the global random state."""
     options["generator"] = torch.Generator().manual_seed(seed)
     parts = prompts.to(module.device).split(batch_size)
     return torch.cat([sample(module, part, length, **options).cpu() for part in parts])

@@ -14,9 +14,8 @@ A row of two documents ``a a b b`` and one PAD slot (x = may attend; rows are qu
         b     x x
         .         x
 
-One rule: query t may attend to key s if s <= t and both belong to the same document; PAD counts as
-a document of its own (id -1). The diagonal is always True, so no row is empty and no softmax is
-NaN. The rule covers padding on either side and several documents per row.
+One rule, for padding on either side and packed rows: query t may attend to key s if s <= t and both
+belong to the same document; PAD counts as one (id -1). The diagonal is True: no softmax is NaN.
 """
 
 from collections.abc import Callable

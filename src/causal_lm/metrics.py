@@ -34,9 +34,8 @@ class TokenPerplexity(Metric):
         """token_bytes: (V,) UTF-8 bytes of each token, 0 for special ones; None where tokens are
         not text (bits per byte is then NaN)."""
         super().__init__()
-        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name, dtype in ("nats", torch.float64), ("tokens", torch.int64), ("bytes", torch.int64):
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.token_bytes = token_bytes
 
     def update(self, nll: Tensor, labels: Tensor) -> None:
@@ -51,10 +50,8 @@ class TokenPerplexity(Metric):
             self.bytes += self.token_bytes[labels[counted]].sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """``loss`` in nats per token, ``ppl`` = exp(loss), ``bpb`` in bits per UTF-8 byte.
-
-        Bits per byte divides *all* nats, those of EOS included, by the bytes of the text.
-        """
+        """``loss`` in nats per token, ``ppl`` = exp(loss), ``bpb`` in bits per UTF-8 byte: *all*
+        nats, those of EOS included, over the bytes of the text."""
         loss = self.nats / self.tokens
         bpb = self.nats / math.log(2) / self.bytes if self.bytes > 0 else loss * math.nan
         return {"loss": loss, "ppl": loss.exp(), "bpb": bpb}

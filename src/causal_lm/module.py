@@ -27,16 +27,14 @@ from causal_lm.schema import is_float16
 
 log = logging.getLogger(__name__)
 TRAINING_STATE = "causal_lm_training"  # key of a checkpoint, see CausalLM.on_save_checkpoint
-FP16_GRAD_SCALE = 2.0**-10
-"""Scale of the summed loss under float16, whose largest value is 65,504."""
+FP16_GRAD_SCALE = 2.0**-10  # of the summed loss under float16, whose largest value is 65,504
 
 
 class CausalLM(L.LightningModule):
     """Trains a causal language model to predict the next token of each document.
 
-    Training uses :meth:`training_labels` and :meth:`training_mask`; evaluation uses the labels and
-    the mask of the batch itself. Overriding the first two changes training only (see
-    ``pitfalls.py``).
+    Training uses :meth:`training_labels` and :meth:`training_mask`, which can be overridden (see
+    ``pitfalls.py``); evaluation always uses the labels and the mask of the batch itself.
 
     ``optimizer`` makes one from parameter groups, and ``scheduler`` a factor of the learning rate
     from the number of steps (see ``optim/``). Both are None if the module is only evaluated.
@@ -63,10 +61,8 @@ class CausalLM(L.LightningModule):
         if model.lm_head is not None and model.lm_head.bias is not None:
             raise ValueError(f"{name}: lm_head has a bias; set it to None and override forward")
         if self.loss_config.chunk_tokens and model.lm_head is None:
-            raise ValueError(
-                f"{name} has no lm_head, so its loss cannot be computed in chunks: set "
-                f"loss.chunk_tokens=null"
-            )
+            reason = "has no lm_head, so its loss cannot be computed in chunks"
+            raise ValueError(f"{name} {reason}: set loss.chunk_tokens=null")
         self.model, self.make_optimizer, self.make_scheduler = model, optimizer, scheduler
         self.val_metric, self.train_objective_metric = TokenPerplexity(token_bytes), MeanMetric()
         self.guard, self.accumulator = nonfinite or NonFiniteGuard(), StepAccumulator()
@@ -132,7 +128,7 @@ class CausalLM(L.LightningModule):
             self.step_loss = None
             self.log("train/skipped", float(self.guard.skipped))
             return
-        self.guard.accept_step()
+        self.guard.in_a_row = 0
         if self.step_loss is not None:
             self.log("train/loss", self.step_loss)
         if gradient_clip_val is not None:

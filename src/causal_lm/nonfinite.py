@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from causal_lm.accumulation import MicroBatch
 from causal_lm.data.sampler import DocumentSampler
@@ -46,16 +45,10 @@ class NonFiniteGuard:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         log.warning(f"step {step} is skipped ({self.in_a_row} in a row): {cause} is not finite")
 
-    def accept_step(self) -> None:
-        """Reset the count of skipped steps in a row."""
-        self.in_a_row = 0
-
 
 def describe_nonfinite(module: Any, micro_batches: Sequence[MicroBatch]) -> str:
-    """Name what is not finite and where it began (batch, layer); the same text on every rank.
-
-    To be called after the backward pass, with this rank's micro-batches of the step.
-    """
+    """Name what is not finite and where it began (batch, layer); the same text on every rank. To be
+    called after the backward pass, with this rank's micro-batches of the step."""
     world_size = module.trainer.world_size
     nonfinite_batch = next((m for m in micro_batches if not m.sums.isfinite().all()), None)
     loss = _describe_loss(module, nonfinite_batch) if nonfinite_batch else None
@@ -92,7 +85,11 @@ def first_nonfinite_layer(model: nn.Module, forward: Callable[[], Any]) -> str |
     found: list[str] = []
 
     def check(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        parts = [output]
+        for part in parts:  # the list grows while it is read: nested outputs are reached too
+            if isinstance(part, Mapping | list | tuple):
+                parts += part.values() if isinstance(part, Mapping) else part
+        tensors = [part for part in parts if isinstance(part, Tensor)]
         if not found and not all(x.isfinite().all() for x in tensors):
             found.append(name)
 
@@ -123,10 +120,8 @@ def nonfinite_layers(model: nn.Module) -> list[str]:
 
 
 def dataset_indices(trainer: Any, batch_idx: int) -> list[int]:
-    """Indices in the training set of the windows in this rank's batch ``batch_idx`` of the epoch.
-
-    Empty if the sampler is not a ``DocumentSampler``.
-    """
+    """Indices in the training set of the windows in this rank's batch ``batch_idx`` of the epoch;
+    empty if the sampler is not a ``DocumentSampler``."""
     loader, loop = trainer.train_dataloader, trainer.fit_loop
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DocumentSampler):

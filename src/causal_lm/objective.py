@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-"""Label of a position without a counted target (the default ``ignore_index`` of torch)."""
+IGNORE = -100  # label of a position without a counted target (torch's default ``ignore_index``)
 REDUCTIONS = ("token", "sequence", "padded")
 
 
@@ -68,10 +67,8 @@ def make_labels(input_ids: Tensor, document_ids: Tensor, loss_mask: Tensor | Non
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each label, in nats, float32; 0 where the label is IGNORE.
-
-    logits (B, T, V), labels (B, T) -> (B, T). Computed in float32 whatever the logits' dtype.
-    """
+    """Negative log-likelihood of each label, in nats and float32; 0 where the label is IGNORE.
+    logits (B, T, V), labels (B, T) -> (B, T)."""
     flat = logits.flatten(0, -2).float()  # (B T, V)
     nll = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="none")
     return nll.view_as(labels)
@@ -105,9 +102,7 @@ def token_weights(
 
 
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weight * nll over the counted labels, a scalar, in nats.
-
-    logits (B, T, V), labels and weights (B, T).
+    """Sum of weight * nll in nats; logits (B, T, V), labels and weights (B, T) -> scalar.
 
     >>> logits = torch.zeros(1, 3, 4)  # uniform over four tokens: ln 4 each
     >>> weighted_nll(logits, torch.tensor([[1, 2, IGNORE]]), torch.tensor([[1.0, 0.5, 1.0]]))
@@ -121,13 +116,11 @@ def chunked_nll(
 ) -> Tensor:
     """:func:`weighted_nll` of the logits ``hidden @ head.T``, computed a chunk at a time.
 
-    Positions without a counted label are dropped before the projection. The rest are processed in
-    chunks, each with its logits, loss and gradients, so that peak memory is ``chunk_tokens`` rows
-    of logits. The logits of a chunk have the dtype that autocast would give them; loss and softmax
-    are float32 (Cut Your Losses, https://arxiv.org/abs/2411.09009).
+    Loss and gradients of a chunk are computed together, so peak memory is ``chunk_tokens`` rows of
+    logits; positions without a label are dropped before (Cut Your Losses,
+    https://arxiv.org/abs/2411.09009). Logits have autocast's dtype, loss and softmax are float32.
 
-    hidden (B, T, C), head (V, C), labels and weights (B, T) -> scalar, in nats. It can be
-    differentiated once.
+    hidden (B, T, C), head (V, C), labels and weights (B, T) -> scalar; differentiable once.
     """
     counted = labels != IGNORE
     return _ChunkedNLL.apply(hidden[counted], head, labels[counted], weights[counted], chunk_tokens)

@@ -17,10 +17,8 @@ from causal_lm.objective import IGNORE
 
 
 class Pitfall(CausalLM):
-    """Base of the pitfalls: splits ``training_labels`` into :meth:`targets` and :meth:`has_target`.
-
-    Validation also logs the training objective, as ``val/loss_as_trained``.
-    """
+    """Base of the pitfalls: splits ``training_labels`` into :meth:`targets` and :meth:`has_target`,
+    and logs the training objective in validation, as ``val/loss_as_trained``."""
 
     label: str  # of the fault in the preflight's report
     pad_id: int
@@ -41,9 +39,6 @@ class Pitfall(CausalLM):
         return self.targets(batch).masked_fill(~self.has_target(batch), IGNORE)
 
 
-# ---- which token is the target ----
-
-
 class UnshiftedLabels(Pitfall, label="shift"):
     """Each position is trained on its own input: the model learns to copy; the loss goes to 0."""
 
@@ -58,9 +53,6 @@ class ShiftedTwice(Pitfall, label="shift"):
         next_has_target = objective.shift_left(self.has_target(batch).long()) == 1
         twice = objective.shift_left(objective.shift_left(batch.input_ids))
         return twice.where(next_has_target, IGNORE)
-
-
-# ---- which targets count ----
 
 
 class PadInLoss(Pitfall, label="pad"):
@@ -92,9 +84,6 @@ class LabelCrossesDocuments(Pitfall, label="shift"):
         return objective.has_target(_merge_documents(batch), batch.loss_mask)
 
 
-# ---- which positions attend to which ----
-
-
 class NoCausalMask(Pitfall, label="causal"):
     """Every position attends to its whole document, including its target."""
 
@@ -103,10 +92,8 @@ class NoCausalMask(Pitfall, label="causal"):
 
 
 class InvertedMask(Pitfall, label="causal"):
-    """True means "masked out": a position attends only to later tokens and other documents.
-
-    A position without any key attends to itself, since a softmax over no key is NaN.
-    """
+    """True means "masked out": a position attends only to later tokens and other documents, or to
+    itself if there are none (a softmax over no key is NaN)."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         inverted = batch.attention_mask.to_masked_out()
@@ -119,8 +106,7 @@ class PaddingAttended(Pitfall, label="pad"):
     """PAD is a valid key. With left padding every token attends to it."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
-        pad = (batch.document_ids < 0)[:, None, :]
-        allowed = masks.same_document(batch.document_ids) | pad
+        allowed = masks.same_document(batch.document_ids) | (batch.document_ids < 0)[:, None, :]
         return batch.attention_mask.with_dense(allowed.tril())
 
 
@@ -136,9 +122,6 @@ def _merge_documents(batch: Batch) -> Tensor:
     return (batch.document_ids >= 0).long() - 1
 
 
-# ---- how the losses are reduced ----
-
-
 class MaskAfterMean(Pitfall, label="pad"):
     """The mask is multiplied with the mean over every slot, a scalar, and so has no effect."""
 
@@ -150,10 +133,8 @@ class MaskAfterMean(Pitfall, label="pad"):
 
 
 class MeanOfMeans(Pitfall, label="reduction"):
-    """Each micro-batch and rank has the same weight, however few targets it holds.
-
-    Lightning does this to a mean over tokens under accumulation, and DDP does it across ranks.
-    """
+    """Each micro-batch and rank has the same weight, however few targets it holds, as Lightning and
+    DDP do with a mean over tokens."""
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         nats, denominator = super().loss_terms(batch)
@@ -177,9 +158,7 @@ PITFALLS: dict[str, type[Pitfall]] = {
 
 
 def pitfall_module(enabled: Mapping[str, bool], pad_id: int) -> type[CausalLM]:
-    """The module class with the enabled pitfalls.
-
-    If two override the same method, the later one in :data:`PITFALLS` is used.
-    """
+    """The module class with the enabled pitfalls. If two override the same method, the later one in
+    :data:`PITFALLS` is used."""
     chosen = tuple(cls for name, cls in reversed(PITFALLS.items()) if enabled.get(name))
     return type("Pitfall" + "".join(c.__name__ for c in chosen), chosen, {"pad_id": pad_id})

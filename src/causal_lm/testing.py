@@ -31,10 +31,8 @@ ROW_LENGTH = 16  # slots of a packed row
 
 
 class ModelContract:
-    """Tests that a model must pass, on documents of up to 12 tokens in rows of up to 16.
-
-    Define :meth:`make_model`; override the attributes where needed.
-    """
+    """Tests that a model must pass, on documents of up to 12 tokens in rows of up to 16. Define
+    :meth:`make_model`; override the attributes where needed."""
 
     vocab_size = 19
     lengths = (5, 3, 12, 7, 4)  # tokens of each test document, BOS and EOS counted
@@ -45,8 +43,6 @@ class ModelContract:
     def make_model(self) -> CausalModel:
         """A new, small model with :attr:`vocab_size` tokens. Called after seeding."""
         raise NotImplementedError
-
-    # ---- helpers ----
 
     def model(self) -> Any:
         """The model from a fixed seed, in eval mode."""
@@ -75,8 +71,6 @@ class ModelContract:
         """The two agree within ``times`` the :attr:`tolerance`."""
         limit = times * self.tolerance
         torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
-
-    # ---- the contract ----
 
     def test_preflight_finds_no_fault(self) -> None:
         """On padded and on packed rows."""
@@ -160,7 +154,7 @@ class ModelContract:
         model = self.model().train()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
-        loss = torch.tensor(float("inf"))
+        loss = torch.tensor(torch.inf)
         for _ in range(self.overfit_steps):
             logits = model(batch.input_ids, batch.position_ids, batch.attention_mask)
             loss = objective.token_nll(logits, labels).sum() / (labels != IGNORE).sum()

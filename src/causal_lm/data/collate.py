@@ -26,11 +26,8 @@ from causal_lm.masks import AttentionMask
 
 @dataclass(eq=False)
 class Batch:
-    """B rows of T slots; ids are int64. Make changed copies with ``replace``.
-
-    Whether a slot is PAD is told by ``document_ids``, which come from lengths, never by the token
-    value (PAD may be EOS).
-    """
+    """B rows of T slots; ids are int64. Make changed copies with ``replace``. Whether a slot is PAD
+    is told by ``document_ids``, which come from lengths, never by the token (PAD may be EOS)."""
 
     input_ids: Tensor  # (B, T) tokens, the PAD id where there is none
     position_ids: Tensor  # (B, T) 0, 1, 2 … within each document, and on through PAD after it
@@ -69,10 +66,8 @@ class Batch:
 
 
 class Collate:
-    """Collates documents into a padded :class:`Batch`, one per row or packed.
-
-    An empty document (index -1 of the sampler) becomes a row of PAD without targets.
-    """
+    """Collates documents into a :class:`Batch`, one per row or packed. An empty document (index -1
+    of the sampler) becomes a row of PAD without targets."""
 
     def __init__(
         self,
@@ -158,17 +153,13 @@ def first_fit(lengths: Sequence[int], row_length: int) -> tuple[Tensor, Tensor, 
     >>> first_fit([3, 6, 2], 8)
     (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))
     """
-    slots_used, n_documents = [0], [0]  # in each row
+    slots_used, n_documents = [0] * len(lengths), [0] * len(lengths)  # in each row
     placed = torch.zeros(3, len(lengths), dtype=torch.int64)
     for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
         length = lengths[document]
         if length > row_length:
             raise ValueError(f"a document of {length} tokens does not fit a row of {row_length}")
-        with_room = (row for row, n in enumerate(slots_used) if n + length <= row_length)
-        row = next(with_room, len(slots_used))
-        if row == len(slots_used):
-            slots_used.append(0)
-            n_documents.append(0)
+        row = next(row for row, n in enumerate(slots_used) if n + length <= row_length)
         placed[:, document] = torch.tensor([row, n_documents[row], slots_used[row]])
         slots_used[row] += length
         n_documents[row] += 1

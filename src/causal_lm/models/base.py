@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from causal_lm.masks import AttentionMask
 
-Mask = AttentionMask | None
-"""None: plain causal within each row."""
+Mask = AttentionMask | None  # None: plain causal within each row
 
 
 @runtime_checkable
@@ -48,18 +47,13 @@ class CausalModel(Protocol):
     # Methods of nn.Module that are used here:
 
     def modules(self) -> Iterator[nn.Module]: ...
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
     def state_dict(self) -> dict[str, Any]: ...
 
 
 class BaseCausalModel(nn.Module, abc.ABC):
-    """A :class:`CausalModel` from :meth:`hidden_states` and ``lm_head`` alone.
-
-    A subclass defines :meth:`hidden_states` and sets ``self.lm_head`` to a linear layer without
-    bias. If the logits are not exactly this layer's output, set it to None and override
-    :meth:`forward`.
+    """A :class:`CausalModel` from :meth:`hidden_states` and ``self.lm_head`` alone, a linear layer
+    without bias. If the logits are not exactly its output, set it to None and override ``forward``.
     """
 
     lm_head: nn.Linear | None

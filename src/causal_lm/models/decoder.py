@@ -1,9 +1,8 @@
 """A modern decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, no biases.
 
-With the default options the architecture is that of Llama 2 (Touvron et al. 2023,
-https://arxiv.org/abs/2307.09288), and its weights convert to and from ``transformers`` (see
-``hf_conversion.py``). ``mlp``, ``qk_norm`` and ``token_smear`` make it learn faster at small sizes;
-with any of them it is no longer a Llama.
+By default it is Llama 2 (Touvron et al. 2023, https://arxiv.org/abs/2307.09288), whose weights
+convert to and from ``transformers`` (see ``hf_conversion.py``). ``mlp``, ``qk_norm`` and
+``token_smear`` make it learn faster at small sizes; with any of them it is no longer a Llama.
 """
 
 from typing import Any
@@ -16,13 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from causal_lm.models import hf_conversion
 from causal_lm.models.base import BaseCausalModel, Mask
 
-EMBEDDING_STD = 0.3
-"""Standard deviation of the embeddings (measured in docs/NOTES.md)."""
+EMBEDDING_STD = 0.3  # standard deviation of the embeddings (measured in docs/NOTES.md)
 LOGIT_STD = 0.1
-"""Standard deviation of the first logits: above 0 so that they depend on the input, small enough
-for a first loss of ln V + LOGIT_STD² / 2."""
-RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")
-"""Matrices of a block whose output is added to the residual stream (for initialization only)."""
+"""Of the first logits: above 0, so that they depend on the input; first loss ln V + 0.1² / 2."""
+RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")  # their output is added to the residual stream
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of the angle of each position and pair of channels, (B, T, 1, D/2) each."""
 
@@ -49,11 +45,9 @@ class KVCache:
 
 
 class TokenSmear(nn.Module):
-    """Adds the embeddings of the few previous tokens of the document, weighted per channel.
-
-    It gives short contexts without attention: a causal depthwise convolution (So et al. 2021,
-    https://arxiv.org/abs/2109.08668, put one after queries, keys and values).
-    """
+    """Adds the embeddings of the few previous tokens of the document, weighted per channel: a
+    causal depthwise convolution (one after queries, keys and values: So et al. 2021,
+    https://arxiv.org/abs/2109.08668)."""
 
     def __init__(self, d_model: int, n_previous: int) -> None:
         super().__init__()
@@ -265,8 +259,7 @@ class Decoder(BaseCausalModel):
         if not cached:
             return None
         # is_causal is aligned to the upper left: the first new query could attend to key 0 only
-        shape = (1, 1, length, cached + length)
-        return input_ids.new_ones(shape, dtype=torch.bool).tril(cached)
+        return input_ids.new_ones(1, 1, length, cached + length, dtype=torch.bool).tril(cached)
 
     def _rotary(self, position_ids: Tensor) -> Rotary:
         pairs = self.sizes["d_model"] // self.sizes["n_heads"] // 2

@@ -1,8 +1,8 @@
 """Models of other libraries behind our interface: transformers and x-transformers.
 
-They get the unshifted batch and never any labels: the one shift is that of ``objective.py``. They
-also get our attention mask. At construction two packed documents are run to test whether the model
-applies it; one that does not is limited to rows of one document, padded on the right.
+They get the unshifted batch, our attention mask and never any labels. At construction two packed
+documents are run to test whether the model applies the mask; one that does not is limited to rows
+of one document, padded on the right.
 """
 
 import inspect
@@ -16,10 +16,8 @@ from causal_lm import extras
 from causal_lm.masks import AttentionMask
 from causal_lm.models.base import BaseCausalModel, Mask
 
-MAX_PADDED_VOCABULARY = 1.02
-"""Largest embedding, relative to the tokenizer: many are padded to a round number of rows."""
-CACHE = ("past_key_values", "cache")
-"""The argument of transformers that takes a cache: its older name, and the one that 5.24 has."""
+MAX_PADDED_VOCABULARY = 1.02  # largest embedding, relative to the tokenizer: many are padded
+CACHE = ("past_key_values", "cache")  # argument that takes a cache: the older name, that of 5.24
 
 
 @torch.no_grad()
@@ -165,11 +163,8 @@ def huggingface(
 
 
 class XTransformers(ExternalModel):
-    """A decoder of ``x-transformers``; ``decoder`` has more arguments of its ``Decoder``.
-
-    Raises:
-        ModuleNotFoundError: the extra is not installed.
-    """
+    """A decoder of ``x-transformers``; ``decoder`` has more arguments of its ``Decoder``. Raises
+    ModuleNotFoundError where the extra is not installed."""
 
     def __init__(
         self, vocab_size: int, d_model: int, n_heads: int, n_layers: int, max_positions: int,

@@ -6,9 +6,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from causal_lm.models.base import BaseCausalModel, Mask
 
-Cache = dict[str, Tensor]
-"""The hidden state after the cached positions, under ``state``; empty before the first."""
-
 
 class GRU(BaseCausalModel):
     """Embedding, ``nn.GRU``, linear head. ``position_ids`` are not used.
@@ -16,7 +13,7 @@ class GRU(BaseCausalModel):
     A recurrent state cannot be masked, so each document of a packed row is run as a row of its own,
     from a zero state. (An explicit dense mask, as pitfalls use, has no effect.)
 
-    vocab_size: V; d_model: width C of embedding and state; dropout: probability between layers.
+    d_model: width C of embedding and state; dropout: probability between layers.
     """
 
     def __init__(self, vocab_size: int, d_model: int, n_layers: int, dropout: float = 0.0) -> None:
@@ -39,5 +36,5 @@ class GRU(BaseCausalModel):
         states = self.gru(documents)[0]
         return torch.cat([row[:n] for row, n in zip(states, lengths, strict=True)]).view_as(x)
 
-    def make_cache(self) -> Cache:
-        return {}
+    def make_cache(self) -> dict[str, Tensor]:
+        return {}  # later {"state": the hidden state after the cached positions}

@@ -17,8 +17,7 @@ from causal_lm import extras
 from causal_lm.data.subwords import SubwordTokenizer
 from causal_lm.data.tokenizers import SPECIAL, ByteTokenizer, SymbolTokenizer, Tokenizer
 
-Sizes = Mapping[str, Any]
-"""Arguments of ``Decoder`` that determine its architecture (its attribute ``sizes``)."""
+Sizes = Mapping[str, Any]  # arguments of ``Decoder`` that determine its architecture
 LLAMA_KEYS = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "n_layers": "num_hidden_layers",
@@ -49,9 +48,6 @@ def _transformers() -> Any:
     library = extras.load("transformers", "huggingface")
     library.utils.logging.disable_progress_bar()  # log files have no use for progress bars
     return library
-
-
-# ---- weights ----
 
 
 def _llama_config(sizes: Sizes, **more: Any) -> Any:
@@ -117,8 +113,7 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
             )  # fmt: skip
     except OSError as error:
         raise FileNotFoundError(f"{source}: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"]))
+    if missing := ", ".join(sorted(info["missing_keys"])):
         raise ValueError(f"{source} has no weight {missing}: is the download complete?")
     weights = net.state_dict()
     return {
@@ -138,17 +133,12 @@ def _architecture(config: Any) -> dict[str, Any]:
 
 
 def _yaml(value: Any) -> str:
-    """The value in YAML syntax."""
     return str(value).lower()
 
 
-# ---- whole folders ----
-
-
 def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> Path:
-    """Write ``model`` and ``tokenizer`` into a new ``folder``, completely or not at all.
-
-    Rows had up to ``max_length`` tokens in training.
+    """Write ``model``, trained on rows of up to ``max_length`` tokens, and ``tokenizer`` into a new
+    ``folder``, completely or not at all.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -174,7 +164,6 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     same logits. Without one, our decoder (told by its ``sizes``) is written as a Llama, and a model
     of transformers (the attribute ``net``) as it is.
     """
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
     if hasattr(model, "to_transformers"):
         net = model.to_transformers()
     elif LLAMA_KEYS.keys() | LLAMA_OPTIONS.keys() <= getattr(model, "sizes", {}).keys():
@@ -186,6 +175,7 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
             f"a {type(model).__name__} has no counterpart in transformers: export model=llama or "
             f"model=huggingface, or give the class a method to_transformers()"
         )
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
     net.config.update(ids)
     net.generation_config.update(**ids)
     net.save_pretrained(folder)
@@ -221,7 +211,6 @@ def _to_hf_tokenizer(tokenizer: Tokenizer) -> Any:
         decoders = [library.decoders.Fuse()]
     else:
         raise ValueError(f"a {type(tokenizer).__name__} has no counterpart in transformers")
-    model = library.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True)
-    fast = library.Tokenizer(model)
+    fast = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     fast.decoder = library.decoders.Sequence(decoders)
     return fast

@@ -44,10 +44,8 @@ class Tiny(BaseCausalModel):
     ) -> Tensor:
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
-            raise ValueError(
-                f"a row of {length} tokens is longer than the model's {limit} positions: "
-                f"raise model.max_positions or lower data.max_length"
-            )
+            problem = f"a row of {length} tokens is longer than the model's {limit} positions"
+            raise ValueError(f"{problem}: raise model.max_positions or lower data.max_length")
         x = self.token_embedding(input_ids) + self.position_embedding(position_ids)  # (B, T, C)
         # nn.TransformerEncoder takes True = masked out, as (T, T) or (B * heads, T, T).
         if attention_mask is None or attention_mask.plain_causal:

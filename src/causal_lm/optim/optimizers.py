@@ -1,7 +1,5 @@
-"""Optimizer factories: parameter groups and options in, an optimizer out.
-
-Any class of ``torch.optim`` is such a factory too (``_target_: torch.optim.AdamW``,
-``_partial_: true``). The factories here add ``lr=auto`` and ``muon``.
+"""Optimizer factories: parameter groups and options in, an optimizer out. Any class of
+``torch.optim`` is one too (``_partial_: true``); those here add ``lr=auto`` and ``muon``.
 """
 
 import logging
@@ -50,11 +48,8 @@ sgd = partial(_with_auto_lr, torch.optim.SGD)
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers over disjoint parameters, used as one.
-
-    It shares its parameter groups and its state with ``optimizers``, so that a schedule, a gradient
-    scaler and a checkpoint see one optimizer.
-    """
+    """Several optimizers over disjoint parameters, used as one: it shares its groups and state with
+    them, so that a schedule, a gradient scaler and a checkpoint see one optimizer."""
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers

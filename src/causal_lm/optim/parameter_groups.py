@@ -33,10 +33,8 @@ WITHOUT_DECAY = ("embedding", "norm_or_bias")
 
 
 def parameter_groups(model: nn.Module | CausalModel) -> ParameterGroups:
-    """Every trainable parameter of ``model`` in one group per role, in the order of :data:`ROLES`.
-
-    Roles without parameters are left out.
-    """
+    """Every trainable parameter of ``model`` in one group per role, in the order of :data:`ROLES`;
+    roles without parameters are left out."""
     embeddings, heads = _embedding_ids(model), _head_ids(model)
     owners = {id(p): owner for owner in model.modules() for p in owner.parameters(recurse=False)}
     params: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in ROLES}

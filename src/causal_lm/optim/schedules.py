@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 
 log = logging.getLogger(__name__)
-Factor = Callable[[int], float]
-"""Optimizer step -> factor of the peak learning rate."""
+Factor = Callable[[int], float]  # optimizer step -> factor of the peak learning rate
 
 
 def warmup(total_steps: int, steps: int | str, cap: float) -> tuple[int, str]:
@@ -44,10 +43,8 @@ def _schedule(
         return shape(step, n_warmup, total_steps, **options)
 
     last = factor(total_steps - 1)
-    log.info(
-        f"warm-up: {n_warmup} of {total_steps} steps ({reason}); "
-        f"the last step is at {last:.3g} of the peak learning rate"
-    )
+    end = f"the last step is at {last:.3g} of the peak learning rate"
+    log.info(f"warm-up: {n_warmup} of {total_steps} steps ({reason}); {end}")
     return factor
 
 
@@ -57,7 +54,6 @@ def _half_cosine(progress: float, final_share: float) -> float:
 
 
 def _constant(step: int, n_warmup: int, total: int) -> float:
-    """The peak learning rate."""
     return 1.0
 
 
@@ -84,10 +80,8 @@ def _warmup_stable_decay(
     step: int, n_warmup: int, total: int, decay_share: float, final_share: float
 ) -> float:
     """The peak, then a linear decay to ``final_share`` over the last ``decay_share`` of the run, or
-    over what the warm-up leaves of it (MiniCPM, https://arxiv.org/abs/2404.06395).
-
-    A checkpoint from before the decay can be continued for more steps.
-    """
+    over what the warm-up leaves of it (MiniCPM, https://arxiv.org/abs/2404.06395). A checkpoint
+    from before the decay can be continued for more steps."""
     decay_steps = min(round(decay_share * total), total - n_warmup)
     done = max(0, step + 1 - (total - decay_steps))
     return 1 - (1 - final_share) * min(1.0, done / max(1, decay_steps))
