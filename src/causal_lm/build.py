@@ -23,13 +23,11 @@ from causal_lm.nonfinite import NonFiniteGuard
 from causal_lm.objective import LossConfig
 from causal_lm.schema import is_float16
 
-OWN_MODELS = (
+OWN_MODELS = (  # every ``_target_`` that a checkpoint may name without being trusted
     "causal_lm.models.tiny.Tiny", "causal_lm.models.decoder.Decoder", "causal_lm.models.gru.GRU",
     "causal_lm.models.external.XTransformers", "causal_lm.models.external.huggingface",
 )  # fmt: skip
-"""Every ``_target_`` that a checkpoint may name without being trusted."""
-CODE_KEYS = (*HYDRA_KEYS, "auto_map", "trust_remote_code")
-"""Keys that make Hydra or transformers load code."""
+CODE_KEYS = (*HYDRA_KEYS, "auto_map", "trust_remote_code")  # Hydra or transformers load code
 LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 """``loss.chunk_tokens=auto``: from this vocabulary size on, chunks of this many tokens."""
 
@@ -109,11 +107,7 @@ def make_optimizer(cfg: DictConfig) -> Any:
 def make_trainer(
     cfg: DictConfig, callbacks: Iterable[Any], logger: Iterable[Any] = (), **more: Any
 ) -> L.Trainer:
-    """Lightning's Trainer with these callbacks and loggers, and those of the configuration.
-
-    These are in the groups ``callbacks`` and ``logger``, and in ``trainer.callbacks``,
-    ``trainer.logger`` and ``trainer.plugins``.
-    """
+    """Lightning's Trainer with these callbacks and loggers, and those of the configuration."""
     for group in (cfg, cfg.trainer):
         callbacks = [*callbacks, *instantiate_all(group.get("callbacks"))]
         node = group.get("logger")
@@ -179,10 +173,9 @@ def model_from_config(
     for kind in list(classes.values()):  # the checkpoint may name it by its own module
         classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
-        raise ValueError(
-            f"{path} holds a model of class {target}, which is not part of causal_lm: to run its "
-            f"code, add --trust {target}, or name it as model._target_ in your own configuration"
-        )
+        outside = f"{path} holds a model of class {target}, which is not part of causal_lm"
+        todo = f"add --trust {target}, or name it as model._target_ in your own configuration"
+        raise ValueError(f"{outside}: to run its code, {todo}")
     try:
         if target in OWN_MODELS:
             check_values(dict(leaves(options, "model.")))

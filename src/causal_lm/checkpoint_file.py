@@ -11,12 +11,11 @@ from causal_lm.config import rename_file
 
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 """Keys of a checkpoint for the configuration and the tokenizer of its run, as plain data."""
-PARTS: dict[tuple[str, ...], type] = {
+PARTS: dict[tuple[str, ...], type] = {  # what a checkpoint must hold: keys -> type
     (CONFIG,): dict, (CONFIG, "model"): dict, (CONFIG, "data"): dict,
     (CONFIG, "data", "max_length"): int, (TOKENIZER,): dict, ("state_dict",): dict,
     ("global_step",): int,
 }  # fmt: skip
-"""What a checkpoint must hold: keys -> type."""
 
 
 class RefusedError(ValueError):

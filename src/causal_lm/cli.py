@@ -49,18 +49,16 @@ def _bypass_hydra() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(exit_code: int = 1) -> Iterator[None]:
-    """Print an error as one line on stderr and exit.
+    """Print an error on stderr in one line (``HYDRA_FULL_ERROR=1``: the traceback), and exit.
 
     The exit code is 2 where the configuration is not valid, otherwise ``exit_code``.
-    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
     os.environ.setdefault(USER_FULL_ERROR, os.environ.get(FULL_ERROR, ""))  # for other ranks too
     os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors instead of printing them
     try:
         yield
     except (Exception, _BypassHydraError) as failure:
-        error = failure.__cause__ if isinstance(failure, _BypassHydraError) else failure
-        assert error is not None
+        error: Any = failure.__cause__ if isinstance(failure, _BypassHydraError) else failure
         if os.environ[USER_FULL_ERROR] == "1":
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -78,12 +76,8 @@ def describe(error: BaseException) -> str:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Add ``--trust``, the classes that a checkpoint may name besides those of causal_lm.
-
-    Only a script's own folder is on the path of Python. Append the current directory, where
-    train.py found such a class.
-    """
-    sys.path.append(os.getcwd())
+    """Add ``--trust``, the classes that a checkpoint may name besides those of causal_lm."""
+    sys.path.append(os.getcwd())  # where train.py found such a class; Python has the script's own
     parser.add_argument(
         "--trust", action="append", default=[], metavar="package.module.Class",
         help="open a checkpoint of this model class, which is not part of causal_lm",

@@ -38,11 +38,10 @@ REQUIRED = (  # the code reads them
     "samples.self_check.count", "samples.self_check.length",
 )  # fmt: skip
 UNRESOLVED = object()  # a value that depends on the node ``hydra``, before the job starts
-RENAMED = {
+RENAMED = {  # old name -> new name, of keys and of a checkpoint file; for one more version
     "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
     "steady.ckpt": "stable.ckpt",
 }  # fmt: skip
-"""Old name -> new name, of keys and of a checkpoint file; works for one more version."""
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -108,16 +107,6 @@ def rename_file(path: str | Path) -> Path:
     return path if path.exists() else path.with_name(new_name(path.name))
 
 
-def _rename_keys(cfg: DictConfig) -> None:
-    """Move the values of old keys to the new ones, and give ``ckpt_path`` its new file name."""
-    for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
-        group, _, name = old.rpartition(".")
-        with open_dict(cfg):
-            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
-    if isinstance(cfg.get("ckpt_path"), str):
-        cfg.ckpt_path = str(rename_file(cfg.ckpt_path))
-
-
 @contextmanager
 def as_config_error(overrides: Sequence[str] = ()) -> Iterator[None]:
     """Turn what Hydra and OmegaConf raise inside into a :class:`ConfigError` of one line."""
@@ -128,17 +117,17 @@ def as_config_error(overrides: Sequence[str] = ()) -> Iterator[None]:
     except (HydraException, errors.OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     except (ValueError, AssertionError) as error:  # Hydra's own, which does not name the override
-        raise ConfigError(f"{as_one_line(error)} (in: {' '.join(overrides)})") from error
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{message} (in: {' '.join(overrides)})") from error
 
 
 def _explain(error: Exception) -> str:
     """The message of an error of Hydra or OmegaConf, with the valid keys or options."""
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} cannot be read: write key=value, as in experiment=fix; quote a "
-            f"value that holds =, spaces or brackets, as in 'ckpt_path=\"a=b/last.ckpt\"'"
-        )
+        wrong = f"{error.override!r} cannot be read: write key=value, as in experiment=fix"
+        quote = "quote a value that holds =, spaces or brackets"
+        return f"{wrong}; {quote}, as in 'ckpt_path=\"a=b/last.ckpt\"'"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [name for name in error.options if not name.startswith("_")]
@@ -153,7 +142,7 @@ def _explain(error: Exception) -> str:
         error = cause
     if isinstance(error, errors.OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
-    return as_one_line(error)
+    return " ".join(str(error).split())
 
 
 def unknown_key(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
@@ -172,18 +161,18 @@ def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
-def as_one_line(error: BaseException) -> str:
-    """The message of an error as one line."""
-    return " ".join(str(error).split())
-
-
 def validate(cfg: DictConfig) -> None:
     """Rename old keys in place; raise :class:`ConfigError` for the first key at fault.
 
     Keys below a ``_target_`` outside causal_lm are checked when the object is built
     (:func:`causal_lm.build.instantiate`).
     """
-    _rename_keys(cfg)
+    for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
+        group, _, name = old.rpartition(".")
+        with open_dict(cfg):
+            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
+    if isinstance(cfg.get("ckpt_path"), str):
+        cfg.ckpt_path = str(rename_file(cfg.ckpt_path))
     with as_config_error():
         values = dict(leaves(cfg))
     for key in REQUIRED:
@@ -246,8 +235,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         parent = key.rpartition(".")[0]
         if parent in RULES:
             raise ConfigError(f"{parent} must be {RULES[parent].description}, not a group of keys")
-        rule = rule_of(key)
-        if rule and not rule.accepts(value):
+        if (rule := rule_of(key)) and not rule.accepts(value):
             given = "null" if value is None else repr(value)
             raise ConfigError(f"{key} must be {rule.description}, not {given}")
 

@@ -28,10 +28,9 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Loss (nats per token), perplexity and bits per byte, computed as in validation.
 
-    Uses the checkpoint's tokenizer and, unless overridden, its ``data.max_length``.
-
-    ``overrides`` are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train`` or
-    ``all``; ``trust`` is of :func:`causal_lm.build.restore`.
+    Uses the checkpoint's tokenizer and, unless overridden, its ``data.max_length``. ``overrides``
+    are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train`` or ``all``;
+    ``trust`` is of :func:`causal_lm.build.restore`.
 
     Raises:
         ValueError: no data is named, its tokenizer is another one, or rows are too long.

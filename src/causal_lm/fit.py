@@ -29,11 +29,10 @@ log = logging.getLogger(__name__)
 
 SUMMARY_KEYS = (
     "experiment", "seed", "status", "error", "stopped_because", "steps", "loss/reduction",
-    "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained",
-    "floor/loss", "floor/ppl", "val/ppl_over_floor",
-    "sample/legal_rate", "sample/pad_eos_share", "sample/repeat_share", "train/tokens",
-    "train/tokens_per_second", "train/pad_share", "train/skipped",
-    "preflight/faults", "preflight/audited",
+    "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained", "floor/loss",
+    "floor/ppl", "val/ppl_over_floor", "sample/legal_rate", "sample/pad_eos_share",
+    "sample/repeat_share", "train/tokens", "train/tokens_per_second", "train/pad_share",
+    "train/skipped", "preflight/faults", "preflight/audited",
     "seconds/total", "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
     "checkpoint/best", "checkpoint/stable", "checkpoint/steady", "checkpoint/last",
     *(f"writing/{field.name}" for field in fields(SampleStatistics)),

@@ -16,10 +16,9 @@ from causal_lm.report.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
-FILES = (
+FILES = (  # what a run writes besides its checkpoints and its ``samples/``
     "metrics.csv", "config.yaml", "summary.json", "preflight.json", "preflight.html", "samples.txt",
 )  # fmt: skip
-"""What a run writes besides its checkpoints and its ``samples/``."""
 
 
 class RunDir:
@@ -35,8 +34,8 @@ class RunDir:
         Raises:
             RefusedError: there are checkpoints, but none can be read.
         """
-        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
-        for path in sorted(found, key=lambda path: path.name != "last.ckpt"):
+        found = list(self.checkpoints.glob("*.ckpt"))
+        for path in sorted(found, key=lambda p: (p.name != "last.ckpt", -p.stat().st_mtime)):
             try:
                 read_checkpoint(path)
                 return str(path)

@@ -61,19 +61,16 @@ FOLDER = Rule(lambda v: isinstance(v, str) and Path(v).is_dir(), "a folder that 
 
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (STRING, "experiment data.split data.field trainer.strategy"),
-    (optional(STRING), """
-        data.special_tokens.* data.cache_dir data.root data.val_path data.name data.val_split
-        data.prompt_field model.init_from"""),
-    (BOOLEAN, """
-        data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
+    (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
+        data.val_split data.prompt_field model.init_from"""),
+    (BOOLEAN, """data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
         model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
         pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
     (integer(-1), "trainer.max_epochs trainer.num_sanity_val_steps"),
-    (integer(0), """
-        data.num_workers data.seed data.source.copies_after data.source.seed model.token_smear
-        gradients.max_skipped samples.count samples.self_check.shown"""),
+    (integer(0), """data.num_workers data.seed data.source.copies_after data.source.seed
+        model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
     (or_auto(integer(0)), "scheduler.warmup_steps"),
     (integer(1), """
         data.batch_size data.source.successors data.source.copies data.source.train_documents
@@ -96,8 +93,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val"),
     (or_auto(real(above=0)), "optimizer.lr"),
-    (FRACTION, """
-        model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
+    (FRACTION, """model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),
     (optional(or_auto(FILE)), "ckpt_path"),
     (optional(FOLDER), "samples.embedder"),

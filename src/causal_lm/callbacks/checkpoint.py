@@ -15,10 +15,9 @@ from causal_lm.config import leaves, new_name
 
 log = logging.getLogger(__name__)
 
+# Beginnings of keys, for a run that is continued.
 MUST_NOT_CHANGE = ("model.", "tokenizer.", "optimizer._target_")
-"""Beginnings of keys that must not change when a run is continued."""
-FROM_CHECKPOINT = ("optimizer.",)
-"""Beginnings of keys whose values come from the checkpoint, as the optimizer's state has them."""
+FROM_CHECKPOINT = ("optimizer.",)  # keep the saved values, as the optimizer's state has them
 
 
 class CheckpointMetadata(L.Callback):
@@ -28,8 +27,7 @@ class CheckpointMetadata(L.Callback):
         self.config, self.tokenizer = config, tokenizer
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CONFIG] = self.config
-        checkpoint[TOKENIZER] = self.tokenizer
+        checkpoint |= {CONFIG: self.config, TOKENIZER: self.tokenizer}
 
     def check_continues(self, path: str) -> int:
         """The step of a checkpoint that this run can continue; logs which keys have changed.
@@ -54,11 +52,9 @@ class CheckpointMetadata(L.Callback):
                 kept.append(f"{key}={old}")
             else:
                 changed.append(f"{key} {old} -> {new}")
-        rank_zero_only(log.info)(
-            f"continues {path} from step {saved['global_step']}; "
-            f"changed: {', '.join(changed) or 'nothing'}; "
-            f"kept from the checkpoint: {', '.join(kept) or 'nothing'}"
-        )
+        changes, constants = (", ".join(keys) or "nothing" for keys in (changed, kept))
+        continues = f"continues {path} from step {saved['global_step']}; changed: {changes}"
+        rank_zero_only(log.info)(f"{continues}; kept from the checkpoint: {constants}")
         return saved["global_step"]
 
 
@@ -115,5 +111,4 @@ def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
         rates = (f"{rate:.4f}" for rate in files["stable"]["callbacks"]["SampleMonitor"]["rates"])
         reasons["stable"] = f"the spread of repetition_4 is lowest, {', '.join(rates)}"
     found = {f"checkpoint/{n}": f"step {files[n]['global_step']}: {reasons[n]}" for n in names}
-    old_name = {"checkpoint/steady": found["checkpoint/stable"]} if has_stable else {}
-    return found | old_name
+    return found | ({"checkpoint/steady": found["checkpoint/stable"]} if has_stable else {})

@@ -5,8 +5,7 @@ import math
 
 log = logging.getLogger(__name__)
 
-STANDARD_ERRORS = 3
-"""Rise of repetition, in standard errors, above which it counts as significant."""
+STANDARD_ERRORS = 3  # a rise of repetition by more than that counts as significant
 
 
 class DegenerationStopper:
@@ -46,9 +45,8 @@ class DegenerationStopper:
             return False
         columns = zip(*self.history, strict=True)
         repetitions, _, consistencies = (", ".join(f"{x:.4f}" for x in c) for c in columns)
-        self.stopped_because = (
-            f"the samples degenerated at {len(self.history) - 1} evaluations in a row, up to step "
-            f"{step}; from the reference on, repetition {repetitions}, consistency {consistencies}"
-        )
+        row = f"{len(self.history) - 1} evaluations in a row, up to step {step}"
+        figures = f"repetition {repetitions}, consistency {consistencies}"
+        self.stopped_because = f"the samples degenerated at {row}; from the reference on, {figures}"
         log.warning(f"stopped: {self.stopped_because}")
         return True

@@ -51,10 +51,9 @@ class GradientReport(L.Callback):
         low, high = figures[blocks[0]][0], figures[blocks[-1]][0]
         if low < VANISHING_BELOW * high:
             self.warned = True
-            log.warning(
-                f"step {trainer.global_step}: the gradient of {blocks[0]} is {low:.1e}, less than "
-                f"{VANISHING_BELOW:.0%} of {high:.1e} in {blocks[-1]}: gradients vanish downward"
-            )
+            lowest = f"step {trainer.global_step}: the gradient of {blocks[0]} is {low:.1e}"
+            highest = f"{VANISHING_BELOW:.0%} of {high:.1e} in {blocks[-1]}"
+            log.warning(f"{lowest}, less than {highest}: gradients vanish downward")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.figures and trainer.is_global_zero:

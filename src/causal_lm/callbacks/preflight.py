@@ -12,7 +12,7 @@ from causal_lm.module import CausalLM
 from causal_preflight import Report, lightning
 from causal_preflight.lightning import audit_batch
 
-WHERE_TO_LOOK = {
+WHERE_TO_LOOK = {  # label of a fault -> key or file to change, unless a pitfall explains it
     "shift": "loss, or objective.py",
     "pad": "model, or objective.py and masks.py",
     "causal": "model, or masks.py",
@@ -20,7 +20,6 @@ WHERE_TO_LOOK = {
     "eos": "data, or objective.py",
     "position": "model, or data/collate.py",
 }
-"""Label of a fault -> configuration key or file to change, unless a pitfall explains it."""
 
 
 class Preflight(lightning.Preflight):
@@ -36,9 +35,8 @@ class Preflight(lightning.Preflight):
 
 def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None) -> Preflight:
     """The callback of a configured run; a fault that a pitfall makes names the pitfall's key."""
-    remedies = dict(WHERE_TO_LOOK)
-    switched_on = [name for name, on in (cfg.get("pitfalls") or {}).items() if on]
-    if switched_on:
+    remedies, pitfalls = dict(WHERE_TO_LOOK), cfg.get("pitfalls") or {}
+    if switched_on := [name for name, on in pitfalls.items() if on]:
         from causal_lm.pitfalls import PITFALLS
 
         remedies |= {PITFALLS[name].label: f"pitfalls.{name}" for name in switched_on}

@@ -19,17 +19,13 @@ from causal_lm.report.samples import SampleStatistics, format_samples, sample_st
 
 log = logging.getLogger(__name__)
 
-SPREAD_EVALUATIONS = 3
-"""Evaluations over which ``writing/repetition_spread`` is taken."""
+SPREAD_EVALUATIONS = 3  # over which ``writing/repetition_spread`` is taken
 
 
 def sample_unconditional(
     module: L.LightningModule, corpus: Corpus, count: int, **options: Any
 ) -> tuple[torch.Tensor, SampleStatistics]:
-    """``count`` samples from BOS alone as token ids (count, length), and their statistics.
-
-    ``options`` are those of :func:`causal_lm.generation.sample_in_batches`.
-    """
+    """``count`` samples from BOS alone as token ids (count, length), and their statistics."""
     starts = torch.full((count, 1), corpus.tokenizer.bos_id)
     rows = sample_in_batches(module, starts, **options)
     return rows, sample_statistics(rows, corpus.tokenizer, corpus.language)

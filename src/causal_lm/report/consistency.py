@@ -60,17 +60,13 @@ def hidden_state_embedder(
     lengths = [len(tokens) for tokens in continuations(rows, tokenizer.eos_id, prompt_length)]
     offsets = torch.arange(rows.shape[1]) - prompt_length
     in_continuation = (offsets >= 0) & (offsets < torch.tensor(lengths)[:, None])  # (N, T)
-    batch = prompt_batch(rows.to(module.device))
-    hidden = module.hidden_states(batch).float().cpu()  # (N, T, C)
+    hidden = module.hidden_states(prompt_batch(rows.to(module.device))).float().cpu()  # (N, T, C)
     total = (hidden * in_continuation[..., None]).sum(dim=1)
     return total / in_continuation.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 class SentenceEmbedder:
-    """An :data:`Embedder`: a sentence-transformers model in a local folder; nothing is downloaded.
-
-    Needs the extra ``sentences``.
-    """
+    """An :data:`Embedder`: a sentence-transformers model in a local folder, never a download."""
 
     def __init__(self, folder: str | Path) -> None:
         library = extras.load("sentence_transformers", "sentences")

@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-LEAKS_BELOW = 0.98
-"""Below this fraction of the perplexity of the entropy floor, the evaluation leaks its targets."""
-AT_FLOOR = 1.03
-"""Up to this multiple of the floor's perplexity, a model counts as close to the entropy floor."""
-MISLEADING_BELOW = 0.75
-"""Below this fraction of the true loss, the reported one is misleading."""
-WORTHLESS_BEYOND = 3.0
-"""Nats per token between a misleading loss and the true one that make a model worthless."""
+LEAKS_BELOW = 0.98  # of the perplexity of the entropy floor: the evaluation leaks its targets
+AT_FLOOR = 1.03  # up to this multiple of the floor's perplexity, a model is close to the floor
+MISLEADING_BELOW = 0.75  # of the true loss: the reported one is misleading
+WORTHLESS_BEYOND = 3.0  # nats per token from a misleading loss to the true one: a worthless model
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
