@@ -9,10 +9,10 @@ Takes the overrides of train.py and draws the schedule of the run that they desc
 import argparse
 from pathlib import Path
 
+import curve
 from hydra.utils import instantiate
 
 from causal_lm import cli, config
-from causal_lm.report import curve
 from causal_lm.report.files import write_text
 
 

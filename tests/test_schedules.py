@@ -11,8 +11,9 @@ from causal_lm import config
 from causal_lm.build import instantiate
 from causal_lm.optim import optimizers, schedules
 from causal_lm.optim.parameter_groups import parameter_groups
-from causal_lm.report import curve
-from support import ROOT, command, make_model
+from support import ROOT, command, load_script, make_model
+
+curve = load_script("curve")
 
 WARMUP = {"warmup_steps": 10, "warmup_cap": 0.2}
 NAMES = sorted(

@@ -1,10 +1,12 @@
 """Small models, batches and runs to test with."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -50,3 +52,12 @@ def command(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment: s
         [sys.executable, *args],
         cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def load_script(name: str) -> ModuleType:
+    """The module ``scripts/NAME.py``, which is on no path."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
