@@ -63,7 +63,7 @@ def test_the_stable_checkpoint_gives_better_samples(run):
     language = SyntheticLanguage(
         symbols=40, successors=5, mean=30.0, max_length=64, train_documents=1, val_documents=1,
         seed=0,
-    ).language  # fmt: skip
+    ).load().language  # fmt: skip
     figures = {}
     for name in ("best", STABLE):
         module, tokenizer, _ = restore(directory / "checkpoints" / f"{name}.ckpt")
