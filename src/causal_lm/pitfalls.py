@@ -15,6 +15,9 @@ from causal_lm.masks import AttentionMask
 from causal_lm.module import CausalLM
 from causal_lm.objective import IGNORE
 
+PITFALLS: dict[str, type["Pitfall"]] = {}
+"""Key in ``pitfalls`` of the configuration -> class, in the order of their definition."""
+
 
 class Pitfall(CausalLM):
     """Base of the pitfalls: splits ``training_labels`` into :meth:`targets` and :meth:`has_target`,
@@ -24,8 +27,10 @@ class Pitfall(CausalLM):
     pad_id: int
     train_objective_differs = True
 
-    def __init_subclass__(cls, label: str = "") -> None:
+    def __init_subclass__(cls, key: str = "", label: str = "") -> None:
         cls.label = label or cls.label
+        if key:
+            PITFALLS[key] = cls
 
     def targets(self, batch: Batch) -> Tensor:
         """(B, T): the token that each position is trained to predict."""
@@ -39,14 +44,14 @@ class Pitfall(CausalLM):
         return self.targets(batch).masked_fill(~self.has_target(batch), IGNORE)
 
 
-class UnshiftedLabels(Pitfall, label="shift"):
+class UnshiftedLabels(Pitfall, key="unshifted_labels", label="shift"):
     """Each position is trained on its own input: the model learns to copy; the loss goes to 0."""
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.input_ids
 
 
-class ShiftedTwice(Pitfall, label="shift"):
+class ShiftedTwice(Pitfall, key="shifted_twice", label="shift"):
     """The data shifts the labels and so does the model: each position learns token t + 2."""
 
     def targets(self, batch: Batch) -> Tensor:
@@ -55,14 +60,14 @@ class ShiftedTwice(Pitfall, label="shift"):
         return twice.where(next_has_target, IGNORE)
 
 
-class PadInLoss(Pitfall, label="pad"):
+class PadInLoss(Pitfall, key="pad_in_loss", label="pad"):
     """Every slot counts, PAD included: easy PAD -> PAD targets dilute the loss, and are learned."""
 
     def has_target(self, batch: Batch) -> Tensor:
         return torch.ones_like(batch.input_ids, dtype=torch.bool)
 
 
-class InputMaskOnTargets(Pitfall, label="pad"):
+class InputMaskOnTargets(Pitfall, key="input_mask_on_targets", label="pad"):
     """A target counts where its *input* is real: the EOS of each document is trained on PAD."""
 
     def has_target(self, batch: Batch) -> Tensor:
@@ -70,28 +75,28 @@ class InputMaskOnTargets(Pitfall, label="pad"):
         return correct | ((batch.document_ids >= 0) & ~objective.has_target(batch.document_ids))
 
 
-class PadIsEosByValue(Pitfall, label="eos"):
+class PadIsEosByValue(Pitfall, key="pad_is_eos_by_value", label="eos"):
     """Targets equal to the PAD id are ignored; where PAD is EOS, no document learns to end."""
 
     def has_target(self, batch: Batch) -> Tensor:
         return super().has_target(batch) & (objective.shift_left(batch.input_ids) != self.pad_id)
 
 
-class LabelCrossesDocuments(Pitfall, label="shift"):
+class LabelCrossesDocuments(Pitfall, key="label_crosses_documents", label="shift"):
     """The EOS of each packed document is trained to predict the start of an unrelated one."""
 
     def has_target(self, batch: Batch) -> Tensor:
         return objective.has_target(_merge_documents(batch), batch.loss_mask)
 
 
-class NoCausalMask(Pitfall, label="causal"):
+class NoCausalMask(Pitfall, key="no_causal_mask", label="causal"):
     """Every position attends to its whole document, including its target."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
         return batch.attention_mask.with_dense(masks.same_document(batch.document_ids))
 
 
-class InvertedMask(Pitfall, label="causal"):
+class InvertedMask(Pitfall, key="inverted_mask", label="causal"):
     """True means "masked out": a position attends only to later tokens and other documents, or to
     itself if there are none (a softmax over no key is NaN)."""
 
@@ -102,7 +107,7 @@ class InvertedMask(Pitfall, label="causal"):
         return batch.attention_mask.with_dense(inverted | (diagonal & without_key))
 
 
-class PaddingAttended(Pitfall, label="pad"):
+class PaddingAttended(Pitfall, key="padding_attended", label="pad"):
     """PAD is a valid key. With left padding every token attends to it."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
@@ -110,7 +115,7 @@ class PaddingAttended(Pitfall, label="pad"):
         return batch.attention_mask.with_dense(allowed.tril())
 
 
-class LeakyPacking(Pitfall, label="causal"):
+class LeakyPacking(Pitfall, key="leaky_packing", label="causal"):
     """Causal over the whole packed row: a document attends to the ones before it."""
 
     def training_mask(self, batch: Batch) -> AttentionMask:
@@ -122,7 +127,7 @@ def _merge_documents(batch: Batch) -> Tensor:
     return (batch.document_ids >= 0).long() - 1
 
 
-class MaskAfterMean(Pitfall, label="pad"):
+class MaskAfterMean(Pitfall, key="mask_after_mean", label="pad"):
     """The mask is multiplied with the mean over every slot, a scalar, and so has no effect."""
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -132,29 +137,13 @@ class MaskAfterMean(Pitfall, label="pad"):
         return (mean * mask).sum(), mask.sum()
 
 
-class MeanOfMeans(Pitfall, label="reduction"):
+class MeanOfMeans(Pitfall, key="mean_of_means", label="reduction"):
     """Each micro-batch and rank has the same weight, however few targets it holds, as Lightning and
     DDP do with a mean over tokens."""
 
     def loss_terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
         nats, denominator = super().loss_terms(batch)
         return nats / denominator.clamp(min=1), torch.ones_like(denominator)
-
-
-PITFALLS: dict[str, type[Pitfall]] = {
-    "unshifted_labels": UnshiftedLabels,
-    "pad_in_loss": PadInLoss,
-    "no_causal_mask": NoCausalMask,
-    "shifted_twice": ShiftedTwice,
-    "input_mask_on_targets": InputMaskOnTargets,
-    "pad_is_eos_by_value": PadIsEosByValue,
-    "label_crosses_documents": LabelCrossesDocuments,
-    "inverted_mask": InvertedMask,
-    "padding_attended": PaddingAttended,
-    "leaky_packing": LeakyPacking,
-    "mask_after_mean": MaskAfterMean,
-    "mean_of_means": MeanOfMeans,
-}
 
 
 def pitfall_module(enabled: Mapping[str, bool], pad_id: int) -> type[CausalLM]:
