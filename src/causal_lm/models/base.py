@@ -15,10 +15,9 @@ Mask = AttentionMask | None  # None: plain causal within each row
 class CausalModel(Protocol):
     """A causal language model. Derive from :class:`BaseCausalModel` to get the optional parts.
 
-    All inputs are (B, T): ``input_ids``, *not shifted*; ``position_ids``, 0, 1, 2 … within each
-    document; ``attention_mask``, what each position may attend to; and, where the model has one, a
-    ``cache``. With a cache the inputs are the T new positions, and ``attention_mask``, unless it is
-    None, covers the S positions in the cache as well.
+    The inputs are (B, T): ``input_ids``, *not shifted*; ``position_ids``, 0, 1, 2 … within each
+    document; ``attention_mask``, what each position may attend to. With a ``cache`` they are the T
+    new positions, and ``attention_mask``, unless None, covers the S positions in the cache too.
     """
 
     lm_head: nn.Linear | None
@@ -52,20 +51,15 @@ class CausalModel(Protocol):
 
 
 class BaseCausalModel(nn.Module, abc.ABC):
-    """A :class:`CausalModel` from :meth:`hidden_states` and ``self.lm_head`` alone, a linear layer
-    without bias. If the logits are not exactly its output, set it to None and override ``forward``.
-    """
+    """A :class:`CausalModel` from :meth:`hidden_states` and ``lm_head``, a linear layer without a
+    bias. If the logits are not exactly its output, set it to None and override ``forward``."""
 
     lm_head: nn.Linear | None
 
     @abc.abstractmethod
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor: ...
+    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor: ...
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor:
+    def forward(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         assert self.lm_head is not None, "set lm_head, or override forward"
         return self.lm_head(self.hidden_states(input_ids, position_ids, attention_mask, cache))
 

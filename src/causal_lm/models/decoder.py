@@ -19,8 +19,7 @@ EMBEDDING_STD = 0.3  # standard deviation of the embeddings (measured in docs/NO
 LOGIT_STD = 0.1
 """Of the first logits: above 0, so that they depend on the input; first loss ln V + 0.1² / 2."""
 RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")  # their output is added to the residual stream
-Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine of the angle of each position and pair of channels, (B, T, 1, D/2) each."""
+Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position and pair of channels
 
 
 class KVCache:
@@ -94,14 +93,13 @@ class Attention(nn.Module):
     """Causal self-attention in which groups of query heads share one key and value head (grouped
     queries; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
 
-    def __init__(
-        self, d_model: int, n_heads: int, n_kv_heads: int, layer: int, qk_norm: bool
-    ) -> None:
+    def __init__(self, sizes: hf_conversion.Sizes, layer: int) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_model // n_heads
-        self.layer, self.qk_norm = layer, qk_norm
-        self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.layer, self.qk_norm, width = layer, sizes["qk_norm"], sizes["d_model"]
+        self.n_heads, self.n_kv_heads = sizes["n_heads"], sizes["n_kv_heads"]
+        self.d_head = width // self.n_heads
+        self.qkv = nn.Linear(width, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
 
     def forward(
         self, x: Tensor, rotary: Rotary, attn_mask: Tensor | None, cache: KVCache | None
@@ -157,25 +155,20 @@ class Block(nn.Module):
 
     def __init__(self, sizes: hf_conversion.Sizes, layer: int) -> None:
         super().__init__()
-        d_model, heads = sizes["d_model"], (sizes["n_heads"], sizes["n_kv_heads"])
-        self.attention_norm = nn.RMSNorm(d_model, sizes["norm_eps"])
-        self.attention = Attention(d_model, *heads, layer, sizes["qk_norm"])
-        self.mlp_norm = nn.RMSNorm(d_model, sizes["norm_eps"])
-        self.mlp = MLPS[sizes["mlp"]](d_model, sizes["d_ff"])
+        self.attention_norm = nn.RMSNorm(sizes["d_model"], sizes["norm_eps"])
+        self.attention = Attention(sizes, layer)
+        self.mlp_norm = nn.RMSNorm(sizes["d_model"], sizes["norm_eps"])
+        self.mlp = MLPS[sizes["mlp"]](sizes["d_model"], sizes["d_ff"])
 
-    def forward(
-        self, x: Tensor, rotary: Rotary, attn_mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, attn_mask, cache)
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """x (B, T, C) and the other arguments of :class:`Attention` -> (B, T, C)."""
+        x = x + self.attention(self.attention_norm(x), *context)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(BaseCausalModel):
-    """Embedding, blocks, final norm, linear head.
-
-    Raises:
-        FileNotFoundError, ValueError: ``init_from`` cannot be read, or has other sizes.
-    """
+    """Embedding, blocks, final norm, linear head. Raises FileNotFoundError or ValueError where
+    ``init_from`` cannot be read, or has other sizes."""
 
     def __init__(
         self,
@@ -241,13 +234,13 @@ class Decoder(BaseCausalModel):
         x = self.token_embedding(input_ids)  # (B, T, C)
         if self.token_smear is not None:
             x = self.token_smear(x, position_ids, cache)
-        rotary = self._rotary(position_ids)  # (B, T, 1, D/2) each
         attn_mask = self._attn_mask(input_ids, attention_mask, 0 if cache is None else len(cache))
+        context = self._rotary(position_ids), attn_mask, cache
         for block in self.blocks:
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, attn_mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, *context, use_reentrant=False)
             else:
-                x = block(x, rotary, attn_mask, cache)
+                x = block(x, *context)
         return self.final_norm(x)
 
     @staticmethod
@@ -262,6 +255,7 @@ class Decoder(BaseCausalModel):
         return input_ids.new_ones(1, 1, length, cached + length, dtype=torch.bool).tril(cached)
 
     def _rotary(self, position_ids: Tensor) -> Rotary:
+        """Of the positions (B, T): (B, T, 1, D/2) each."""
         pairs = self.sizes["d_model"] // self.sizes["n_heads"] // 2
         # Float32 whatever the precision: bfloat16 cannot tell position 257 from 256.
         exponents = torch.arange(pairs, dtype=torch.float32, device=position_ids.device) / pairs

@@ -49,24 +49,18 @@ class ExternalModel(BaseCausalModel):
 
     def checked_mask(self, length: int, attention_mask: Mask) -> Mask:
         """The mask of rows of ``length`` slots where it says more than plain causal, else None.
-
-        Raises:
-            ValueError: a row is longer than the model's positions, or the mask says more than plain
-                causal and the model does not apply it.
+        Raises ValueError for rows longer than the model's positions, or a mask it does not apply.
         """
-        if self.max_positions is not None and length > self.max_positions:
-            raise ValueError(
-                f"a row of {length} tokens is longer than the model's {self.max_positions} "
-                f"positions: lower data.max_length or samples.self_check.length, or raise the "
-                f"model's"
-            )
+        limit = self.max_positions
+        if limit is not None and length > limit:
+            problem = f"a row of {length} tokens is longer than the model's {limit} positions"
+            todo = "lower data.max_length or samples.self_check.length, or raise the model's"
+            raise ValueError(f"{problem}: {todo}")
         if attention_mask is None or attention_mask.plain_causal:
             return None
         if not self.applies_mask:
-            raise ValueError(
-                "this model ignores the attention mask: use data.layout=padded, "
-                "data.padding_side=right and the causal mask, or another model"
-            )
+            todo = "use data.layout=padded, data.padding_side=right and the causal mask"
+            raise ValueError(f"this model ignores the attention mask: {todo}, or another model")
         return attention_mask
 
 
@@ -82,9 +76,7 @@ class TransformersModel(ExternalModel):
     def lm_head(self) -> nn.Linear | None:  # type: ignore[override]  # a part of ``net``
         return self.net.get_output_embeddings() if self.head_is_plain else None
 
-    def _kwargs(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask, cache: Any
-    ) -> dict[str, Any]:
+    def _kwargs(self, input_ids, position_ids, attention_mask: Mask, cache: Any) -> dict[str, Any]:
         """The inputs as keyword arguments of transformers; a mask is passed as (B, 1, T, T)."""
         # The cache of a recurrent model, whose positions are unlimited, cannot tell its length.
         n_cached = 0 if cache is None or self.max_positions is None else cache.get_seq_length()
@@ -97,14 +89,10 @@ class TransformersModel(ExternalModel):
         given = {name: value for name, value in given.items() if name in self.forward_parameters}
         return {"input_ids": input_ids, "use_cache": cache is not None} | given
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor:
+    def forward(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         return self.net(**self._kwargs(input_ids, position_ids, attention_mask, cache)).logits
 
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor:
+    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         given = self._kwargs(input_ids, position_ids, attention_mask, cache)
         return self.net.base_model(**given).last_hidden_state
 
@@ -138,27 +126,24 @@ def huggingface(
         config: of a new model: ``model_type``, and other keys of its configuration.
         init_from: folder, or name on the hub, of a pretrained model (instead of ``config``).
 
-    Raises:
-        ModuleNotFoundError: the extra is not installed.
-        ValueError: neither or both are given, or the vocabulary is not the tokenizer's.
+    Raises ModuleNotFoundError where the extra is not installed, ValueError where not exactly one of
+    the two is given, or the vocabulary is not the tokenizer's.
     """
     library = extras.load("transformers", "huggingface")
     if (config is None) == (init_from is None):
         raise ValueError("give either model.config, of a new model, or model.init_from")
-    standalone: dict[str, Any] = {}
     if config is not None:
         kind = library.AutoConfig.for_model(**({"vocab_size": vocab_size} | dict(config)))
         net = library.AutoModelForCausalLM.from_config(kind)
+        source, standalone = "model.config", dict[str, Any]()
     else:
         net = library.AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+        source = f"model.init_from={init_from}"
         standalone = {"init_from": None, "config": net.config.to_dict()}
     size = net.get_input_embeddings().num_embeddings
-    source = "model.config" if init_from is None else f"model.init_from={init_from}"
     if not vocab_size <= size <= MAX_PADDED_VOCABULARY * vocab_size:
-        raise ValueError(
-            f"{source} has a vocabulary of {size} tokens, but the tokenizer of this run has "
-            f"{vocab_size}: the two must agree; a pretrained model needs its own tokenizer"
-        )
+        ours = f"the tokenizer of this run has {vocab_size}: a pretrained model needs its own"
+        raise ValueError(f"{source} has a vocabulary of {size} tokens, but {ours}")
     return TransformersModel(net, vocab_size, standalone)
 
 
@@ -173,18 +158,15 @@ class XTransformers(ExternalModel):
         library = extras.load("x_transformers", "x-transformers")
         sizes = {"dim": d_model, "depth": n_layers, "heads": n_heads}
         layers = library.Decoder(**sizes, attn_dim_head=d_model // n_heads, **(decoder or {}))
-        net = library.TransformerWrapper(
-            num_tokens=vocab_size, max_seq_len=max_positions, attn_layers=layers
-        )
+        slots = {"num_tokens": vocab_size, "max_seq_len": max_positions}
+        net = library.TransformerWrapper(attn_layers=layers, **slots)
         super().__init__(net, vocab_size, max_positions)
 
     @property
     def lm_head(self) -> nn.Linear | None:  # type: ignore[override]  # a part of ``net``
         return self.net.to_logits
 
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor:
+    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         mask = self.checked_mask(input_ids.shape[1], attention_mask)
         given: dict[str, Any] = {"pos": position_ids, "return_embeddings": True}
         if mask is not None:  # it includes the causal mask of x-transformers
