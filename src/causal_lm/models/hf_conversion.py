@@ -54,10 +54,8 @@ def _llama_config(sizes: Sizes, **more: Any) -> Any:
     """The ``LlamaConfig`` of our decoder; ValueError for options that Llama does not have."""
     for key, expected in LLAMA_OPTIONS.items():
         if sizes[key] != expected:
-            raise ValueError(
-                f"model.{key}={_yaml(sizes[key])} has no counterpart in transformers: only "
-                f"model.{key}={_yaml(expected)} can be converted"
-            )
+            problem = f"model.{key}={_yaml(sizes[key])} has no counterpart in transformers"
+            raise ValueError(f"{problem}: only model.{key}={_yaml(expected)} can be converted")
     return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in LLAMA_KEYS.items()}, **more)
 
 
@@ -83,14 +81,9 @@ def _to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any
 
 
 def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
-    """The weights of a Llama in ``folder``, as a state dict of ``Decoder``.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ModuleNotFoundError: the extra ``huggingface`` is not installed.
-        ValueError: the folder has another kind of model, other sizes or too few weights (named), or
-            ``sizes`` are not those of a plain Llama.
-    """
+    """The weights of a Llama in ``folder``, as a state dict of ``Decoder``. Raises FileNotFoundError
+    where a file is missing, ModuleNotFoundError without the extra ``huggingface``, and ValueError
+    for another kind of model, other sizes or missing weights (named), or options of no Llama."""
     config, library = _llama_config(sizes), _transformers()
     path, source = Path(folder) / "config.json", f"model.init_from={folder}"
     if not path.is_file():
@@ -101,16 +94,13 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     if different := [key for key in expected if found[key] != expected[key]]:
         theirs = " ".join(f"{key}={_yaml(found[key])}" for key in different)
         ours = ", ".join(_yaml(expected[key]) for key in different)
-        raise ValueError(
-            f"{source} has {theirs}, but this run has {ours}: set these keys, use the tokenizer of "
-            f"that model, or use model=huggingface, which takes any model of transformers"
-        )
+        todo = "set these keys, use the tokenizer of that model, or use model=huggingface"
+        raise ValueError(f"{source} has {theirs}, but this run has {ours}: {todo}")
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         with torch.random.fork_rng():  # it draws weights before it loads them
-            net, info = library.LlamaForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True,
-                output_loading_info=True,
-            )  # fmt: skip
+            llama = library.LlamaForCausalLM
+            net, info = llama.from_pretrained(folder, dtype=torch.float32, **options)
     except OSError as error:
         raise FileNotFoundError(f"{source}: {str(error).splitlines()[0]}") from error
     if missing := ", ".join(sorted(info["missing_keys"])):
@@ -138,13 +128,9 @@ def _yaml(value: Any) -> str:
 
 def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> Path:
     """Write ``model``, trained on rows of up to ``max_length`` tokens, and ``tokenizer`` into a new
-    ``folder``, completely or not at all.
-
-    Raises:
-        FileExistsError: the folder exists and is not empty.
-        ModuleNotFoundError: the extra ``huggingface`` is not installed.
-        ValueError: the model or the tokenizer has no counterpart in transformers.
-    """
+    ``folder``, completely or not at all. Raises FileExistsError where the folder is not empty,
+    ModuleNotFoundError without the extra ``huggingface``, and ValueError where the model or the
+    tokenizer has no counterpart in transformers."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,10 +157,9 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     elif hasattr(getattr(model, "net", None), "save_pretrained"):
         net = model.net
     else:
-        raise ValueError(
-            f"a {type(model).__name__} has no counterpart in transformers: export model=llama or "
-            f"model=huggingface, or give the class a method to_transformers()"
-        )
+        problem = f"a {type(model).__name__} has no counterpart in transformers"
+        todo = "export model=llama or model=huggingface, or give the class a to_transformers()"
+        raise ValueError(f"{problem}: {todo}")
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
     net.config.update(ids)
     net.generation_config.update(**ids)
@@ -184,16 +169,16 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
 def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
     """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text."""
     library, fast = extras.load("tokenizers", "huggingface"), _to_hf_tokenizer(tokenizer)
-    names = {role: fast.id_to_token(getattr(tokenizer, f"{role}_id")) for role in SPECIAL_ROLES}
-    bos = names["bos"]
+    ids = {role: getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
+    tokens = {f"{role}_token": fast.id_to_token(i) for role, i in ids.items()}
+    bos = tokens["bos_token"]
     fast.post_processor = library.processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
     )
-    tokens = {f"{role}_token": name for role, name in names.items()}
-    _transformers().PreTrainedTokenizerFast(  # split: "<eos>" in a text is five characters
-        tokenizer_object=fast, model_max_length=max_length, split_special_tokens=True,
-        clean_up_tokenization_spaces=False, **tokens,
-    ).save_pretrained(folder)  # fmt: skip
+    # Split: "<eos>" in a text is five characters.
+    options = {"split_special_tokens": True, "clean_up_tokenization_spaces": False} | tokens
+    make = _transformers().PreTrainedTokenizerFast
+    make(tokenizer_object=fast, model_max_length=max_length, **options).save_pretrained(folder)
 
 
 def _to_hf_tokenizer(tokenizer: Tokenizer) -> Any:
