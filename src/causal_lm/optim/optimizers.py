@@ -17,19 +17,14 @@ log = logging.getLogger(__name__)
 
 def peak_lr(lr: float | str, groups: ParameterGroups) -> float:
     """``lr`` as a number: ``auto`` is 6e-3 / sqrt(width of the embedding), 2.2e-4 at width 768.
-
-    Raises:
-        ValueError: ``auto``, where neither an embedding nor a head is trained.
-    """
+    Raises ValueError for ``auto`` where neither an embedding nor a head is trained."""
     if lr != "auto":
         return float(lr)
     weights = {group["role"]: group["params"][0][1] for group in groups}
     weight = weights.get("embedding", weights.get("head"))
     if weight is None:
-        raise ValueError(
-            "optimizer.lr=auto is computed from the width of the embedding, but this model trains "
-            "neither an embedding nor a head: set optimizer.lr to a number"
-        )
+        problem = "this model trains neither an embedding nor a head, whose width it depends on"
+        raise ValueError(f"optimizer.lr=auto: {problem}; set optimizer.lr to a number")
     width = weight.shape[-1]
     auto_lr = 6e-3 * width**-0.5
     log.info(f"optimizer.lr=auto: 6e-3 / sqrt({width}) = {auto_lr:.2g}")
@@ -81,10 +76,7 @@ def muon(
     weight_decay: float, **adamw_options: Any,
 ) -> CombinedOptimizer:  # fmt: skip
     """Muon (https://kellerjordan.github.io/posts/muon/) for hidden matrices, AdamW for the rest.
-
-    Raises:
-        ValueError: the model has no hidden matrix.
-    """
+    Raises ValueError where the model has no hidden matrix."""
     matrices = [group for group in groups if group["role"] == "hidden_matrix"]
     rest = [group for group in groups if group["role"] != "hidden_matrix"]
     if not matrices:

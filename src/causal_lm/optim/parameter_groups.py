@@ -55,11 +55,8 @@ def parameter_groups(model: nn.Module | CausalModel) -> ParameterGroups:
 
 
 def assert_complete(model: nn.Module | CausalModel, groups: ParameterGroups) -> None:
-    """Check that ``groups`` (or those of an optimizer) hold each trainable parameter exactly once.
-
-    Raises:
-        AssertionError: naming the parameters that are missing, or held twice.
-    """
+    """Raise AssertionError, with names, unless ``groups`` (or those of an optimizer) hold each
+    trainable parameter exactly once."""
     params = [p for group in groups for p in group["params"]]
     held = Counter(id(p[1] if isinstance(p, tuple) else p) for p in params)
     trained = [(name, held[id(p)]) for name, p in model.named_parameters() if p.requires_grad]

@@ -16,12 +16,9 @@ Factor = Callable[[int], float]  # optimizer step -> factor of the peak learning
 
 
 def warmup(total_steps: int, steps: int | str, cap: float) -> tuple[int, str]:
-    """Length of the warm-up in optimizer steps, and the reason for it, for the log.
-
-    Args:
-        steps: a number, or ``auto`` for the longer of 500 and a tenth of the run.
-        cap: largest fraction of the run, so that a short run still has time at its peak.
-    """
+    """Length of the warm-up in optimizer steps, and the reason for it, for the log: ``steps``, or
+    for ``auto`` the longer of 500 and a tenth of the run; at most the fraction ``cap`` of the run,
+    so that a short run still has time at its peak."""
     if steps == "auto":
         requested = max(500, total_steps // 10)
         reason = "the minimum of 500" if requested == 500 else "a tenth of the run"
@@ -42,8 +39,7 @@ def _schedule(
             return (step + 1) / n_warmup
         return shape(step, n_warmup, total_steps, **options)
 
-    last = factor(total_steps - 1)
-    end = f"the last step is at {last:.3g} of the peak learning rate"
+    end = f"the last step is at {factor(total_steps - 1):.3g} of the peak learning rate"
     log.info(f"warm-up: {n_warmup} of {total_steps} steps ({reason}); {end}")
     return factor
 
