@@ -31,18 +31,14 @@ def sample(
     """Continue each row of ``prompt`` (B, P) to ``length`` tokens in all: (B, length).
 
     Sampling does not stop at EOS; cut rows with :func:`through_eos`. Tokens are drawn on the CPU
-    from ``generator``, so that a seed gives the same samples on every device.
+    from ``generator``, so that a seed gives the same samples on every device. Raises ValueError for
+    a temperature or length that is impossible, FloatingPointError for a logit of NaN or +inf.
 
     Args:
-        model: Batch -> logits (B, T, V), such as a ``CausalLM`` in eval mode. If its
-            ``make_cache()`` returns a cache, each token is computed once, by
-            ``model(batch of the new tokens, cache)``.
+        model: Batch -> logits (B, T, V), such as a ``CausalLM`` in eval mode. If ``make_cache()``
+            returns a cache, each token is computed once: ``model(batch of new tokens, cache)``.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: sample from the k most likely tokens.
-
-    Raises:
-        ValueError: the temperature is negative, or the prompt is empty or longer than ``length``.
-        FloatingPointError: a logit is NaN or +inf.
     """
     if not temperature >= 0:  # NaN too
         raise ValueError(f"temperature must be 0 or more, not {temperature}")

@@ -70,23 +70,17 @@ class Collate:
     of the sampler) becomes a row of PAD without targets."""
 
     def __init__(
-        self,
-        pad_id: int,
-        vocab_size: int,  # ids must lie below it
-        *,
-        padding_side: str = "right",  # or "left"
-        row_length: int | None = None,  # slots of a packed row; None: one document per row
-    ) -> None:
+        self, pad_id: int, vocab_size: int, *, padding_side: str = "right",
+        row_length: int | None = None,
+    ) -> None:  # fmt: skip
+        """padding_side: right or left; row_length: slots of a packed row, None for one document per
+        row."""
         self.pad_id, self.vocab_size = pad_id, vocab_size
         self.pad_left, self.row_length = padding_side == "left", row_length
 
     def __call__(self, documents: Sequence[Document]) -> Batch:
-        """Documents, of any integer dtype -> Batch.
-
-        Raises:
-            ValueError: no documents, an id outside the vocabulary (named), or a document longer
-                than a packed row.
-        """
+        """Documents, of any integer dtype -> Batch. Raises ValueError for no documents, an id
+        outside the vocabulary (named), or a document longer than a packed row."""
         if not documents:
             raise ValueError("a batch needs at least one document")
         lengths = torch.tensor([len(document.tokens) for document in documents])
@@ -126,22 +120,18 @@ class Collate:
     def _loss_mask(documents, indices: Any, shape: tuple[int, int]) -> Tensor | None:
         if all(document.loss_mask is None for document in documents):
             return None
-        flat = [
-            torch.ones(len(d.tokens), dtype=torch.bool) if d.loss_mask is None else d.loss_mask
-            for d in documents
-        ]
-        return torch.zeros(shape, dtype=torch.bool).index_put_(indices, torch.cat(flat))
+        masks = [torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+                 for tokens, mask in documents]  # fmt: skip
+        return torch.zeros(shape, dtype=torch.bool).index_put_(indices, torch.cat(masks))
 
     def _check_range(self, tokens: Tensor, lengths: Tensor) -> None:
         outside = (tokens < 0) | (tokens >= self.vocab_size)
         if outside.any():
             first = int(outside.nonzero()[0])
             number = int((lengths.cumsum(0) <= first).sum())
-            raise ValueError(
-                f"document {number} of the batch holds token id {int(tokens[first])}, outside the "
-                f"vocabulary of {self.vocab_size} (ids 0 to {self.vocab_size - 1}): "
-                f"was this data tokenized with another tokenizer?"
-            )
+            problem = f"document {number} of the batch holds token id {int(tokens[first])}"
+            limit = f"outside the vocabulary of {self.vocab_size} (ids 0 to {self.vocab_size - 1})"
+            raise ValueError(f"{problem}, {limit}: is this data tokenized by another tokenizer?")
 
 
 def first_fit(lengths: Sequence[int], row_length: int) -> tuple[Tensor, Tensor, Tensor]:
