@@ -4,22 +4,12 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-import lightning as L
 import torch
 
 from causal_lm.build import instantiate, restore
 from causal_lm.checkpoint_file import CONFIG, read_checkpoint
 from causal_lm.config import ConfigError, load
 from causal_lm.data.datamodule import DataModule
-
-
-class _MetricReader(L.Callback):
-    """Reads the metric before the module resets it."""
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        metric = pl_module.val_metric
-        self.figures = {name: float(value) for name, value in metric.compute().items()}
-        self.figures |= {"tokens": int(metric.tokens), "bytes": int(metric.bytes)}
 
 
 def evaluate(
@@ -30,10 +20,8 @@ def evaluate(
 
     Uses the checkpoint's tokenizer and, unless overridden, its ``data.max_length``. ``overrides``
     are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train`` or ``all``;
-    ``trust`` is of :func:`causal_lm.build.restore`.
-
-    Raises:
-        ValueError: no data is named, its tokenizer is another one, or rows are too long.
+    ``trust`` is of :func:`causal_lm.build.restore`. Raises ValueError where no data is named, its
+    tokenizer is another one, or rows are too long.
     """
     if not any(word.startswith("data=") for word in overrides):
         raise ConfigError("no data is named: add data=docstrings, or data=text data.path=…")
@@ -50,12 +38,11 @@ def evaluate(
 
     loaders = {"val": [data.val_dataloader], "train": [data.train_dataloader]}
     loaders["all"] = loaders["train"] + loaders["val"]
-    place, reader = torch.device(device), _MetricReader()
-    trainer = L.Trainer(
-        accelerator=place.type, devices=1 if place.index is None else [place.index],
-        callbacks=[reader], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
-    batches = chain.from_iterable(loader() for loader in loaders[split])
-    trainer.validate(module, batches, verbose=False)
-    return {"checkpoint": str(checkpoint), "split": split} | reader.figures
+    metric = module.to(device).val_metric
+    with torch.inference_mode():
+        for batch in chain.from_iterable(loader() for loader in loaders[split]):
+            batch = batch.to(device)
+            metric.update(module.token_nll(batch), batch.labels)
+    figures = {name: float(value) for name, value in metric.compute().items()}
+    figures |= {"tokens": int(metric.tokens), "bytes": int(metric.bytes)}
+    return {"checkpoint": str(checkpoint), "split": split} | figures
