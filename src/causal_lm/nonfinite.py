@@ -29,19 +29,15 @@ class NonFiniteGuard:
         self.skipped = self.in_a_row = 0
 
     def record_skipped_step(self, step: int, cause: str, by_scaler: bool = False) -> None:
-        """Count and log a skipped step; ``cause`` is that of :func:`describe_nonfinite`.
-
-        Raises:
-            FloatingPointError: more than the limit in a row.
-        """
+        """Count and log a skipped step; ``cause`` is that of :func:`describe_nonfinite`. Raises
+        FloatingPointError for more than the limit in a row."""
         limit = self.max_skipped if self.skip or by_scaler else 0
         if self.in_a_row >= limit:
             after = f", after gradients.max_skipped={limit} skipped steps in a row" if limit else ""
-            raise FloatingPointError(
-                f"{cause} is not finite at step {step}{after}: lower optimizer.lr, check the "
-                f"batch{'' if limit else ', or set gradients.on_nonfinite=skip'}; weights and "
-                f"checkpoints are those from before this step"
-            )
+            todo = f"check the batch{'' if limit else ', or set gradients.on_nonfinite=skip'}"
+            kept = "weights and checkpoints are those from before this step"
+            problem = f"{cause} is not finite at step {step}{after}"
+            raise FloatingPointError(f"{problem}: lower optimizer.lr, {todo}; {kept}")
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         log.warning(f"step {step} is skipped ({self.in_a_row} in a row): {cause} is not finite")
 
@@ -89,8 +85,7 @@ def first_nonfinite_layer(model: nn.Module, forward: Callable[[], Any]) -> str |
         for part in parts:  # the list grows while it is read: nested outputs are reached too
             if isinstance(part, Mapping | list | tuple):
                 parts += part.values() if isinstance(part, Mapping) else part
-        tensors = [part for part in parts if isinstance(part, Tensor)]
-        if not found and not all(x.isfinite().all() for x in tensors):
+        if not all(part.isfinite().all() for part in parts if isinstance(part, Tensor)):
             found.append(name)
 
     modules = [(name, module) for name, module in model.named_modules() if name]
