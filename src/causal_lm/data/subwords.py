@@ -33,18 +33,14 @@ WORD = re.compile(
     rf"| ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+"
 )
 """Splits a text at a subset of GPT-2's split points, so that words can be cached. A word with a
-non-ASCII character extends to the next space, because Python's ``re`` has no ``\\p{L}``; the
-library splits it further."""
+non-ASCII character extends to the next space (``re`` has no ``\\p{L}``); the library splits it."""
 MAX_CACHED_WORDS = 300_000  # words whose ids are remembered
 
 
 class SubwordTokenizer:
-    """A tokenizer of the ``tokenizers`` library, made from its JSON and its special tokens' ids.
-
-    Text never produces a special token: the string ``<eos>`` is encoded as ordinary tokens. PAD,
-    BOS and EOS may share one id, as in GPT-2. Raises ValueError where a special token is also part
-    of ordinary text.
-    """
+    """A tokenizer of the ``tokenizers`` library, made from its JSON and its special tokens' ids,
+    which may be one (GPT-2). Text never produces a special token: ``<eos>`` is encoded as ordinary
+    tokens. Raises ValueError where a special token is also part of ordinary text."""
 
     def __init__(self, json: str, pad: int, bos: int, eos: int) -> None:
         self.json, self.pad_id, self.bos_id, self.eos_id = json, pad, bos, eos
@@ -103,17 +99,15 @@ class SubwordTokenizer:
         if not backend.get_vocab_size():
             raise ValueError("its vocabulary is empty")
         ids: dict[str, int] = {}
-        for role in ("eos", "bos", "pad"):
-            usual = next((n for n in USUAL_NAMES[role] if backend.token_to_id(n) is not None), None)
+        for role, usual_names in USUAL_NAMES.items():
+            usual = next((n for n in usual_names if backend.token_to_id(n) is not None), None)
             name = names.get(role) or usual or ("<eos>" if role == "eos" else None)
             if name is None:
                 ids[role] = ids["eos"]
                 continue
             if backend.token_to_id(name) is None:
-                log.warning(
-                    f"{name!r} is not in the tokenizer's vocabulary and was added as {role}; if "
-                    f"another token has that role, set data.special_tokens.{role}"
-                )
+                hint = f"if another token has that role, set data.special_tokens.{role}"
+                log.warning(f"{name!r}, which the tokenizer lacks, was added as {role}; {hint}")
             backend.add_special_tokens([name])  # marks it as special where it is there already
             ids[role] = backend.token_to_id(name)
         settings = loads(backend.to_str())

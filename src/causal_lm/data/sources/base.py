@@ -32,11 +32,8 @@ FORMAT = 2  # version of the cached files and of how text is cut; older caches a
 
 @dataclass(kw_only=True)
 class TextSource(abc.ABC):
-    """A source of text documents that are tokenized once and cached on disk.
-
-    A hash of its text decides whether a document is in training or validation. So the split does
-    not depend on the order or on other documents, and equal documents are on the same side.
-    """
+    """A source of text documents that are tokenized once and cached on disk. A hash of its text
+    decides whether a document is in training or validation, so that equal ones are on one side."""
 
     val_share: float = 0.05  # fraction of documents held out, where there is no validation data
     tokenizer: str | TextTokenizer = "bytes"  # or bpe, a path of a tokenizer.json, an object
@@ -58,11 +55,8 @@ class TextSource(abc.ABC):
 
     @abc.abstractmethod
     def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
-        """All documents in a fixed order, in groups (documents, is_val).
-
-        With ``is_val`` None, the hash of each document decides. A document is (segments, True); a
-        long one may come as (part, False) … (last part, True).
-        """
+        """All documents in a fixed order, in groups (documents, is_val; None: the hash of each
+        decides). A document is (segments, True), or (part, False) … (last part, True)."""
 
     @abc.abstractmethod
     def size(self) -> int:
@@ -75,8 +69,7 @@ class TextSource(abc.ABC):
         tokenizer_key = self.vocab_size if is_bpe else self._given_tokenizer.state()
         key = [FORMAT, type(self).__name__, self.identity(), self.val_share, tokenizer_key]
         cache = Path(self.cache_dir or token_cache.default_folder()).expanduser()
-        folder = cache / token_cache.fingerprint(key)
-        started = time.perf_counter()
+        folder, started = cache / token_cache.fingerprint(key), time.perf_counter()
         token_cache.build_once(folder, self._build)
         train, val, about = token_cache.read_corpus(folder)
         log.info(f"{about['summary']}; kept in {folder} ({time.perf_counter() - started:.1f} s)")

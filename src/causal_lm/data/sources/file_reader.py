@@ -5,7 +5,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +197,7 @@ def _where(error: UnicodeDecodeError, first_line: int) -> str:
 
 def _is_text(value: Any) -> bool:
     """Whether a value is a string, without half surrogate pairs (JSON can spell these)."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _raw_lines(path: Path) -> RawUnits:
@@ -216,17 +213,15 @@ def _raw_lines(path: Path) -> RawUnits:
 
 
 def _raw_paragraphs(path: Path) -> RawUnits:
-    lines: list[bytes] = []
-    first = size = 0
-    for number, raw in chain(_raw_lines(path), [(0, b"")]):
-        if raw.strip():
-            first = first if lines else number
-            if size <= MAX_UNIT_BYTES:
-                lines.append(raw)
-                size += len(raw) + 1
-        elif lines:
-            yield first, b"\n".join(lines)
-            lines, size = [], 0
+    """Runs of lines that are not blank; one that is too long is cut above the limit."""
+    for has_text, lines in groupby(_raw_lines(path), lambda line: bool(line[1].strip())):
+        if has_text:
+            first, raw = next(lines)
+            paragraph = bytearray(raw)
+            for _, raw in lines:
+                if len(paragraph) <= MAX_UNIT_BYTES:
+                    paragraph += b"\n" + raw
+            yield first, bytes(paragraph)
 
 
 def _utf8_size(path: Path) -> int:

@@ -56,11 +56,9 @@ class HuggingFaceDataset(FileReader):
             local = _local(path)
             if local.is_file():
                 self.check(local)
-            if local.exists():  # local data is not loaded: its files identify it
-                below = (local, *sorted(local.rglob("*")))
-                identities.append([[file_identity(p) for p in below if p.is_file()], split])
-            else:
-                identities.append([[path, self._dataset(path, split)._fingerprint], split])
+            # Local data is not loaded: its files identify it.
+            found = [file_identity(p) for p in (local, *sorted(local.rglob("*"))) if p.is_file()]
+            identities.append([found or [path, self._dataset(path, split)._fingerprint], split])
         return super().identity() | {"splits": identities, "name": self.name}
 
     def size(self) -> int:
@@ -80,23 +78,24 @@ class HuggingFaceDataset(FileReader):
 
     def _dataset(self, path: str, split: str) -> Any:
         """A split, cached: its columns ``fields``, or all columns where one of these is missing."""
-        if (path, split) not in self._loaded:
-            datasets, local = extras.load("datasets", "huggingface"), _local(path)
-            try:
-                if (local / "dataset_dict.json").exists():
-                    found = datasets.load_from_disk(str(local))[split]
-                elif (local / "state.json").exists():
-                    found = datasets.load_from_disk(str(local))
-                else:
-                    processes = self.num_proc
-                    found = datasets.load_dataset(path, self.name, split=split, num_proc=processes)
-            except ImportError:
-                raise
-            except Exception as error:  # the library raises a dozen kinds
-                raise ValueError(f"data.path={path} (split {split}): {error}") from error
-            known = set(self.fields) <= set(found.column_names)
-            self._loaded[path, split] = found.select_columns(self.fields) if known else found
-        return self._loaded[path, split]
+        if (path, split) in self._loaded:
+            return self._loaded[path, split]
+        datasets, local = extras.load("datasets", "huggingface"), _local(path)
+        try:
+            if (local / "dataset_dict.json").exists():
+                found = datasets.load_from_disk(str(local))[split]
+            elif (local / "state.json").exists():
+                found = datasets.load_from_disk(str(local))
+            else:
+                found = datasets.load_dataset(path, self.name, split=split, num_proc=self.num_proc)
+        except ImportError:
+            raise
+        except Exception as error:  # the library raises a dozen kinds
+            raise ValueError(f"data.path={path} (split {split}): {error}") from error
+        if set(self.fields) <= set(found.column_names):
+            found = found.select_columns(self.fields)
+        self._loaded[path, split] = found
+        return found
 
 
 def _local(path: str) -> Path:

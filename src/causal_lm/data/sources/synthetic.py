@@ -14,9 +14,8 @@ class MarkovLanguage:
     """Documents ``BOS s1 … sn EOS`` in which each symbol depends on the one before it.
 
     Each symbol may be followed by ``successors`` others (never by itself), with probabilities
-    drawn once from ``seed``. After each symbol the document ends with probability ``1 / mean``;
-    after ``max_symbols`` it always ends. So lengths are geometric: many documents are short, a
-    few are long, and about three quarters of a padded batch is PAD.
+    drawn once from ``seed``. After each symbol the document ends with probability ``1 / mean``, and
+    after ``max_symbols`` always, so about three quarters of a padded batch is PAD.
     """
 
     def __init__(
@@ -70,10 +69,8 @@ class MarkovLanguage:
 
 @dataclass(kw_only=True)
 class SyntheticLanguage:
-    """Source of documents of a seeded :class:`MarkovLanguage`; needs no download and no disk.
-
-    With more than one copy it knows neither the entropy floor nor which tokens are legal.
-    """
+    """Source of documents of a seeded :class:`MarkovLanguage`; needs no download and no disk. With
+    more than one copy it knows neither the entropy floor nor which tokens are legal."""
 
     symbols: int
     successors: int
