@@ -1,9 +1,8 @@
 """Loss, perplexity and bits per byte from exact sums over tokens.
 
-torchmetrics' own ``Perplexity`` sums correctly over batches, but it computes a softmax in the dtype
-of the logits (``inf`` at a gap of about 110 in float32, 18 in float16), reads -100 as an index
-unless told otherwise, and rounds its counts in a ``bfloat16`` module. This one keeps nats in
-float64 and counts in int64.
+torchmetrics' own ``Perplexity`` computes a softmax in the dtype of the logits (``inf`` at a gap of
+about 110 in float32, 18 in float16), reads -100 as an index unless told otherwise, and rounds its
+counts in a ``bfloat16`` module. This one keeps nats in float64 and counts in int64.
 """
 
 import math
@@ -58,10 +57,8 @@ class TokenPerplexity(Metric):
 
     def _apply(self, fn: Callable, exclude_state=()) -> "TokenPerplexity":
         """Move the states with the module, but keep their dtype (MPS has no float64: float32)."""
-        device = fn(self.tokens).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        nats, zero = self.nats.cpu().to(dtype), torch.zeros((), dtype=dtype)
-        self.nats, self._defaults["nats"] = nats, zero  # ``fn`` may cast these
-        super()._apply(fn, exclude_state)
-        self.nats, self._defaults["nats"] = nats.to(device), zero.to(device)
+        super()._apply(fn, ("nats", *exclude_state))  # ``fn`` may cast to another dtype
+        dtype = torch.float32 if self.tokens.device.type == "mps" else torch.float64
+        self.nats = self.nats.cpu().to(dtype).to(self.tokens.device)
+        self._defaults["nats"] = torch.zeros_like(self.nats)
         return self
