@@ -27,8 +27,7 @@ class StepAccumulator:
 
     def __init__(self) -> None:
         self.micro_batches: list[MicroBatch] = []
-        self.random_state: dict[str, Tensor] = {}
-        """State of the random generators before the first micro-batch, to restart the step from."""
+        self.random_state: dict[str, Tensor] = {}  # before the first micro-batch
 
     def start(self, device: torch.device) -> None:
         """Call before the forward pass of each micro-batch."""

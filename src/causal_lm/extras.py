@@ -5,11 +5,8 @@ from types import ModuleType
 
 
 def load(module: str, extra: str) -> ModuleType:
-    """Import a library that belongs to an optional extra.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message has the command that installs it.
-    """
+    """Import a library of an optional extra. Raises ModuleNotFoundError where it is not installed;
+    the message has the command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

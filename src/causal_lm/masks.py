@@ -32,13 +32,7 @@ def same_document(document_ids: Tensor) -> Tensor:
 
 
 def causal_within_documents(document_ids: Tensor) -> Tensor:
-    """(B, T) document ids -> bool (B, T, T): may query t (dim 1) attend to key s (dim 2)?
-
-    >>> causal_within_documents(torch.tensor([[0, 0, -1]]))[0].int()
-    tensor([[1, 0, 0],
-            [1, 1, 0],
-            [0, 0, 1]], dtype=torch.int32)
-    """
+    """(B, T) document ids -> bool (B, T, T): may query t (dim 1) attend to key s (dim 2)?"""
     return same_document(document_ids).tril()
 
 
@@ -48,13 +42,10 @@ class AttentionMask:
 
     The collator makes it from ``document_ids`` on the CPU, so no forward pass synchronizes with
     the device to learn how rows are laid out. (The idea: ``AttentionMask`` of levanter.)
-
-    ``plain_causal``: each row is one document, with PAD, if any, on the right. Plain causal then
-    gives the same logits at every real token, and has the fastest kernels.
     """
 
     document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
-    plain_causal: bool
+    plain_causal: bool  # one document per row, PAD on the right: ``is_causal`` says the same
     segment_lengths: tuple[int, ...]  # of each run of equal ids, PAD too; they sum to B * T
     dense: Tensor | None = None  # bool (B, T, T) that replaces the rule (used by pitfalls only)
 

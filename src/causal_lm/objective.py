@@ -35,9 +35,8 @@ class LossConfig:
     chunk_tokens: int | None = None  # tokens whose logits exist at a time (:func:`chunked_nll`)
 
     def __post_init__(self) -> None:
-        if self.reduction not in REDUCTIONS:
-            known = ", ".join(REDUCTIONS)
-            raise ValueError(f"loss.reduction must be one of {known}, not {self.reduction!r}")
+        if (name := self.reduction) not in REDUCTIONS:
+            raise ValueError(f"loss.reduction must be one of {', '.join(REDUCTIONS)}, not {name!r}")
         if self.reduction == "padded" and not self.length:
             raise ValueError("loss.reduction=padded needs loss.length, the slots of a document")
 
@@ -50,11 +49,9 @@ def shift_left(input_ids: Tensor) -> Tensor:
 def has_target(document_ids: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """True where the next position belongs to the same document: (B, T) -> bool (B, T).
 
-    Document ids are >= 0, and -1 at PAD. The last token of a document (its EOS) and PAD have no
-    target, so a document of n tokens has n - 1 targets, the last of which is EOS.
-
-    loss_mask: bool (B, T), False at tokens that are context only (a prompt). It masks the *target*:
-        the last token of a prompt still predicts the first token of its answer.
+    Document ids are >= 0, and -1 at PAD. A document of n tokens has n - 1 targets, the last of
+    which is its EOS. ``loss_mask``, bool (B, T), is False at tokens that are context only (a
+    prompt), as *targets*: the last one still predicts the first token of the answer.
     """
     next_document_ids = F.pad(document_ids[:, 1:], (0, 1), value=-1)
     same_document = (document_ids >= 0) & (document_ids == next_document_ids)
@@ -89,8 +86,7 @@ def token_weights(
     counted = labels != IGNORE
     if config.reduction == "token":
         return counted.float(), counted.sum()
-    # The tokens of a document are neighbors: each document begins where the id changes. (A run of
-    # PAD gets a number as well, but has no targets.)
+    # A document begins where the id changes. (A run of PAD is numbered too, but has no targets.)
     begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
     index = begins.flatten().cumsum(0) - 1  # (B T,) document of each slot
     n_targets = torch.zeros_like(index).scatter_add_(0, index, counted.flatten().long())
@@ -102,12 +98,7 @@ def token_weights(
 
 
 def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weight * nll in nats; logits (B, T, V), labels and weights (B, T) -> scalar.
-
-    >>> logits = torch.zeros(1, 3, 4)  # uniform over four tokens: ln 4 each
-    >>> weighted_nll(logits, torch.tensor([[1, 2, IGNORE]]), torch.tensor([[1.0, 0.5, 1.0]]))
-    tensor(2.0794)
-    """
+    """Sum of weight * nll in nats; logits (B, T, V), labels and weights (B, T) -> scalar."""
     return (token_nll(logits, labels) * weights).sum()
 
 

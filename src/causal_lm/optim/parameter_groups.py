@@ -1,8 +1,7 @@
 """Parameter groups for an optimizer, by the role of each parameter.
 
-Roles come from module types and from what the model declares (``lm_head``, ``embeddings()``), never
-from parameter names, so that a model with other names is treated alike. (A norm has "norm" in
-its class name.)
+Roles come from module types (a norm has "norm" in its class name) and from what the model declares
+(``lm_head``, ``embeddings()``), never from parameter names.
 
     role            which parameters                                         weight decay   Muon
     hidden_matrix   2-D weights with no other role                           yes            yes
@@ -33,8 +32,7 @@ WITHOUT_DECAY = ("embedding", "norm_or_bias")
 
 
 def parameter_groups(model: nn.Module | CausalModel) -> ParameterGroups:
-    """Every trainable parameter of ``model`` in one group per role, in the order of :data:`ROLES`;
-    roles without parameters are left out."""
+    """Every trainable parameter of ``model``, in one group per role that occurs."""
     embeddings, heads = _embedding_ids(model), _head_ids(model)
     owners = {id(p): owner for owner in model.modules() for p in owner.parameters(recurse=False)}
     params: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in ROLES}
