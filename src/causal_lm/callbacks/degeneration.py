@@ -12,9 +12,8 @@ class DegenerationStopper:
     """Decides whether the samples were worse for ``patience`` evaluations in a row; None: never.
 
     An evaluation is worse if its repetition is higher, by :data:`STANDARD_ERRORS`, and its
-    consistency is lower than at the reference: the last evaluation that was not worse. (Compared
-    with the evaluation just before it, few would be worse in a row, since both figures fluctuate.)
-    Early in training this can happen without degeneration.
+    consistency is lower than at the reference: the last evaluation that was not worse (not the one
+    just before, since both figures fluctuate). Early in training this is not always degeneration.
     """
 
     def __init__(self, patience: int | None) -> None:

@@ -17,11 +17,10 @@ VANISHING_BELOW = 0.1  # warn if the lowest block's gradient is below this fract
 
 
 class GradientReport(L.Callback):
-    """Logs ``gradient/LAYER`` and ``update/LAYER`` every few optimizer steps.
+    """Logs ``gradient/LAYER`` and ``update/LAYER`` every few optimizer steps, from the first on.
 
     ``gradient`` is the mean absolute gradient as the optimizer sees it, divided and clipped.
     ``update`` is the norm of the step over the norm of the weights, about 1e-3 in healthy training.
-    The weights are copied before a reported step and freed after it. The first step is reported.
     """
 
     def __init__(self, every: int) -> None:

@@ -26,9 +26,7 @@ def consistency(vectors: Tensor, prompt_ids: Tensor) -> float | None:
     too, as mean hidden states of random tokens are alike. Hidden states lie in a narrow cone
     (Ethayarajh 2019, https://arxiv.org/abs/1909.00512): compare their figure within one run.
 
-    Args:
-        vectors: (N, C); zero vectors have no direction and are left out.
-        prompt_ids: (N,) number of each sample's prompt.
+    ``vectors`` (N, C), of which zero ones are left out; ``prompt_ids`` (N,), each sample's prompt.
 
     >>> vectors = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 1.0], [0.0, 0.0]])
     >>> consistency(vectors, torch.tensor([0, 0, 0, 1, 1]))  # 1, 0 and 0

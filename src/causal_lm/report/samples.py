@@ -10,8 +10,7 @@ from causal_lm.data.documents import Language
 from causal_lm.data.tokenizers import Tokenizer, show_token
 from causal_lm.generation import through_eos
 
-Continuations = Sequence[Sequence[int]]
-"""Generated tokens of each sample: without the prompt, up to its first EOS, which is left out."""
+Continuations = Sequence[Sequence[int]]  # tokens of samples after the prompt and before EOS
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def repetition(samples: Continuations, n: int) -> tuple[float | None, float | No
     """Fraction of all n-grams that occurred earlier in their own sample, and its standard error.
 
     As seq-rep-n (Welleck et al. 2019, https://arxiv.org/abs/1908.04319), but over the n-grams of
-    all samples together, so that a short sample weighs less than a long one. The error is that of
-    a ratio of two sums over independent samples: the n-grams of one sample depend on each other.
+    all samples together. The error is that of a ratio of two sums over independent samples, as the
+    n-grams of one sample depend on each other.
 
     >>> repetition([[5, 6, 5, 6, 5], [5, 6, 7]], 2)[0]  # 56 65 56 65 | 56 67: two of six repeat
     0.3333333333333333
@@ -60,10 +59,8 @@ def repetition(samples: Continuations, n: int) -> tuple[float | None, float | No
 
 
 def distinct(samples: Continuations, n: int) -> float | None:
-    """Number of different n-grams over the number of n-grams, all samples together.
-
-    Li et al. 2016, https://arxiv.org/abs/1510.03055. It falls with the number and the length of
-    the samples.
+    """Number of different n-grams over the number of n-grams, all samples together (Li et al. 2016,
+    https://arxiv.org/abs/1510.03055). It falls with the number and the length of the samples.
 
     >>> distinct([[5, 6, 5, 6, 5], [5, 6, 7]], 2)  # 56 65 67, of six
     0.5
@@ -73,7 +70,7 @@ def distinct(samples: Continuations, n: int) -> float | None:
 
 
 def continuations(rows: Tensor, eos_id: int, prompt_length: int = 1) -> list[list[int]]:
-    """Tokens of rows (B, T) after the prompt, see :data:`Continuations`."""
+    """Generated tokens of rows (B, T): after the prompt, up to the first EOS, which is left out."""
     generated = [row[prompt_length:] for row in rows.tolist()]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in generated]
 
