@@ -66,15 +66,13 @@ class Batch:
 
 
 class Collate:
-    """Collates documents into a :class:`Batch`, one per row or packed. An empty document (index -1
-    of the sampler) becomes a row of PAD without targets."""
+    """Collates documents into a :class:`Batch`, one per row or packed in rows of ``row_length``
+    slots. An empty document (index -1 of the sampler) becomes a row of PAD without targets."""
 
     def __init__(
-        self, pad_id: int, vocab_size: int, *, padding_side: str = "right",
-        row_length: int | None = None,
+        self, pad_id: int, vocab_size: int, *, padding_side: str = "right",  # or "left"
+        row_length: int | None = None,  # None: one document per row
     ) -> None:  # fmt: skip
-        """padding_side: right or left; row_length: slots of a packed row, None for one document per
-        row."""
         self.pad_id, self.vocab_size = pad_id, vocab_size
         self.pad_left, self.row_length = padding_side == "left", row_length
 

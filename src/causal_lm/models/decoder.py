@@ -16,19 +16,17 @@ from causal_lm.models import hf_conversion
 from causal_lm.models.base import BaseCausalModel, Mask
 
 EMBEDDING_STD = 0.3  # standard deviation of the embeddings (measured in docs/NOTES.md)
-LOGIT_STD = 0.1
-"""Of the first logits: above 0, so that they depend on the input; first loss ln V + 0.1² / 2."""
+LOGIT_STD = 0.1  # of the first logits: above 0, so that they depend on the input
 RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")  # their output is added to the residual stream
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position and pair of channels
 
 
 class KVCache:
-    """Keys and values of the cached positions, (B, KV, S, D) per layer; for
-    :class:`TokenSmear` also the last few embeddings."""
+    """What is kept of the cached positions."""
 
     def __init__(self) -> None:
-        self.embeddings: Tensor | None = None  # (B, n_previous, C)
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.embeddings: Tensor | None = None  # (B, n_previous, C), for TokenSmear
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, (B, KV, S, D)
 
     def __len__(self) -> int:
         """Cached positions, S."""
@@ -69,20 +67,16 @@ class TokenSmear(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channels i and i + D/2 of x (B, T, H, D), float32, by the angle of the position.
-
-    Attention scores then depend on distances alone (RoFormer, https://arxiv.org/abs/2104.09864).
-    Written without complex numbers, which ``torch.compile`` does not fuse.
-    """
+    """Rotate the channels i and i + D/2 of x (B, T, H, D), float32, by the angle of the position:
+    attention scores depend on distances alone (RoFormer, https://arxiv.org/abs/2104.09864)."""
+    # Without complex numbers, which ``torch.compile`` does not fuse.
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """``scaled_dot_product_attention`` of (B, heads, T, D) in the dtype of the values.
-
-    On a CPU it runs in float32: the backward pass of bfloat16 takes 2.7 times as long there.
-    """
+    """``scaled_dot_product_attention`` of (B, heads, T, D) in the dtype of the values. On a CPU it
+    runs in float32: the backward pass of bfloat16 takes 2.7 times as long there."""
     if v.device.type != "cpu":
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, **options)
     with torch.autocast("cpu", enabled=False):
@@ -182,8 +176,7 @@ class Decoder(BaseCausalModel):
         norm_eps: float = 1e-5,  # added to the mean square in each norm
         tied: bool = False,  # head and embedding share one weight
         mlp: str = "swiglu",  # or "relu2"
-        # Normalize queries and keys, without weights: scores stay below sqrt(D), which allows high
-        # learning rates (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
+        # Normalize queries and keys (https://arxiv.org/abs/2010.04245): allows high learning rates.
         qk_norm: bool = False,
         zero_init_residual: bool = False,  # blocks add zero at first, and an untied head is small
         token_smear: int = 0,  # previous tokens whose embeddings are added to each one

@@ -122,12 +122,9 @@ def huggingface(
 ) -> TransformersModel:
     """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
-    Args:
-        config: of a new model: ``model_type``, and other keys of its configuration.
-        init_from: folder, or name on the hub, of a pretrained model (instead of ``config``).
-
-    Raises ModuleNotFoundError where the extra is not installed, ValueError where not exactly one of
-    the two is given, or the vocabulary is not the tokenizer's.
+    ``config`` has ``model_type`` and other keys of a new model's configuration; ``init_from`` is
+    the folder, or the name on the hub, of a pretrained one. Raises ModuleNotFoundError without the
+    extra, ValueError unless one of the two is given and the vocabulary is the tokenizer's.
     """
     library = extras.load("transformers", "huggingface")
     if (config is None) == (init_from is None):

@@ -81,9 +81,9 @@ def _to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any
 
 
 def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
-    """The weights of a Llama in ``folder``, as a state dict of ``Decoder``. Raises FileNotFoundError
-    where a file is missing, ModuleNotFoundError without the extra ``huggingface``, and ValueError
-    for another kind of model, other sizes or missing weights (named), or options of no Llama."""
+    """The weights of a Llama in ``folder``, as a state dict of ``Decoder``. Raises ValueError for
+    another kind of model, other sizes or missing weights (named), or options of no Llama,
+    FileNotFoundError for a missing file, ModuleNotFoundError without the extra ``huggingface``."""
     config, library = _llama_config(sizes), _transformers()
     path, source = Path(folder) / "config.json", f"model.init_from={folder}"
     if not path.is_file():
