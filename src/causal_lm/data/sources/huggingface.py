@@ -58,7 +58,7 @@ class HuggingFaceDataset(FileReader):
                 self.check(local)
             # Local data is not loaded: its files identify it.
             found = [file_identity(p) for p in (local, *sorted(local.rglob("*"))) if p.is_file()]
-            identities.append([found or [path, self._dataset(path, split)._fingerprint], split])
+            identities.append([found or (path, self._dataset(path, split)._fingerprint), split])
         return super().identity() | {"splits": identities, "name": self.name}
 
     def size(self) -> int:
