@@ -183,6 +183,13 @@ def test_faulty_files(tmp_path, caplog):
     assert " 1 empty files;" in caplog.text
 
 
+def test_a_paragraph_above_the_limit_is_refused_and_loses_no_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_reader, "MAX_UNIT_BYTES", 8)
+    (tmp_path / "a.txt").write_text("\n12345678\nab\n\ncd")  # the first line alone is at the limit
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: .*MiB"):
+        source(tmp_path / "a.txt", tmp_path, unit="paragraph").load()
+
+
 @pytest.mark.slow
 def test_a_line_of_50_mb(tmp_path):
     path = tmp_path / "a.txt"
