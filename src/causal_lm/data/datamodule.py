@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
-from causal_lm.data.sampler import DocumentSampler
+from causal_lm.data.fingerprint import fingerprint
+from causal_lm.data.sampler import DocumentSampler, Start
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class DataModule(L.LightningDataModule):
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
         self.corpus: Corpus | None = None
+        self.start = Start()
 
     def load(self) -> Corpus:
         """Load the corpus once and cut it into windows. Raises ValueError for an empty split."""
@@ -63,12 +65,38 @@ class DataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
+        self.start = Start()  # of a run that does not resume
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_windows, self.shuffle, batches_done=self._batches_done)
+        return self._loader(self.train_windows, self._train_sampler())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_windows, False)
+        return self._loader(self.val_windows, self._sampler(self.val_windows, shuffle=False))
+
+    def save_position(self, unfinished: int) -> dict[str, Any]:
+        """Where training is in its documents, as plain data for a checkpoint.
+
+        ``unfinished``: number of the last micro-batches, which a resumed run repeats.
+        """
+        sampler, documents = self._train_sampler(), fingerprint(self.train_windows)
+        start = sampler.position(self._batches_done() - unfinished)
+        order = [self.seed, self.shuffle, *documents]
+        return start._asdict() | {"group_size": sampler.group_size, "order": order}
+
+    def resume(self, saved: dict[str, Any]) -> tuple[int, int] | None:
+        """Go on from a saved position, or with a new epoch where documents or seed have changed.
+
+        Returns the micro-batches of an epoch and of what is left of it; None if they are the same.
+        """
+        order = [self.seed, self.shuffle, *fingerprint(self.train_windows)]
+        self.start = Start(*(saved[name] for name in Start._fields))
+        if is_other := order != saved["order"]:
+            log.warning("the training documents or their order have changed: a new epoch begins")
+            self.start = Start(self.start.batches, self.start.epoch + 1)
+        sampler = self._train_sampler()
+        if not is_other and sampler.group_size == saved["group_size"]:
+            return None
+        return sampler.n_batches(), sampler.n_batches(self.start.documents)
 
     def _windows(self, split: str, documents: Documents) -> Documents:
         if not len(documents):
@@ -96,14 +124,22 @@ class DataModule(L.LightningDataModule):
         because it also counts an epoch in which the run was stopped."""
         return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
 
-    def _loader(self, windows: Documents, shuffle: bool, **options: Any) -> DataLoader[Batch]:
-        tokenizer = self.load().tokenizer
-        lengths = windows.lengths.numpy() if self.layout == "bucketed" else None
-        sampler = DocumentSampler(
-            len(windows), shuffle=shuffle, seed=self.seed, lengths=lengths,
-            batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1, **options,
+    def _train_sampler(self) -> DocumentSampler:
+        options: Any = {"batches_done": self._batches_done, "start": self.start}
+        return self._sampler(self.train_windows, shuffle=self.shuffle, **options)
+
+    def _sampler(self, windows: Documents, **options: Any) -> DocumentSampler:
+        rank, ranks = 0, 1
+        if self.trainer:
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        return DocumentSampler(
+            len(windows), seed=self.seed, by_length=self.layout == "bucketed",
+            lengths=lambda: windows.lengths.numpy(), batch_size=self.batch_size, rank=rank,
+            world_size=ranks, **options,
         )  # fmt: skip
+
+    def _loader(self, windows: Documents, sampler: DocumentSampler) -> DataLoader[Batch]:
+        tokenizer = self.load().tokenizer
         row_length = self.max_length if self.layout == "packed" else None
         layout: dict[str, Any] = {"padding_side": self.padding_side, "row_length": row_length}
         collate = Collate(tokenizer.pad_id, tokenizer.vocab_size, **layout)
