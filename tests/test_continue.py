@@ -53,7 +53,7 @@ def test_any_settings_in_turn_read_each_document_once_per_epoch(size, shuffle, p
         epoch = seen[first : first + size]
         assert len(set(epoch)) == len(epoch)
         assert len(epoch) == size or first + size > len(seen)
-    assert start.epoch * size + start.documents == len(seen)
+    assert start.epoch * size + sum(n for _, n in start.segments) == len(seen)
 
 
 def flat(batches):
@@ -93,6 +93,18 @@ def test_a_checkpoint_inside_an_accumulated_step_or_at_the_end_of_an_epoch(tmp_p
     rest = fit(tmp_path, 16, tmp_path / "last.ckpt", size=110, batch_size=25)
     assert [len(batch) for batch in rest] == [25, 25, 25, 25, 10]
     assert sorted(flat(rest)) == list(range(110))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
+    options = {"size": 110, "batch_size": 10, "accumulate": 4}
+    fit(tmp_path, 2, keep=[evaluated(tmp_path)], **options)  # evaluated after seven micro-batches
+    path = tmp_path / "epoch=0-step=1.ckpt"
+    whole = fit(tmp_path, 5, path, **options)
+    saved = torch.load(path, weights_only=True)
+    assert saved["causal_lm_training"].pop("position")["start"] == [4, 0, [(0, 40)]]
+    assert saved["causal_lm_training"].pop("unfinished") == 3
+    torch.save(saved, path)
+    assert fit(tmp_path, 5, path, **options) == whole
 
 
 def test_other_documents_or_another_seed_begin_an_epoch(tmp_path):
@@ -201,9 +213,10 @@ def test_statistics_do_not_count_repeated_micro_batches(tmp_path, monkeypatch):
             raise RuntimeError("broken off")
         evaluate(self)
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken off"):
+    with monkeypatch.context() as patch:
         patch.setattr(CausalLM, "on_validation_epoch_end", broken)
-        short_run(tmp_path / "broken", *options)
+        with pytest.raises(RuntimeError, match="broken off"):
+            short_run(tmp_path / "broken", *options)
     saved = read_checkpoint(tmp_path / "broken" / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 1 and saved["causal_lm_training"]["unfinished"] == 1
     summary = short_run(tmp_path / "broken", *options, "ckpt_path=auto")
@@ -235,9 +248,10 @@ def test_auto_after_a_new_run_in_an_old_directory_does_not_continue_the_old_one(
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(L.Trainer, "fit", killed)
-        short_run(directory, *QUICK, "seed=1")
+        with pytest.raises(KeyboardInterrupt):
+            short_run(directory, *QUICK, "seed=1")
     assert len(lines_of(caplog, "checkpoints_1")) == 1
     short_run(directory, *QUICK, "trainer.max_steps=2", "ckpt_path=auto", "seed=1")
     assert [str(directory) in line for line in lines_of(caplog, "step 0")] == [True]

@@ -21,7 +21,7 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
-from causal_lm.data.fingerprint import fingerprint
+from causal_lm.data.datamodule import fingerprint
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir, is_rank_zero

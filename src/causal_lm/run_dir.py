@@ -58,8 +58,7 @@ class RunDir:
 
     def contains(self, ckpt_path: str | None) -> bool:
         """Whether the checkpoint is one of the run in this directory."""
-        folder = self.checkpoints.resolve()
-        return bool(ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder))
+        return Path(ckpt_path or "/").resolve().is_relative_to(self.checkpoints.resolve())
 
     def set_aside_checkpoints(self) -> None:
         """Rename the folder of an earlier run's checkpoints, which a new run does not continue."""

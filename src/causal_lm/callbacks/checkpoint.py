@@ -19,83 +19,67 @@ log = logging.getLogger(__name__)
 VALIDATION = "causal_lm_validation"  # key of a checkpoint: which documents its best score is of
 
 REFUSED, KEPT, FREE = "refused", "kept from the checkpoint", "changed"
-CONTINUED_KEYS = {  # pattern of ``fnmatch`` -> what a new value of the key does; the first match
-    "seed": REFUSED,  # the order of the documents of the epoch in progress
-    "data.seed": REFUSED,
-    "data.shuffle": REFUSED,
-    "optimizer._target_": REFUSED,  # the optimizer's state
-    "optimizer.*": KEPT,  # in the optimizer's state
-    "model.dropout": FREE,
-    "model.checkpoint_activations": FREE,
-    "model.*": REFUSED,  # the weights
-    "tokenizer.*": REFUSED,
+CONTINUED_KEYS = {  # the first pattern (of ``fnmatch``) that matches a key decides
+    "seed": REFUSED, "data.seed": REFUSED, "data.shuffle": REFUSED,  # the order of documents
+    "optimizer._target_": REFUSED, "optimizer.*": KEPT,  # the optimizer's state has them
+    "model.dropout": FREE, "model.checkpoint_activations": FREE,
+    "model.*": REFUSED, "tokenizer.*": REFUSED,  # the weights
     "*": FREE,  # data, batch size, layout, ranks, loss, schedule, trainer, samples, …
-}
-"""What a continued run does with a value that differs from the checkpoint's: refuse it, use the
+}  # fmt: skip
+"""What a continued run does with a value that is not the checkpoint's: refuse it, use the
 checkpoint's, or use the new one. Other training documents begin a new epoch, other validation
-documents a new search for the best checkpoint, and a schedule goes on at the step it has reached.
+documents a new search for the best checkpoint; a schedule goes on at the step it has reached.
 """
 
 
 class CheckpointMetadata(L.Callback):
-    """Write configuration, tokenizer and validation documents into checkpoints, as plain data.
-
-    Args:
-        config: the configuration as plain data; :meth:`check_continues` changes ``optimizer``.
-        tokenizer: the state of the tokenizer.
-        validation: a fingerprint of the validation documents, as they are cut.
-    """
+    """Write the configuration, the tokenizer and a fingerprint of the validation documents into
+    every checkpoint, as plain data."""
 
     def __init__(self, config: Any, tokenizer: dict[str, Any], validation: list[int]) -> None:
         self.config, self.tokenizer, self.validation = config, tokenizer, validation
+        self.forget_best = False
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {CONFIG: self.config, TOKENIZER: self.tokenizer, VALIDATION: self.validation}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Forget the best scores where they are of other validation documents."""
-        if self._is_validated_alike(checkpoint):
-            return
         for state in checkpoint["callbacks"].values():
-            if "best_model_score" in state:
+            if self.forget_best and "best_model_score" in state:
                 state["best_model_score"] = None
-
-    def _is_validated_alike(self, checkpoint: dict[str, Any]) -> bool:
-        return checkpoint.get(VALIDATION, self.validation) == self.validation
 
     def check_continues(self, path: str, may_be_complete: bool) -> int:
         """The step of a checkpoint that this run can continue; logs which keys have changed.
 
-        Takes the values that are kept into ``config``. ``may_be_complete``: the checkpoint may be
-        of the last step already.
+        ``config`` takes the values that are kept. ``may_be_complete``: no step need be left.
 
         Raises:
-            RefusedError: a key that must not change has (:data:`CONTINUED_KEYS`), or there is no
-                step left to train.
+            RefusedError: a key differs that must not, or no step is left to train.
         """
         saved = read_checkpoint(path)
         before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
         before |= leaves(saved[TOKENIZER], "tokenizer.")
         here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
         found: dict[str, list[str]] = {FREE: [], KEPT: []}
-        differing = {k for k in before.keys() | here.keys() if before.get(k) != here.get(k)}
-        for pattern, action in CONTINUED_KEYS.items():
-            for key in sorted(name for name in differing - {"ckpt_path"} if fnmatch(name, pattern)):
-                differing.remove(key)
-                # At most 100 characters, as a tokenizer's JSON can have megabytes.
-                old, new = (f"{values.get(key)!s:.100}" for values in (before, here))
-                if action == REFUSED:
-                    written = f"{path} was written with {key}={old}, but this run has {new}"
-                    raise RefusedError(f"{written}: set it back, or remove ckpt_path")
-                found[action].append(f"{key}={old}" if action == KEPT else f"{key} {old} -> {new}")
+        keys = (before.keys() | here.keys()) - {"ckpt_path"}
+        for key in sorted(keys, key=lambda key: (key.count("."), key)):  # seed before data.seed
+            if before.get(key) == here.get(key):
+                continue
+            action = next(act for pattern, act in CONTINUED_KEYS.items() if fnmatch(key, pattern))
+            # At most 100 characters, as a tokenizer's JSON can have megabytes.
+            old, new = (f"{values.get(key)!s:.100}" for values in (before, here))
+            if action == REFUSED:
+                written = f"{path} was written with {key}={old}, but this run has {new}"
+                raise RefusedError(f"{written}: set it back, or remove ckpt_path")
+            found[action].append(f"{key}={old}" if action == KEPT else f"{key} {old} -> {new}")
         step, last = saved["global_step"], self.config["trainer"]["max_steps"]
         if step > last or (step == last and not may_be_complete):
             raise RefusedError(f"{path} is at step {step}: raise trainer.max_steps={last} above it")
         self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
-        words = [f"{action}: {', '.join(keys) or 'nothing'}" for action, keys in found.items()]
-        if not self._is_validated_alike(saved):
-            words.append("the validation documents differ, so the best scores are forgotten")
-        rank_zero_only(log.info)(f"continues {path} from step {step}; {'; '.join(words)}")
+        self.forget_best = saved.get(VALIDATION, self.validation) != self.validation
+        words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
+        words += ["other validation documents: best scores are forgotten"] * self.forget_best
+        rank_zero_only(log.info)("; ".join([f"continues {path} from step {step}", *words]))
         return step
 
 

@@ -18,9 +18,8 @@ class RunStatistics(L.Callback):
     """Counts the targets and slots of every training batch on this rank, and times the fit.
 
     Targets are the canonical ones. The counts stay on the device until they are saved or
-    :meth:`figures` is called. A continued run adds those of its checkpoint; seconds are of this
-    process. ``seconds_train`` begins after the preflight, whose callback comes first, and leaves
-    out validations.
+    :meth:`figures` is called; those of a checkpoint are added. Seconds are of this process alone;
+    ``seconds_train`` begins after the preflight, whose callback comes first, without validations.
     """
 
     def __init__(self) -> None:
@@ -28,12 +27,12 @@ class RunStatistics(L.Callback):
         self.counts: Any = torch.zeros(3, dtype=torch.int64)
         """Targets, real tokens and slots of the completed optimizer steps."""
         self.unfinished: Any = 0  # the same, of the step in progress, which a resumed run repeats
-        self.before = [0, 0, 0]  # the same over all ranks, before this process
+        self.before = torch.zeros(3, dtype=torch.int64)  # over all ranks, before this process
         self.seconds_fit = self.seconds_train = self.seconds_validating = 0.0
         self._train_start: float | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._fit_start, self._step = time.perf_counter(), trainer.global_step
+    def on_fit_start(self, *_: Any) -> None:
+        self._fit_start = time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._train_start = self._train_start or time.perf_counter()
@@ -48,8 +47,7 @@ class RunStatistics(L.Callback):
         targets, tokens = (batch.labels != objective.IGNORE).sum(), batch.lengths.sum()
         slots = torch.full_like(tokens, batch.input_ids.numel())
         self.unfinished += torch.stack([targets, tokens, slots])
-        if trainer.global_step != self._step:  # this micro-batch ended an optimizer step
-            self._step = trainer.global_step
+        if not pl_module.accumulator.micro_batches:  # this one ended an optimizer step
             if pl_module.step_loss is not None:  # None: the step was skipped
                 self.losses.append(pl_module.step_loss)
             self.counts, self.unfinished = self.counts.to(tokens.device) + self.unfinished, 0
@@ -69,21 +67,20 @@ class RunStatistics(L.Callback):
         checkpoint[STATISTICS] = {"losses": [*self.losses], "counts": self._totals(trainer)}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(STATISTICS, {"losses": [], "counts": self.before})
-        self.losses.extend(saved["losses"])
-        self.before = saved["counts"]
+        if saved := checkpoint.get(STATISTICS):  # earlier versions did not save them
+            self.losses.extend(saved["losses"])
+            self.before = torch.tensor(saved["counts"])
 
     def _totals(self, trainer: Any) -> list[int]:
         """The counts of the whole run over all ranks; every rank must call it."""
         local = self.counts.to(trainer.strategy.root_device, copy=True)  # reduced in place
-        here = trainer.strategy.reduce(local, reduce_op="sum").tolist()
-        return [old + new for old, new in zip(self.before, here, strict=True)]
+        return (trainer.strategy.reduce(local, reduce_op="sum").cpu() + self.before).tolist()
 
     def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
         """Sums over all ranks, for ``summary.json``; every rank must call it."""
         module: Any = trainer.lightning_module
         targets, tokens, slots = self._totals(trainer)
-        new = targets - self.before[0]
+        new = targets - int(self.before[0])
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "train/tokens": targets,

@@ -19,17 +19,12 @@ class Start(NamedTuple):
     """What was read of this epoch: (bucket size, documents) of each resumed part; the bucket size
     is 0 where documents were not sorted by length. Replayed in turn, they give what is left."""
 
-    @property
-    def documents(self) -> int:
-        """How many documents of the epoch were read."""
-        return sum(documents for _, documents in self.segments)
-
 
 class DocumentSampler(Sampler[int]):
     """Indices of every document once per epoch over all ranks, in a new order each epoch.
 
-    The position is counted in documents, so that a resumed run may read the rest of an epoch in
-    batches of another size, on more or fewer ranks, or in another layout.
+    A resumed run may read the rest of an epoch in batches of another size, on more or fewer ranks,
+    or in another layout, as its position is counted in documents.
 
     All ranks must take the same number of steps. Where torch's ``DistributedSampler`` repeats
     documents to get there, which an evaluation then counts twice, this one gives index -1, which
@@ -49,7 +44,7 @@ class DocumentSampler(Sampler[int]):
 
     def __init__(
         self, size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-        by_length: bool = False, lengths: Callable[[], np.ndarray] | None = None,
+        by_length: bool = False, lengths: Callable[[], np.ndarray] = lambda: np.empty(0),
         batch_size: int = 1, batches_done: Callable[[], int] = lambda: 0,
         start: Start | None = None,
     ) -> None:  # fmt: skip
@@ -65,15 +60,15 @@ class DocumentSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return self.remaining_indices(self.batches_done())
 
-    def n_batches(self, documents_done: int = 0) -> int:
-        """Batches of the rest of an epoch, after so many documents."""
-        return -(-(self.size - documents_done) // self.group_size)
+    def n_batches(self, segments: Sequence[tuple[int, int]] = ()) -> int:
+        """Batches of an epoch that are left after these segments."""
+        return -(-(self.size - sum(n for _, n in segments)) // self.group_size)
 
     def position(self, batches_done: int) -> Start:
         """Where a run goes on that stops after ``batches_done`` batches over all epochs."""
         batches, epoch, segments = self.start
         batches = batches_done - batches
-        if batches >= (left := self.n_batches(self.start.documents)):
+        if batches >= (left := self.n_batches(segments)):
             epochs, batches = divmod(batches - left, self.n_batches())
             epoch, segments = epoch + 1 + epochs, ()
         new = [(self.bucket_size, batches * self.group_size)] if batches else []
@@ -87,9 +82,7 @@ class DocumentSampler(Sampler[int]):
         sorted_by = 0
         for bucket_size, documents in [*segments, (self.bucket_size, 0)]:
             if bucket_size not in (0, sorted_by):
-                assert self.lengths is not None
-                shuffled = rng if self.shuffle else None
-                order = bucketed(order, self.lengths(), bucket_size, shuffled)
+                order = bucketed(order, self.lengths(), bucket_size, rng if self.shuffle else None)
             sorted_by, order = bucket_size, order[documents:]
         local = order[self.rank :: self.world_size]
         for start in range(0, len(local), CHUNK_INDICES):
