@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from causal_lm.checkpoint_file import read_checkpoint
+from causal_lm.data.datamodule import fingerprint
+from causal_lm.data.documents import Documents, FileArray
 from causal_lm.data.sampler import DocumentSampler, Start
 from causal_lm.module import CausalLM
 from support import ROOT, command
@@ -142,6 +144,25 @@ def test_one_rank_becomes_two_and_one_again(tmp_path):
     assert sorted(seen[:110]) == sorted(seen[110:]) == list(range(110))
 
 
+def test_a_fingerprint_tells_documents_apart_and_reads_little(tmp_path):
+    tokens = torch.arange(5_000_000, dtype=torch.int32) % 251
+    offsets = torch.tensor([0, 2_000_000, 5_000_000])
+    reference = fingerprint(Documents(tokens, offsets))
+    (tmp_path / "tokens").write_bytes(tokens.numpy().tobytes())
+    read = []
+
+    class Counted(FileArray):
+        def __getitem__(self, index):
+            read.append(super().__getitem__(index))
+            return read[-1]
+
+    assert fingerprint(Documents(Counted(tmp_path / "tokens", "int32"), offsets)) == reference
+    assert 0 < sum(map(len, read)) <= 2**20
+    assert fingerprint(Documents(tokens, offsets[[0, 2]])) != reference
+    tokens[0] = 7
+    assert fingerprint(Documents(tokens, offsets)) != reference
+
+
 # ---- whole runs ----
 
 QUICK = ("preflight.on_fault=off", "samples.count=0", "samples.self_check.count=1",
@@ -200,6 +221,14 @@ def test_config_yaml_and_the_statistics_are_those_of_the_whole_run(directory, tm
     with (directory / "metrics.csv").open() as file:
         rows = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert rows == list(range(9))
+
+
+def test_logged_steps_go_on_where_the_batches_change(directory):
+    changed = ("data.batch_size=3", "trainer.accumulate_grad_batches=2", "data.layout=bucketed")
+    short_run(directory, *QUICK, *changed, "trainer.max_steps=12", "ckpt_path=auto")
+    with (directory / "metrics.csv").open() as file:
+        rows = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert rows == list(range(12))
 
 
 def test_statistics_do_not_count_repeated_micro_batches(tmp_path, monkeypatch):
