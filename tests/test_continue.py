@@ -204,6 +204,24 @@ def test_a_change_that_is_refused_names_both_values_and_changes_no_file(director
     assert files == {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("wrap", ["nested", "list", "positional", "interpolation"])
+def test_nothing_that_the_saved_optimizer_says_is_executed(directory, wrap, monkeypatch):
+    path, written = directory / "checkpoints" / "last.ckpt", directory / "written"
+    call = {"_target_": "pathlib.Path.write_text", "_args_": [str(written), "x"]}
+    monkeypatch.setenv("SECRET", "0.5")
+    saved = torch.load(path, weights_only=True)
+    saved["causal_lm_config"]["optimizer"] |= {
+        "nested": {"betas": call},
+        "list": {"betas": [call, 0.9]},
+        "positional": {"_args_": [call]},
+        "interpolation": {"weight_decay": "${oc.env:SECRET}"},
+    }[wrap]
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=r"last\.ckpt.*optimizer\."):
+        short_run(directory, *QUICK, "trainer.max_steps=8", "ckpt_path=auto")
+    assert not written.exists()
+
+
 def test_config_yaml_and_the_statistics_are_those_of_the_whole_run(directory, tmp_path, caplog):
     caplog.set_level("INFO")
     longer = (*QUICK, "trainer.max_steps=9")

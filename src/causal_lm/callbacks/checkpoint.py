@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ VALIDATION = "causal_lm_validation"  # key of a checkpoint: which documents its 
 REFUSED, KEPT, FREE = "refused", "kept from the checkpoint", "changed"
 CONTINUED_KEYS = {  # the first pattern (of ``fnmatch``) that matches a key decides
     "seed": REFUSED, "data.seed": REFUSED, "data.shuffle": REFUSED,  # the order of documents
-    "optimizer._target_": REFUSED, "optimizer.*": KEPT,  # the optimizer's state has them
+    "optimizer._*": REFUSED, "optimizer.*.*": REFUSED, "optimizer.*": KEPT,
     "model.dropout": FREE, "model.checkpoint_activations": FREE,
     "model.*": REFUSED, "tokenizer.*": REFUSED,  # the weights
     "*": FREE,  # data, batch size, layout, ranks, loss, schedule, trainer, samples, …
@@ -68,7 +69,8 @@ class CheckpointMetadata(L.Callback):
             action = next(act for pattern, act in CONTINUED_KEYS.items() if fnmatch(key, pattern))
             # At most 100 characters, as a tokenizer's JSON can have megabytes.
             old, new = (f"{values.get(key)!s:.100}" for values in (before, here))
-            if action == REFUSED:
+            # Hydra would resolve or build what a kept value says.
+            if action == REFUSED or (action == KEPT and re.search("[${]", str(before.get(key)))):
                 written = f"{path} was written with {key}={old}, but this run has {new}"
                 raise RefusedError(f"{written}: set it back, or remove ckpt_path")
             found[action].append(f"{key}={old}" if action == KEPT else f"{key} {old} -> {new}")
