@@ -123,7 +123,8 @@ class DataModule(L.LightningDataModule):
     def _batches_done(self) -> int:
         """Micro-batches trained on, over all epochs. Lightning's ``current_epoch`` cannot be used,
         because it also counts an epoch in which the run was stopped."""
-        return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
+        loop: Any = self.trainer.fit_loop.epoch_loop if self.trainer else None
+        return loop.batch_progress.total.started if loop else 0  # not one that was only fetched
 
     def _sampler(self, train: bool = True) -> DocumentSampler:
         windows = self.train_windows if train else self.val_windows
