@@ -192,7 +192,7 @@ def test_buckets_hold_each_document_once(lengths, batch_size, world_size, shuffl
     for rank in range(world_size):
         sampler = DocumentSampler(
             len(lengths), shuffle=shuffle, rank=rank, world_size=world_size,
-            lengths=np.array(lengths), batch_size=batch_size,
+            by_length=True, lengths=lambda: np.array(lengths), batch_size=batch_size,
         )  # fmt: skip
         batches = -(-len(sampler) // batch_size)
         seen.append(list(sampler.remaining_indices(epoch * batches)))
@@ -214,12 +214,13 @@ def test_buckets_put_like_lengths_together_and_are_shuffled():
     def pad_fraction(batches):
         return 1 - lengths[batches].sum() / (10 * lengths[batches].max(axis=1)).sum()
 
-    bucketed = batches(0, lengths=lengths)
+    by_length = {"by_length": True, "lengths": lambda: lengths}
+    bucketed = batches(0, **by_length)
     assert pad_fraction(batches(0)) > 0.4
     assert pad_fraction(bucketed) < 0.05
     means = lengths[bucketed].mean(axis=1)
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # batches are not sorted
-    sets = [{frozenset(b) for b in batches(e, lengths=lengths).tolist()} for e in (0, 1)]
+    sets = [{frozenset(b) for b in batches(e, **by_length).tolist()} for e in (0, 1)]
     assert not sets[0] & sets[1]  # no batch occurs in both epochs
 
 

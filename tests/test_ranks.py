@@ -1,6 +1,7 @@
 """Two ranks train and measure what one does, and do not mix the jobs of a sweep."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     one = tmp_path / "one"
     assert command("train.py", *SHORT, f"hydra.run.dir={one}").returncode == 0
     two = tmp_path / "two"
+    shutil.copytree(one / "checkpoints", two / "checkpoints")  # as if stopped at its last step
     done = command(
         "train.py", *SHORT, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
-        f"ckpt_path={one}/checkpoints/last.ckpt", f"hydra.run.dir={two}",
+        "ckpt_path=auto", f"hydra.run.dir={two}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     a, b = (json.loads((d / "summary.json").read_text()) for d in (one, two))
     assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-6)
     assert b["val/ppl"] == pytest.approx(a["val/ppl"], rel=1e-6)
+    assert b["train/tokens"] == a["train/tokens"]
 
 
 def test_two_ranks_train_and_a_sweep_of_them_does_not_mix(tmp_path):

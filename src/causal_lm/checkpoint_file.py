@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from causal_lm.config import rename_file
+from causal_lm.config import ConfigError, rename_file
 
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 """Keys of a checkpoint for the configuration and the tokenizer of its run, as plain data."""
@@ -18,7 +18,7 @@ PARTS: dict[tuple[str, ...], type] = {  # what a checkpoint must hold: keys -> t
 }  # fmt: skip
 
 
-class RefusedError(ValueError):
+class RefusedError(ConfigError):
     """A run cannot continue from this checkpoint; no file of the earlier run is changed."""
 
 

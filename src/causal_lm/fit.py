@@ -21,6 +21,7 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
+from causal_lm.data.datamodule import fingerprint
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir, is_rank_zero
@@ -49,18 +50,21 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     raises. Where ``ckpt_path=auto`` finds the run finished, only its summary is returned.
 
     Raises:
-        RefusedError: ``ckpt_path`` is of another model or tokenizer; no file is changed.
+        RefusedError: ``ckpt_path`` cannot be continued by this run; no file is changed.
     """
     started, run_dir = time.perf_counter(), RunDir(directory)
     summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS)
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
+    cfg = cfg.copy()
     if cfg.ckpt_path == "auto":
-        cfg, earlier = cfg.copy(), run_dir.finished_summary(cfg.trainer.max_steps)
+        earlier = run_dir.finished_summary(cfg.trainer.max_steps)
         cfg.ckpt_path = run_dir.latest_checkpoint()
         if cfg.ckpt_path and earlier:
             log.info(f"{directory} is finished at step {earlier['steps']}: nothing to do")
             return earlier
+        if not cfg.ckpt_path and is_rank_zero():
+            log.info(f"ckpt_path=auto: no checkpoint in {directory}, so the run starts at step 0")
     try:
         with StopAfterStep() as stop:
             _run(cfg, run_dir, summary, stop)
@@ -83,9 +87,16 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     # A checkpoint can then be read without the files that its model started from.
     config["model"] |= module.model.standalone_config()
-    metadata = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
-    step = metadata.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0
-    continued = run_dir.contains(cfg.ckpt_path)
+    validation = [*fingerprint(corpus.val), cfg.data.max_length]
+    metadata = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state(), validation)
+    continued, step = run_dir.contains(cfg.ckpt_path), 0
+    if cfg.ckpt_path:
+        is_finished = run_dir.finished_summary(cfg.trainer.max_steps) is not None
+        step = metadata.check_continues(cfg.ckpt_path, continued and not is_finished)
+        cfg.optimizer = config["optimizer"]
+        module.make_optimizer = build.make_optimizer(cfg)
+    if not continued:
+        run_dir.set_aside_checkpoints()
     run_dir.prepare(cfg, step if continued else 0)
 
     preflight, statistics = make_preflight(cfg, corpus.tokenizer, run_dir.path), RunStatistics()

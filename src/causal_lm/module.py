@@ -213,21 +213,34 @@ class CausalLM(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the random state of the last optimizer step."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        unfinished = len(self.accumulator.micro_batches)
         checkpoint[TRAINING_STATE] = {
             "guard": [self.guard.skipped, self.guard.in_a_row],
             "random": self.accumulator.random_state_to_resume(self.device),
+            "unfinished": unfinished,
+            "position": data.save_position(unfinished) if hasattr(data, "save_position") else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Repeat the micro-batches after the last optimizer step."""
+        """Repeat the micro-batches after the last optimizer step, and go on in the documents."""
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if not batches["is_last_batch"]:
+        state: dict[str, Any] = checkpoint.get(TRAINING_STATE, {})
+        if (unfinished := state.get("unfinished")) is None:  # of an earlier version
             unfinished = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
-            for name in ("total", "current"):
-                batches[name] = {k: n - unfinished for k, n in batches[name].items()}
-        if state := checkpoint.get(TRAINING_STATE):
+            unfinished *= not batches["is_last_batch"]
+        for name in ("total", "current"):
+            batches[name] = {k: n - unfinished for k, n in batches[name].items()}
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if state.get("position") and hasattr(data, "resume"):
+            data.resume(state["position"], batches)
+        if state:
             self.guard.skipped, self.guard.in_a_row = state["guard"]
             self.accumulator.random_state = state["random"]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Lightning's step of logged values is off by one after some changes of its intervals.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def on_train_start(self) -> None:
         """Restore the random state after the data loader has drawn its own seed."""

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,16 @@ class RunDir:
         return summary if is_finished else None
 
     def contains(self, ckpt_path: str | None) -> bool:
-        """Whether the checkpoint is in this directory."""
-        return bool(ckpt_path and Path(ckpt_path).resolve().is_relative_to(self.path.resolve()))
+        """Whether the checkpoint is one of the run in this directory."""
+        return Path(ckpt_path or "/").resolve().is_relative_to(self.checkpoints.resolve())
+
+    def set_aside_checkpoints(self) -> None:
+        """Rename the folder of an earlier run's checkpoints, which a new run does not continue."""
+        if is_rank_zero() and any(self.checkpoints.glob("*.ckpt")):
+            names = (self.path / f"checkpoints_{n}" for n in count(1))
+            aside = next(path for path in names if not path.exists())
+            self.checkpoints.rename(aside)
+            log.info(f"the checkpoints of an earlier run are now in {aside}")
 
     def prepare(self, cfg: DictConfig, step: int) -> None:
         """Write config.yaml; delete the files of an earlier run, but for checkpoints.

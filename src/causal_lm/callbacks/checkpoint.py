@@ -2,6 +2,8 @@
 
 import logging
 import math
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +17,72 @@ from causal_lm.config import leaves, new_name
 
 log = logging.getLogger(__name__)
 
-# Beginnings of keys, for a run that is continued.
-MUST_NOT_CHANGE = ("model.", "tokenizer.", "optimizer._target_")
-FROM_CHECKPOINT = ("optimizer.",)  # keep the saved values, as the optimizer's state has them
+VALIDATION = "causal_lm_validation"  # key of a checkpoint: which documents its best score is of
+
+REFUSED, KEPT, FREE = "refused", "kept from the checkpoint", "changed"
+CONTINUED_KEYS = {  # the first pattern (of ``fnmatch``) that matches a key decides
+    "seed": REFUSED, "data.seed": REFUSED, "data.shuffle": REFUSED,  # the order of documents
+    "optimizer._*": REFUSED, "optimizer.*.*": REFUSED, "optimizer.*": KEPT,
+    "model.dropout": FREE, "model.checkpoint_activations": FREE,
+    "model.*": REFUSED, "tokenizer.*": REFUSED,  # the weights
+    "*": FREE,  # data, batch size, layout, ranks, loss, schedule, trainer, samples, …
+}  # fmt: skip
+"""What a continued run does with a value that is not the checkpoint's: refuse it, use the
+checkpoint's, or use the new one. Other training documents begin a new epoch, other validation
+documents a new search for the best checkpoint; a schedule goes on at the step it has reached.
+"""
 
 
 class CheckpointMetadata(L.Callback):
-    """Write the configuration and the tokenizer into every checkpoint, as plain data."""
+    """Write the configuration, the tokenizer and a fingerprint of the validation documents into
+    every checkpoint, as plain data."""
 
-    def __init__(self, config: Any, tokenizer: dict[str, Any]) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: Any, tokenizer: dict[str, Any], validation: list[int]) -> None:
+        self.config, self.tokenizer, self.validation = config, tokenizer, validation
+        self.forget_best = False
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= {CONFIG: self.config, TOKENIZER: self.tokenizer}
+        checkpoint |= {CONFIG: self.config, TOKENIZER: self.tokenizer, VALIDATION: self.validation}
 
-    def check_continues(self, path: str) -> int:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint["callbacks"].values():
+            if self.forget_best and "best_model_score" in state:
+                state["best_model_score"] = None
+
+    def check_continues(self, path: str, may_be_complete: bool) -> int:
         """The step of a checkpoint that this run can continue; logs which keys have changed.
 
+        ``config`` takes the values that are kept. ``may_be_complete``: no step need be left.
+
         Raises:
-            RefusedError: a key that must not differ does (:data:`MUST_NOT_CHANGE`).
+            RefusedError: a key differs that must not, or no step is left to train.
         """
         saved = read_checkpoint(path)
         before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
         before |= leaves(saved[TOKENIZER], "tokenizer.")
         here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
-        changed, kept = [], []
-        for key in sorted((before.keys() | here.keys()) - {"ckpt_path"}):
+        found: dict[str, list[str]] = {FREE: [], KEPT: []}
+        keys = (before.keys() | here.keys()) - {"ckpt_path"}
+        for key in sorted(keys, key=lambda key: (key.count("."), key)):  # seed before data.seed
             if before.get(key) == here.get(key):
                 continue
+            action = next(act for pattern, act in CONTINUED_KEYS.items() if fnmatch(key, pattern))
             # At most 100 characters, as a tokenizer's JSON can have megabytes.
             old, new = (f"{values.get(key)!s:.100}" for values in (before, here))
-            if key.startswith(MUST_NOT_CHANGE):
+            # Hydra would resolve or build what a kept value says.
+            if action == REFUSED or (action == KEPT and re.search("[${]", str(before.get(key)))):
                 written = f"{path} was written with {key}={old}, but this run has {new}"
                 raise RefusedError(f"{written}: set it back, or remove ckpt_path")
-            if key.startswith(FROM_CHECKPOINT):
-                kept.append(f"{key}={old}")
-            else:
-                changed.append(f"{key} {old} -> {new}")
-        changes, constants = (", ".join(keys) or "nothing" for keys in (changed, kept))
-        continues = f"continues {path} from step {saved['global_step']}; changed: {changes}"
-        rank_zero_only(log.info)(f"{continues}; kept from the checkpoint: {constants}")
-        return saved["global_step"]
+            found[action].append(f"{key}={old}" if action == KEPT else f"{key} {old} -> {new}")
+        step, last = saved["global_step"], self.config["trainer"]["max_steps"]
+        if step > last or (step == last and not may_be_complete):
+            raise RefusedError(f"{path} is at step {step}: raise trainer.max_steps={last} above it")
+        self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
+        self.forget_best = saved.get(VALIDATION, self.validation) != self.validation
+        words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
+        words += ["other validation documents: best scores are forgotten"] * self.forget_best
+        rank_zero_only(log.info)("; ".join([f"continues {path} from step {step}", *words]))
+        return step
 
 
 class EvalCheckpoint(ModelCheckpoint):

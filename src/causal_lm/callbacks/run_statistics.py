@@ -10,27 +10,29 @@ import torch
 from causal_lm import objective
 from causal_lm.data.collate import Batch
 
+STATISTICS = "causal_lm_statistics"  # key of a checkpoint
 LOSS_STEPS = 20  # over which train/loss is averaged for the summary
 
 
 class RunStatistics(L.Callback):
     """Counts the targets and slots of every training batch on this rank, and times the fit.
 
-    Targets are the canonical ones. The counts stay on the device until :meth:`figures` is called.
-    ``seconds_train`` begins after the preflight, whose callback comes first, and leaves out
-    validations.
+    Targets are the canonical ones. The counts stay on the device until they are saved or
+    :meth:`figures` is called; those of a checkpoint are added. Seconds are of this process alone;
+    ``seconds_train`` begins after the preflight, whose callback comes first, without validations.
     """
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=LOSS_STEPS)
-        self.targets: Any = 0
-        self.real_tokens: Any = 0
-        self.slots = 0
+        self.counts: Any = torch.zeros(3, dtype=torch.int64)
+        """Targets, real tokens and slots of the completed optimizer steps."""
+        self.unfinished: Any = 0  # the same, of the step in progress, which a resumed run repeats
+        self.before = torch.zeros(3, dtype=torch.int64)  # over all ranks, before this process
         self.seconds_fit = self.seconds_train = self.seconds_validating = 0.0
         self._train_start: float | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._fit_start, self._step = time.perf_counter(), trainer.global_step
+    def on_fit_start(self, *_: Any) -> None:
+        self._fit_start = time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._train_start = self._train_start or time.perf_counter()
@@ -42,13 +44,13 @@ class RunStatistics(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        if trainer.global_step != self._step:  # this micro-batch ended an optimizer step
-            self._step = trainer.global_step
+        targets, tokens = (batch.labels != objective.IGNORE).sum(), batch.lengths.sum()
+        slots = torch.full_like(tokens, batch.input_ids.numel())
+        self.unfinished += torch.stack([targets, tokens, slots])
+        if not pl_module.accumulator.micro_batches:  # this one ended an optimizer step
             if pl_module.step_loss is not None:  # None: the step was skipped
                 self.losses.append(pl_module.step_loss)
-        self.targets += (batch.labels != objective.IGNORE).sum()
-        self.real_tokens += batch.lengths.sum()
-        self.slots += batch.input_ids.numel()
+            self.counts, self.unfinished = self.counts.to(tokens.device) + self.unfinished, 0
         pl_module.log("train/pad_share", (batch.document_ids < 0).float().mean())
 
     def on_validation_start(self, *_: Any) -> None:
@@ -61,16 +63,28 @@ class RunStatistics(L.Callback):
     def on_fit_end(self, *_: Any) -> None:
         self.seconds_fit = time.perf_counter() - self._fit_start
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint[STATISTICS] = {"losses": [*self.losses], "counts": self._totals(trainer)}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if saved := checkpoint.get(STATISTICS):  # earlier versions did not save them
+            self.losses.extend(saved["losses"])
+            self.before = torch.tensor(saved["counts"])
+
+    def _totals(self, trainer: Any) -> list[int]:
+        """The counts of the whole run over all ranks; every rank must call it."""
+        local = self.counts.to(trainer.strategy.root_device, copy=True)  # reduced in place
+        return (trainer.strategy.reduce(local, reduce_op="sum").cpu() + self.before).tolist()
+
     def figures(self, trainer: L.Trainer) -> dict[str, float | int | None]:
         """Sums over all ranks, for ``summary.json``; every rank must call it."""
         module: Any = trainer.lightning_module
-        counts = [int(self.targets), int(self.real_tokens), self.slots]
-        local = torch.tensor(counts, device=trainer.strategy.root_device)
-        targets, tokens, slots = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        targets, tokens, slots = self._totals(trainer)
+        new = targets - int(self.before[0])
         return {
             "train/loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "train/tokens": targets,
-            "train/tokens_per_second": targets / self.seconds_train if targets else None,
+            "train/tokens_per_second": new / self.seconds_train if new else None,
             "train/pad_share": 1 - tokens / slots if slots else None,
             "train/skipped": module.guard.skipped,
             "seconds/fit": self.seconds_fit,

@@ -1,18 +1,21 @@
 """DataModule: from a source to batches."""
 
 import logging
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 from torch.utils.data import DataLoader
 
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
-from causal_lm.data.sampler import DocumentSampler
+from causal_lm.data.sampler import DocumentSampler, Start
 
 log = logging.getLogger(__name__)
 
+CRC_CHUNKS, CRC_TOKENS = 16, 2**16  # what a fingerprint reads, however many tokens there are
 CHECKED_WINDOWS = 10_000  # most windows of a split with prompts that are checked for targets
 
 
@@ -50,6 +53,7 @@ class DataModule(L.LightningDataModule):
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
         self.corpus: Corpus | None = None
+        self.start = Start()
 
     def load(self) -> Corpus:
         """Load the corpus once and cut it into windows. Raises ValueError for an empty split."""
@@ -59,16 +63,41 @@ class DataModule(L.LightningDataModule):
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
             self.train_windows = self._windows("train", self.corpus.train)
             self.val_windows = self._windows("val", self.corpus.val)
+            self.order = [self.seed, self.shuffle, *fingerprint(self.train_windows)]
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
+        self.start = Start()  # of a run that does not resume
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_windows, self.shuffle, batches_done=self._batches_done)
+        return self._loader(self.train_windows, self._sampler())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_windows, False)
+        return self._loader(self.val_windows, self._sampler(train=False))
+
+    def save_position(self, unfinished: int) -> dict[str, Any]:
+        """Where training is in its documents, without the last micro-batches that are unfinished,
+        as plain data for a checkpoint."""
+        sampler = self._sampler()
+        start = sampler.position(self._batches_done() - unfinished)
+        return {"start": [*start], "group_size": sampler.group_size, "order": self.order}
+
+    def resume(self, saved: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Go on from a saved position, or with a new epoch if documents or seed are others.
+
+        Changes Lightning's count of the epoch's micro-batches in ``progress`` where other settings
+        leave another number of them; the first step may then sum fewer than the others.
+        """
+        self.start, is_same = Start(*saved["start"]), saved["order"] == self.order
+        if not is_same:
+            log.warning("the training documents or their order have changed: a new epoch begins")
+            self.start = Start(self.start.batches, self.start.epoch + 1)
+        sampler = self._sampler()
+        if not is_same or sampler.group_size != saved["group_size"]:
+            left = 0 if progress["is_last_batch"] else sampler.n_batches(self.start.segments)
+            change = sampler.n_batches() - left - progress["current"]["ready"]
+            progress["current"] = {name: n + change for name, n in progress["current"].items()}
 
     def _windows(self, split: str, documents: Documents) -> Documents:
         if not len(documents):
@@ -94,16 +123,21 @@ class DataModule(L.LightningDataModule):
     def _batches_done(self) -> int:
         """Micro-batches trained on, over all epochs. Lightning's ``current_epoch`` cannot be used,
         because it also counts an epoch in which the run was stopped."""
-        return self.trainer.fit_loop.total_batch_idx + 1 if self.trainer else 0
+        loop: Any = self.trainer.fit_loop.epoch_loop if self.trainer else None
+        return loop.batch_progress.total.started if loop else 0  # not one that was only fetched
 
-    def _loader(self, windows: Documents, shuffle: bool, **options: Any) -> DataLoader[Batch]:
-        tokenizer = self.load().tokenizer
-        lengths = windows.lengths.numpy() if self.layout == "bucketed" else None
-        sampler = DocumentSampler(
-            len(windows), shuffle=shuffle, seed=self.seed, lengths=lengths,
+    def _sampler(self, train: bool = True) -> DocumentSampler:
+        windows = self.train_windows if train else self.val_windows
+        position: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
+        return DocumentSampler(
+            len(windows), shuffle=train and self.shuffle, seed=self.seed, **position,
+            by_length=self.layout == "bucketed", lengths=lambda: windows.lengths.numpy(),
             batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1, **options,
+            world_size=self.trainer.world_size if self.trainer else 1,
         )  # fmt: skip
+
+    def _loader(self, windows: Documents, sampler: DocumentSampler) -> DataLoader[Batch]:
+        tokenizer = self.load().tokenizer
         row_length = self.max_length if self.layout == "packed" else None
         layout: dict[str, Any] = {"padding_side": self.padding_side, "row_length": row_length}
         collate = Collate(tokenizer.pad_id, tokenizer.vocab_size, **layout)
@@ -115,3 +149,13 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+
+def fingerprint(documents: Documents) -> list[int]:
+    """Number of documents, number of tokens, and a CRC of chunks spread evenly over the tokens."""
+    tokens, crc = documents.tokens, 0
+    step = max(-(-len(tokens) // CRC_CHUNKS), CRC_TOKENS)
+    for start in range(0, len(tokens), step):
+        chunk = np.asarray(tokens[start : start + CRC_TOKENS], dtype="<i4")
+        crc = zlib.crc32(chunk.tobytes(), crc)
+    return [len(documents), len(tokens), crc]
