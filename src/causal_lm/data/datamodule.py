@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler
+from causal_lm.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -113,5 +114,6 @@ class DataModule(L.LightningDataModule):
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
+            worker_init_fn=leave_to_parent,
             persistent_workers=self.num_workers > 0,
         )
