@@ -126,7 +126,10 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     except StoppedRun:
         if stop.at_once:  # before the first step there is nothing to save
             raise
-        logged = logged or dict(trainer.callback_metrics)
+        if not logged:  # an evaluation in the fit, after which Lightning calls no further hooks
+            statistics.on_train_end()
+            statistics.on_fit_end()
+            logged |= trainer.callback_metrics
     finally:
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}

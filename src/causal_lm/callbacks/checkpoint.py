@@ -129,11 +129,11 @@ class StepCheckpoint(L.Callback):
         self._record(trainer)  # an evaluation writes its own checkpoint
 
     def _record(self, trainer: L.Trainer) -> None:
-        self.step, self._time = trainer.global_step, time.monotonic()
+        self.step, self.time = trainer.global_step, time.monotonic()
 
     def is_due(self, step: int) -> bool:
         """Whether to save now, after so many optimizer steps."""
-        by_time = self.every_minutes and time.monotonic() - self._time >= 60 * self.every_minutes
+        by_time = self.every_minutes and time.monotonic() - self.time >= 60 * self.every_minutes
         by_step = self.every_n_steps and step % self.every_n_steps == 0
         return step != self.step and bool(by_time or by_step)
 
