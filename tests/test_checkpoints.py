@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from causal_lm import config
 from causal_lm.callbacks.checkpoint import StepCheckpoint
 from causal_lm.callbacks.stop import StopAfterStep
 from support import command
@@ -69,6 +70,23 @@ def test_when_one_is_due(tmp_path, monkeypatch):
     now = 120.0
     assert checkpoint.is_due(1) and not checkpoint.is_due(0)  # of step 0 there is nothing to save
     assert not any(map(never.is_due, range(12)))
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [("callbacks.checkpoint.every_minutes=0", "every_minutes"),
+     ("callbacks.checkpoint.every_n_steps=0.5", "every_n_steps"),
+     ("+callbacks.checkpoint.every_hours=1", "every_hours")],
+)  # fmt: skip
+def test_keys_are_checked(word, key):
+    with pytest.raises(config.ConfigError, match=rf"callbacks\.checkpoint\.{key}"):
+        config.load([word])
+
+
+def test_other_callbacks_are_the_users_own():
+    own = ("+callbacks.mine._target_=causal_lm.callbacks.progress.StepBar", "+callbacks.off=null")
+    never = ("callbacks.checkpoint.every_minutes=null", "+callbacks.mine.x=1")
+    assert config.load([*own, *never]).callbacks.mine.x == 1
 
 
 def test_what_a_kill_can_cost_is_said(tmp_path, caplog):

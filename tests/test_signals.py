@@ -243,15 +243,20 @@ def alive(group):
     return False
 
 
-def signal_group(directory, number, *words):
-    """Send a signal to a run and all its processes after a few steps; its exit code, stderr."""
+def signal_group(directory, number, *words, when="metrics.csv", lines=1):
+    """Send a signal to a run and all its processes, once a file of the run has so many lines.
+
+    Returns the exit code and what was written to stderr.
+    """
     process = subprocess.Popen(
         [sys.executable, "train.py", *SHORT, "trainer.max_steps=100000", "data.num_workers=2",
          "trainer.val_check_interval=100000", f"hydra.run.dir={directory}", *words],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    metrics, deadline = directory / "metrics.csv", time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+    path, deadline = directory / when, time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            break
         time.sleep(0.1)
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=120)
@@ -298,6 +303,23 @@ def test_two_ranks_with_workers_stop_at_the_same_step(number, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_rank_with_workers_stops(number, tmp_path):
     assert_stopped(tmp_path, *signal_group(tmp_path, number), number)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_in_a_long_evaluation(tmp_path):
+    words = ("trainer.val_check_interval=2", "data.source.val_documents=40000", "samples.count=0")
+    code, err = signal_group(tmp_path, signal.SIGTERM, *TWO_RANKS, *words, lines=3)
+    assert assert_stopped(tmp_path, code, err, signal.SIGTERM) == 2
+    assert not list((tmp_path / "checkpoints").glob("best.ckpt"))  # no evaluation was complete
+
+
+@pytest.mark.slow
+def test_two_ranks_end_before_the_first_step(tmp_path):
+    """At any moment from the preparation of the directory on: no checkpoint, no process left."""
+    code, err = signal_group(tmp_path, signal.SIGTERM, *TWO_RANKS, when="config.yaml")
+    print(code, err)
+    assert code != 0 and "Traceback" not in err
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow

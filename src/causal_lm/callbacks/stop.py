@@ -1,5 +1,6 @@
 """Ends the fit at a signal, between two optimizer steps, with its checkpoint."""
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -22,8 +23,8 @@ class StopAfterStep(L.Callback):
     hand. An evaluation raises before its next forward pass; a resumed run repeats it whole. A
     second SIGINT raises KeyboardInterrupt.
 
-    All ranks must take the same number of steps. So they exchange, once per step, whether a signal
-    came and whether a checkpoint is due.
+    All ranks must take the same steps: once per step they exchange whether a signal came and a
+    checkpoint is due.
     """
 
     def __init__(self) -> None:
@@ -35,10 +36,8 @@ class StopAfterStep(L.Callback):
         self._step, self._evaluating = -1, False
 
     def __enter__(self) -> "StopAfterStep":
-        try:
+        with contextlib.suppress(ValueError):  # outside the main thread, which cannot set handlers
             self._handlers = {n: signal.signal(n, self._request) for n in STOP_SIGNALS}
-        except ValueError:  # outside the main thread, where handlers cannot be set
-            self._handlers = {}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -48,8 +47,10 @@ class StopAfterStep(L.Callback):
     def _request(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a worker that was forked a moment ago
             return
-        if self._received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self._received:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # SLURM's SIGUSR1 stays the reason where SIGTERM follows
         self._received = number
         if self.at_once:
             stop_at_once(number, frame)
