@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,7 @@ from causal_lm.config import (
     validate,
     validate_sweep,
 )
+from causal_lm.signals import STOP_SIGNALS, stop_at_once
 
 # Read when torch loads: waiting OpenMP threads spin briefly, then sleep. Endless spinning, the
 # default, slows a busy machine down (docs/NOTES.md).
@@ -86,6 +88,8 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def start(main: Callable[[], Any]) -> None:
     """Call a ``hydra.main`` function; an error of Hydra is one line, exit code 2."""
+    for number in STOP_SIGNALS:  # while torch is loaded
+        signal.signal(number, stop_at_once)
     with one_line_errors():
         sys.argv[1:] = rename_overrides(sys.argv[1:])
         with as_config_error(sys.argv[1:]):
@@ -122,7 +126,8 @@ def job(cfg: DictConfig) -> float:
             return _run_in_subprocess(hydra_cfg, directory)
         from causal_lm.fit import run  # loads torch and lightning
 
-        return run(cfg, directory)["val/loss"]
+        loss = run(cfg, directory)["val/loss"]
+        return math.nan if loss is None else loss  # None: stopped before the first evaluation
     except Exception as error:
         log.debug("the run failed", exc_info=True)
         if not is_sweep:

@@ -223,6 +223,8 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
         elif group not in groups:  # the user's own, unless it is a misspelled one of ours
             if _did_you_mean(group, groups):
                 raise ConfigError(unknown_key(group, groups))
+        elif group == "callbacks" and parent != "callbacks.checkpoint":
+            continue  # the user's own, which are checked when they are built
         elif group != "trainer" and not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
             raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))

@@ -6,6 +6,7 @@ import time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from causal_lm.data.datamodule import fingerprint
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir, is_rank_zero
+from causal_lm.signals import StoppedRun, requeue
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +72,21 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
             _run(cfg, run_dir, summary, stop)
     except RefusedError:
         raise
+    except StoppedRun as error:
+        if summary["steps"] is not None:  # the directory is prepared
+            summary |= {"status": "stopped", "stopped_because": f"signal {error.signal.name}"}
+            run_dir.write_summary(summary, started)
+        raise
     except BaseException as error:
         summary |= {"status": "failed", "error": str(error) or type(error).__name__}
         run_dir.write_summary(summary, started)
         raise
     run_dir.write_summary(summary, started)
     if is_rank_zero():
-        print(f"\n{run_table(summary)}\nwritten to {directory}\n")
+        what = f"stopped by a signal at step {summary['steps']}; continue with ckpt_path=auto"
+        print(f"\n{what if stop.signal else run_table(summary)}\nwritten to {directory}\n")
+        if stop.signal == SIGUSR1:  # at the very end, as SLURM then ends this process
+            requeue()
     return summary
 
 
@@ -98,6 +108,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     if not continued:
         run_dir.set_aside_checkpoints()
     run_dir.prepare(cfg, step if continued else 0)
+    summary["steps"] = step
 
     preflight, statistics = make_preflight(cfg, corpus.tokenizer, run_dir.path), RunStatistics()
     options = {name: value for name, value in cfg.samples.items() if name != "self_check"}
@@ -106,28 +117,42 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     keep = partial(checkpoint.EvalCheckpoint, run_dir.checkpoints, continued=continued)
     best, last = keep("best", "val/loss"), keep("last", "val/loss", latest=True)
     stable = keep("stable", "writing/repetition_spread")
-    callbacks = [preflight, statistics, stop, metadata, monitor, best, stable, last]
+    options = OmegaConf.select(cfg, "callbacks.checkpoint") or {}
+    stop.checkpoint = checkpoint.StepCheckpoint(run_dir.checkpoints / "last.ckpt", **options)
+    callbacks = [preflight, statistics, stop, stop.checkpoint, metadata, monitor]
+    callbacks += [best, stable, last]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
         callbacks.append(GradientReport(cfg.gradients.report_every))
     trainer = build.make_trainer(cfg, callbacks, [run_dir.logger(step)])
+    logged: dict[str, Any] = {}
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+        logged |= trainer.callback_metrics
+        if not stop.signal:
+            with isolate_rng():  # the random state that is saved does not depend on this validation
+                (figures,) = trainer.validate(module, data, verbose=False)
+            logged |= figures
+    except StoppedRun:
+        if stop.at_once:  # before the first step there is nothing to save
+            raise
+        if not logged:  # an evaluation in the fit, after which Lightning calls no further hooks
+            statistics.on_train_end()
+            statistics.on_fit_end()
+            logged |= trainer.callback_metrics
     finally:
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
-    if stop.requested:  # now: the process may be killed before the validation ends
-        trainer.save_checkpoint(run_dir.checkpoints / "last.ckpt")
-    stop_reason = "signal SIGINT or SIGTERM" if stop.requested else monitor.stopper.stopped_because
-    summary |= {"status": "stopped" if stop_reason else "finished", "stopped_because": stop_reason}
-
-    logged: dict[str, Any] = dict(trainer.callback_metrics)
-    with isolate_rng():  # the random state that is saved does not depend on this validation
-        (figures,) = trainer.validate(module, data, verbose=False)
-    for name, value in (logged | dict(figures)).items():
+    stopped_because = stop.reason(trainer) or monitor.stopper.stopped_because
+    status = "stopped" if stopped_because else "finished"
+    summary |= {"status": status, "stopped_because": stopped_because}
+    for name, value in logged.items():
         summary[name] = float(value) if math.isfinite(value) else None
     summary |= statistics.figures(trainer) | monitor.figures()
+    if stop.signal:  # the process may be killed soon: no further validation, no samples
+        summary["checkpoint/last"] = f"step {trainer.global_step}: {stopped_because}"
+        return
     if not math.isfinite(figures["val/loss"]):
         todo = "lower optimizer.lr, and continue from best.ckpt if there is one"
         raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
@@ -144,6 +169,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     if trainer.is_global_zero:
         is_stable = stable.best_model_score is not None
         summary |= checkpoint.figures(run_dir.checkpoints, lowest, is_stable)
+        stop.at_once = True  # the checkpoints are written
         options = dict(cfg.samples.self_check, seed=cfg.seed, batch_size=cfg.samples.batch_size)
         summary |= final_samples(module, corpus, run_dir.path, **options)
     ratio = summary["val/ppl_over_floor"]

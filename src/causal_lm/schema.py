@@ -78,7 +78,8 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
         model.d_ff loss.length scheduler.every trainer.num_nodes trainer.max_steps
         trainer.accumulate_grad_batches trainer.val_check_interval trainer.log_every_n_steps
         samples.batch_size samples.prompts samples.prompt_length samples.self_check.count"""),
-    (optional(integer(1)), "data.num_proc gradients.report_every samples.patience samples*.top_k"),
+    (optional(integer(1)), """data.num_proc gradients.report_every samples.patience samples*.top_k
+        callbacks.checkpoint.every_n_steps"""),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
     (integer(2, 62), "data.source.symbols"),
@@ -91,7 +92,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (real(above=0), """
         model.rope_theta model.norm_eps optimizer.muon_lr scheduler.peak_decay scheduler.drop"""),
     (real(above=0, below=1), "data.val_share"),
-    (optional(real(above=0)), "trainer.gradient_clip_val"),
+    (optional(real(above=0)), "trainer.gradient_clip_val callbacks.checkpoint.every_minutes"),
     (or_auto(real(above=0)), "optimizer.lr"),
     (FRACTION, """model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,55 @@ class EvalCheckpoint(ModelCheckpoint):
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Any = None) -> bool:
         return self.best_model_score is None or bool(current <= self.best_model_score)
+
+
+class StepCheckpoint(L.Callback):
+    """Writes ``last.ckpt`` between two optimizer steps, besides those of evaluations.
+
+    :class:`causal_lm.callbacks.stop.StopAfterStep` calls it, as all ranks must save together.
+
+    Args:
+        every_minutes: from the latest checkpoint on, or from the start; None: never.
+        every_n_steps: optimizer steps; None: never.
+    """
+
+    def __init__(
+        self, path: Path, every_minutes: float | None = 10, every_n_steps: int | None = None
+    ) -> None:
+        self.path, self.every_minutes, self.every_n_steps = path, every_minutes, every_n_steps
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._record(trainer)
+        limits = {"minutes of training": self.every_minutes, "steps": self.every_n_steps}
+        costs = [f"{limit} {unit}" for unit, limit in limits.items() if limit]
+        most = f"at most {' or '.join(costs)}, or " if costs else ""
+        rank_zero_only(log.info)(f"a kill costs {most}what came since the last evaluation")
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._record(trainer)  # an evaluation writes its own checkpoint
+
+    def _record(self, trainer: L.Trainer) -> None:
+        self.step, self.time = trainer.global_step, time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save now, after so many optimizer steps."""
+        by_time = self.every_minutes and time.monotonic() - self.time >= 60 * self.every_minutes
+        by_step = self.every_n_steps and step % self.every_n_steps == 0
+        return step != self.step and bool(by_time or by_step)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save; all ranks must call it. A batch that was fetched and not begun is not counted. The
+        loggers are flushed, so that a kill loses no row of a saved step."""
+        for logger in trainer.loggers:
+            logger.save()
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        before = progress.state_dict()
+        progress.is_last_batch &= progress.current.ready == progress.current.started
+        for counters in (progress.total, progress.current):
+            counters.ready = counters.started
+        trainer.save_checkpoint(self.path)
+        progress.load_state_dict(before)
+        self._record(trainer)
 
 
 def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler, Start
+from causal_lm.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class DataModule(L.LightningDataModule):
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
+            worker_init_fn=leave_to_parent,
             persistent_workers=self.num_workers > 0,
         )
 

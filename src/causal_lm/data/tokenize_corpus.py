@@ -12,6 +12,7 @@ import numpy as np
 
 from causal_lm.data.token_cache import TokenizedChunk
 from causal_lm.data.tokenizers import TextTokenizer, from_state
+from causal_lm.signals import leave_to_parent
 
 Segments = tuple[str, ...]  # a document's text: one segment, or a prompt and what follows it
 DocumentPart = tuple[Segments, bool]  # a document, or a part of it, and whether it is the last
@@ -92,6 +93,7 @@ def _tokenize_with(state: dict[str, Any], options: dict[str, Any]) -> Tokenize:
 
 def _start_worker(state: dict[str, Any], options: dict[str, Any]) -> None:
     global _worker_tokenize
+    leave_to_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
     _worker_tokenize = _tokenize_with(state, options)
 
