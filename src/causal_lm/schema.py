@@ -86,17 +86,21 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
         trainer.enable_checkpointing trainer.inference_mode trainer.barebones trainer.sync_batchnorm
         pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
-    (integer(-1), "trainer.max_epochs trainer.num_sanity_val_steps"),
+    (integer(-1), "trainer.num_sanity_val_steps"),
+    (Rule(lambda v: v == -1 or integer(1).accepts(v),
+          "an integer of at least 1, or -1 for no limit"), "trainer.max_epochs"),
     (integer(0, 1024), "data.num_workers"),
     (integer(0), """data.seed data.source.copies_after data.source.seed
         model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
     (or_auto(integer(0)), "scheduler.warmup_steps"),
     (integer(1), """
-        data.batch_size data.source.successors data.source.copies model.d_model model.n_heads
-        model.n_kv_heads model.d_ff loss.length scheduler.every trainer.num_nodes trainer.max_steps
+        data.batch_size data.source.successors data.source.copies model.n_heads
+        model.n_kv_heads loss.length scheduler.every trainer.num_nodes trainer.max_steps
         trainer.accumulate_grad_batches trainer.val_check_interval trainer.log_every_n_steps
         samples.batch_size samples.prompts samples.prompt_length samples.self_check.count"""),
-    (integer(1, 1000), "model.n_layers"),  # more take minutes to build
+    (integer(1, 1000), """model.n_layers model.config.n_layer
+        model.config.num_hidden_layers"""),  # more take minutes to build
+    (integer(1, 10**8), "model.d_model model.d_ff"),  # for sizes in bytes that fit 64 bits
     (integer(1, 10**7), "data.source.train_documents data.source.val_documents"),  # in memory
     (optional(integer(1, 1024)), "data.num_proc"),
     (optional(integer(1)), "gradients.report_every samples.patience samples*.top_k"),
