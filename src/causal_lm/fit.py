@@ -113,19 +113,21 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
 
     logged: dict[str, Any] = dict(trainer.callback_metrics)
     with isolate_rng():  # the random state that is saved does not depend on this validation
-        (figures,) = trainer.validate(module, data, verbose=False)
+        # Nothing is measured under trainer.limit_val_batches=0.
+        (figures,) = trainer.validate(module, data, verbose=False) or [{}]
     for name, value in (logged | dict(figures)).items():
         summary[name] = float(value) if math.isfinite(value) else None
     summary |= statistics.figures(trainer) | monitor.figures()
-    if not math.isfinite(figures["val/loss"]):
+    if not math.isfinite(figures.get("val/loss", 0)):
         todo = "lower optimizer.lr, and continue from best.ckpt if there is one"
         raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
     if corpus.language is not None:
         nats, tokens = corpus.language.nll(corpus.val)
         summary |= {"floor/loss": nats / tokens, "floor/ppl": math.exp(nats / tokens)}
-        summary["val/ppl_over_floor"] = figures["val/ppl"] / summary["floor/ppl"]
+        if figures:
+            summary["val/ppl_over_floor"] = figures["val/ppl"] / summary["floor/ppl"]
     lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
-    if figures["val/loss"] < lowest:
+    if figures and figures["val/loss"] < lowest:
         lowest = figures["val/loss"]
         best.best_model_score = torch.tensor(lowest)
         trainer.save_checkpoint(run_dir.checkpoints / "best.ckpt")

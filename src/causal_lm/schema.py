@@ -83,7 +83,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (BOOLEAN, """data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
         model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
-        trainer.enable_checkpointing trainer.inference_mode trainer.barebones trainer.sync_batchnorm
+        trainer.inference_mode trainer.sync_batchnorm
         pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
     (integer(-1), "trainer.num_sanity_val_steps"),
@@ -117,8 +117,14 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (real(above=0, high=1000), "optimizer.muon_lr"),
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val"),
-    (LIMIT, """trainer.limit_train_batches trainer.limit_val_batches trainer.limit_test_batches
-        trainer.overfit_batches"""),
+    (LIMIT, "trainer.limit_val_batches trainer.limit_test_batches trainer.overfit_batches"),
+    (Rule(lambda v: v != 0 and LIMIT.accepts(v),
+          "an integer of at least 1, or a fraction such as 0.5"), "trainer.limit_train_batches"),
+    (Rule(lambda v: v is True, "true: a run needs its checkpoints"),
+     "trainer.enable_checkpointing"),
+    (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
+    (Rule(lambda v: isinstance(v, bool) or integer(0).accepts(v),
+          "true, false, or a number of steps"), "trainer.fast_dev_run"),
     (or_auto(real(above=0, high=1000)), "optimizer.lr"),
     (FRACTION, """model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),
