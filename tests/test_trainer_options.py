@@ -15,7 +15,8 @@ PLAIN = ["val/loss", "train/loss", "val/ppl_over_floor", "checkpoint/best"]
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_true_precisions_train(precision, model, tmp_path):
-    words = [f"model={model}", f"trainer.precision={precision}", "trainer.max_steps=20"]
+    quick = ["trainer.val_check_interval=1000", "preflight.on_fault=off", "samples.count=0"]
+    words = [f"model={model}", f"trainer.precision={precision}", "trainer.max_steps=20", *quick]
     summary = short_run(tmp_path, *words, "data.source.symbols=8", "optimizer.lr=0.02")
     assert summary["status"] == "finished"
     assert summary["val/loss"] < math.log(10)  # below that of a uniform guess
