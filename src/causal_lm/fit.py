@@ -21,6 +21,7 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
+from causal_lm.failures import explain
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir, is_rank_zero
@@ -103,6 +104,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     trainer = build.make_trainer(cfg, callbacks, [run_dir.logger(step)])
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+    except Exception as error:
+        raise explain(error, cfg, trainer) from error
     finally:
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
