@@ -148,6 +148,121 @@ def test_what_a_killed_process_left_is_cleared(make, tmp_path):
     assert not folder.with_suffix(".building").exists()
 
 
+# ---- damaged: built again ----
+
+
+def change(path, at, values=b"\xff\xff\xff\xff"):
+    """Overwrite bytes of a file, from ``at`` on."""
+    content = bytearray(path.read_bytes())
+    content[at : at + len(values)] = values
+    path.write_bytes(content)
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGES = [
+    ("train.tokens", lambda p: cut(p, 100)),
+    ("train.tokens", lambda p: cut(p, 101)),
+    ("train.tokens", lambda p: p.write_bytes(b"")),
+    ("train.tokens", lambda p: p.write_bytes(p.read_bytes() + b"\0")),
+    ("train.tokens", lambda p: change(p, 200)),  # an id of 65,535
+    ("val.tokens", lambda p: change(p, 20, b"\4\0")),  # a valid id, but another one
+    ("val.tokens", lambda p: p.unlink()),
+    ("train.offsets", lambda p: change(p, 80, np.int64(2**60).tobytes())),
+    ("train.offsets", lambda p: change(p, 80, np.int64(-5).tobytes())),
+    ("train.offsets", lambda p: p.write_bytes(b"")),
+    ("val.offsets", lambda p: cut(p, 12)),
+    ("val.mask", lambda p: p.write_bytes(b"\1")),
+    ("about.json", lambda p: cut(p, 20)),
+    ("about.json", lambda p: p.write_bytes(b"\x80")),
+    ("about.json", lambda p: p.write_text("[]")),
+    ("about.json", lambda p: p.write_text(p.read_text().replace("uint16", "uint32"))),
+    ("about.json", lambda p: p.write_text(p.read_text().replace('"bytes"', '"words"'))),
+    ("about.json", lambda p: p.unlink()),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_damaged_entry_is_built_again(name, damage, make, built, tmp_path, caplog):
+    expected = lines_of(make().load())
+    (folder,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    damage(folder / name)
+    assert lines_of(make().load()) == expected
+    assert len(built) == 2
+    assert [name in m and str(folder) in m for m in caplog.messages] == [True]
+    assert lines_of(make().load()) == expected
+    assert len(built) == 2  # and whole again
+
+
+def test_offsets_are_checked_where_the_checksum_does_not_look(tmp_path, monkeypatch):
+    """Sixteen blocks of 256 bytes are covered; the offsets of 10,000 documents are 80 kB."""
+    monkeypatch.setattr(token_cache, "CHECKED_BLOCKS", 16)
+    monkeypatch.setattr(token_cache, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(token_cache, "CHECKED_OFFSETS", 1000)
+    for split in token_cache.SPLITS:
+        np.zeros(30_000, np.uint8).tofile(tmp_path / f"{split}.tokens")
+        np.arange(0, 30_001, 3).astype(np.int64).tofile(tmp_path / f"{split}.offsets")
+        (tmp_path / f"{split}.mask").touch()
+    token_cache.write_about(tmp_path, {"dtype": "uint8"})
+    path, sums = tmp_path / "train.offsets", token_cache.checksums(tmp_path, {})
+    assert token_cache.find_damage(tmp_path) == ""
+    change(path, 8 * 2000 + 6, b"\x01")
+    assert token_cache.checksums(tmp_path, {}) == sums
+    assert token_cache.find_damage(tmp_path).startswith("train.offsets")
+
+
+@pytest.mark.parametrize("blocks", [4, 16])
+def test_the_checksum_covers_evenly_spaced_blocks(blocks, tmp_path, monkeypatch):
+    """Zeros over one part in ``blocks`` of a file are found wherever they are."""
+    monkeypatch.setattr(token_cache, "CHECKED_BLOCKS", blocks)
+    monkeypatch.setattr(token_cache, "BLOCK_BYTES", 16)
+    for name in (f"{split}.{kind}" for split in token_cache.SPLITS for kind in token_cache.KINDS):
+        (tmp_path / name).write_bytes(b"\1" * 1000)
+    sums, path = token_cache.checksums(tmp_path, {}), tmp_path / "val.tokens"
+    part = -(-1000 // blocks) + 16
+    for start in range(0, 1000, 7):
+        whole = path.read_bytes()
+        change(path, start, bytes(min(part, 1000 - start)))
+        assert start > 1000 - part or token_cache.checksums(tmp_path, {}) != sums
+        path.write_bytes(whole)
+    change(path, 999, b"\0")  # the end is always covered
+    assert token_cache.checksums(tmp_path, {}) != sums
+
+
+def damaged_by_name(folder):
+    return "" if (folder / "whole").exists() else "not whole"
+
+
+def start_damaged(folder):
+    token_cache.build_once(folder, build_slowly, damaged_by_name)
+    return (folder / "whole").exists()
+
+
+def test_of_several_processes_one_builds_a_damaged_entry_again(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert all(pool.map(start_damaged, [tmp_path / "corpus"] * 3, chunksize=1))
+    assert (tmp_path / "built").read_text() == "x"
+
+
+def test_a_failed_rebuild_leaves_no_entry_half_written(make, path, tmp_path):
+    make().load()
+    (folder,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    cut(folder / "train.tokens", 100)
+    damaged = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(RuntimeError, match="no space"):
+        token_cache.build_once(folder, fail, token_cache.find_damage)
+    assert sorted(p.name for p in folder.iterdir()) == damaged
+    assert not folder.with_suffix(".building").exists()
+
+
+def fail(folder):
+    (folder / "train.tokens").write_bytes(b"half")
+    raise RuntimeError("no space")
+
+
 def build_slowly(folder):
     with (folder.parent / "built").open("a") as file:
         file.write("x")

@@ -2,16 +2,22 @@
 
 import importlib
 import inspect
+import math
+import os
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
+import torch
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
 from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown_key
@@ -28,6 +34,7 @@ OWN_MODELS = (  # every ``_target_`` that a checkpoint may name without being tr
     "causal_lm.models.external.XTransformers", "causal_lm.models.external.huggingface",
 )  # fmt: skip
 CODE_KEYS = (*HYDRA_KEYS, "auto_map", "trust_remote_code")  # Hydra or transformers load code
+SMALL_MODEL = 10**7  # parameters that a checkpoint's model may have, whatever weights it holds
 LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 """``loss.chunk_tokens=auto``: from this vocabulary size on, chunks of this many tokens."""
 
@@ -85,7 +92,10 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
             if name not in PITFALLS:
                 raise ConfigError(unknown_key(f"pitfalls.{name}", list(PITFALLS)))
         module_class = pitfall_module(cfg.pitfalls, tokenizer.pad_id)
-    model = instantiate(cfg.model, vocab_size=tokenizer.vocab_size)
+    make = partial(instantiate, cfg.model, vocab_size=tokenizer.vocab_size)
+    if cfg.model._target_ in OWN_MODELS and not cfg.model.get("init_from"):
+        check_size(make, "model")
+    model = make()
     chunk = cfg.loss.chunk_tokens
     if chunk == "auto":
         is_large = tokenizer.vocab_size >= LARGE_VOCABULARY and model.lm_head is not None
@@ -94,6 +104,49 @@ def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
     guard = NonFiniteGuard(cfg.gradients.on_nonfinite, cfg.gradients.max_skipped)
     optimizer, scheduler = make_optimizer(cfg), instantiate(cfg.scheduler)
     return module_class(model, optimizer, scheduler, tokenizer.token_bytes(), loss, guard)
+
+
+def memory_bytes() -> float:
+    """Memory of this machine, or of its container, in bytes; inf where it is not known."""
+    found = math.inf
+    with suppress(AttributeError, OSError, ValueError):
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def check_size(make: Callable[[], Any], name: str, most: float = math.inf) -> None:
+    """Count the parameters of the model that ``make`` returns, before any memory is allocated.
+
+    ``make`` is called on the meta device. Errors other than of size are left to the call that
+    builds the model: one of another library tries itself out, which it cannot do there.
+
+    Raises:
+        ValueError: ``name`` has more than ``most`` parameters, or more than fit the memory.
+    """
+    seen: dict[int, torch.Tensor] = {}
+    total, most = 0, min(most, memory_bytes() / torch.float32.itemsize)
+
+    def count(module: Any, name: str, parameter: torch.Tensor | None) -> None:
+        nonlocal total
+        if parameter is not None and id(parameter) not in seen:
+            seen[id(parameter)] = parameter  # keeps it, so that its id is not used again
+            total += parameter.numel()
+            if total > most:
+                raise MemoryError
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            total = sum(parameter.numel() for parameter in make().parameters())
+    except Exception as error:
+        total = 2**63 if "overflow" in str(error) else total
+    finally:
+        hook.remove()
+    if total > most:
+        size = f"{name} has at least {total:,} parameters ({total * 4e-9:,.1f} GB)"
+        raise ValueError(f"{size}, but there is room for {most:,.0f} at most: lower its sizes")
 
 
 def make_optimizer(cfg: DictConfig) -> Any:
@@ -144,7 +197,9 @@ def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Toke
         tokenizer = from_state(saved[TOKENIZER])
     except Exception as error:
         raise ValueError(f"{path} holds a tokenizer that cannot be read: {error!r}") from error
-    model = model_from_config(path, saved[CONFIG]["model"], tokenizer.vocab_size, trust)
+    weights = sum(w.numel() for w in saved["state_dict"].values() if isinstance(w, torch.Tensor))
+    stored = saved[CONFIG]["model"]
+    model = model_from_config(path, stored, tokenizer.vocab_size, trust, weights)
     module = CausalLM(model, token_bytes=tokenizer.token_bytes())
     try:
         module.load_state_dict(saved["state_dict"], strict=True)
@@ -154,9 +209,12 @@ def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Toke
 
 
 def model_from_config(
-    path: str | Path, stored: Mapping[str, Any], vocab_size: int, trust: Iterable[str]
-) -> Any:
+    path: str | Path, stored: Mapping[str, Any], vocab_size: int, trust: Iterable[str],
+    weights: int,
+) -> Any:  # fmt: skip
     """Rebuild the model of a checkpoint: call its class with the stored options, plain values.
+
+    ``weights`` is the number of values that the checkpoint holds, which bounds the model's size.
 
     A file must not decide which code runs: modules are imported only for names of
     :data:`OWN_MODELS` and ``trust``, and nothing below the model's ``_target_`` is instantiated.
@@ -179,8 +237,12 @@ def model_from_config(
     try:
         if target in OWN_MODELS:
             check_values(dict(leaves(options, "model.")))
-        return classes[target](vocab_size=vocab_size, **options)
-    except (ConfigError, TypeError) as error:
+        make = partial(classes[target], vocab_size=vocab_size, **options)
+        check_size(make, "its model", 3 * weights + SMALL_MODEL)  # 3: shared ones may count again
+        return make()
+    except ImportError:
+        raise
+    except Exception as error:
         raise ValueError(f"{path} holds options that its model does not take: {error}") from error
 
 

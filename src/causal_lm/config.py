@@ -6,6 +6,7 @@ neither torch nor lightning, so that a misspelled key is reported at once.
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def rename_overrides(overrides: Iterable[str]) -> list[str]:
 def rename_file(path: str | Path) -> Path:
     """``path``, or the path with the file's new name if ``path`` does not exist."""
     path = Path(path)
-    return path if path.exists() else path.with_name(new_name(path.name))
+    return path if os.path.exists(path) else path.with_name(new_name(path.name))
 
 
 @contextmanager
@@ -167,14 +168,14 @@ def validate(cfg: DictConfig) -> None:
     Keys below a ``_target_`` outside causal_lm are checked when the object is built
     (:func:`causal_lm.build.instantiate`).
     """
-    for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
-        group, _, name = old.rpartition(".")
-        with open_dict(cfg):
-            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
-    if isinstance(cfg.get("ckpt_path"), str):
-        cfg.ckpt_path = str(rename_file(cfg.ckpt_path))
     with as_config_error():
+        for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
+            group, _, name = old.rpartition(".")
+            with open_dict(cfg):
+                OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
         values = dict(leaves(cfg))
+        if isinstance(values.get("ckpt_path"), str):
+            cfg.ckpt_path = values["ckpt_path"] = str(rename_file(values["ckpt_path"]))
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
@@ -216,6 +217,8 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
         owner = max((t for t in targets if key.startswith(f"{t}.")), key=len, default="")
         is_empty_group = value == {} and any(k.startswith(f"{key}.") for k in RULES)
         is_foreign = owner in foreign - {"trainer"}
+        if name in HYDRA_KEYS and value is not UNRESOLVED:
+            ours[key] = value
         if value is UNRESOLVED or name in HYDRA_KEYS or is_empty_group or is_foreign:
             continue
         if rule_of(key) or parent in RULES:
@@ -234,11 +237,11 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
 def check_values(values: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` for the first value, by dotted key, that breaks its rule."""
     for key, value in values.items():
-        parent = key.rpartition(".")[0]
-        if parent in RULES:
+        parent, _, name = key.rpartition(".")
+        if parent in RULES and name not in HYDRA_KEYS:
             raise ConfigError(f"{parent} must be {RULES[parent].description}, not a group of keys")
         if (rule := rule_of(key)) and not rule.accepts(value):
-            given = "null" if value is None else repr(value)
+            given = "null" if value is None else f"{value!r:.200}"
             raise ConfigError(f"{key} must be {rule.description}, not {given}")
 
 

@@ -27,10 +27,10 @@ def evaluate(
         raise ConfigError("no data is named: add data=docstrings, or data=text data.path=…")
     saved = read_checkpoint(checkpoint)[CONFIG]
     cfg = load([f"data.max_length={saved['data']['max_length']}", *overrides])
+    module, tokenizer, _ = restore(checkpoint, trust=[*trust, cfg.model._target_])
     limit, length = saved["model"].get("max_positions"), cfg.data.max_length
     if limit is not None and length > limit:
         raise ConfigError(f"data.max_length={length}: this model has {limit} positions")
-    module, tokenizer, _ = restore(checkpoint, trust=[*trust, cfg.model._target_])
     own = {"tokenizer": tokenizer} if "tokenizer" in cfg.data else {}
     data: DataModule = instantiate(cfg.data, shuffle=False, **own)
     if data.load().tokenizer.state() != tokenizer.state():

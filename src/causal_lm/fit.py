@@ -23,6 +23,7 @@ from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
 from causal_lm.data.datamodule import fingerprint
+from causal_lm.failures import explain
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir, is_rank_zero
@@ -132,7 +133,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         logged |= trainer.callback_metrics
         if not stop.signal:
             with isolate_rng():  # the random state that is saved does not depend on this validation
-                (figures,) = trainer.validate(module, data, verbose=False)
+                # Nothing is measured under trainer.limit_val_batches=0.
+                (figures,) = trainer.validate(module, data, verbose=False) or [{}]
             logged |= figures
     except StoppedRun:
         if stop.at_once:  # before the first step there is nothing to save
@@ -141,6 +143,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
             statistics.on_train_end()
             statistics.on_fit_end()
             logged |= trainer.callback_metrics
+    except Exception as error:
+        raise explain(error, cfg, trainer) from error
     finally:
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
@@ -153,15 +157,16 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     if stop.signal:  # the process may be killed soon: no further validation, no samples
         summary["checkpoint/last"] = f"step {trainer.global_step}: {stopped_because}"
         return
-    if not math.isfinite(figures["val/loss"]):
+    if not math.isfinite(figures.get("val/loss", 0)):
         todo = "lower optimizer.lr, and continue from best.ckpt if there is one"
         raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
     if corpus.language is not None:
         nats, tokens = corpus.language.nll(corpus.val)
         summary |= {"floor/loss": nats / tokens, "floor/ppl": math.exp(nats / tokens)}
-        summary["val/ppl_over_floor"] = figures["val/ppl"] / summary["floor/ppl"]
+        if figures:
+            summary["val/ppl_over_floor"] = figures["val/ppl"] / summary["floor/ppl"]
     lowest = math.inf if best.best_model_score is None else float(best.best_model_score)
-    if figures["val/loss"] < lowest:
+    if figures and figures["val/loss"] < lowest:
         lowest = figures["val/loss"]
         best.best_model_score = torch.tensor(lowest)
         trainer.save_checkpoint(run_dir.checkpoints / "best.ckpt")

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from fnmatch import fnmatch
 from math import inf, isfinite
-from pathlib import Path
+from os.path import isdir, isfile
 from re import fullmatch
 from typing import Any, NamedTuple
+
+MAX_INTEGER = 2**31 - 1
+MAX_VOCABULARY = 2**22  # ids of a tokenizer: sixteen times the largest in use
 
 
 class Rule(NamedTuple):
@@ -19,21 +22,26 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def integer(low: int, high: float = inf) -> Rule:
+def integer(low: int, high: int = MAX_INTEGER) -> Rule:
     """Integers from ``low`` to ``high``, both included."""
-    bounds = f"of at least {low}" if high == inf else f"from {low} to {high}"
+    bounds = f"of at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"
     return Rule(lambda v: _is_integer(v) and low <= v <= high, f"an integer {bounds}")
 
 
-def real(above: float = -inf, low: float = -inf, below: float = inf) -> Rule:
-    """Finite numbers within these bounds; ``low`` itself included."""
-    limits = [("above", above), ("at least", low), ("below", below)]
+def real(above: float = -inf, low: float = -inf, below: float = inf, high: float = inf) -> Rule:
+    """Finite numbers within these bounds; ``low`` and ``high`` included."""
+    limits = [("above", above), ("at least", low), ("below", below), ("at most", high)]
     bounds = " and ".join(f"{name} {value:g}" for name, value in limits if isfinite(value))
 
     def accepts(v: Any) -> bool:
-        return (_is_integer(v) or isinstance(v, float)) and above < v < below and v >= low
+        return (_is_integer(v) or isinstance(v, float)) and above < v < below and low <= v <= high
 
     return Rule(accepts, f"a number {bounds}")
+
+
+def matching(pattern: str, description: str) -> Rule:
+    """Strings that match a regular expression."""
+    return Rule(lambda v: isinstance(v, str) and bool(fullmatch(pattern, v)), description)
 
 
 def one_of(*options: Any) -> Rule:
@@ -55,45 +63,70 @@ def or_auto(rule: Rule) -> Rule:
 ANY = Rule(lambda v: True, "anything")
 BOOLEAN = Rule(lambda v: isinstance(v, bool), "true or false")
 STRING = Rule(lambda v: isinstance(v, str) and v != "", "a non-empty string")
-FRACTION = real(low=0, below=1)
-FILE = Rule(lambda v: isinstance(v, str) and Path(v).is_file(), "a file that exists")
-FOLDER = Rule(lambda v: isinstance(v, str) and Path(v).is_dir(), "a folder that exists")
+FRACTION, FRACTION_OR_ONE = real(low=0, below=1), real(low=0, high=1)
+LIMIT = Rule(  # of batches
+    lambda v: integer(0).accepts(v) or FRACTION_OR_ONE.accepts(v),
+    "an integer of at least 0, or a fraction such as 0.5",
+)
+FILE = Rule(lambda v: isinstance(v, str) and isfile(v), "a file that exists")
+FOLDER = Rule(lambda v: isinstance(v, str) and isdir(v), "a folder that exists")
+STRATEGY = matching(
+    r"auto|ddp(_spawn|_fork|_notebook)?(_find_unused_parameters_(true|false))?|fsdp(_cpu_offload)?"
+    r"|deepspeed(_stage_(1|[23](_offload)?|3_offload_nvme))?|single_(device|tpu|xla)|xla(_debug)?",
+    "a strategy of Lightning, such as auto, ddp or fsdp",
+)
 
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
-    (STRING, "experiment data.split data.field trainer.strategy"),
+    (STRING, "experiment data.split data.field"),
     (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
         data.val_split data.prompt_field model.init_from"""),
     (BOOLEAN, """data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
         model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
+        trainer.inference_mode trainer.sync_batchnorm
         pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
-    (integer(-1), "trainer.max_epochs trainer.num_sanity_val_steps"),
-    (integer(0), """data.num_workers data.seed data.source.copies_after data.source.seed
+    (integer(-1), "trainer.num_sanity_val_steps"),
+    (Rule(lambda v: v == -1 or integer(1).accepts(v),
+          "an integer of at least 1, or -1 for no limit"), "trainer.max_epochs"),
+    (integer(0, 1024), "data.num_workers"),
+    (integer(0), """data.seed data.source.copies_after data.source.seed
         model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
     (or_auto(integer(0)), "scheduler.warmup_steps"),
     (integer(1), """
-        data.batch_size data.source.successors data.source.copies data.source.train_documents
-        data.source.val_documents model.d_model model.n_heads model.n_layers model.n_kv_heads
-        model.d_ff loss.length scheduler.every trainer.num_nodes trainer.max_steps
+        data.batch_size data.source.successors data.source.copies model.n_heads
+        model.n_kv_heads loss.length scheduler.every trainer.num_nodes trainer.max_steps
         trainer.accumulate_grad_batches trainer.val_check_interval trainer.log_every_n_steps
         samples.batch_size samples.prompts samples.prompt_length samples.self_check.count"""),
-    (optional(integer(1)), """data.num_proc gradients.report_every samples.patience samples*.top_k
+    (integer(1, 1000), """model.n_layers model.config.n_layer
+        model.config.num_hidden_layers"""),  # more take minutes to build
+    (integer(1, 10**8), "model.d_model model.d_ff"),  # for sizes in bytes that fit 64 bits
+    (integer(1, 10**7), "data.source.train_documents data.source.val_documents"),  # in memory
+    (optional(integer(1, 1024)), "data.num_proc"),
+    (optional(integer(1)), """gradients.report_every samples.patience samples*.top_k
         callbacks.checkpoint.every_n_steps"""),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
     (integer(2, 62), "data.source.symbols"),
-    (integer(3), "data.max_length data.source.max_length"),
-    (integer(260), "data.vocab_size"),
+    (integer(3, 2**24), "data.max_length data.source.max_length"),
+    (integer(260, MAX_VOCABULARY), "data.vocab_size"),
     (integer(0, 2**32 - 1), "seed"),
-    (real(low=0), """
-        data.max_overlap optimizer.weight_decay scheduler.final_share samples*.temperature"""),
-    (real(low=1), "data.source.mean"),
-    (real(above=0), """
-        model.rope_theta model.norm_eps optimizer.muon_lr scheduler.peak_decay scheduler.drop"""),
+    (FRACTION_OR_ONE, "data.max_overlap scheduler.final_share"),
+    (real(low=0, high=100), "optimizer.weight_decay samples*.temperature"),
+    (real(low=1, high=1e9), "data.source.mean model.rope_theta"),
+    (real(above=0, high=1), "model.norm_eps scheduler.peak_decay scheduler.drop"),
+    (real(above=0, high=1000), "optimizer.muon_lr"),
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val callbacks.checkpoint.every_minutes"),
-    (or_auto(real(above=0)), "optimizer.lr"),
+    (LIMIT, "trainer.limit_val_batches trainer.limit_test_batches trainer.overfit_batches"),
+    (Rule(lambda v: v != 0 and LIMIT.accepts(v),
+          "an integer of at least 1, or a fraction such as 0.5"), "trainer.limit_train_batches"),
+    (Rule(lambda v: v is True, "true: a run needs its checkpoints"),
+     "trainer.enable_checkpointing"),
+    (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
+    (Rule(lambda v: isinstance(v, bool) or integer(0).accepts(v),
+          "true, false, or a number of steps"), "trainer.fast_dev_run"),
+    (or_auto(real(above=0, high=1000)), "optimizer.lr"),
     (FRACTION, """model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),
     (optional(or_auto(FILE)), "ckpt_path"),
@@ -113,6 +146,9 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
     (one_of(None), "trainer.check_val_every_n_epoch"),
     (ANY, "model.config.* model.decoder.*"),
+    (matching(r"\w+(\.\w+)+", "the dotted name of a class or function"), "*._target_"),
+    (BOOLEAN, "*._partial_"),
+    (STRATEGY, "trainer.strategy"),
     (Rule(STRING.accepts, "a file, a folder or a glob, as in data.path=texts/*.txt"), "data.path"),
     (Rule(lambda v: v in ("bytes", "bpe") or FILE.accepts(v),
           "bytes, bpe, or the path of a tokenizer.json that exists"), "data.tokenizer"),
@@ -120,10 +156,10 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
           "two numbers in [0, 1), such as [0.9,0.95]"), "optimizer.betas"),
     (Rule(lambda v: v == 0 or integer(2).accepts(v),
           "0, or an integer of at least 2"), "samples.per_prompt"),
-    (Rule(lambda v: v == "auto" or v == -1 or integer(1).accepts(v),
-          "an integer of at least 1, -1 for all, or auto"), "trainer.devices"),
-    (Rule(lambda v: v is None or (isinstance(v, str) and bool(fullmatch(r"\d+(:\d\d){3}", v))),
-          "days:hours:minutes:seconds, as in '00:01:30:00', or null"), "trainer.max_time"),
+    (Rule(lambda v: v == "auto" or v == -1 or integer(1, 1024).accepts(v),
+          "an integer from 1 to 1024, -1 for all, or auto"), "trainer.devices"),
+    (optional(matching("[0-9]{1,4}(:[0-9]{2}){3}",
+                       "days:hours:minutes:seconds, as in '00:01:30:00'")), "trainer.max_time"),
 ]  # fmt: skip
 RULES: dict[str, Rule] = {key: rule for rule, keys in _KEYS_BY_RULE for key in keys.split()}
 """Dotted key, as a pattern of ``fnmatch`` -> its rule."""
@@ -131,7 +167,9 @@ RULES: dict[str, Rule] = {key: rule for rule, keys in _KEYS_BY_RULE for key in k
 
 def rule_of(key: str) -> Rule | None:
     """The rule of a dotted key; None for an unknown key."""
-    return next((rule for name, rule in RULES.items() if fnmatch(key, name)), None)
+    return RULES.get(key) or next(
+        (rule for name, rule in RULES.items() if fnmatch(key, name)), None
+    )
 
 
 def is_float16(precision: str | int) -> bool:

@@ -181,7 +181,7 @@ class StepCheckpoint(L.Callback):
 
 def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
     """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept."""
-    names = ["best", "last", *(["stable"] if has_stable else [])]
+    names = [*(["best"] if lowest < math.inf else []), "last", *(["stable"] if has_stable else [])]
     files = {n: torch.load(folder / f"{n}.ckpt", mmap=True, weights_only=True) for n in names}
     reasons = {"best": f"val/loss is lowest, {lowest:.4f}", "last": "the end of the run"}
     if has_stable:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from causal_lm import extras
+from causal_lm.schema import MAX_VOCABULARY
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,13 @@ class SubwordTokenizer:
     def __init__(self, json: str, pad: int, bos: int, eos: int) -> None:
         self.json, self.pad_id, self.bos_id, self.eos_id = json, pad, bos, eos
         settings = loads(json)
-        tokenizers = extras.load("tokenizers", "huggingface")
-        self.backend = tokenizers.Tokenizer.from_str(dumps(_hide_special_tokens(settings)))
+        self.backend = _backend(dumps(_hide_special_tokens(settings)))
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size = max(self.backend.get_vocab().values()) + 1
+        if not all(0 <= i < self.vocab_size for i in (pad, bos, eos)):
+            ids = f"pad={pad}, bos={bos}, eos={eos}"
+            raise ValueError(f"{ids}: not all are below the vocabulary of {self.vocab_size} ids")
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
         self._bytes_of_token = _spelling(settings)
         model = settings["model"]
@@ -95,9 +98,7 @@ class SubwordTokenizer:
         vocabulary; otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
         Raises ValueError for an empty vocabulary, or a special token that is part of ordinary text.
         """
-        backend = extras.load("tokenizers", "huggingface").Tokenizer.from_str(text)
-        if not backend.get_vocab_size():
-            raise ValueError("its vocabulary is empty")
+        backend = _backend(text)
         ids: dict[str, int] = {}
         for role, usual_names in USUAL_NAMES.items():
             usual = next((n for n in usual_names if backend.token_to_id(n) is not None), None)
@@ -162,6 +163,18 @@ class SubwordTokenizer:
     def state(self) -> dict[str, Any]:
         ids = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}
         return {"name": "subwords", "json": self.json} | ids
+
+
+def _backend(json: str) -> Any:
+    """The library's tokenizer. Raises ValueError for an empty vocabulary, or for an id so large
+    that lists by id would fill the memory (the library makes some, too)."""
+    backend = extras.load("tokenizers", "huggingface").Tokenizer.from_str(json)
+    largest = max(backend.get_vocab().values(), default=None)
+    if largest is None:
+        raise ValueError("its vocabulary is empty")
+    if largest >= MAX_VOCABULARY:
+        raise ValueError(f"id {largest:,} is above the limit of {MAX_VOCABULARY:,} ids")
+    return backend
 
 
 def _hide_special_tokens(settings: dict[str, Any]) -> dict[str, Any]:

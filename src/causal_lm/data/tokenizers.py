@@ -87,6 +87,8 @@ class SymbolTokenizer:
     alphabet = string.ascii_letters + string.digits
 
     def __init__(self, symbols: int) -> None:
+        if symbols not in range(1, len(self.alphabet) + 1):
+            raise ValueError(f"{symbols} symbols: there are from 1 to {len(self.alphabet)}")
         self.vocab_size = symbols + len(SPECIAL)
 
     def encode(self, text: str) -> list[int]:

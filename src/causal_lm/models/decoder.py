@@ -113,7 +113,7 @@ class Attention(nn.Module):
         else:  # with a mask, CUDA has no fast kernel that groups queries: repeat keys and values
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for part in (k, v))
             x = attend(q, k, v, attn_mask=attn_mask)
-        return self.out(x.transpose(1, 2).flatten(2))
+        return self.out(x.transpose(1, 2).flatten(2).to(self.out.weight.dtype))
 
 
 class SwiGLU(nn.Module):

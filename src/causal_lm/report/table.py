@@ -64,6 +64,8 @@ def verdict(summary: dict[str, Any]) -> Verdict:
     if over_floor is not None and over_floor < LEAKS_BELOW:
         sentence = f"below the entropy floor ({over_floor:.3f}×): the evaluation leaks targets."
         return Verdict("leaking", sentence)
+    if true is None:
+        return Verdict("unmeasured", "nothing was measured: there was no validation.")
     if trained is None:
         return Verdict("untrained", f"nothing was trained; the loss is {true:.3f} nats per token.")
     times_floor = "" if over_floor is None else f", {over_floor:,.4g}× the floor's perplexity"

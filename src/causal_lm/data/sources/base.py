@@ -2,7 +2,6 @@
 
 import abc
 import functools
-import json
 import logging
 import os
 import time
@@ -27,7 +26,7 @@ CHUNK_CHARACTERS = 1 << 20  # characters that are tokenized at a time
 BPE_TRAINING_BYTES = 16 << 20  # of a BPE's training text, spread evenly over the training documents
 SINGLE_PROCESS_BYTES = 16 << 20  # below which one process tokenizes: starting more takes a second
 EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks some
-FORMAT = 2  # version of the cached files and of how text is cut; older caches are not read
+FORMAT = 3  # version of the cached files and of how text is cut; older caches are not read
 
 
 @dataclass(kw_only=True)
@@ -70,7 +69,7 @@ class TextSource(abc.ABC):
         key = [FORMAT, type(self).__name__, self.identity(), self.val_share, tokenizer_key]
         cache = Path(self.cache_dir or token_cache.default_folder()).expanduser()
         folder, started = cache / token_cache.fingerprint(key), time.perf_counter()
-        token_cache.build_once(folder, self._build)
+        token_cache.build_once(folder, self._build, token_cache.find_damage)
         train, val, about = token_cache.read_corpus(folder)
         log.info(f"{about['summary']}; kept in {folder} ({time.perf_counter() - started:.1f} s)")
         if about["overlap"]:
@@ -138,7 +137,7 @@ class TextSource(abc.ABC):
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
                  "overlap": len(shared) / max(len(val_hashes), 1),
                  "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
-        (folder / token_cache.ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        token_cache.write_about(folder, about)
 
     def _train_bpe(self) -> SubwordTokenizer:
         """A BPE of the training documents, from a subset of the chunks if the corpus is large."""
