@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from torch import Generator
 from torch.utils.data import DataLoader
 
 from causal_lm.data.collate import Batch, Collate
@@ -114,4 +115,5 @@ class DataModule(L.LightningDataModule):
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            generator=Generator(),  # otherwise a resumed run draws one seed of workers more
         )
