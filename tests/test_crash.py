@@ -1,0 +1,96 @@
+"""A run that is killed at any moment and continued ends as one that was not."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import ROOT, command, load_script
+
+crashtest = load_script("crashtest")
+KILLED = ("packed", "workers", "muon", "dropout_packed", "ranks")
+
+
+def write_run(folder: Path, weight: float = 1.0, rows: str = "0,3.5,1\n1,3.25,2\n") -> Path:
+    """The files of a run, as far as the comparison looks at them."""
+    (folder / "checkpoints").mkdir(parents=True)
+    checkpoint = {
+        "state_dict": {"w": torch.tensor([weight, float("nan")])},
+        "epoch": int(weight),
+        "causal_lm_config": {"seed": 0, "ckpt_path": folder.name},
+    }
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    (folder / "metrics.csv").write_text(f"step,train/loss,epoch\n{rows}")
+    (folder / "config.yaml").write_text(f"seed: 0\nckpt_path: {folder.name}\n")
+    (folder / "summary.json").write_text(json.dumps({"steps": 2, "seconds/fit": len(folder.name)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({}, ""),
+        ({"weight": 1.0 + 2**-23}, "checkpoints/last.ckpt/state_dict/w"),
+        ({"rows": "0,3.5,1\n1,3.25,2\n1,3.25,2\n"}, "metrics.csv"),
+        ({"rows": "0,3.5,1\n"}, "metrics.csv"),
+        ({"rows": "0,3.5,1\n1,3.250001,2\n"}, "metrics.csv/1/train/loss"),
+        ({"rows": "0,3.5,1\n1,3.25,3\n"}, "metrics.csv/1/epoch"),
+    ],
+)
+def test_the_comparison_finds(change, place, tmp_path):
+    expected, found = write_run(tmp_path / "a"), write_run(tmp_path / "another", **change)
+    differences = list(crashtest.compare(expected, found))
+    assert [line.split()[0] for line in differences] == ([f"/{place}"] if place else [])
+
+
+@pytest.mark.parametrize("name", ["checkpoints/.last.ckpt.part", ".metrics.csv.123", "core"])
+def test_the_comparison_finds_what_a_kill_leaves(name, tmp_path):
+    expected, found = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    (found / name).touch()
+    (line,) = crashtest.compare(expected, found)
+    assert name in line
+    (line,) = crashtest.compare(found, expected)
+    assert name in line
+
+
+@pytest.mark.slow
+def test_five_killed_runs_end_as_those_that_were_not(tmp_path):
+    cases = [word for case in KILLED for word in ("--case", case)]
+    done = command(
+        "scripts/crashtest.py", "--kills", str(len(KILLED)), *cases,
+        TMPDIR=str(tmp_path), OMP_NUM_THREADS="1", timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, count = done.stdout.splitlines()
+    assert {line.split()[1].rstrip(":") for line in lines} == set(KILLED)
+    assert count.split()[:3] == ["5", "of", "5"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_every_file_event_of_a_save(tmp_path):
+    """ckpt-chaos kills at each file event: before it, with the file torn, with all that is not
+    flushed to the disk undone. Each time the newest complete checkpoint is continued."""
+    runner = pytest.importorskip("ckpt_chaos.runner")
+    loop = str(ROOT / "tests" / "support" / "checkpoint_loop.py")
+    done = command(
+        "-m", "ckpt_chaos", "run", "--work", str(tmp_path / "work"), "--jobs", "2",
+        "--modes", "before,torn,unsynced", "--max-points", "1000",
+        "--checkpoint-glob", "{out}/step_*.ckpt", "--result-file", "{out}/last.ckpt",
+        "--step-regex", r"resumed from step (\d+)", "--",
+        sys.executable, loop, "{out}", PYTHONPATH=str(ROOT / "src"), timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    control, *points = runner.rejudge(tmp_path / "work")
+    assert control.verdict == "PASS"
+    for point in points:
+        assert (point.verdict, point.crashed, point.drift) == ("PASS", True, False), point
+    names = [point.label for point in points]
+    for name in ("last", "step_2"):
+        for mode in ("before", "torn", "unsynced"):
+            assert any(f"open:.{name}.ckpt.part" in n and f"[{mode}]" in n for n in names)
+            if mode != "torn":
+                assert any(f"os.rename:.{name}.ckpt.part" in n and f"[{mode}]" in n for n in names)
+    assert len(names) >= 32
