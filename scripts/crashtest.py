@@ -107,8 +107,8 @@ class Bench:
             return pid
         os.setsid()
         os.chdir(ROOT)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1), os.dup2(file, 2)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1), os.dup2(output, 2)
         sys.argv[:] = [str(ROOT / "train.py"), *arguments]
         code: Any = 0
         try:
@@ -146,6 +146,7 @@ class Bench:
         """The uninterrupted run of a case; its directory is kept beside, under the case's name."""
         if case not in self.references:
             log = self.folder / f"{case}.log"
+            shutil.rmtree(self.directory, ignore_errors=True)
             run = self.run(case, log)
             if run.code:
                 sys.exit(f"{case} fails without a kill:\n{log.read_text()}")
@@ -156,24 +157,24 @@ class Bench:
     def kill(self, number: int, case: str, draw: random.Random) -> bool:
         """Kill a run once or twice, continue it to the end, print whether it equals the other."""
         whole = self.reference(case)
-        moments, first, log = [], self.directory, self.folder / f"{number}.log"
+        log, written = self.folder / f"{number}.log", self.directory / "checkpoints"
         while True:
             shutil.rmtree(self.directory, ignore_errors=True)
             moments = [draw_moment(draw, whole, whole.first_change)]
             if self.run(case, log, moments[0]).code == -signal.SIGKILL:
                 break  # otherwise it has ended before
-        torn = any((first / "checkpoints").glob(".*"))
+        in_write = any(written.glob(".*"))
         if draw.random() < 0.5:  # the continued run, too
             moments.append(draw_moment(draw, whole, 0.0))
             self.run(case, log, moments[-1])
-            torn |= any((first / "checkpoints").glob(".*"))
+            in_write |= any(written.glob(".*"))
         last = self.run(case, log)
         if last.code:
             found = [f"exit code {last.code}: {log.read_text().strip().splitlines()[-1]}"]
         else:
             found = list(compare(self.folder / case, self.directory))
         steps = re.findall(r"from step (\d+)", log.read_text()) or ["0"]
-        where = " and ".join(map(str, moments)) + (", in a checkpoint's write" if torn else "")
+        where = " and ".join(map(str, moments)) + (", in a checkpoint's write" if in_write else "")
         print(f"{number:3} {case}: killed at {where}; continued from step {steps[-1]}: ", end="")
         print("identical" if not found else "; ".join(found[:5]), flush=True)
         if found:
@@ -205,8 +206,7 @@ def files(directory: Path) -> set[tuple[str, int, int]]:
 
 def compare(expected: Path, found: Path) -> Iterator[str]:
     """What differs between the files of two runs; nothing that depends on the clock."""
-    contents = [contents_of(folder) for folder in (expected, found)]
-    yield from differences(*contents)
+    return differences(contents_of(expected), contents_of(found))
 
 
 def contents_of(directory: Path) -> dict[str, Any]:
@@ -245,8 +245,8 @@ def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
     elif isinstance(expected, list | tuple):
         if len(expected) != len(found):
             yield f"{where} has {len(found)} items, not {len(expected)}"
-        for number, pair in enumerate(zip(expected, found, strict=False)):
-            yield from differences(*pair, f"{where}/{number}")
+        for number, (one, other) in enumerate(zip(expected, found, strict=False)):
+            yield from differences(one, other, f"{where}/{number}")
     elif isinstance(expected, torch.Tensor):
         same = expected.dtype == found.dtype and expected.shape == found.shape
         bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (expected, found)]
@@ -267,8 +267,10 @@ def main() -> None:
         "--no-fork", action="store_true", help="start a new process for each run: slower"
     )
     args = parser.parse_args()
-    folder, draw, order = Path(tempfile.mkdtemp(prefix="crashtest_")), random.Random(args.seed), []
-    bench, identical, cases = Bench(folder, fork=not args.no_fork), 0, args.case or [*CASES]
+    folder, draw = Path(tempfile.mkdtemp(prefix="crashtest_")), random.Random(args.seed)
+    bench, identical = Bench(folder, fork=not args.no_fork), 0
+    cases: list[str] = args.case or [*CASES]
+    order: list[str] = []
     for number in range(args.kills):
         if not order:
             order = draw.sample(cases, len(cases))
