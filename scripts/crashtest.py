@@ -125,22 +125,24 @@ class Bench:
         """Run the command of a case, and kill its process group at ``moment``."""
         pid, started = self.start(case, log), time.perf_counter()
         seen, first, changes, kill_at = files(self.directory), math.inf, 0, moment.seconds
-        while True:
-            seconds = time.perf_counter() - started
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)  # what a failed command may leave
-                return Run(os.waitstatus_to_exitcode(status), seconds, first, changes)
-            now = files(self.directory)
-            changes += len(now - seen)
-            if now != seen:
-                first, seen = min(first, seconds), now
-            if changes >= moment.change and kill_at == math.inf:
-                kill_at = seconds + moment.delay
-            if seconds >= min(kill_at, TIMEOUT):
+        try:
+            while True:
+                seconds = time.perf_counter() - started
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    return Run(os.waitstatus_to_exitcode(status), seconds, first, changes)
+                now = files(self.directory)
+                changes += len(now - seen)
+                if now != seen:
+                    first, seen = min(first, seconds), now
+                if changes >= moment.change and kill_at == math.inf:
+                    kill_at = seconds + moment.delay
+                if seconds >= min(kill_at, TIMEOUT):
+                    os.killpg(pid, signal.SIGKILL)
+                time.sleep(0.0005)
+        finally:  # workers and ranks that a failed command leaves, and all at Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-            time.sleep(0.0005)
 
     def reference(self, case: str) -> Run:
         """The uninterrupted run of a case; its directory is kept beside, under the case's name."""
