@@ -13,12 +13,15 @@ crashtest = load_script("crashtest")
 KILLED = ("packed", "workers", "muon", "dropout_packed", "ranks")
 
 
-def write_run(folder: Path, weight: float = 1.0, rows: str = "0,3.5,1\n1,3.25,2\n") -> Path:
+def write_run(
+    folder: Path, weight: float = 1.0, epoch: int = 1, rows: str = "0,3.5,1\n1,3.25,2\n"
+) -> Path:
     """The files of a run, as far as the comparison looks at them."""
     (folder / "checkpoints").mkdir(parents=True)
     checkpoint = {
         "state_dict": {"w": torch.tensor([weight, float("nan")])},
-        "epoch": int(weight),
+        "epoch": len(folder.name),  # Lightning's, which may differ
+        "sampler": {"epoch": epoch},
         "causal_lm_config": {"seed": 0, "ckpt_path": folder.name},
     }
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
@@ -33,6 +36,7 @@ def write_run(folder: Path, weight: float = 1.0, rows: str = "0,3.5,1\n1,3.25,2\
     [
         ({}, ""),
         ({"weight": 1.0 + 2**-23}, "checkpoints/last.ckpt/state_dict/w"),
+        ({"epoch": 2}, "checkpoints/last.ckpt/sampler/epoch"),
         ({"rows": "0,3.5,1\n1,3.25,2\n1,3.25,2\n"}, "metrics.csv"),
         ({"rows": "0,3.5,1\n"}, "metrics.csv"),
         ({"rows": "0,3.5,1\n1,3.250001,2\n"}, "metrics.csv/1/train/loss"),
