@@ -1,13 +1,19 @@
 """A run that is killed at any moment and continued ends as one that was not."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
+from causal_lm.data.datamodule import DataModule
+from causal_lm.module import TRAINING_STATE
 from support import ROOT, command, load_script
+from support.resume import Uneven
+from support.runs import short_run
 
 crashtest = load_script("crashtest")
 KILLED = ("packed", "workers", "muon", "dropout_packed", "ranks")
@@ -57,6 +63,40 @@ def test_the_comparison_finds_what_a_kill_leaves(name, tmp_path):
     assert name in line
     (line,) = crashtest.compare(found, expected)
     assert name in line
+
+
+class Killed(BaseException):
+    """In place of a kill, between the last evaluation of the fit and the end of the run."""
+
+
+def test_a_run_killed_after_its_last_step_ends_with_the_same_random_state(tmp_path, monkeypatch):
+    """A run that is made longer then draws the same dropout."""
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    options = ("model.dropout=0.2", "ckpt_path=auto", "samples.count=0", "preflight.on_fault=off")
+    saved = []
+    for name in ("whole", "killed"):
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            if name == "killed":
+                patch.setattr(L.Trainer, "validate", kill)
+            short_run(tmp_path / name, *options)
+        saved.append(tmp_path / name / "checkpoints" / "last.ckpt")
+    assert torch.load(saved[1], weights_only=True)["global_step"] == 6
+    assert short_run(tmp_path / "killed", *options)["status"] == "finished"
+    whole, killed = (torch.load(path, weights_only=True)[TRAINING_STATE] for path in saved)
+    assert torch.equal(whole["random"]["cpu"], killed["random"]["cpu"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_draw_nothing_from_the_random_state_of_dropout(workers):
+    data = DataModule(Uneven(), batch_size=4, max_length=12, num_workers=workers)
+    data.setup()
+    before = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert len(list(loader)) > 1
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
