@@ -2,6 +2,8 @@
 
 import ast
 import re
+from functools import cache
+from pathlib import Path
 
 from support import ROOT
 
@@ -29,13 +31,18 @@ def test_there_are_at_least_80_distinct_faults():
     assert len(faults) == len(re.findall(r"^\| (?!fault|---)", PAGE, re.MULTILINE))
 
 
+@cache
+def functions_of(path: Path) -> set[str]:
+    """Names of the functions of a module."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
+
+
 def test_each_names_a_test_that_exists():
     missing = []
     for _, _, name in rows_of(PAGE):
         file, _, function = name.partition("::")
         path = ROOT / file if "/" in file else ROOT / "tests" / file
-        tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([])
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        if not function.startswith("test_") or function not in functions:
+        if not function.startswith("test_") or function not in functions_of(path):
             missing.append(name)
     assert missing == []
