@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
+import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import lightning as L
@@ -113,20 +116,47 @@ def test_five_killed_runs_end_as_those_that_were_not(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def run_in_fork(words, environment, *_):
+    """What ckpt-chaos does to run a command, without a new process that loads torch again."""
+    from ckpt_chaos.targets.common import arm_from_env
+
+    out, into = os.pipe()
+    if child := os.fork():
+        os.close(into)
+        with open(out, encoding="utf-8") as file:
+            text = file.read()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+    code = 1
+    try:
+        sys.stdout = sys.stderr = open(into, "w", encoding="utf-8")  # noqa: SIM115
+        os.environ |= environment
+        arm_from_env(0, lazy=True)  # as in the process that it starts
+        sys.argv = words[1:]
+        runpy.run_path(words[1], run_name="__main__")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 @pytest.mark.slow
-def test_every_file_event_of_a_save(tmp_path):
+def test_every_file_event_of_a_save(tmp_path, monkeypatch):
     """ckpt-chaos kills at each file event: before it, with the file torn, with all that is not
     flushed to the disk undone. Each time the newest complete checkpoint is continued."""
-    runner = pytest.importorskip("ckpt_chaos.runner")
+    byo = pytest.importorskip("ckpt_chaos.byo")
+    from ckpt_chaos import cli, runner
+
+    monkeypatch.setattr(byo, "_run", run_in_fork)
     loop = str(ROOT / "tests" / "support" / "checkpoint_loop.py")
-    done = command(
-        "-m", "ckpt_chaos", "run", "--work", str(tmp_path / "work"), "--jobs", "2",
-        "--modes", "before,torn,unsynced", "--max-points", "1000",
-        "--checkpoint-glob", "{out}/step_*.ckpt", "--result-file", "{out}/last.ckpt",
-        "--step-regex", r"resumed from step (\d+)", "--",
-        sys.executable, loop, "{out}", PYTHONPATH=str(ROOT / "src"), timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    code = cli.main([
+        "run", "--work", str(tmp_path / "work"), "--jobs", "1", "--max-points", "1000",
+        "--modes", "before,torn,unsynced", "--checkpoint-glob", "{out}/step_*.ckpt",
+        "--result-file", "{out}/last.ckpt", "--step-regex", r"resumed from step (\d+)",
+        "--", sys.executable, loop, "{out}",
+    ])  # fmt: skip
+    assert code == 0
     control, *points = runner.rejudge(tmp_path / "work")
     assert control.verdict == "PASS"
     for point in points:
