@@ -245,3 +245,5 @@ class CausalLM(L.LightningModule):
     def on_train_start(self) -> None:
         """Restore the random state after the data loader has drawn its own seed."""
         set_random_state(self.accumulator.random_state, self.device)
+
+    on_fit_start = on_train_start  # where no step is left, on_train_start is not called

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from torch import Generator
 from torch.utils.data import DataLoader
 
 from causal_lm.data.collate import Batch, Collate
@@ -150,6 +151,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=leave_to_parent,
             persistent_workers=self.num_workers > 0,
+            generator=Generator(),  # otherwise a resumed run draws one seed of workers more
         )
 
 
