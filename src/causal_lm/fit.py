@@ -21,6 +21,7 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
+from causal_lm.metrics_csv import MetricsCSV
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir, is_rank_zero
@@ -49,9 +50,16 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     raises. Where ``ckpt_path=auto`` finds the run finished, only its summary is returned.
 
     Raises:
-        RefusedError: ``ckpt_path`` is of another model or tokenizer; no file is changed.
+        RefusedError: ``ckpt_path`` is of another model or tokenizer, or another run writes into
+            ``directory``; no file is changed.
+        ConfigError: ``directory`` has files, but is not that of a run.
     """
-    started, run_dir = time.perf_counter(), RunDir(directory)
+    with RunDir(directory) as run_dir:
+        return _run_locked(cfg, run_dir)
+
+
+def _run_locked(cfg: DictConfig, run_dir: RunDir) -> dict[str, Any]:
+    started, directory = time.perf_counter(), run_dir.path
     summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS)
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
@@ -86,7 +94,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     metadata = checkpoint.CheckpointMetadata(config, corpus.tokenizer.state())
     step = metadata.check_continues(cfg.ckpt_path) if cfg.ckpt_path else 0
     continued = run_dir.contains(cfg.ckpt_path)
-    run_dir.prepare(cfg, step if continued else 0)
+    step = step if continued else 0
+    run_dir.prepare(cfg, step)
 
     preflight, statistics = make_preflight(cfg, corpus.tokenizer, run_dir.path), RunStatistics()
     options = {name: value for name, value in cfg.samples.items() if name != "self_check"}
@@ -95,12 +104,13 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     keep = partial(checkpoint.EvalCheckpoint, run_dir.checkpoints, continued=continued)
     best, last = keep("best", "val/loss"), keep("last", "val/loss", latest=True)
     stable = keep("stable", "writing/repetition_spread")
-    callbacks = [preflight, statistics, stop, metadata, monitor, best, stable, last]
+    metrics = MetricsCSV(run_dir.path, step, **cfg.get("metrics") or {})
+    callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
         callbacks.append(GradientReport(cfg.gradients.report_every))
-    trainer = build.make_trainer(cfg, callbacks, [run_dir.logger(step)])
+    trainer = build.make_trainer(cfg, callbacks, [metrics])
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
     finally:

@@ -77,7 +77,8 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
         data.source.val_documents model.d_model model.n_heads model.n_layers model.n_kv_heads
         model.d_ff loss.length scheduler.every trainer.num_nodes trainer.max_steps
         trainer.accumulate_grad_batches trainer.val_check_interval trainer.log_every_n_steps
-        samples.batch_size samples.prompts samples.prompt_length samples.self_check.count"""),
+        samples.batch_size samples.prompts samples.prompt_length samples.self_check.count
+        samples.keep_last metrics.keep_steps"""),
     (optional(integer(1)), "data.num_proc gradients.report_every samples.patience samples*.top_k"),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
