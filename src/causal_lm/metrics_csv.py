@@ -26,8 +26,8 @@ class MetricsCSV(Logger, L.Callback):
     """Logger that appends each row to ``metrics.csv`` at once, so that a kill loses none.
 
     A new column rewrites the file beside and renames it. (Lightning's CSVLogger deletes the file of
-    an earlier run, and writes over the old one.) It is a callback, too, since a checkpoint may be
-    saved before Lightning logs the step, and since Lightning repeats values of earlier steps.
+    an earlier run, and writes over the old one.) It is a callback, too: it records the last row in
+    each checkpoint, and keeps Lightning from logging the values of earlier steps again.
 
     Args:
         directory: of the run.
@@ -43,7 +43,7 @@ class MetricsCSV(Logger, L.Callback):
         self.step, self.keep_steps, self.hparams = step, keep_steps, dict[str, Any]()
         self.columns: list[str] = []
         self.tail: list[list[int]] = []  # the last two steps with rows, and their numbers of rows
-        self._row: dict[str, str] = {}
+        self._validating: L.Trainer | None = None  # after the fit
         if is_rank_zero() and self.path.exists():
             self._rewrite(_columns(self.path), end=step)
             if not self.columns:  # the header was damaged: begin with the first row
@@ -80,15 +80,19 @@ class MetricsCSV(Logger, L.Callback):
             self.tail = [*self.tail[-1:], [step, 0]]
         self.tail[-1][1] += 1
 
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self._validating = None if stage == "fit" else trainer
+
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        values = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        row = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        if trainer := self._validating:  # Lightning's own differ if the fit had no step left to do
+            step = trainer.global_step
+            row["epoch"] = trainer.fit_loop.epoch_progress.current.ready
         last = self.tail[-1][0] if self.tail else 0
         step = last + 1 if step is None else step
-        row = {name: str(value) for name, value in values.items()} | {"step": str(step)}
-        if row == self._row:  # it was written before a checkpoint
-            return
-        self._row, between = row, math.ceil(self.keep_steps * PRUNED_SHARE)
+        row["step"] = step
+        between = math.ceil(self.keep_steps * PRUNED_SHARE)
         is_pruned = step > self.keep_steps and step // between > last // between
         if is_pruned or not row.keys() <= set(self.columns):
             first = step - self.keep_steps if is_pruned else 0
@@ -113,24 +117,13 @@ class MetricsCSV(Logger, L.Callback):
                     value.reset()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Write the row of the last step first, which Lightning does after ``on_train_batch_end``.
-
-        After a kill, the run continues with the next step, and the row would be missing.
-        """
-        connector, loggers = trainer._logger_connector, trainer.loggers
-        if trainer.training and connector._first_loop_iter is not None and self in loggers:
-            trainer.loggers = [self]
-            try:
-                connector.update_train_step_metrics()
-            finally:
-                trainer.loggers = loggers
         before = [entry for entry in self.tail if entry[0] < trainer.global_step]
         checkpoint[LAST_ROW] = before[-1:]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Warn where rows of steps before the checkpoint are not in the file."""
         expected = checkpoint.get(LAST_ROW)
-        if self.step and expected and is_rank_zero() and self.tail[-1:] != expected:
+        if self.step and expected and is_rank_zero() and self.tail[-1:] < expected:
             rest = f"after step {self.tail[-1][0]}" if self.tail else "before it"
             log.warning(
                 f"{self.path} was cut: rows {rest}, up to step {expected[0][0]}, are missing"

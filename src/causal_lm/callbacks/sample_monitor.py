@@ -92,8 +92,7 @@ class SampleMonitor(L.Callback):
         if not self.count:
             return
         if trainer.global_step == self._step:  # the weights of the last evaluation
-            if trainer.state.fn == "fit":
-                pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+            pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
             return
         started, self._step = time.perf_counter(), trainer.global_step
         try:
