@@ -13,7 +13,6 @@ from causal_lm.report.files import (
     HYDRA_FILES,
     MARKER,
     claim_directory,
-    delete_temporaries,
     is_rank_zero,
     read_summary,
     sample_files,
@@ -82,7 +81,7 @@ class RunDir:
             summary = read_summary(self.path / "summary.json")
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
-        is_finished = summary["status"] == "finished" and summary["steps"] >= max_steps
+        is_finished = summary["status"] == "finished" and (summary["steps"] or 0) >= max_steps
         return summary if is_finished else None
 
     def contains(self, ckpt_path: str | None) -> bool:
@@ -98,11 +97,11 @@ class RunDir:
             return
         for name in FILES[1:] if step else FILES:
             (self.path / name).unlink(missing_ok=True)
-        for path in self.checkpoints.glob(f".*{AtomicCheckpointIO.SUFFIX}"):
-            path.unlink()  # left by a killed process
-        delete_temporaries(self.path, *FILES)
-        delete_temporaries(self.path / "samples", "step_*.txt")
-        for path, step_written in sample_files(self.path).items():
+        temporary = [f".{name}.[0-9]*" for name in FILES] + ["samples/.step_*.txt.[0-9]*"]
+        for pattern in (*temporary, f"checkpoints/.*{AtomicCheckpointIO.SUFFIX}"):
+            for path in self.path.glob(pattern):
+                path.unlink()  # left by a killed process
+        for step_written, path in sample_files(self.path):
             if not step or step_written > step:
                 path.unlink()
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

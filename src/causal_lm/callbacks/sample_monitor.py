@@ -110,7 +110,7 @@ class SampleMonitor(L.Callback):
             folder = self.directory / "samples"
             folder.mkdir(exist_ok=True)
             write_text(folder / f"step_{self._step:08d}.txt", text)
-            for path in list(sample_files(self.directory))[: -self.keep_last]:
+            for _, path in sample_files(self.directory)[: -self.keep_last]:
                 path.unlink()
         self.seconds += time.perf_counter() - started
 

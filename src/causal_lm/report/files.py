@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,8 @@ def is_rank_zero() -> bool:
     return all(int(os.environ.get(name) or 0) == 0 for name in ranks)
 
 
-def claim_directory(path: Path, ignored: str = "") -> Path:
-    """Make the directory of a run, with its :data:`MARKER`, and return the path of the marker.
+def claim_directory(path: Path, ignored: str = "") -> None:
+    """Make the directory of a run, with its :data:`MARKER`.
 
     Args:
         ignored: pattern of the file names that may be there before the marker.
@@ -39,7 +40,6 @@ def claim_directory(path: Path, ignored: str = "") -> Path:
             old = f"for a run without {MARKER}, create that file in it"
             raise ConfigError(f"{found}; set hydra.run.dir to a new directory ({old})")
         marker.touch()
-    return marker
 
 
 @contextmanager
@@ -60,26 +60,17 @@ def replacing(path: Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
-def delete_temporaries(folder: Path, *names: str) -> None:
-    """Delete what a killed process left of writing files of these names, or patterns of names."""
-    for name in names:
-        for path in folder.glob(f".{name}.[0-9]*"):
-            path.unlink()
-
-
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 atomically, see :func:`replacing`."""
     with replacing(path) as file:
         file.write(text)
 
 
-def sample_files(directory: Path) -> dict[Path, int]:
-    """The files ``samples/step_….txt`` of a run -> their steps, in the order of the steps."""
-    found = {
-        path: re.fullmatch(r"step_(\d+)\.txt", path.name) for path in directory.glob("samples/*")
-    }
-    steps = {path: int(match[1]) for path, match in found.items() if match and path.is_file()}
-    return dict(sorted(steps.items(), key=lambda item: item[1]))
+def sample_files(directory: Path) -> list[tuple[int, Path]]:
+    """Step and path of each file ``samples/step_….txt`` of a run, in the order of the steps."""
+    files = [path for path in directory.glob("samples/step_*.txt") if path.is_file()]
+    steps = [re.fullmatch(r"step_(\d+)\.txt", path.name) for path in files]
+    return sorted((int(m[1]), path) for m, path in zip(steps, files, strict=True) if m)
 
 
 def replace_nonfinite(data: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +91,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: there is none.
-        ValueError: it is damaged, or not a summary.
+        ValueError: it is damaged, or not a summary. (A single key that is missing is None.)
     """
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -108,4 +99,4 @@ def read_summary(path: Path) -> dict[str, Any]:
         summary = None
     if not isinstance(summary, dict) or not isinstance(summary.get("status"), str):
         raise ValueError(f"{path} is damaged, or no summary of a run: delete it, or run again")
-    return summary
+    return defaultdict(lambda: None, summary)
