@@ -22,9 +22,10 @@ from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
 from causal_lm.metrics_csv import MetricsCSV
+from causal_lm.report.files import is_rank_zero
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
-from causal_lm.run_dir import RunDir, is_rank_zero
+from causal_lm.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from causal_lm.checkpoint_file import AtomicCheckpointIO, RefusedError, read_checkpoint
-from causal_lm.report.files import (
-    HYDRA_FILES,
-    MARKER,
-    claim_directory,
-    is_rank_zero,
-    read_summary,
-    sample_files,
-    write_json,
-    write_text,
-)
+from causal_lm.report import files
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +31,13 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
-        self._lock = FileLock(path / MARKER)
+        self._lock = FileLock(path / files.MARKER)
 
     def __enter__(self) -> "RunDir":
-        if not is_rank_zero():
+        if not files.is_rank_zero():
             self.path.mkdir(parents=True, exist_ok=True)
             return self
-        claim_directory(self.path, ignored=HYDRA_FILES)
+        files.claim_directory(self.path, ignored=files.HYDRA_FILES)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -78,7 +69,7 @@ class RunDir:
     def finished_summary(self, max_steps: int) -> dict[str, Any] | None:
         """The summary of a finished run of at least ``max_steps`` here; None if there is none."""
         try:
-            summary = read_summary(self.path / "summary.json")
+            summary = files.read_summary(self.path / "summary.json")
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
         is_finished = summary["status"] == "finished" and (summary["steps"] or 0) >= max_steps
@@ -93,7 +84,7 @@ class RunDir:
 
         If that run is continued, ``step`` is not 0: ``metrics.csv`` and samples up to it are kept.
         """
-        if not is_rank_zero():
+        if not files.is_rank_zero():
             return
         for name in FILES[1:] if step else FILES:
             (self.path / name).unlink(missing_ok=True)
@@ -101,13 +92,13 @@ class RunDir:
         for pattern in (*temporary, f"checkpoints/.*{AtomicCheckpointIO.SUFFIX}"):
             for path in self.path.glob(pattern):
                 path.unlink()  # left by a killed process
-        for step_written, path in sample_files(self.path):
+        for step_written, path in files.sample_files(self.path):
             if not step or step_written > step:
                 path.unlink()
-        write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        files.write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def write_summary(self, summary: dict[str, Any], started: float) -> None:
         """Write ``summary.json``, with the seconds since ``started``."""
         summary["seconds/total"] = time.perf_counter() - started
-        if is_rank_zero():
-            write_json(self.path / "summary.json", summary)
+        if files.is_rank_zero():
+            files.write_json(self.path / "summary.json", summary)
