@@ -86,15 +86,17 @@ class SampleMonitor(L.Callback):
         self.seconds = 0.0
         self.rates: list[float] = []
         self.stopper = DegenerationStopper(patience)
-        self._step = -1
+        self._step, self._fn = -1, ""  # of the last evaluation: "fit", or "validate" after it
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.count:
             return
+        fn: Any = trainer.state.fn
         if trainer.global_step == self._step:  # the weights of the last evaluation
-            pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+            if fn.value == self._fn:  # a repeated one: after a kill, or between micro-batches
+                pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
             return
-        started, self._step = time.perf_counter(), trainer.global_step
+        started, self._step, self._fn = time.perf_counter(), trainer.global_step, fn.value
         try:
             figures, text = self.evaluate(pl_module)
         except FloatingPointError as error:  # the next training step reports and handles it
@@ -147,9 +149,10 @@ class SampleMonitor(L.Callback):
         return known | {"seconds/writing": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        figures = {"step": self._step, "figures": self.last}
+        figures = {"step": self._step, "fn": self._fn, "figures": self.last}
         return figures | {"rates": self.rates, "history": self.stopper.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]
-        self._step, self.last = state_dict.get("step", -1), state_dict.get("figures", {})
+        self._step, self._fn = state_dict.get("step", -1), state_dict.get("fn", "")
+        self.last = state_dict.get("figures", {})
