@@ -13,6 +13,7 @@ from causal_lm import config
 from causal_lm.build import instantiate, restore
 from causal_lm.fit import SUMMARY_KEYS
 from causal_lm.module import CausalLM
+from causal_lm.report.files import MARKER
 from support import command
 from support.runs import FILES, SHORT, short_run
 
@@ -25,7 +26,7 @@ def finished(tmp_path_factory):
 
 def test_the_contract(finished):
     directory, summary = finished
-    assert {p.name for p in directory.iterdir()} == FILES | {"checkpoints", "samples"}
+    assert {p.name for p in directory.iterdir()} == FILES | {MARKER, "checkpoints", "samples"}
     on_disk = json.loads((directory / "summary.json").read_text())
     assert on_disk == summary
     assert set(SUMMARY_KEYS) <= set(on_disk)

@@ -66,8 +66,9 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
         self.touch()
         raise OSError("no space left")
 
-    monkeypatch.setattr(type(path), "write_text", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        files.write_json(path, {"b": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "open", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            files.write_json(path, {"b": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
     assert json.loads(path.read_text())["b"] == 1.5

@@ -10,10 +10,15 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from causal_lm.checkpoint_file import read_checkpoint
+from causal_lm.checkpoint_file import RefusedError, read_checkpoint
+from causal_lm.config import ConfigError
+from causal_lm.report.files import MARKER
+from causal_lm.report.sweep import SweepTable
+from causal_lm.run_dir import RunDir
 from support import ROOT, command
-from support.runs import SHORT, short_run
+from support.runs import FILES, SHORT, short_run
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +171,107 @@ def test_an_unwritable_run_directory_is_named(tmp_path):
     assert done.returncode == 1
     assert f"{tmp_path}/file" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def a_users_folder(path):
+    """A folder with files of a user's own, whose names are those that a run writes."""
+    (path / "samples").mkdir(parents=True)
+    for name in [*sorted(FILES), "samples/step_00000001.txt", "train.log"]:
+        (path / name).write_text("mine")
+    return contents(path)
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_as_it_is(tmp_path):
+    before = a_users_folder(tmp_path)
+    done = command(str(ROOT / "train.py"), *SHORT, "hydra.run.dir=.", cwd=tmp_path)
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    assert contents(tmp_path) == before
+    done = command(str(ROOT / "train.py"), *SHORT, "hydra.run.dir=''", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "hydra.run.dir" in done.stderr and done.stderr.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_the_folder_of_a_job_may_have_the_files_of_hydra_and_no_others(tmp_path):
+    (tmp_path / "job" / ".hydra").mkdir(parents=True)
+    (tmp_path / "job" / "train.log").touch()
+    with RunDir(tmp_path / "job"):
+        assert (tmp_path / "job" / MARKER).exists()
+    before = a_users_folder(tmp_path / "users")
+    with pytest.raises(ConfigError, match="config\\.yaml"), RunDir(tmp_path / "users"):
+        pass
+    assert contents(tmp_path / "users") == before
+
+
+def test_the_second_of_two_runs_in_one_directory_is_refused(tmp_path, monkeypatch):
+    with RunDir(tmp_path):
+        with pytest.raises(RefusedError, match=str(tmp_path)):
+            short_run(tmp_path)
+        assert os.listdir(tmp_path) == [MARKER]
+        monkeypatch.setenv("LOCAL_RANK", "1")  # another rank of the same run
+        with RunDir(tmp_path):
+            pass
+    monkeypatch.delenv("LOCAL_RANK")
+    with RunDir(tmp_path):
+        pass
+
+
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from causal_lm.run_dir import RunDir
+with RunDir(Path(sys.argv[1])):
+    if os.fork() == 0:  # as a worker of a data loader
+        time.sleep(5)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_run_holds_no_lock_even_if_its_workers_live_on(tmp_path):
+    words = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(RefusedError), RunDir(tmp_path):
+            pass
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with RunDir(tmp_path):
+            pass
+
+
+def test_what_a_killed_run_left_is_deleted_and_what_is_not_ours_stays(tmp_path):
+    short_run(tmp_path, "trainer.max_steps=1")
+    samples = tmp_path / "samples"
+    left = [tmp_path / ".metrics.csv.123", tmp_path / ".config.yaml.45",
+            samples / ".step_00000002.txt.6"]  # fmt: skip
+    strangers = [tmp_path / ".config.yaml.swp", samples / "step_x.txt", samples / "step_1.txt.bak",
+                 samples / "notes.txt"]  # fmt: skip
+    for path in (*left, *strangers):
+        path.write_text("x")
+    (samples / "step_9.txt").mkdir()
+    short_run(tmp_path, "samples.keep_last=2", "trainer.val_check_interval=1")
+    assert not any(path.exists() for path in left)
+    assert all(path.read_text() == "x" for path in strangers)
+    numbers = sorted(path.name for path in samples.glob("step_????????.txt"))
+    assert numbers == ["step_00000005.txt", "step_00000006.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "fini', b"\xff\x00\x89", b"[1]", b"{}"])
+def test_a_damaged_summary_is_named_wherever_it_is_read(tmp_path, content):
+    (tmp_path / "0_fix").mkdir()
+    path = tmp_path / "0_fix" / "summary.json"
+    path.write_bytes(content)
+    assert RunDir(path.parent).finished_summary(6) is None
+    with pytest.raises(SystemExit, match=str(path)):
+        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    if content == b"{}":
+        done = command("scripts/compare.py", str(tmp_path))
+        assert done.returncode == 1
+        assert str(path) in done.stderr and done.stderr.count("\n") == 1

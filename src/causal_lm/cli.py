@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from causal_lm.config import (
     validate,
     validate_sweep,
 )
+from causal_lm.report.files import HYDRA_FILES, claim_directory, is_rank_zero, read_summary
 from causal_lm.signals import STOP_SIGNALS, stop_at_once
 
 # Read when torch loads: waiting OpenMP threads spin briefly, then sleep. Endless spinning, the
@@ -97,11 +97,18 @@ def start(main: Callable[[], Any]) -> None:
 
 
 class ValidateConfig(Callback):
-    """Validate before Hydra makes a directory; in a sweep, every value of every axis."""
+    """Validate before Hydra makes a directory; in a sweep, every value of every axis.
+
+    The directory of a single run is claimed here, before Hydra writes into it.
+    """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with _bypass_hydra():
             validate(config)
+            if not config.hydra.run.dir:
+                raise ConfigError("hydra.run.dir must be the path of a directory, not ''")
+            if is_rank_zero():
+                claim_directory(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = config.hydra.overrides
@@ -146,13 +153,14 @@ def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> float:
     sources = hydra_cfg.runtime.config_sources
     command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
     command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{directory}'"]
+    claim_directory(directory, ignored=HYDRA_FILES)
     path = directory / "summary.json"
     path.unlink(missing_ok=True)
     code = subprocess.run(command, check=False).returncode
     ended = f"the job ended with exit code {code}"
     if not path.exists():
         raise ValueError(f"{ended} before it could write {path}")
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_summary(path)
     if code:
         raise ValueError(summary["error"] or ended)
     return summary["val/loss"]

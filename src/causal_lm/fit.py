@@ -24,9 +24,11 @@ from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
 from causal_lm.data.datamodule import fingerprint
 from causal_lm.failures import explain
+from causal_lm.metrics_csv import MetricsCSV
+from causal_lm.report.files import is_rank_zero
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
-from causal_lm.run_dir import RunDir, is_rank_zero
+from causal_lm.run_dir import RunDir
 from causal_lm.signals import StoppedRun, requeue
 
 log = logging.getLogger(__name__)
@@ -53,9 +55,16 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     raises. Where ``ckpt_path=auto`` finds the run finished, only its summary is returned.
 
     Raises:
-        RefusedError: ``ckpt_path`` cannot be continued by this run; no file is changed.
+        RefusedError: ``ckpt_path`` cannot be continued by this run, or another run writes into
+            ``directory``; no file is changed.
+        ConfigError: ``directory`` has files, but is not that of a run.
     """
-    started, run_dir = time.perf_counter(), RunDir(directory)
+    with RunDir(directory) as run_dir:
+        return _run_locked(cfg, run_dir)
+
+
+def _run_locked(cfg: DictConfig, run_dir: RunDir) -> dict[str, Any]:
+    started, directory = time.perf_counter(), run_dir.path
     summary: dict[str, Any] = dict.fromkeys(SUMMARY_KEYS)
     summary |= {"experiment": cfg.experiment, "seed": cfg.seed, "status": "failed",
                 "preflight/faults": [], "loss/reduction": cfg.loss.reduction}  # fmt: skip
@@ -109,6 +118,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     if not continued:
         run_dir.set_aside_checkpoints()
     run_dir.prepare(cfg, step if continued else 0)
+    metrics = MetricsCSV(run_dir.path, step if continued else 0, **cfg.get("metrics") or {})
     summary["steps"] = step
 
     preflight, statistics = make_preflight(cfg, corpus.tokenizer, run_dir.path), RunStatistics()
@@ -120,13 +130,13 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stable = keep("stable", "writing/repetition_spread")
     options = OmegaConf.select(cfg, "callbacks.checkpoint") or {}
     stop.checkpoint = checkpoint.StepCheckpoint(run_dir.checkpoints / "last.ckpt", **options)
-    callbacks = [preflight, statistics, stop, stop.checkpoint, metadata, monitor]
+    callbacks = [metrics, preflight, statistics, stop, stop.checkpoint, metadata, monitor]
     callbacks += [best, stable, last]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
         callbacks.append(GradientReport(cfg.gradients.report_every))
-    trainer = build.make_trainer(cfg, callbacks, [run_dir.logger(step)])
+    trainer = build.make_trainer(cfg, callbacks, [metrics])
     logged: dict[str, Any] = {}
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)

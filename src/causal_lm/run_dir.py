@@ -1,19 +1,16 @@
 """The files of a run: their names, what a new run clears, what a continued run keeps."""
 
-import csv
-import json
 import logging
-import os
 import time
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from causal_lm.checkpoint_file import AtomicCheckpointIO, RefusedError, read_checkpoint
-from causal_lm.report.files import write_json, write_text
+from causal_lm.report import files
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +20,34 @@ FILES = (  # what a run writes besides its checkpoints and its ``samples/``
 
 
 class RunDir:
-    """The directory of a run, which each rank makes; only rank zero writes files into it."""
+    """The directory of a run, which each rank makes; only rank zero writes files into it.
+
+    A context, in which rank zero holds a lock, so that no other run writes into the directory. The
+    operating system releases it when the process ends, however it does.
+
+    Raises:
+        ConfigError: the directory has files, but is not that of a run.
+        RefusedError: another run writes into it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
-        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / files.MARKER)
+
+    def __enter__(self) -> "RunDir":
+        if not files.is_rank_zero():
+            self.path.mkdir(parents=True, exist_ok=True)
+            return self
+        files.claim_directory(self.path, ignored=files.HYDRA_FILES)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            todo = "wait for its end, or set another hydra.run.dir"
+            raise RefusedError(f"another run is writing into {self.path}: {todo}") from None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
 
     def latest_checkpoint(self) -> str | None:
         """``last.ckpt``, or the newest checkpoint that can be read; None if there is none.
@@ -50,10 +70,10 @@ class RunDir:
     def finished_summary(self, max_steps: int) -> dict[str, Any] | None:
         """The summary of a finished run of at least ``max_steps`` here; None if there is none."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text())
-            is_finished = summary["status"] == "finished" and summary["steps"] >= max_steps
-        except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+            summary = files.read_summary(self.path / "summary.json")
+        except (OSError, ValueError):  # there is none, or it is damaged
             return None
+        is_finished = summary["status"] == "finished" and (summary["steps"] or 0) >= max_steps
         return summary if is_finished else None
 
     def contains(self, ckpt_path: str | None) -> bool:
@@ -73,47 +93,21 @@ class RunDir:
 
         If that run is continued, ``step`` is not 0: ``metrics.csv`` and samples up to it are kept.
         """
-        if not is_rank_zero():
+        if not files.is_rank_zero():
             return
         for name in FILES[1:] if step else FILES:
             (self.path / name).unlink(missing_ok=True)
-        for path in self.checkpoints.glob(f".*{AtomicCheckpointIO.SUFFIX}"):
-            path.unlink()  # left by a killed process
-        for path in (self.path / "samples").glob("step_*.txt"):
-            if not step or int(path.stem.removeprefix("step_")) > step:
+        temporary = [f".{name}.[0-9]*" for name in FILES] + ["samples/.step_*.txt.[0-9]*"]
+        for pattern in (*temporary, f"checkpoints/.*{AtomicCheckpointIO.SUFFIX}"):
+            for path in self.path.glob(pattern):
+                path.unlink()  # left by a killed process
+        for step_written, path in files.sample_files(self.path):
+            if not step or step_written > step:
                 path.unlink()
-        write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-
-    def logger(self, step: int) -> CSVLogger:
-        """A CSVLogger that keeps the rows before ``step``; Lightning's would delete them."""
-        logger, path = CSVLogger(self.path, name="", version=""), self.path / "metrics.csv"
-        if is_rank_zero() and path.exists():
-            logger.experiment.metrics = _rows(path, step)
-            logger.save()
-        return logger
+        files.write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def write_summary(self, summary: dict[str, Any], started: float) -> None:
         """Write ``summary.json``, with the seconds since ``started``."""
         summary["seconds/total"] = time.perf_counter() - started
-        if is_rank_zero():
-            write_json(self.path / "summary.json", summary)
-
-
-def _rows(path: Path, step: int) -> list[Any]:
-    """The rows of ``metrics.csv`` before ``step``, up to the first that is damaged."""
-    rows = []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(line for line in file if line.endswith("\n")):
-                if None in row or None in row.values():  # more or fewer fields than names
-                    raise ValueError("a row is incomplete")
-                if int(row["step"]) < step:
-                    rows.append(row)
-    except (ValueError, KeyError, csv.Error) as error:
-        log.warning(f"{path} is damaged after {len(rows)} rows, which are kept: {error!r}")
-    return rows
-
-
-def is_rank_zero() -> bool:
-    """Whether this process writes files; known before the Trainer is made."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+        if files.is_rank_zero():
+            files.write_json(self.path / "summary.json", summary)

@@ -97,7 +97,8 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
         data.batch_size data.source.successors data.source.copies model.n_heads
         model.n_kv_heads loss.length scheduler.every trainer.num_nodes trainer.max_steps
         trainer.accumulate_grad_batches trainer.val_check_interval trainer.log_every_n_steps
-        samples.batch_size samples.prompts samples.prompt_length samples.self_check.count"""),
+        samples.batch_size samples.prompts samples.prompt_length samples.self_check.count
+        samples.keep_last metrics.keep_steps"""),
     (integer(1, 1000), """model.n_layers model.config.n_layer
         model.config.num_hidden_layers"""),  # more take minutes to build
     (integer(1, 10**8), "model.d_model model.d_ff"),  # for sizes in bytes that fit 64 bits

@@ -14,7 +14,7 @@ from causal_lm.callbacks.degeneration import DegenerationStopper
 from causal_lm.data.documents import Corpus
 from causal_lm.generation import sample_in_batches
 from causal_lm.report import consistency
-from causal_lm.report.files import write_text
+from causal_lm.report.files import sample_files, write_text
 from causal_lm.report.samples import SampleStatistics, format_samples, sample_statistics
 
 log = logging.getLogger(__name__)
@@ -62,15 +62,17 @@ class SampleMonitor(L.Callback):
             the model's hidden states, for ``consistency_hidden``.
         patience: worse evaluations in a row that stop the fit; see :class:`DegenerationStopper`.
         directory: gets ``samples/step_….txt`` at each evaluation; None writes no files.
+        keep_last: the files of so many evaluations are kept.
         options: ``temperature``, ``top_k`` and ``batch_size``.
     """
 
     def __init__(
         self, corpus: Corpus, *, count: int, length: int, seed: int, directory: Path | None = None,
-        prompts: int = 8, per_prompt: int = 0, prompt_length: int = 8,
+        keep_last: int = 50, prompts: int = 8, per_prompt: int = 0, prompt_length: int = 8,
         embedder: str | Path | None = None, patience: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.corpus, self.count, self.directory = corpus, count, directory
+        self.keep_last = keep_last
         prompt_length = min(prompt_length, length // 2)
         beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
         self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
@@ -84,12 +86,17 @@ class SampleMonitor(L.Callback):
         self.seconds = 0.0
         self.rates: list[float] = []
         self.stopper = DegenerationStopper(patience)
-        self._step = -1
+        self._step, self._fn = -1, ""  # of the last evaluation: "fit", or "validate" after it
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.count or trainer.global_step == self._step:  # once per optimizer step
+        if not self.count:
             return
-        started, self._step = time.perf_counter(), trainer.global_step
+        fn: Any = trainer.state.fn
+        if trainer.global_step == self._step:  # the weights of the last evaluation
+            if fn.value == self._fn:  # a repeated one: after a kill, or between micro-batches
+                pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+            return
+        started, self._step, self._fn = time.perf_counter(), trainer.global_step, fn.value
         try:
             figures, text = self.evaluate(pl_module)
         except FloatingPointError as error:  # the next training step reports and handles it
@@ -105,6 +112,8 @@ class SampleMonitor(L.Callback):
             folder = self.directory / "samples"
             folder.mkdir(exist_ok=True)
             write_text(folder / f"step_{self._step:08d}.txt", text)
+            for _, path in sample_files(self.directory)[: -self.keep_last]:
+                path.unlink()
         self.seconds += time.perf_counter() - started
 
     def _compare_with_earlier(self, trainer: L.Trainer) -> None:
@@ -140,7 +149,10 @@ class SampleMonitor(L.Callback):
         return known | {"seconds/writing": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rates": self.rates, "history": self.stopper.history}
+        figures = {"step": self._step, "fn": self._fn, "figures": self.last}
+        return figures | {"rates": self.rates, "history": self.stopper.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]
+        self._step, self._fn = state_dict.get("step", -1), state_dict.get("fn", "")
+        self.last = state_dict.get("figures", {})

@@ -1,6 +1,5 @@
 """The table at the end of a sweep, for any launcher."""
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from causal_lm.report.files import read_summary
 from causal_lm.report.table import sweep_table
 
 
@@ -18,7 +18,10 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table; exit with code 1 where a job failed, after all of them have run."""
         folder = Path(config.hydra.sweep.dir)
-        summaries = read_summaries(folder.glob("*/summary.json"))
+        try:
+            summaries = read_summaries(folder.glob("*/summary.json"))
+        except ValueError as error:  # Hydra would print it as a warning, and go on
+            sys.exit(f"error: {error}")
         if summaries:
             print(f"\n{sweep_table(summaries)}\n\nwritten below {folder}")
         if any(s["status"] == "failed" for s in summaries):
@@ -26,13 +29,16 @@ class SweepTable(Callback):
 
 
 def read_summaries(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The summaries in the order of their jobs, each with its folder's name as ``name``."""
+    """The summaries in the order of their jobs, each with its folder's name as ``name``.
+
+    Raises:
+        ValueError: one is damaged.
+    """
 
     def job_number(path: Path) -> tuple[int, str]:
         number = path.parent.name.partition("_")[0]
         return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)
 
     return [
-        {"name": path.parent.name} | json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(paths, key=job_number)
+        {"name": path.parent.name} | read_summary(path) for path in sorted(paths, key=job_number)
     ]
