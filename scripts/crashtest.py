@@ -34,7 +34,7 @@ SMALL = [
     "data.source.train_documents=60", "data.max_length=20",
     "data.source.val_documents=20", "data.batch_size=4", "model.d_model=16", "model.d_ff=16",
     "samples.count=4", "samples.prompts=2", "samples.per_prompt=2", "samples.self_check.count=3",
-    "ckpt_path=auto",
+    "ckpt_path=auto", "callbacks.checkpoint.every_n_steps=7",
 ]  # fmt: skip
 """60 documents are 15 micro-batches, so that runs of 40 steps end inside an epoch."""
 ACCUMULATE = ["trainer.accumulate_grad_batches=4", "trainer.max_steps=20"]

@@ -140,7 +140,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     logged: dict[str, Any] = {}
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
-        logged |= trainer.callback_metrics
+        logged |= metrics.earlier | trainer.callback_metrics
         if not stop.signal:
             with isolate_rng():  # the random state that is saved does not depend on this validation
                 # Nothing is measured under trainer.limit_val_batches=0.
@@ -152,7 +152,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         if not logged:  # an evaluation in the fit, after which Lightning calls no further hooks
             statistics.on_train_end()
             statistics.on_fit_end()
-            logged |= trainer.callback_metrics
+            logged |= metrics.earlier | trainer.callback_metrics
     except Exception as error:
         raise explain(error, cfg, trainer) from error
     finally:

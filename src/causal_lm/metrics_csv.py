@@ -4,6 +4,7 @@ import csv
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class MetricsCSV(Logger, L.Callback):
         self.path = directory / "metrics.csv"
         self.step, self.keep_steps, self.hparams = step, keep_steps, dict[str, Any]()
         self.columns: list[str] = []
+        self.earlier: dict[str, float] = {}
+        """The last value of each column, from the rows that a continued run found."""
         self.tail: list[list[int]] = []  # the last two steps with rows, and their numbers of rows
         self._validating: L.Trainer | None = None  # after the fit
         if is_rank_zero() and self.path.exists():
@@ -67,10 +70,12 @@ class MetricsCSV(Logger, L.Callback):
                 elif int(row["step"]) >= first:
                     writer.writerow(row)
                     self._count(int(row["step"]))
+                    with suppress(ValueError):  # damaged, but whole
+                        self.earlier |= {k: float(v) for k, v in row.items() if v}
+        for index in ("epoch", "step"):
+            self.earlier.pop(index, None)
         if later:
-            log.info(
-                f"{self.path}: {later} rows from step {end} on, where it continues, are dropped"
-            )
+            log.info(f"{self.path}: {later} rows from step {end}, where it continues, are dropped")
         if damaged:
             where = f"the first of them in line {damaged[0]}"
             log.warning(f"{self.path}: {len(damaged)} damaged rows are dropped, {where}")

@@ -82,7 +82,7 @@ class RunDir:
 
     def set_aside_checkpoints(self) -> None:
         """Rename the folder of an earlier run's checkpoints, which a new run does not continue."""
-        if is_rank_zero() and any(self.checkpoints.glob("*.ckpt")):
+        if files.is_rank_zero() and any(self.checkpoints.glob("*.ckpt")):
             names = (self.path / f"checkpoints_{n}" for n in count(1))
             aside = next(path for path in names if not path.exists())
             self.checkpoints.rename(aside)

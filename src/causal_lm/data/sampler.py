@@ -71,8 +71,10 @@ class DocumentSampler(Sampler[int]):
         if batches >= (left := self.n_batches(segments)):
             epochs, batches = divmod(batches - left, self.n_batches())
             epoch, segments = epoch + 1 + epochs, ()
-        new = [(self.bucket_size, batches * self.group_size)] if batches else []
-        return Start(batches_done, epoch, [*segments, *new])
+        parts, read = list(segments), batches * self.group_size
+        if read and parts and parts[-1][0] == self.bucket_size:  # arranged alike: one part
+            read += parts.pop()[1]
+        return Start(batches_done, epoch, parts + ([(self.bucket_size, read)] if read else []))
 
     def remaining_indices(self, batches_done: int) -> Iterator[int]:
         """The rest of the current epoch, after ``batches_done`` batches over all epochs."""
