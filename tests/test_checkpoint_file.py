@@ -8,6 +8,7 @@ import torch
 
 from causal_lm.build import restore
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
+from causal_lm.report.files import MARKER
 from support import command
 from support.runs import short_run
 
@@ -73,6 +74,7 @@ def test_a_run_writes_its_checkpoints_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", spy)
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / MARKER).touch()
     (tmp_path / "checkpoints" / ".last.ckpt.part").write_bytes(b"of a killed run")
     short_run(tmp_path)
     assert saved.count("last.ckpt") >= 3

@@ -8,6 +8,7 @@ import torch
 
 from causal_lm import config
 from causal_lm.build import instantiate
+from causal_lm.report.files import MARKER
 from support import command
 from support.runs import SHORT
 
@@ -18,6 +19,7 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     assert command("train.py", *SHORT, f"hydra.run.dir={one}").returncode == 0
     two = tmp_path / "two"
     shutil.copytree(one / "checkpoints", two / "checkpoints")  # as if stopped at its last step
+    (two / MARKER).touch()
     done = command(
         "train.py", *SHORT, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
         "ckpt_path=auto", f"hydra.run.dir={two}",

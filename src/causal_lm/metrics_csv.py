@@ -75,7 +75,7 @@ class MetricsCSV(Logger, L.Callback):
         for index in ("epoch", "step"):
             self.earlier.pop(index, None)
         if later:
-            log.info(f"{self.path}: {later} rows from step {end}, where it continues, are dropped")
+            log.info(f"{self.path}: {later} rows of step {end} or later are dropped")
         if damaged:
             where = f"the first of them in line {damaged[0]}"
             log.warning(f"{self.path}: {len(damaged)} damaged rows are dropped, {where}")

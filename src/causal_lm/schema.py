@@ -90,7 +90,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (Rule(lambda v: v == -1 or integer(1).accepts(v),
           "an integer of at least 1, or -1 for no limit"), "trainer.max_epochs"),
     (integer(0, 1024), "data.num_workers"),
-    (integer(0), """data.seed data.source.copies_after data.source.seed
+    (integer(0), """data.source.copies_after
         model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
     (or_auto(integer(0)), "scheduler.warmup_steps"),
     (integer(1), """
@@ -111,7 +111,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (integer(2, 62), "data.source.symbols"),
     (integer(3, 2**24), "data.max_length data.source.max_length"),
     (integer(260, MAX_VOCABULARY), "data.vocab_size"),
-    (integer(0, 2**32 - 1), "seed"),
+    (integer(0, 2**32 - 1), "seed data.seed data.source.seed"),
     (FRACTION_OR_ONE, "data.max_overlap scheduler.final_share"),
     (real(low=0, high=100), "optimizer.weight_decay samples*.temperature"),
     (real(low=1, high=1e9), "data.source.mean model.rope_theta"),

@@ -96,12 +96,13 @@ class SampleMonitor(L.Callback):
             if fn.value == self._fn:  # a repeated one: after a kill, or between micro-batches
                 pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
             return
-        started, self._step, self._fn = time.perf_counter(), trainer.global_step, fn.value
+        started, step = time.perf_counter(), trainer.global_step
         try:
             figures, text = self.evaluate(pl_module)
         except FloatingPointError as error:  # the next training step reports and handles it
             figures, text = {}, ""
-            log.warning(f"step {self._step}: no samples: {error}")
+            log.warning(f"step {step}: no samples: {error}")
+        self._step, self._fn = step, fn.value  # not before: a signal may have ended it
         figures = trainer.strategy.broadcast(figures)
         # NaN: Lightning would otherwise keep the figure of an earlier evaluation.
         self.last = {"repetition_spread": math.nan} | figures
