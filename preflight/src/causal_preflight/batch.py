@@ -166,14 +166,18 @@ class AuditBatch:
         rows = (self.real == longest).all(1).nonzero()[:, 0]
         return self.rows(rows).cols(*span(longest))
 
-    def swap(self, where: Tensor, seed: int) -> "AuditBatch":
-        """Other ordinary tokens at `where` (B, T); special ids stay."""
+    def swap(self, where: Tensor, seed: int, special: bool = False) -> "AuditBatch":
+        """Other ordinary tokens at `where` (B, T); special ids stay, unless `special`.
+
+        The id of PAD stays in any case: the loss may recognize PAD by it.
+        """
         pool = self.ordinary
         require(len(pool) > 1, "fewer than two ordinary tokens to swap among")
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(pool), self.ids.shape, generator=gen).to(self.ids.device)
         new = torch.where(pool[pick] == self.ids, pool[(pick + 1) % len(pool)], pool[pick])
-        return self.with_tensor("input_ids", torch.where(where & self.swappable, new, self.ids))
+        may = self.swappable | (special & self.real & (self.ids != (self.pad_id or 0)))
+        return self.with_tensor("input_ids", torch.where(where & may, new, self.ids))
 
     def pad(self, count: int, left: bool, like: "AuditBatch") -> "AuditBatch":
         """`count` more columns of PAD on one side, each a copy of a PAD slot of `like`."""

@@ -50,7 +50,7 @@ def alone(ctx: Context) -> list[Finding]:
             continue
         if move := ctx.compare(work, work.rows([b])):
             return [ctx.finding("pad", _BESIDE, "pad keys", move)]
-        if move := ctx.compare(work, work.unpadded_row(b)):
+        if pads[b] and (move := ctx.compare(work, work.unpadded_row(b))):
             seen = f"{{where}} when its {int(pads[b])} PAD tokens are removed"
             return [ctx.finding("position", seen, "positions", move)]
     return []

@@ -5,6 +5,7 @@ settings that catch what others miss: train mode, nothing padded, rescaled weigh
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding
 
 _UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
+_CUTS = 12  # cuts a row that are tried first, and a third as many in each further setting
+_ROWS = 4  # rows with a cut of their own in one run; fewer rows are repeated
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class Setting(NamedTuple):
@@ -41,7 +45,7 @@ def find_leak(ctx: Context, settings: Iterable[Setting], changed: Change = _swap
     watched = False
     for s in settings:
         with ctx.weights(s.rescaled):
-            base = ctx.model.observe(s.batch, s.train).logits
+            base = ctx.observe(s.batch, s.train, s.rescaled).logits
             for part in s.parts:
                 watch = ctx.counted(s.batch) & ~part
                 watched = watched or bool(watch.any())
@@ -78,23 +82,27 @@ def cross_row(ctx: Context) -> list[Finding]:
 def future(ctx: Context) -> list[Finding]:
     """No counted logit may move with a later token of its row.
 
-    All tokens from a cut on are swapped at once, with another cut in each row.
+    All tokens from a cut on are swapped at once, with another cut in each row and each run.
     """
     known = "rows see each other, so the future cannot be told from other rows"
     require("cross_row" not in ctx.explained, known)
     work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
-    runs = min(width - 1, max(6, min(12, 256 // width)))
-    few = _cuts(work, max(2, runs // 3))
-    settings = [Setting(work, False, False, _cuts(work, runs))]  # from likely to unlikely
-    settings += [Setting(work, *mode, few) for mode in ((True, False), (False, True), (True, True))]
+    runs, few = min(width - 1, _CUTS), max(2, min(width - 1, _CUTS) // 3)
+    several = _repeated(work)
+    settings = [Setting(work, False, False, _cuts(work, 0, runs))]  # from likely to unlikely
+    for mode in (True, False), (False, True), (True, True):
+        settings.append(Setting(several, *mode, _cuts(several, runs + few * len(settings), few)))
     if work.has_pad:
-        full = work.unpadded()
-        settings += [Setting(full, both, both, _cuts(full, len(few))) for both in (False, True)]
-    leak = find_leak(ctx, settings)
+        full = _repeated(work.unpadded())
+        settings += [
+            Setting(full, both, both, _cuts(full, few * both, few)) for both in (False, True)
+        ]
+    leak = find_leak(ctx, settings, _swapped_suffix)
     if leak is None:
         if runs < width - 1:
-            ctx.report.sampled.append(f"future: {runs} of {width - 1} cuts in each of {rows} rows")
+            total = runs + 3 * few
+            ctx.report.sampled.append(f"future: {total} of {width - 1} cuts in each of {rows} rows")
         return []
     row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
     seen = "{where}, though its target counts, when later tokens are swapped, such as token "
@@ -102,30 +110,52 @@ def future(ctx: Context) -> list[Finding]:
     return leak_finding(ctx, leak, "future", "causal", seen, "mask future")
 
 
-def _cuts(batch: AuditBatch, runs: int) -> list[Tensor]:
-    """Everything from a cut on, for cuts that are spread over the real tokens of each row."""
+def _swapped_suffix(ctx: Context, s: Setting, part: Tensor) -> Tensor:
+    """Logits with `part` swapped; with rescaled weights, special tokens in it are swapped too."""
+    edited = s.batch.swap(part, ctx.seed, special=s.rescaled)
+    return ctx.model.observe(edited, s.train).logits
+
+
+def _repeated(batch: AuditBatch) -> AuditBatch:
+    """The batch with its rows repeated until there are enough for cuts at several places a run."""
+    rows = len(batch.ids)
+    return batch if rows >= _ROWS else batch.rows([i % rows for i in range(_ROWS)])
+
+
+def _cuts(batch: AuditBatch, start: int, runs: int) -> list[Tensor]:
+    """Everything from a cut on, in each row: numbers start to start + runs - 1 of its cuts."""
     parts = [torch.zeros_like(batch.real) for _ in range(runs)]
     for b, row in enumerate(batch.real):
-        places = row.nonzero()[:, 0]
-        for i, part in enumerate(parts if len(places) > 1 else ()):
-            at = (i + (b + 1) / len(batch.real)) / runs  # in (0, 1]: the last token comes last
-            cut = max(1, min(len(places) - 1, round(at * (len(places) - 1))))
-            part[b, int(places[cut]) :] = True
+        places = row.nonzero()[:, 0].tolist()
+        order = _cut_order(len(places) - 1, b, len(batch.real))
+        for i, part in enumerate(parts if order else ()):
+            part[b, places[order[(start + i) % len(order)]] :] = True
     return parts
+
+
+@cache
+def _cut_order(count: int, b: int, rows: int) -> list[int]:
+    """The cuts 1 to `count` of row b, such that those of all rows are spread however few are tried.
+
+    First come powers of two and their neighbors, dealt out to the rows: sinks, windows and chunks
+    begin and end there. Then multiples of the golden ratio, of which any stretch is spread evenly.
+    """
+    near = sorted({2**k + d for k in range(count.bit_length()) for d in (-1, 0, 1)} | {count})
+    mine = [c for c in near if 1 <= c <= count][b::rows]
+    return sorted(range(1, count + 1), key=lambda c: (c not in mine, (c * _GOLDEN + b / rows) % 1))
 
 
 def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
     """The slot of one token that moved it: halve the swapped part of its row until one is left."""
-    hit = s.batch.slot == move.slot
-    b = int(hit.any(1).long().argmax())
+    hit, b = s.batch.slot == move.slot, move.row
     places = part[b].nonzero()[:, 0]
     with ctx.weights(s.rescaled):
-        base = ctx.model.observe(s.batch, s.train).logits
+        base = ctx.observe(s.batch, s.train, s.rescaled).logits
         while len(places) > 1:
             half, rest = places.tensor_split(2)
             part = torch.zeros_like(part)
             part[b, half] = True
-            seen = ctx.largest_move(s.batch, _swapped(ctx, s, part), base, hit)
+            seen = ctx.largest_move(s.batch, _swapped_suffix(ctx, s, part), base, hit)
             places = half if seen else rest
     return int(s.batch.slot[b, places])
 
@@ -184,7 +214,7 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
 
     If the next one does not, the position after it is tried: it may begin a block of attention.
     """
-    base = ctx.model.observe(batch).logits
+    base = ctx.observe(batch, rescaled=True).logits
     bound = ctx.bound(base, batch.real) * 0.05
     finite = torch.isfinite(base).any(-1)
     ok = batch.swappable & batch.has_target & finite
