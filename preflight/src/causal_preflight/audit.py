@@ -12,7 +12,12 @@ from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
-from causal_preflight.sandbox import Sandbox, preserved_random_states
+from causal_preflight.sandbox import (
+    Sandbox,
+    is_compiled,
+    preserved_random_states,
+    without_compilation,
+)
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
@@ -22,8 +27,8 @@ _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 PROBES: tuple[Probe, ...] = (
     padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
-    padding.embedding, padding.extension, position.order, position.alone, position.packed,
-    position.decoding, html_page.pictures,
+    padding.embedding, padding.extension, position.order, position.alone, position.length,
+    position.packed, position.decoding, html_page.pictures,
 )  # fmt: skip
 
 
@@ -64,7 +69,9 @@ def preflight(
     full, work = _sampled(parsed, report)
     instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
-    with preserved_random_states():
+    if is_compiled(instrumented.sandbox.modules):
+        report.sampled.append("model: as it is without torch.compile, which was off meanwhile")
+    with preserved_random_states(), without_compilation():
         try:
             _find_logits(ctx)
             for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):

@@ -166,6 +166,31 @@ class AuditBatch:
         rows = (self.real == longest).all(1).nonzero()[:, 0]
         return self.rows(rows).cols(*span(longest))
 
+    def shortened(self) -> "AuditBatch":
+        """Each row without its last real token, which becomes PAD; without PAD, one column less.
+
+        Rows padded on the left move by one column, so that the new PAD is on the left too.
+        """
+        if not self.has_pad:
+            return self.cols(0, self.ids.shape[1] - 1)
+        left = bool(self.left_pad.any()) and bool(self.real[:, -1].all())
+        last = self.real & (self.real.flip(1).long().cumsum(1).flip(1) == 1)
+        last &= (self.real.sum(1) > 2)[:, None]
+        b, t = (self.left_pad if left else ~self.real).nonzero()[-1].tolist()
+        lengths = self.real.sum(1)
+
+        def cut(name: str, v: Tensor) -> Tensor:
+            if v.ndim == 1 and torch.equal(v, lengths.to(v)):
+                return v - last.any(1).to(v)
+            require(
+                v.shape == self.ids.shape, f"{name} is not (B, T): its rows cannot be cut short"
+            )
+            preshifted = name == "labels" and self.labels_shifted
+            new = v.masked_fill(last | shift_left(last, False) if preshifted else last, v[b, t])
+            return torch.where(last.any(1)[:, None], new.roll(1, 1), new) if left else new
+
+        return self.map_tensors(cut)
+
     def swap(self, where: Tensor, seed: int, special: bool = False) -> "AuditBatch":
         """Other ordinary tokens at `where` (B, T); special ids stay, unless `special`.
 

@@ -56,6 +56,18 @@ def alone(ctx: Context) -> list[Finding]:
     return []
 
 
+def length(ctx: Context) -> list[Finding]:
+    """Rows without their last token: no earlier logit may move, as with an embedded row length."""
+    _require_clean(ctx)
+    known = {f.probe for f in ctx.report.findings} & {"extension", "order", "alone"}
+    require(not known, "logits depend on padding or row already")
+    require(ctx.work.ids.shape[1] > 2, "needs rows of three tokens")
+    if move := ctx.compare(ctx.work, ctx.work.shortened()):
+        seen = "{where} when the last token of its row is taken away"
+        return [ctx.finding("causal", seen, "row length", move)]
+    return []
+
+
 def packed(ctx: Context) -> list[Finding]:
     """A later document of a packed row gives the same logits as by itself; three are tried."""
     _require_clean(ctx)
@@ -67,7 +79,8 @@ def packed(ctx: Context) -> list[Finding]:
 
     def as_first(b: int, name: str, v: Tensor) -> Tensor:
         """Numbered and placed like the first document of row b."""
-        moves = name in ("position_ids", "document_ids", "doc")
+        numbers = ("position_ids", "document_ids", "attention_mask", "doc")
+        moves = name in numbers and v.ndim == 2 and v.dtype != torch.bool
         return v - v[:, :1] + own[name][b, first[b]] if moves else v
 
     for b, d in later[:3]:

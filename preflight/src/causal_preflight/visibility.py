@@ -11,14 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.batch import AuditBatch, UnexaminableError, require
+from causal_preflight.batch import AuditBatch, UnexaminableError, require, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
+from causal_preflight.locate import EmbeddingNoise
 from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding
 
 _UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
-_CUTS = 12  # cuts a row that are tried first, and a third as many in each further setting
+_CUTS = 12  # cuts a row that are tried first; in each further setting fewer
 _ROWS = 4  # rows with a cut of their own in one run; fewer rows are repeated
+_MAX_LOGITS = 2**26  # logits of repeated rows
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -88,20 +90,21 @@ def future(ctx: Context) -> list[Finding]:
     require("cross_row" not in ctx.explained, known)
     work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
-    runs, few = min(width - 1, _CUTS), max(2, min(width - 1, _CUTS) // 3)
-    several = _repeated(work)
+    runs = min(width - 1, _CUTS)
+    few = max(2, runs // (3 if work.has_pad else 2))
+    total = runs + 3 * few
+    several = _repeated(ctx, work, _ROWS if work.has_pad else 2 * _ROWS)
     settings = [Setting(work, False, False, _cuts(work, 0, runs))]  # from likely to unlikely
     for mode in (True, False), (False, True), (True, True):
         settings.append(Setting(several, *mode, _cuts(several, runs + few * len(settings), few)))
     if work.has_pad:
-        full = _repeated(work.unpadded())
-        settings += [
-            Setting(full, both, both, _cuts(full, few * both, few)) for both in (False, True)
-        ]
+        full = _repeated(ctx, work.unpadded(), 2 * _ROWS)
+        for both, count in (False, few // 2), (True, few):
+            settings.append(Setting(full, both, both, _cuts(full, total, count)))
+            total += count
     leak = find_leak(ctx, settings, _swapped_suffix)
     if leak is None:
-        if runs < width - 1:
-            total = runs + 3 * few
+        if total < width - 1:
             ctx.report.sampled.append(f"future: {total} of {width - 1} cuts in each of {rows} rows")
         return []
     row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
@@ -116,10 +119,11 @@ def _swapped_suffix(ctx: Context, s: Setting, part: Tensor) -> Tensor:
     return ctx.model.observe(edited, s.train).logits
 
 
-def _repeated(batch: AuditBatch) -> AuditBatch:
-    """The batch with its rows repeated until there are enough for cuts at several places a run."""
-    rows = len(batch.ids)
-    return batch if rows >= _ROWS else batch.rows([i % rows for i in range(_ROWS)])
+def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:
+    """The batch with its rows repeated, for cuts at several places of a row in one run."""
+    rows, size = len(batch.ids), ctx.base.logits[0].numel()
+    wanted = min(wanted, _MAX_LOGITS // size)
+    return batch if rows >= wanted else batch.rows([i % rows for i in range(wanted)])
 
 
 def _cuts(batch: AuditBatch, start: int, runs: int) -> list[Tensor]:
@@ -127,22 +131,25 @@ def _cuts(batch: AuditBatch, start: int, runs: int) -> list[Tensor]:
     parts = [torch.zeros_like(batch.real) for _ in range(runs)]
     for b, row in enumerate(batch.real):
         places = row.nonzero()[:, 0].tolist()
-        order = _cut_order(len(places) - 1, b, len(batch.real))
+        order = _cut_order(len(places) - 1, len(row), b, len(batch.real))
         for i, part in enumerate(parts if order else ()):
             part[b, places[order[(start + i) % len(order)]] :] = True
     return parts
 
 
 @cache
-def _cut_order(count: int, b: int, rows: int) -> list[int]:
+def _cut_order(count: int, width: int, b: int, rows: int) -> list[int]:
     """The cuts 1 to `count` of row b, such that those of all rows are spread however few are tried.
 
-    First come powers of two and their neighbors, dealt out to the rows: sinks, windows and chunks
-    begin and end there. Then multiples of the golden ratio, of which any stretch is spread evenly.
+    First come powers of two, their neighbors, and multiples of 64, dealt out to the rows: sinks,
+    windows and chunks begin and end there. Then places by multiples of the golden ratio, of which
+    any stretch is spread evenly, and last what is left.
     """
-    near = sorted({2**k + d for k in range(count.bit_length()) for d in (-1, 0, 1)} | {count})
-    mine = [c for c in near if 1 <= c <= count][b::rows]
-    return sorted(range(1, count + 1), key=lambda c: (c not in mine, (c * _GOLDEN + b / rows) % 1))
+    edges = {2**k + d for k in range(width.bit_length()) for d in (-1, 0, 1)}
+    mine = sorted(edges | {*range(64, width, 64)})[b::rows]
+    spread = (1 + int((i * rows + b) * _GOLDEN % 1 * count) for i in range(count))
+    every = dict.fromkeys([*mine, *spread, *range(1, count + 1)])
+    return [c for c in every if 1 <= c <= count]
 
 
 def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
@@ -189,6 +196,12 @@ def context(ctx: Context) -> list[Finding]:
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
         hidden = _hidden_by_padding(ctx) if unmoved >= _UNMOVED else None
+        special = own >= 0.5 and unmoved < _UNMOVED and _hidden_special(ctx)
+    if special:
+        token = int(ctx.full.ids.flatten()[special.slot])
+        seen = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key: the "
+        seen += "next logits do not move with it"
+        return [ctx.finding("pad", seen, "by value", special)]
     if own >= 0.5 and unmoved < _UNMOVED:
         return []
     if hidden:
@@ -245,11 +258,38 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
     return own / tried, unmoved / tried, older / tried, Move(unmoved / tried, last)
 
 
+def _hidden_special(ctx: Context) -> Move | None:
+    """A real EOS or BOS that the next position does not see, though it sees the token before that.
+
+    A swap would show such a token: a mask made by comparing ids hides it only while it is there.
+    So noise is added to its embedding instead.
+    """
+    work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).logits
+    bound = ctx.bound(base, work.real) * 0.05
+    same = shift_left(work.doc.flip(1), -1).flip(1) == work.doc  # as the token before
+
+    def unseen(part: Tensor, later: int) -> Tensor:
+        with EmbeddingNoise(work, part, ctx.seed) as noise:
+            change = moved(ctx.model.observe(work).logits, base)
+        return part & (change.roll(-later, 1) <= bound) & (noise.hits > 0)
+
+    for token in work.special.tolist():
+        at = work.has_target & (work.ids == token)
+        at &= at.long().cumsum(1) == at.sum(1, keepdim=True)  # the last one of each row
+        hidden = unseen(at, 1) if bool(at.any()) else at
+        if bool(hidden.any()):  # where a document or a block ends, older tokens are unseen as well
+            before = shift_left(hidden & same, False)
+            hidden &= ~same | (before & ~unseen(before, 2)).roll(1, 1)
+        if bool(hidden.any()):
+            return Move(0.0, int(work.slot[hidden][0]))
+    return None
+
+
 def _hidden_by_padding(ctx: Context) -> str | None:
     """What is seen once attention_mask is inverted, or nothing is padded; None: neither helps."""
     work, mask = ctx.work, ctx.work.raw.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == work.ids.shape:
-        inverted = work.with_tensor("attention_mask", (1 - mask.long()).to(mask))
+        inverted = work.with_tensor("attention_mask", (mask == 0).to(mask))
         if _dependence(ctx, inverted)[1] < _UNMOVED:
             return "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
     if work.has_pad and _dependence(ctx, work.unpadded())[1] < _UNMOVED:
