@@ -1,9 +1,12 @@
 """The audit itself: parse the batch, find the logits, run every probe, restore the model."""
 
+import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from causal_preflight import html_page, padding, position, readout, visibility
@@ -12,12 +15,7 @@ from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
-from causal_preflight.sandbox import (
-    Sandbox,
-    is_compiled,
-    preserved_random_states,
-    without_compilation,
-)
+from causal_preflight.sandbox import Sandbox, preserved_random_states
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
@@ -69,9 +67,13 @@ def preflight(
     full, work = _sampled(parsed, report)
     instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
-    if is_compiled(instrumented.sandbox.modules):
-        report.sampled.append("model: as it is without torch.compile, which was off meanwhile")
-    with preserved_random_states(), without_compilation():
+    compiled = (
+        "torch._dynamo" in sys.modules
+    )  # hooks and new shapes would compile it anew each time
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+        report.sampled.append("model: it was run without torch.compile")
+    with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
             for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):

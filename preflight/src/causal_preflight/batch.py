@@ -67,6 +67,11 @@ class AuditBatch:
         return (self.real.long().cumsum(1) == 0) & self.real.any(1, keepdim=True)
 
     @cached_property
+    def pads_left(self) -> bool:
+        """Whether PAD lies on the left of the rows, and nowhere on the right."""
+        return bool(self.left_pad.any()) and bool(self.real[:, -1].all())
+
+    @cached_property
     def has_target(self) -> Tensor:
         """(B, T) bool: a real position followed by a real token of the same document."""
         return self.real & (shift_left(self.doc, -1) == self.doc)
@@ -166,42 +171,15 @@ class AuditBatch:
         rows = (self.real == longest).all(1).nonzero()[:, 0]
         return self.rows(rows).cols(*span(longest))
 
-    def shortened(self) -> "AuditBatch":
-        """Each row without its last real token, which becomes PAD; without PAD, one column less.
-
-        Rows padded on the left move by one column, so that the new PAD is on the left too.
-        """
-        if not self.has_pad:
-            return self.cols(0, self.ids.shape[1] - 1)
-        left = bool(self.left_pad.any()) and bool(self.real[:, -1].all())
-        last = self.real & (self.real.flip(1).long().cumsum(1).flip(1) == 1)
-        last &= (self.real.sum(1) > 2)[:, None]
-        b, t = (self.left_pad if left else ~self.real).nonzero()[-1].tolist()
-        lengths = self.real.sum(1)
-
-        def cut(name: str, v: Tensor) -> Tensor:
-            if v.ndim == 1 and torch.equal(v, lengths.to(v)):
-                return v - last.any(1).to(v)
-            require(
-                v.shape == self.ids.shape, f"{name} is not (B, T): its rows cannot be cut short"
-            )
-            preshifted = name == "labels" and self.labels_shifted
-            new = v.masked_fill(last | shift_left(last, False) if preshifted else last, v[b, t])
-            return torch.where(last.any(1)[:, None], new.roll(1, 1), new) if left else new
-
-        return self.map_tensors(cut)
-
     def swap(self, where: Tensor, seed: int, special: bool = False) -> "AuditBatch":
-        """Other ordinary tokens at `where` (B, T); special ids stay, unless `special`.
-
-        The id of PAD stays in any case: the loss may recognize PAD by it.
-        """
+        """Other ordinary tokens at `where`; special ids stay, or that of PAD alone."""
         pool = self.ordinary
         require(len(pool) > 1, "fewer than two ordinary tokens to swap among")
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(pool), self.ids.shape, generator=gen).to(self.ids.device)
         new = torch.where(pool[pick] == self.ids, pool[(pick + 1) % len(pool)], pool[pick])
-        may = self.swappable | (special & self.real & (self.ids != (self.pad_id or 0)))
+        pad = -1 if self.pad_id is None else self.pad_id  # the loss may tell PAD by its id
+        may = self.swappable | (special & self.real & (self.ids != pad))
         return self.with_tensor("input_ids", torch.where(where & may, new, self.ids))
 
     def pad(self, count: int, left: bool, like: "AuditBatch") -> "AuditBatch":

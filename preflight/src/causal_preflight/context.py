@@ -24,9 +24,9 @@ NONE_COUNTS = "no logit that counts is left to watch"
 
 @dataclass(frozen=True)
 class Move:
-    """How far logits moved at most, at which slot of the user's batch (-1: at none), in which row.
+    """How far logits moved at most, at which slot of the user's batch (-1: at none).
 
-    `row` counts in the batch that was run, where rows may be repeated.
+    `row` is that of the batch that was run, which may hold a slot several times.
     """
 
     size: float
@@ -67,13 +67,11 @@ class Context:
         self, batch: AuditBatch, train: bool = False, rescaled: bool = False
     ) -> Observation:
         """Loss and logits of a batch, under `weights(rescaled)`; those of `work` are kept."""
-        key = train, rescaled
-        if batch is not self.work or key not in self._observed:
-            seen = self.model.observe(batch, train)
-            if batch is not self.work:
-                return seen
-            self._observed[key] = seen
-        return self._observed[key]
+        if batch is not self.work:
+            return self.model.observe(batch, train)
+        if (train, rescaled) not in self._observed:
+            self._observed[train, rescaled] = self.model.observe(batch, train)
+        return self._observed[train, rescaled]
 
     def counted(self, batch: AuditBatch) -> Tensor:
         """(B, T) bool: real positions with a target, in either mode."""

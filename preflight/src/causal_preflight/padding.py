@@ -68,12 +68,12 @@ def extension(ctx: Context) -> list[Finding]:
     """
     require(ctx.work.has_pad, "no PAD in the batch")
     work, width = ctx.work, ctx.work.ids.shape[1]
-    left, more = bool(work.left_pad.any()) and bool(work.real[:, -1].all()), max(2, width // 4)
+    more = max(2, width // 4)
     require(width > more + 2, "needs rows of five tokens")
     # Cut by as much first: a table of positions may end where the batch does.
     base = work.cols(0, width - more)
     base = base.rows(base.real.any(1).nonzero()[:, 0])
-    longer = base.pad(more, left, work)
+    longer = base.pad(more, work.pads_left, work)
     examined = False
     if not ctx.explained & {"future", "cross_row", "padding", "context", "finite"}:
         if move := ctx.compare(base, longer):

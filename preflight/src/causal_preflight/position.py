@@ -57,12 +57,20 @@ def alone(ctx: Context) -> list[Finding]:
 
 
 def length(ctx: Context) -> list[Finding]:
-    """Rows without their last token: no earlier logit may move, as with an embedded row length."""
+    """The last token of the longest rows becomes PAD: no earlier logit may move.
+
+    An embedding of the row's length moves. Without PAD in the batch, the row ends a column earlier.
+    """
     _require_clean(ctx)
     known = {f.probe for f in ctx.report.findings} & {"extension", "order", "alone"}
     require(not known, "logits depend on padding or row already")
-    require(ctx.work.ids.shape[1] > 2, "needs rows of three tokens")
-    if move := ctx.compare(ctx.work, ctx.work.shortened()):
+    work = ctx.work
+    full = work.unpadded() if work.has_pad else work
+    require(full.ids.shape[1] > 2, "needs rows of three tokens")
+    short = full.cols(0, full.ids.shape[1] - 1)
+    if work.has_pad:
+        short = short.pad(1, work.pads_left, work)
+    if move := ctx.compare(full, short):
         seen = "{where} when the last token of its row is taken away"
         return [ctx.finding("causal", seen, "row length", move)]
     return []

@@ -7,7 +7,7 @@ plain attributes of modules, where some keep a hidden state.
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -114,17 +114,6 @@ def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return value.copy() if type(value) in (list, dict, set) else None
-
-
-def without_compilation() -> AbstractContextManager[Any]:
-    """Context: what `torch.compile` wraps runs eagerly; hooks and new shapes would recompile it."""
-    used = "torch._dynamo" in sys.modules  # else nothing is compiled, and the import takes seconds
-    return torch.compiler.set_stance("force_eager") if used else nullcontext()
-
-
-def is_compiled(modules: list[nn.Module]) -> bool:
-    """Whether any module was passed to `torch.compile`, or compiled in place."""
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
 
 
 @contextmanager

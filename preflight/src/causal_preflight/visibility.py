@@ -38,8 +38,9 @@ Change = Callable[[Context, Setting, Tensor], Tensor]
 
 
 def _swapped(ctx: Context, s: Setting, part: Tensor) -> Tensor:
-    """Logits once the tokens in `part` are swapped for others."""
-    return ctx.model.observe(s.batch.swap(part, ctx.seed), s.train).logits
+    """Logits once `part` is swapped; EOS and BOS too where they cannot separate documents."""
+    special = s.rescaled and not bool(s.batch.doc.max() > 0)
+    return ctx.model.observe(s.batch.swap(part, ctx.seed, special), s.train).logits
 
 
 def find_leak(ctx: Context, settings: Iterable[Setting], changed: Change = _swapped) -> Leak | None:
@@ -90,33 +91,27 @@ def future(ctx: Context) -> list[Finding]:
     require("cross_row" not in ctx.explained, known)
     work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
-    runs = min(width - 1, _CUTS)
-    few = max(2, runs // (3 if work.has_pad else 2))
-    total = runs + 3 * few
-    several = _repeated(ctx, work, _ROWS if work.has_pad else 2 * _ROWS)
-    settings = [Setting(work, False, False, _cuts(work, 0, runs))]  # from likely to unlikely
-    for mode in (True, False), (False, True), (True, True):
-        settings.append(Setting(several, *mode, _cuts(several, runs + few * len(settings), few)))
-    if work.has_pad:
+    runs, pad = min(width - 1, _CUTS), work.has_pad
+    few = max(2, runs // (3 if pad else 2))
+    several = _repeated(ctx, work, _ROWS if pad else 2 * _ROWS)
+    plan = [(work, False, False, runs)]  # from likely to unlikely
+    plan += [(several, *mode, few) for mode in ((True, False), (False, True), (True, True))]
+    if pad:
         full = _repeated(ctx, work.unpadded(), 2 * _ROWS)
-        for both, count in (False, few // 2), (True, few):
-            settings.append(Setting(full, both, both, _cuts(full, total, count)))
-            total += count
-    leak = find_leak(ctx, settings, _swapped_suffix)
+        plan += [(full, False, False, few // 2), (full, True, True, few - few // 4)]
+    settings, tried = list[Setting](), 0
+    for batch, train, rescaled, count in plan:
+        settings.append(Setting(batch, train, rescaled, _cuts(batch, tried, count)))
+        tried += count
+    leak = find_leak(ctx, settings)
     if leak is None:
-        if total < width - 1:
-            ctx.report.sampled.append(f"future: {total} of {width - 1} cuts in each of {rows} rows")
+        if tried < width - 1:
+            ctx.report.sampled.append(f"future: {tried} of {width - 1} cuts in each of {rows} rows")
         return []
     row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
     seen = "{where}, though its target counts, when later tokens are swapped, such as token "
     seen += f"{int(ctx.full.ids[row, t])} at position {t}"
     return leak_finding(ctx, leak, "future", "causal", seen, "mask future")
-
-
-def _swapped_suffix(ctx: Context, s: Setting, part: Tensor) -> Tensor:
-    """Logits with `part` swapped; with rescaled weights, special tokens in it are swapped too."""
-    edited = s.batch.swap(part, ctx.seed, special=s.rescaled)
-    return ctx.model.observe(edited, s.train).logits
 
 
 def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:
@@ -127,7 +122,7 @@ def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:
 
 
 def _cuts(batch: AuditBatch, start: int, runs: int) -> list[Tensor]:
-    """Everything from a cut on, in each row: numbers start to start + runs - 1 of its cuts."""
+    """Everything from a cut on, in each row: numbers `start` and following of its cuts."""
     parts = [torch.zeros_like(batch.real) for _ in range(runs)]
     for b, row in enumerate(batch.real):
         places = row.nonzero()[:, 0].tolist()
@@ -162,7 +157,7 @@ def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
             half, rest = places.tensor_split(2)
             part = torch.zeros_like(part)
             part[b, half] = True
-            seen = ctx.largest_move(s.batch, _swapped_suffix(ctx, s, part), base, hit)
+            seen = ctx.largest_move(s.batch, _swapped(ctx, s, part), base, hit)
             places = half if seen else rest
     return int(s.batch.slot[b, places])
 
@@ -196,14 +191,8 @@ def context(ctx: Context) -> list[Finding]:
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
         hidden = _hidden_by_padding(ctx) if unmoved >= _UNMOVED else None
-        special = own >= 0.5 and unmoved < _UNMOVED and _hidden_special(ctx)
-    if special:
-        token = int(ctx.full.ids.flatten()[special.slot])
-        seen = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key: the "
-        seen += "next logits do not move with it"
-        return [ctx.finding("pad", seen, "by value", special)]
-    if own >= 0.5 and unmoved < _UNMOVED:
-        return []
+        if own >= 0.5 and unmoved < _UNMOVED:
+            return _hidden_special(ctx)
     if hidden:
         ctx.explained.add("padding")
         return [ctx.finding("pad", hidden, "pad keys", move)]
@@ -258,11 +247,11 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
     return own / tried, unmoved / tried, older / tried, Move(unmoved / tried, last)
 
 
-def _hidden_special(ctx: Context) -> Move | None:
+def _hidden_special(ctx: Context) -> list[Finding]:
     """A real EOS or BOS that the next position does not see, though it sees the token before that.
 
-    A swap would show such a token: a mask made by comparing ids hides it only while it is there.
-    So noise is added to its embedding instead.
+    A mask made by comparing ids would show the token that is swapped in for it; so noise is added
+    to its embedding.
     """
     work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).logits
     bound = ctx.bound(base, work.real) * 0.05
@@ -276,13 +265,14 @@ def _hidden_special(ctx: Context) -> Move | None:
     for token in work.special.tolist():
         at = work.has_target & (work.ids == token)
         at &= at.long().cumsum(1) == at.sum(1, keepdim=True)  # the last one of each row
-        hidden = unseen(at, 1) if bool(at.any()) else at
-        if bool(hidden.any()):  # where a document or a block ends, older tokens are unseen as well
-            before = shift_left(hidden & same, False)
-            hidden &= ~same | (before & ~unseen(before, 2)).roll(1, 1)
+        if not (bool(at.any()) and bool((hidden := unseen(at, 1)).any())):
+            continue
+        before = shift_left(hidden & same, False)  # unseen as well where a document or block ends
+        hidden &= ~same | (before & ~unseen(before, 2)).roll(1, 1)
         if bool(hidden.any()):
-            return Move(0.0, int(work.slot[hidden][0]))
-    return None
+            seen = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key"
+            return [ctx.finding("pad", seen, "by value", Move(0.0, int(work.slot[hidden][0])))]
+    return []
 
 
 def _hidden_by_padding(ctx: Context) -> str | None:
