@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .parts import BOS, EOS, Batch, Tiny, ce, feed, full, left, packed, padded, targets
 from .registry import add, add_right, case
 from .right import (
+    Alibi,
     Autocast,
     Prefix,
     Recurrent,
@@ -284,11 +285,10 @@ add("causal", since_eos, "until_eos", case(UntilEos, turns))
 def numbered(seed: int) -> Batch:
     """Packed rows whose attention_mask numbers the documents: 1, 1, 2, 2, 3, and 0 at PAD."""
     b = packed(seed)
-    ids, doc, position = b["input_ids"], b["document_ids"], b["position_ids"]
-    return {"input_ids": ids, "attention_mask": doc + 1, "position_ids": position}
+    return {"input_ids": b["input_ids"], "attention_mask": b["document_ids"] + 1}
 
 
-class Numbered(Tiny):
+class Numbered(Alibi):
     def visible(self, ids: Tensor, mask: Tensor | None, docs: Tensor | None) -> Tensor:
         return super().visible(ids, None, mask)
 
@@ -298,4 +298,4 @@ def of_numbered(model: nn.Module, batch: Batch) -> Tensor:
 
 
 numbered_rows = add_right("numbered_rows", case(Numbered, numbered, of_numbered))
-add("causal", numbered_rows, "numbers_read_as_bool", case(Tiny, numbered, of_numbered))
+add("causal", numbered_rows, "numbers_read_as_bool", case(Alibi, numbered, of_numbered))
