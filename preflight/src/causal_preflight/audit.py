@@ -1,9 +1,12 @@
 """The audit itself: parse the batch, find the logits, run every probe, restore the model."""
 
+import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from causal_preflight import html_page, padding, position, readout, visibility
@@ -22,8 +25,8 @@ _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 PROBES: tuple[Probe, ...] = (
     padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
-    padding.embedding, padding.extension, position.order, position.alone, position.packed,
-    position.decoding, html_page.pictures,
+    padding.embedding, padding.extension, position.order, position.alone, position.length,
+    position.packed, position.decoding, html_page.pictures,
 )  # fmt: skip
 
 
@@ -64,7 +67,13 @@ def preflight(
     full, work = _sampled(parsed, report)
     instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
-    with preserved_random_states():
+    compiled = (
+        "torch._dynamo" in sys.modules
+    )  # hooks and new shapes would compile it anew each time
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+        report.sampled.append("model: it was run without torch.compile")
+    with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
             for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):

@@ -67,6 +67,11 @@ class AuditBatch:
         return (self.real.long().cumsum(1) == 0) & self.real.any(1, keepdim=True)
 
     @cached_property
+    def pads_left(self) -> bool:
+        """Whether PAD lies on the left of the rows, and nowhere on the right."""
+        return bool(self.left_pad.any()) and bool(self.real[:, -1].all())
+
+    @cached_property
     def has_target(self) -> Tensor:
         """(B, T) bool: a real position followed by a real token of the same document."""
         return self.real & (shift_left(self.doc, -1) == self.doc)
@@ -166,14 +171,16 @@ class AuditBatch:
         rows = (self.real == longest).all(1).nonzero()[:, 0]
         return self.rows(rows).cols(*span(longest))
 
-    def swap(self, where: Tensor, seed: int) -> "AuditBatch":
-        """Other ordinary tokens at `where` (B, T); special ids stay."""
+    def swap(self, where: Tensor, seed: int, special: bool = False) -> "AuditBatch":
+        """Other ordinary tokens at `where`; special ids stay, or that of PAD alone."""
         pool = self.ordinary
         require(len(pool) > 1, "fewer than two ordinary tokens to swap among")
         gen = torch.Generator().manual_seed(seed)
         pick = torch.randint(len(pool), self.ids.shape, generator=gen).to(self.ids.device)
         new = torch.where(pool[pick] == self.ids, pool[(pick + 1) % len(pool)], pool[pick])
-        return self.with_tensor("input_ids", torch.where(where & self.swappable, new, self.ids))
+        pad = -1 if self.pad_id is None else self.pad_id  # the loss may tell PAD by its id
+        may = self.swappable | (special & self.real & (self.ids != pad))
+        return self.with_tensor("input_ids", torch.where(where & may, new, self.ids))
 
     def pad(self, count: int, left: bool, like: "AuditBatch") -> "AuditBatch":
         """`count` more columns of PAD on one side, each a copy of a PAD slot of `like`."""

@@ -24,10 +24,14 @@ NONE_COUNTS = "no logit that counts is left to watch"
 
 @dataclass(frozen=True)
 class Move:
-    """How far logits moved at most, and at which slot of the user's batch (-1: at none)."""
+    """How far logits moved at most, at which slot of the user's batch (-1: at none).
+
+    `row` is that of the batch that was run, which may hold a slot several times.
+    """
 
     size: float
     slot: int = -1
+    row: int = 0
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Context:
     report: Report
     explained: set[str] = field(default_factory=set)
     _readouts: dict[bool, Readout] = field(default_factory=dict)
+    _observed: dict[tuple[bool, bool], Observation] = field(default_factory=dict)
 
     def readout(self, train: bool) -> Readout:
         """What the loss trains on the whole batch; cached."""
@@ -53,10 +58,20 @@ class Context:
             self._readouts[train] = self.model.readout(self.full, train)
         return self._readouts[train]
 
-    @cached_property
+    @property
     def base(self) -> Observation:
         """Logits of the unedited `work`, in eval mode."""
-        return self.model.observe(self.work)
+        return self.observe(self.work)
+
+    def observe(
+        self, batch: AuditBatch, train: bool = False, rescaled: bool = False
+    ) -> Observation:
+        """Loss and logits of a batch, under `weights(rescaled)`; those of `work` are kept."""
+        if batch is not self.work:
+            return self.model.observe(batch, train)
+        if (train, rescaled) not in self._observed:
+            self._observed[train, rescaled] = self.model.observe(batch, train)
+        return self._observed[train, rescaled]
 
     def counted(self, batch: AuditBatch) -> Tensor:
         """(B, T) bool: real positions with a target, in either mode."""
@@ -89,12 +104,12 @@ class Context:
         size = float(change.max())
         if not size > self.bound(old, watch) * (_RESHAPED if reshaped else 1.0):
             return None
-        return Move(size, int(batch.slot.flatten()[change.argmax()]))
+        at = int(change.argmax())
+        return Move(size, int(batch.slot.flatten()[at]), at // change.shape[1])
 
     def compare(self, batch: AuditBatch, other: AuditBatch) -> Move | None:
         """The largest move of a counted logit between two batches that share slots."""
-        a = self.base if batch is self.work else self.model.observe(batch)
-        b = self.model.observe(other)
+        a, b = self.observe(batch), self.model.observe(other)
         made = a.made.flatten().nonzero()[:, 0]
         index_of_slot = batch.slot.new_full((self.full.slot.numel() + 1,), -1)
         index_of_slot[batch.slot.flatten()[made]] = made

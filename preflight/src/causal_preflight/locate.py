@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from causal_preflight.batch import IGNORE, AuditBatch
 
@@ -157,3 +158,26 @@ def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Te
     if slots.shape[1] < total:
         raise RuntimeError("the positions of the logits are unknown")
     return list(slots[:, :total].split(widths, 1))
+
+
+class EmbeddingNoise(TorchFunctionMode):
+    """Adds noise to the looked-up vectors of chosen slots; EOS or the head may share the table."""
+
+    def __init__(self, batch: AuditBatch, where: Tensor, seed: int) -> None:
+        super().__init__()
+        self.batch, self.where, self.seed, self.hits = batch, where, seed, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name not in ("embedding", "__getitem__") or not isinstance(out, Tensor):
+            return out
+        for _, t in iter_tensors((args[1:] if name == "__getitem__" else args, kwargs), 3):
+            slots = locate(t, self.batch, set())
+            if slots is not None and out.is_floating_point() and out.shape[:-1] == t.shape:
+                hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape)
+                self.hits += int(hit.sum())
+                gen = torch.Generator().manual_seed(self.seed)
+                noise = torch.randn(out.shape, generator=gen).to(out) * hit[..., None]
+                return out + noise * out.detach().float().std().clamp_min(0.1).to(out)
+        return out

@@ -1,14 +1,11 @@
 """Probes of PAD: nothing at a PAD slot may move the loss or the logits of a real token."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from causal_preflight.batch import AuditBatch, require
+from causal_preflight.batch import require
 from causal_preflight.context import NONE_COUNTS, Context, Move
-from causal_preflight.locate import iter_tensors, locate
+from causal_preflight.locate import EmbeddingNoise
 from causal_preflight.report import Finding
 from causal_preflight.visibility import Setting, find_leak, leak_finding
 
@@ -42,29 +39,6 @@ def finite(ctx: Context) -> list[Finding]:
     return [ctx.finding("causal", seen, "mask future", move)]
 
 
-class _EmbeddingNoise(TorchFunctionMode):
-    """Adds noise to the looked-up vectors of chosen slots; EOS or the head may share the table."""
-
-    def __init__(self, batch: AuditBatch, where: Tensor, seed: int) -> None:
-        super().__init__()
-        self.batch, self.where, self.seed, self.hits = batch, where, seed, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name not in ("embedding", "__getitem__") or not isinstance(out, Tensor):
-            return out
-        for _, t in iter_tensors((args[1:] if name == "__getitem__" else args, kwargs), 3):
-            slots = locate(t, self.batch, set())
-            if slots is not None and out.is_floating_point() and out.shape[:-1] == t.shape:
-                hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape)
-                self.hits += int(hit.sum())
-                gen = torch.Generator().manual_seed(self.seed)
-                noise = torch.randn(out.shape, generator=gen).to(out) * hit[..., None]
-                return out + noise * out.detach().float().std().clamp_min(0.1).to(out)
-        return out
-
-
 def embedding(ctx: Context) -> list[Finding]:
     """Add noise to the embedding of PAD: the logits of real tokens must not move."""
     work = ctx.work
@@ -76,7 +50,7 @@ def embedding(ctx: Context) -> list[Finding]:
     require(sides, "a causal leak was found, which explains a dependence on PAD on the right")
 
     def changed(ctx: Context, s: Setting, part: Tensor) -> Tensor:
-        with _EmbeddingNoise(s.batch, part, ctx.seed) as noise:
+        with EmbeddingNoise(s.batch, part, ctx.seed) as noise:
             logits = ctx.model.observe(s.batch, s.train).logits
         require(noise.hits, "the lookup of the embeddings was not found")
         return logits
@@ -94,12 +68,12 @@ def extension(ctx: Context) -> list[Finding]:
     """
     require(ctx.work.has_pad, "no PAD in the batch")
     work, width = ctx.work, ctx.work.ids.shape[1]
-    left, more = bool(work.left_pad.any()) and bool(work.real[:, -1].all()), max(2, width // 4)
+    more = max(2, width // 4)
     require(width > more + 2, "needs rows of five tokens")
     # Cut by as much first: a table of positions may end where the batch does.
     base = work.cols(0, width - more)
     base = base.rows(base.real.any(1).nonzero()[:, 0])
-    longer = base.pad(more, left, work)
+    longer = base.pad(more, work.pads_left, work)
     examined = False
     if not ctx.explained & {"future", "cross_row", "padding", "context", "finite"}:
         if move := ctx.compare(base, longer):

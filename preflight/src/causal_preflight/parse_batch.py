@@ -110,10 +110,16 @@ def _pad_by_labels(raw: dict[str, Any]) -> int | None:
 
 
 def _documents(raw: dict[str, Any], real: Tensor) -> Tensor:
-    """(B, T): document_ids; else a position that restarts inside a row begins a new document."""
+    """(B, T): document_ids, or an attention_mask of 1, 1, 2, 2, 3 that numbers the documents.
+
+    Else a position that restarts inside a row begins a new document.
+    """
     doc, position = torch.zeros_like(real, dtype=torch.long), raw.get("position_ids")
+    mask = raw.get("attention_mask")
     if isinstance(raw.get("document_ids"), Tensor):
         doc = raw["document_ids"].long()
+    elif isinstance(mask, Tensor) and mask.shape == real.shape and int(mask.max()) > 1:
+        doc = mask.long() - 1
     elif isinstance(position, Tensor) and position.shape == real.shape:
         pair = real[:, 1:] & real[:, :-1]
         on = position[:, 1:] == position[:, :-1] + 1

@@ -50,9 +50,29 @@ def alone(ctx: Context) -> list[Finding]:
             continue
         if move := ctx.compare(work, work.rows([b])):
             return [ctx.finding("pad", _BESIDE, "pad keys", move)]
-        if move := ctx.compare(work, work.unpadded_row(b)):
+        if pads[b] and (move := ctx.compare(work, work.unpadded_row(b))):
             seen = f"{{where}} when its {int(pads[b])} PAD tokens are removed"
             return [ctx.finding("position", seen, "positions", move)]
+    return []
+
+
+def length(ctx: Context) -> list[Finding]:
+    """The last token of the longest rows becomes PAD: no earlier logit may move.
+
+    An embedding of the row's length moves. Without PAD in the batch, the row ends a column earlier.
+    """
+    _require_clean(ctx)
+    known = {f.probe for f in ctx.report.findings} & {"extension", "order", "alone"}
+    require(not known, "logits depend on padding or row already")
+    work = ctx.work
+    full = work.unpadded() if work.has_pad else work
+    require(full.ids.shape[1] > 2, "needs rows of three tokens")
+    short = full.cols(0, full.ids.shape[1] - 1)
+    if work.has_pad:
+        short = short.pad(1, work.pads_left, work)
+    if move := ctx.compare(full, short):
+        seen = "{where} when the last token of its row is taken away"
+        return [ctx.finding("causal", seen, "row length", move)]
     return []
 
 
@@ -67,7 +87,8 @@ def packed(ctx: Context) -> list[Finding]:
 
     def as_first(b: int, name: str, v: Tensor) -> Tensor:
         """Numbered and placed like the first document of row b."""
-        moves = name in ("position_ids", "document_ids", "doc")
+        numbers = ("position_ids", "document_ids", "attention_mask", "doc")
+        moves = name in numbers and v.ndim == 2 and v.dtype != torch.bool
         return v - v[:, :1] + own[name][b, first[b]] if moves else v
 
     for b, d in later[:3]:

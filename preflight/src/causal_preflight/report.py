@@ -18,9 +18,11 @@ REMEDIES = {
     "rows": "no layer may mix rows: check batch_first, BatchNorm, and views that merge axes",
     "documents": "attend only where document_ids[i] == document_ids[j]; or pack without documents",
     "pad keys": "hide PAD keys from real queries; check what True means in the layer's mask",
+    "by value": "tell PAD by mask or length, not by an id that real tokens have too",
     "no key": "leave every query at least one key, if only itself, also at PAD",
     "positions": "count positions 0, 1, 2, ... from the first real token of each document",
     "length": "count positions from the first real token; use the padded length nowhere",
+    "row length": "let no feature of a position depend on how many tokens follow in its row",
     "axis": "index positions along time, not along the batch (check batch_first)",
     "cache": "offset positions and masks by the length of what is cached already",
 }

@@ -5,17 +5,23 @@ settings that catch what others miss: train mode, nothing padded, rescaled weigh
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.batch import AuditBatch, UnexaminableError, require
+from causal_preflight.batch import AuditBatch, UnexaminableError, require, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
+from causal_preflight.locate import EmbeddingNoise
 from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding
 
 _UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
+_CUTS = 12  # cuts a row that are tried first; in each further setting fewer
+_ROWS = 4  # rows with a cut of their own in one run; fewer rows are repeated
+_MAX_LOGITS = 2**26  # logits of repeated rows
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class Setting(NamedTuple):
@@ -32,8 +38,9 @@ Change = Callable[[Context, Setting, Tensor], Tensor]
 
 
 def _swapped(ctx: Context, s: Setting, part: Tensor) -> Tensor:
-    """Logits once the tokens in `part` are swapped for others."""
-    return ctx.model.observe(s.batch.swap(part, ctx.seed), s.train).logits
+    """Logits once `part` is swapped; EOS and BOS too where they cannot separate documents."""
+    special = s.rescaled and not bool(s.batch.doc.max() > 0)
+    return ctx.model.observe(s.batch.swap(part, ctx.seed, special), s.train).logits
 
 
 def find_leak(ctx: Context, settings: Iterable[Setting], changed: Change = _swapped) -> Leak | None:
@@ -41,7 +48,7 @@ def find_leak(ctx: Context, settings: Iterable[Setting], changed: Change = _swap
     watched = False
     for s in settings:
         with ctx.weights(s.rescaled):
-            base = ctx.model.observe(s.batch, s.train).logits
+            base = ctx.observe(s.batch, s.train, s.rescaled).logits
             for part in s.parts:
                 watch = ctx.counted(s.batch) & ~part
                 watched = watched or bool(watch.any())
@@ -78,23 +85,28 @@ def cross_row(ctx: Context) -> list[Finding]:
 def future(ctx: Context) -> list[Finding]:
     """No counted logit may move with a later token of its row.
 
-    All tokens from a cut on are swapped at once, with another cut in each row.
+    All tokens from a cut on are swapped at once, with another cut in each row and each run.
     """
     known = "rows see each other, so the future cannot be told from other rows"
     require("cross_row" not in ctx.explained, known)
     work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
-    runs = min(width - 1, max(6, min(12, 256 // width)))
-    few = _cuts(work, max(2, runs // 3))
-    settings = [Setting(work, False, False, _cuts(work, runs))]  # from likely to unlikely
-    settings += [Setting(work, *mode, few) for mode in ((True, False), (False, True), (True, True))]
-    if work.has_pad:
-        full = work.unpadded()
-        settings += [Setting(full, both, both, _cuts(full, len(few))) for both in (False, True)]
+    runs, pad = min(width - 1, _CUTS), work.has_pad
+    few = max(2, runs // (3 if pad else 2))
+    several = _repeated(ctx, work, _ROWS if pad else 2 * _ROWS)
+    plan = [(work, False, False, runs)]  # from likely to unlikely
+    plan += [(several, *mode, few) for mode in ((True, False), (False, True), (True, True))]
+    if pad:
+        full = _repeated(ctx, work.unpadded(), 2 * _ROWS)
+        plan += [(full, False, False, few // 2), (full, True, True, few - few // 4)]
+    settings, tried = list[Setting](), 0
+    for batch, train, rescaled, count in plan:
+        settings.append(Setting(batch, train, rescaled, _cuts(batch, tried, count)))
+        tried += count
     leak = find_leak(ctx, settings)
     if leak is None:
-        if runs < width - 1:
-            ctx.report.sampled.append(f"future: {runs} of {width - 1} cuts in each of {rows} rows")
+        if tried < width - 1:
+            ctx.report.sampled.append(f"future: {tried} of {width - 1} cuts in each of {rows} rows")
         return []
     row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
     seen = "{where}, though its target counts, when later tokens are swapped, such as token "
@@ -102,25 +114,45 @@ def future(ctx: Context) -> list[Finding]:
     return leak_finding(ctx, leak, "future", "causal", seen, "mask future")
 
 
-def _cuts(batch: AuditBatch, runs: int) -> list[Tensor]:
-    """Everything from a cut on, for cuts that are spread over the real tokens of each row."""
+def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:
+    """The batch with its rows repeated, for cuts at several places of a row in one run."""
+    rows, size = len(batch.ids), ctx.base.logits[0].numel()
+    wanted = min(wanted, _MAX_LOGITS // size)
+    return batch if rows >= wanted else batch.rows([i % rows for i in range(wanted)])
+
+
+def _cuts(batch: AuditBatch, start: int, runs: int) -> list[Tensor]:
+    """Everything from a cut on, in each row: numbers `start` and following of its cuts."""
     parts = [torch.zeros_like(batch.real) for _ in range(runs)]
     for b, row in enumerate(batch.real):
-        places = row.nonzero()[:, 0]
-        for i, part in enumerate(parts if len(places) > 1 else ()):
-            at = (i + (b + 1) / len(batch.real)) / runs  # in (0, 1]: the last token comes last
-            cut = max(1, min(len(places) - 1, round(at * (len(places) - 1))))
-            part[b, int(places[cut]) :] = True
+        places = row.nonzero()[:, 0].tolist()
+        order = _cut_order(len(places) - 1, len(row), b, len(batch.real))
+        for i, part in enumerate(parts if order else ()):
+            part[b, places[order[(start + i) % len(order)]] :] = True
     return parts
+
+
+@cache
+def _cut_order(count: int, width: int, b: int, rows: int) -> list[int]:
+    """The cuts 1 to `count` of row b, such that those of all rows are spread however few are tried.
+
+    First come powers of two, their neighbors, and multiples of 64, dealt out to the rows: sinks,
+    windows and chunks begin and end there. Then places by multiples of the golden ratio, of which
+    any stretch is spread evenly, and last what is left.
+    """
+    edges = {2**k + d for k in range(width.bit_length()) for d in (-1, 0, 1)}
+    mine = sorted(edges | {*range(64, width, 64)})[b::rows]
+    spread = (1 + int((i * rows + b) * _GOLDEN % 1 * count) for i in range(count))
+    every = dict.fromkeys([*mine, *spread, *range(1, count + 1)])
+    return [c for c in every if 1 <= c <= count]
 
 
 def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
     """The slot of one token that moved it: halve the swapped part of its row until one is left."""
-    hit = s.batch.slot == move.slot
-    b = int(hit.any(1).long().argmax())
+    hit, b = s.batch.slot == move.slot, move.row
     places = part[b].nonzero()[:, 0]
     with ctx.weights(s.rescaled):
-        base = ctx.model.observe(s.batch, s.train).logits
+        base = ctx.observe(s.batch, s.train, s.rescaled).logits
         while len(places) > 1:
             half, rest = places.tensor_split(2)
             part = torch.zeros_like(part)
@@ -159,8 +191,8 @@ def context(ctx: Context) -> list[Finding]:
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
         hidden = _hidden_by_padding(ctx) if unmoved >= _UNMOVED else None
-    if own >= 0.5 and unmoved < _UNMOVED:
-        return []
+        if own >= 0.5 and unmoved < _UNMOVED:
+            return _hidden_special(ctx)
     if hidden:
         ctx.explained.add("padding")
         return [ctx.finding("pad", hidden, "pad keys", move)]
@@ -184,7 +216,7 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
 
     If the next one does not, the position after it is tried: it may begin a block of attention.
     """
-    base = ctx.model.observe(batch).logits
+    base = ctx.observe(batch, rescaled=True).logits
     bound = ctx.bound(base, batch.real) * 0.05
     finite = torch.isfinite(base).any(-1)
     ok = batch.swappable & batch.has_target & finite
@@ -215,11 +247,39 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
     return own / tried, unmoved / tried, older / tried, Move(unmoved / tried, last)
 
 
+def _hidden_special(ctx: Context) -> list[Finding]:
+    """A real EOS or BOS that the next position does not see, though it sees the token before that.
+
+    A mask made by comparing ids would show the token that is swapped in for it; so noise is added
+    to its embedding.
+    """
+    work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).logits
+    bound = ctx.bound(base, work.real) * 0.05
+    same = shift_left(work.doc.flip(1), -1).flip(1) == work.doc  # as the token before
+
+    def unseen(part: Tensor, later: int) -> Tensor:
+        with EmbeddingNoise(work, part, ctx.seed) as noise:
+            change = moved(ctx.model.observe(work).logits, base)
+        return part & (change.roll(-later, 1) <= bound) & (noise.hits > 0)
+
+    for token in work.special.tolist():
+        at = work.has_target & (work.ids == token)
+        at &= at.long().cumsum(1) == at.sum(1, keepdim=True)  # the last one of each row
+        if not (bool(at.any()) and bool((hidden := unseen(at, 1)).any())):
+            continue
+        before = shift_left(hidden & same, False)  # unseen as well where a document or block ends
+        hidden &= ~same | (before & ~unseen(before, 2)).roll(1, 1)
+        if bool(hidden.any()):
+            seen = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key"
+            return [ctx.finding("pad", seen, "by value", Move(0.0, int(work.slot[hidden][0])))]
+    return []
+
+
 def _hidden_by_padding(ctx: Context) -> str | None:
     """What is seen once attention_mask is inverted, or nothing is padded; None: neither helps."""
     work, mask = ctx.work, ctx.work.raw.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == work.ids.shape:
-        inverted = work.with_tensor("attention_mask", (1 - mask.long()).to(mask))
+        inverted = work.with_tensor("attention_mask", (mask == 0).to(mask))
         if _dependence(ctx, inverted)[1] < _UNMOVED:
             return "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
     if work.has_pad and _dependence(ctx, work.unpadded())[1] < _UNMOVED:

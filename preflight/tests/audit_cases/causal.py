@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Batch, Tiny, packed, padded
+from .parts import BOS, EOS, Batch, Tiny, ce, feed, full, left, packed, padded, targets
 from .registry import add, add_right, case
 from .right import (
+    Alibi,
     Autocast,
     Prefix,
     Recurrent,
@@ -200,6 +201,48 @@ class Faint(Tiny):
         return z + 2e-4 * z.mean(1, keepdim=True)
 
 
+class LengthEmbedded(Tiny):
+    """Adds an embedding of the number of real tokens: those of the row, or those seen so far."""
+
+    running = False
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **k: Any) -> Tensor:
+        seen = attention_mask.cumsum(1)
+        self.length = seen if self.running else seen[:, -1:].expand_as(seen)
+        return super().forward(input_ids, attention_mask, **k)
+
+    def positions(self, ids: Tensor, given: Tensor | None) -> Tensor:
+        return super().positions(ids, given) + self.pos(self.length)
+
+
+class RunningLength(LengthEmbedded):
+    running = True
+
+
+class UntilEos(Tiny):
+    """Counts the tokens down to the next EOS, or up from the last one."""
+
+    down = True
+
+    def positions(self, ids: Tensor, given: Tensor | None) -> Tensor:
+        at = torch.arange(ids.shape[1]).expand_as(ids)
+        if self.down:
+            ends = torch.where(ids == EOS, at, ids.shape[1])
+            return self.pos(ends.flip(1).cummin(1).values.flip(1) - at)
+        return self.pos(at - torch.where(ids == EOS, at, 0).cummax(1).values)
+
+
+class SinceEos(UntilEos):
+    down = False
+
+
+def turns(seed: int) -> Batch:
+    """A stream with an EOS inside each row, as chats have them."""
+    ids = full(seed)["input_ids"]
+    ids[:, 0], ids[:, 4], ids[:, 9] = BOS, EOS, EOS
+    return {"input_ids": ids}
+
+
 def _positioned(b: Batch) -> Batch:
     return {**b, "position_ids": (b["attention_mask"].cumsum(1) - 1).clamp_min(0)}
 
@@ -230,3 +273,29 @@ add("causal", packed_rows, "across_packed", case(AcrossDocuments, packed))
 add("causal", zero_init, "zero_init_leak", case(ZeroOpen))
 add("causal", gru, "gru_both_ways", case(lambda: Recurrent(both=True)))
 add("causal", bf16, "bf16_open", case(type("A", (Autocast, Open), {})))
+
+running_length = add_right("running_length", case(RunningLength))
+running_left = add_right("running_length_left", case(RunningLength, left))
+since_eos = add_right("since_eos", case(SinceEos, turns))
+add("causal", running_length, "length_embedded", case(LengthEmbedded))
+add("causal", running_left, "length_embedded_left", case(LengthEmbedded, left))
+add("causal", since_eos, "until_eos", case(UntilEos, turns))
+
+
+def numbered(seed: int) -> Batch:
+    """Packed rows whose attention_mask numbers the documents: 1, 1, 2, 2, 3, and 0 at PAD."""
+    b = packed(seed)
+    return {"input_ids": b["input_ids"], "attention_mask": b["document_ids"] + 1}
+
+
+class Numbered(Alibi):
+    def visible(self, ids: Tensor, mask: Tensor | None, docs: Tensor | None) -> Tensor:
+        return super().visible(ids, None, mask)
+
+
+def of_numbered(model: nn.Module, batch: Batch) -> Tensor:
+    return ce(feed(model, batch), targets({**batch, "document_ids": batch["attention_mask"] - 1}))
+
+
+numbered_rows = add_right("numbered_rows", case(Numbered, numbered, of_numbered))
+add("causal", numbered_rows, "numbers_read_as_bool", case(Alibi, numbered, of_numbered))

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parts import Batch, Tiny, ce, feed, left, targets
-from .registry import add, case
+from .causal import since_eos, turns
+from .parts import EOS, Batch, Tiny, ce, feed, left, padded, targets
+from .registry import add, add_right, case
 from .right import (
     Recurrent,
     gru,
@@ -15,6 +16,7 @@ from .right import (
     right_moe,
     right_smoothing,
     right_z,
+    shared_id,
     z_loss,
 )
 
@@ -88,3 +90,32 @@ add("pad", left_padded, "fully_masked_query", case(NoSelf, left))
 add("pad", left_padded, "mask_tiled_wrongly", case(Tiled, left))
 add("pad", plain, "mask_tiled_wrongly_right", case(Tiled))
 add("pad", gru, "gru_left_pad", case(Recurrent, left))
+
+
+class ByValue(Tiny):
+    """Hides every key whose id is that of PAD, which is that of EOS too."""
+
+    def visible(self, ids: Tensor, mask: Tensor | None, docs: Tensor | None) -> Tensor:
+        return super().visible(ids, (ids != EOS).long(), docs)
+
+
+class Split(Tiny):
+    """Documents end at each EOS: nothing before it is seen after it, which is right."""
+
+    def visible(self, ids: Tensor, mask: Tensor | None, docs: Tensor | None) -> Tensor:
+        ended = (ids == EOS).long().cumsum(1) - (ids == EOS).long()
+        return super().visible(ids, None, ended)
+
+
+def chat(seed: int) -> Batch:
+    """Turns that each end in EOS, which is PAD as well."""
+    b = padded(seed, pad=EOS)
+    ids = b["input_ids"].clone()
+    ids[:, 4] = EOS
+    return {**b, "input_ids": ids, "labels": ids.masked_fill(b["attention_mask"] == 0, -100)}
+
+
+by_length = add_right("pad_by_length", case(batch=chat, **shared_id))
+add_right("split_at_eos", case(Split, turns))
+add("pad", by_length, "eos_hidden_by_value", case(ByValue, chat, **shared_id))
+add("pad", since_eos, "eos_hidden_in_stream", case(ByValue, turns))
