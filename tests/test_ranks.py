@@ -1,13 +1,20 @@
 """Two ranks train and measure what one does, and do not mix the jobs of a sweep."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from causal_lm import config
 from causal_lm.build import instantiate
+from causal_lm.checkpoint_file import read_checkpoint
 from causal_lm.report.files import MARKER
 from support import command
 from support.runs import SHORT
@@ -76,3 +83,44 @@ def test_a_failing_rank_says_one_line(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: preflight found pad") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_is_killed_ends_the_other(rank, tmp_path):
+    """By SIGKILL, in the middle of training; without a checkpoint being lost."""
+    command_line = [
+        sys.executable, "train.py", *SHORT, "trainer=ddp", "trainer.accelerator=cpu",
+        "trainer.devices=2", "trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=5",
+        "trainer.val_check_interval=100000", f"hydra.run.dir={tmp_path}",
+    ]  # fmt: skip
+    first = subprocess.Popen(command_line, stderr=subprocess.PIPE, start_new_session=True)
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    _wait(checkpoint.exists, 120)
+    ranks = {"0": first.pid, "1": _second_rank(first.pid)}
+    os.kill(ranks[rank], signal.SIGKILL)
+    first.communicate(timeout=60)
+    assert first.returncode != 0
+    _wait(lambda: not Path(f"/proc/{ranks['1']}").exists(), 60)
+    assert read_checkpoint(checkpoint)["global_step"] % 5 == 0
+
+
+def _wait(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def _second_rank(first):
+    """Process number of the other rank, which the first one has started."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            is_rank = b"LOCAL_RANK=1" in (process / "environ").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if parent == first and is_rank:
+            return int(process.name)
+    raise AssertionError("there is no second rank")
