@@ -38,7 +38,6 @@ class HuggingFaceDataset(FileReader):
         if self.val_split or self.val_path:
             val = (self.val_path or self.path, self.val_split or self.split, True)
             self.splits = [val, (self.path, self.split, False)]
-            self.has_separate_val = True
         if self.val_split and not self.val_path and _local(self.path).is_file():
             what = f"{self.path} is a file and has no splits; set data.val_path"
             raise ValueError(f"data.val_split={self.val_split}: {what}")

@@ -25,10 +25,6 @@ class TextFiles(FileReader):
     val_path: str | None = None  # the same, for validation; None: val_share of the documents, or
     # the last part of the text where there is one document only
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.has_separate_val = bool(self.val_path)
-
     @functools.cached_property
     def files(self) -> tuple[list[Path], list[Path]]:
         """The files of ``path`` and of ``val_path``. Raises FileNotFoundError for none, ValueError
