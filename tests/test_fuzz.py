@@ -218,8 +218,8 @@ def test_any_texts_become_batches_that_keep_every_target(n):
 
     @fuzz(n, st.lists(texts, min_size=1, max_size=8), st.integers(3, 12), st.sampled_from(layouts))
     def check(documents, max_length, layout):
-        chunk = Chunk([(text,) for text in documents], False, False, None)
-        tokenized = tokenize(chunk, tokenizer, 0.5, False)
+        chunk = Chunk([(text,) for text in documents], False, 0.0, None)
+        tokenized = tokenize(chunk, tokenizer)
         with tempfile.TemporaryDirectory() as name:
             folder, other = Path(name), Chunk([("held out",)], False, True, None)
             chunks = [tokenized, tokenize(other, tokenizer, 0.5, False)]

@@ -1,9 +1,9 @@
 """Tokenize chunks of text, in this process or in several."""
 
 import collections
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -73,14 +73,18 @@ def tokenize_chunks(
         tokenizer: Any = from_state(state)  # a TextTokenizer
         yield from (tokenize(chunk, tokenizer) for chunk in chunks)
         return
-    with multiprocessing.Pool(processes, _start_worker, (state,)) as pool:
-        waiting: collections.deque = collections.deque()
-        for chunk in chunks:
-            waiting.append(pool.apply_async(_tokenize_in_worker, (chunk,)))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+    # multiprocessing.Pool may hang where a process ends early, or where a signal ends this one.
+    with ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(state,)) as pool:
+        waiting = collections.deque[Future[TokenizedChunk]]()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_tokenize_in_worker, chunk))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(state: dict[str, Any]) -> None:
