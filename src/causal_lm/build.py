@@ -40,8 +40,9 @@ LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 """``loss.chunk_tokens=auto``: from this vocabulary size on, chunks of this many tokens."""
 
 
-def import_object(name: str) -> Any:
-    """The class or function of a dotted name, or ValueError; Hydra's would log a traceback."""
+def import_object(name: str, key: str) -> Any:
+    """The class or function of a dotted name; ConfigError, with the ``key`` that names it, where
+    there is none. (Hydra's own function logs a traceback.)"""
     try:
         try:
             return pkgutil.resolve_name(name)
@@ -49,16 +50,13 @@ def import_object(name: str) -> Any:
             importlib.import_module(name.rpartition(".")[0])
             raise
     except Exception as error:
-        raise ValueError(f"{name} cannot be imported: {error}") from error
+        raise ConfigError(f"{key}: {name} cannot be imported: {error}") from error
 
 
 def find_target(node: DictConfig) -> Any:
     """The class or function that ``node._target_`` names. Raises ConfigError where there is none,
     or where it does not take a key of the node."""
-    try:
-        target = import_object(node._target_)
-    except ValueError as error:
-        raise ConfigError(f"{node._get_full_key('_target_')}: {error}") from error
+    target = import_object(node._target_, node._get_full_key("_target_"))
     try:
         parameters = dict(inspect.signature(target).parameters)
     except ValueError:  # built-ins may have no signature
@@ -224,7 +222,7 @@ def make_stored_model(
     if _names_code(options) or (target in OWN_MODELS and options.get("init_from")):
         raise ValueError("one of its options names code or files to load")
     names = [target] if target in OWN_MODELS else list(trust)
-    classes = {name: import_object(name) for name in names}
+    classes = {name: import_object(name, "--trust") for name in names}
     for kind in list(classes.values()):  # the checkpoint may name it by its own module
         classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:

@@ -247,14 +247,13 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 def _check_combinations(v: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` for the first values that do not go together."""
-    is_rotary = bool(v.get("model.n_kv_heads"))
-    for whole, part, is_even, why in (
-        ("model.d_model", "model.n_heads", False, "all heads have the same width"),
-        ("model.d_model", "model.n_heads", is_rotary, "rotary heads cannot have an odd width"),
-        ("model.n_heads", "model.n_kv_heads", False, "query heads share them evenly"),
+    width = 2 if v.get("model.n_kv_heads") else 1  # rotary heads cannot have an odd width
+    for whole, part, times, why in (
+        ("model.d_model", "model.n_heads", width, "all heads have the same width"),
+        ("model.n_heads", "model.n_kv_heads", 1, "query heads share them evenly"),
     ):
-        if v.get(whole) and v.get(part) and v[whole] % (2 * v[part] if is_even else v[part]):
-            factor = f"{'2 times ' if is_even else ''}{part}={v[part]}"
+        if v.get(whole) and v.get(part) and v[whole] % (times * v[part]):
+            factor = f"{f'{times} times ' if times > 1 else ''}{part}={v[part]}"
             raise ConfigError(f"{whole}={v[whole]} must be a multiple of {factor}: {why}")
     for low, high, room, why in (
         ("data.max_length", "model.max_positions", 0, "positions of a row"),
