@@ -140,9 +140,10 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, windows: Documents, sampler: DocumentSampler) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
-        row_length = self.max_length if self.layout == "packed" else None
-        layout: dict[str, Any] = {"padding_side": self.padding_side, "row_length": row_length}
-        collate = Collate(tokenizer.pad_id, tokenizer.vocab_size, **layout)
+        collate = Collate(
+            tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
+            row_length=self.max_length if self.layout == "packed" else None,
+        )  # fmt: skip
         return DataLoader(
             windows,  # type: ignore[arg-type]  # the collator turns documents into a Batch
             batch_size=self.batch_size,
