@@ -59,8 +59,7 @@ class TextFiles(FileReader):
 
 def _start_of_last_part(path: Path, fraction: float) -> int:
     """The start of a line, or else of a UTF-8 character, after which about ``fraction`` is left."""
-    compressed = path.suffix.lower() in file_io.COMPRESSIONS
-    size = sum(map(len, file_io.read_blocks(path))) if compressed else path.stat().st_size
+    size = sum(map(len, file_io.read_blocks(path)))  # decompressed
     cut = int(size * (1 - fraction))
     with file_io.open_bytes(path) as file:
         file.seek(cut)
