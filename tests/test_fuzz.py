@@ -218,11 +218,11 @@ def test_any_texts_become_batches_that_keep_every_target(n):
 
     @fuzz(n, st.lists(texts, min_size=1, max_size=8), st.integers(3, 12), st.sampled_from(layouts))
     def check(documents, max_length, layout):
-        chunk = Chunk([(text,) for text in documents], False, False, None)
-        tokenized = tokenize(chunk, tokenizer, 0.5, False)
+        chunk = Chunk([(text,) for text in documents], False, 0.0, None)
+        tokenized = tokenize(chunk, tokenizer)
         with tempfile.TemporaryDirectory() as name:
-            folder, other = Path(name), Chunk([("held out",)], False, True, None)
-            chunks = [tokenized, tokenize(other, tokenizer, 0.5, False)]
+            folder, other = Path(name), Chunk([("held out",)], False, 1.0, None)
+            chunks = [tokenized, tokenize(other, tokenizer)]
             assert token_cache.write_corpus(folder, chunks, "uint16") == [len(documents), 1]
             token_cache.write_about(folder, {"dtype": "uint16"})
             assert token_cache.find_damage(folder) == ""

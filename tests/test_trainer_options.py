@@ -6,7 +6,7 @@ import math
 import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
-from causal_lm import config
+from causal_lm import build, config
 from support.runs import SHORT, short_run
 
 PLAIN = ["val/loss", "train/loss", "val/ppl_over_floor", "checkpoint/best"]
@@ -52,6 +52,13 @@ def test_shortened_runs_end_with_all_figures(word, steps, tmp_path):
 def test_what_makes_no_run_is_refused_by_key(key, value):
     with pytest.raises(config.ConfigError, match=rf"trainer\.{key} must be"):
         config.load([*SHORT, f"++trainer.{key}={value}"])
+
+
+def test_a_misspelled_key_is_refused_before_the_data_are_loaded(monkeypatch):
+    monkeypatch.setattr(build, "instantiate", None)  # nothing is made
+    cfg = config.load([*SHORT, "+trainer.fast_dev_runn=true"])
+    with pytest.raises(config.ConfigError, match=r"trainer\.fast_dev_runn.*trainer\.fast_dev_run'"):
+        build.prepare(cfg)
 
 
 def test_every_strategy_of_lightning_is_a_valid_name():

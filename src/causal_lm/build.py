@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from causal_lm import extras
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
 from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown_key
 from causal_lm.data.datamodule import DataModule
@@ -39,8 +40,9 @@ LARGE_VOCABULARY, CHUNK_TOKENS = 8192, 256
 """``loss.chunk_tokens=auto``: from this vocabulary size on, chunks of this many tokens."""
 
 
-def import_object(name: str) -> Any:
-    """The class or function of a dotted name, or ValueError; Hydra's would log a traceback."""
+def import_object(name: str, key: str) -> Any:
+    """The class or function of a dotted name; ConfigError, with the ``key`` that names it, where
+    there is none. (Hydra's own function logs a traceback.)"""
     try:
         try:
             return pkgutil.resolve_name(name)
@@ -48,19 +50,13 @@ def import_object(name: str) -> Any:
             importlib.import_module(name.rpartition(".")[0])
             raise
     except Exception as error:
-        raise ValueError(f"{name} cannot be imported: {error}") from error
+        raise ConfigError(f"{key}: {name} cannot be imported: {error}") from error
 
 
-def instantiate(node: DictConfig, **more: Any) -> Any:
-    """Make the object that ``node._target_`` names; ``more`` are further arguments.
-
-    Raises:
-        ConfigError: there is no such target, or it does not take a key of the node.
-    """
-    try:
-        target = import_object(node._target_)
-    except ValueError as error:
-        raise ConfigError(f"{node._get_full_key('_target_')}: {error}") from error
+def find_target(node: DictConfig) -> Any:
+    """The class or function that ``node._target_`` names. Raises ConfigError where there is none,
+    or where it does not take a key of the node."""
+    target = import_object(node._target_, node._get_full_key("_target_"))
     try:
         parameters = dict(inspect.signature(target).parameters)
     except ValueError:  # built-ins may have no signature
@@ -69,6 +65,13 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
     for key in node if not takes_any else ():
         if key not in parameters and key not in HYDRA_KEYS:
             raise ConfigError(unknown_key(node._get_full_key(key), list(parameters)))
+    return target
+
+
+def instantiate(node: DictConfig, **more: Any) -> Any:
+    """Make the object that ``node._target_`` names, see :func:`find_target`; ``more`` are further
+    arguments."""
+    find_target(node)
     try:
         return hydra.utils.instantiate(node, _convert_="all", **more)
     except InstantiationException as error:  # re-raise the object's own error
@@ -117,21 +120,20 @@ def memory_bytes() -> float:
 
 
 def check_size(make: Callable[[], Any], name: str, most: float = math.inf) -> None:
-    """Count the parameters of the model that ``make`` returns, before any memory is allocated.
+    """Raise ValueError where the model that ``make`` returns, called ``name`` in the message, has
+    more than ``most`` parameters, or more than fit the memory.
 
-    ``make`` is called on the meta device. Errors other than of size are left to the call that
-    builds the model: one of another library tries itself out, which it cannot do there.
-
-    Raises:
-        ValueError: ``name`` has more than ``most`` parameters, or more than fit the memory.
+    ``make`` is called on the meta device, where nothing is allocated. Errors other than of size are
+    left to the call that builds the model: one of another library tries itself out, which it cannot
+    do there.
     """
-    seen: dict[int, torch.Tensor] = {}
+    seen = set[torch.Tensor]()  # a shared parameter counts once
     total, most = 0, min(most, memory_bytes() / torch.float32.itemsize)
 
     def count(module: Any, name: str, parameter: torch.Tensor | None) -> None:
         nonlocal total
-        if parameter is not None and id(parameter) not in seen:
-            seen[id(parameter)] = parameter  # keeps it, so that its id is not used again
+        if parameter is not None and parameter not in seen:
+            seen.add(parameter)
             total += parameter.numel()
             if total > most:
                 raise MemoryError
@@ -176,7 +178,8 @@ def make_trainer(
 
 
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
-    """Seed, load the data, make the module."""
+    """Seed, load the data, make the module; before all that, check the keys of the Trainer."""
+    find_target(cfg.trainer)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: DataModule = instantiate(cfg.data)
     corpus = data.load()
@@ -187,63 +190,49 @@ def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Toke
     """The module of a checkpoint, in eval mode on the CPU, its tokenizer and its configuration.
 
     Always a plain :class:`CausalLM`, whichever pitfalls it was trained with. ``trust`` has the
-    dotted names of model classes from outside causal_lm that the checkpoint may name.
-
-    Raises:
-        FileNotFoundError, ValueError: of ``read_checkpoint`` and :func:`model_from_config`.
+    dotted names of model classes from outside causal_lm that the checkpoint may name. Raises
+    FileNotFoundError, or ValueError for what ``read_checkpoint`` or :func:`make_stored_model`
+    refuses.
     """
     saved = read_checkpoint(path)
-    try:
+    with extras.reading(f"{path} holds a tokenizer that cannot be read"):
         tokenizer = from_state(saved[TOKENIZER])
-    except Exception as error:
-        raise ValueError(f"{path} holds a tokenizer that cannot be read: {error!r}") from error
     weights = sum(w.numel() for w in saved["state_dict"].values() if isinstance(w, torch.Tensor))
-    stored = saved[CONFIG]["model"]
-    model = model_from_config(path, stored, tokenizer.vocab_size, trust, weights)
+    with extras.reading(f"{path} holds a model that cannot be made"):
+        model = make_stored_model(saved[CONFIG]["model"], tokenizer.vocab_size, trust, weights)
     module = CausalLM(model, token_bytes=tokenizer.token_bytes())
-    try:
+    with extras.reading(f"{path} holds weights that do not fit its model"):
         module.load_state_dict(saved["state_dict"], strict=True)
-    except Exception as error:
-        raise ValueError(f"{path} holds weights that do not fit its model: {error}") from error
     return module.eval(), tokenizer, saved[CONFIG]
 
 
-def model_from_config(
-    path: str | Path, stored: Mapping[str, Any], vocab_size: int, trust: Iterable[str],
-    weights: int,
-) -> Any:  # fmt: skip
-    """Rebuild the model of a checkpoint: call its class with the stored options, plain values.
+def make_stored_model(
+    stored: Mapping[str, Any], vocab_size: int, trust: Iterable[str], weights: int
+) -> Any:
+    """Make the model of a checkpoint: call its class with the stored options, plain values.
 
     ``weights`` is the number of values that the checkpoint holds, which bounds the model's size.
 
     A file must not decide which code runs: modules are imported only for names of
     :data:`OWN_MODELS` and ``trust``, and nothing below the model's ``_target_`` is instantiated.
-
-    Raises:
-        ValueError: the class is not trusted, or an option names code or is not valid.
+    Raises ValueError where the class is not trusted, or an option names code.
     """
     options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
     target = str(options.pop("_target_", None))
     if _names_code(options) or (target in OWN_MODELS and options.get("init_from")):
-        raise ValueError(f"{path} is refused: an option of its model names code or files to load")
+        raise ValueError("one of its options names code or files to load")
     names = [target] if target in OWN_MODELS else list(trust)
-    classes = {name: import_object(name) for name in names}
+    classes = {name: import_object(name, "--trust") for name in names}
     for kind in list(classes.values()):  # the checkpoint may name it by its own module
         classes[f"{kind.__module__}.{kind.__qualname__}"] = kind
     if target not in classes:
-        outside = f"{path} holds a model of class {target}, which is not part of causal_lm"
         todo = f"add --trust {target}, or name it as model._target_ in your own configuration"
-        raise ValueError(f"{outside}: to run its code, {todo}")
-    try:
-        if target in OWN_MODELS:
-            check_values(dict(leaves(options, "model.")))
-        make = partial(classes[target], vocab_size=vocab_size, **options)
-        check_size(make, "its model", 3 * weights + SMALL_MODEL)  # 3: shared ones may count again
-        return make()
-    except ImportError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} holds options that its model does not take: {error}") from error
+        raise ValueError(f"{target} is not part of causal_lm; to run its code, {todo}")
+    if target in OWN_MODELS:
+        check_values(dict(leaves(options, "model.")))
+    make = partial(classes[target], vocab_size=vocab_size, **options)
+    check_size(make, "its model", 3 * weights + SMALL_MODEL)  # 3: shared ones may count again
+    return make()
 
 
 def _names_code(value: Any) -> bool:

@@ -52,12 +52,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint of this project onto the CPU: tensors and plain data only.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a checkpoint of this project.
-    """
+    """Load a checkpoint of this project onto the CPU: tensors and plain data only. Raises
+    FileNotFoundError, or ValueError where it is damaged or not a checkpoint of this project."""
     path = rename_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")

@@ -209,26 +209,25 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises for an unknown key of one of our groups, and for a misspelled group.
     """
     targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
-    foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")}
+    foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")} - {"trainer"}
     groups = sorted({key.partition(".")[0].rstrip("*") for key in RULES})
     ours = {}
     for key, value in values.items():
         group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
         owner = max((t for t in targets if key.startswith(f"{t}.")), key=len, default="")
-        is_empty_group = value == {} and any(k.startswith(f"{key}.") for k in RULES)
-        is_foreign = owner in foreign - {"trainer"}
-        if name in HYDRA_KEYS and value is not UNRESOLVED:
+        has_rule = owner not in foreign and (rule_of(key) or parent in RULES)
+        if value is not UNRESOLVED and (has_rule or name in HYDRA_KEYS):
             ours[key] = value
-        if value is UNRESOLVED or name in HYDRA_KEYS or is_empty_group or is_foreign:
+        elif value is UNRESOLVED or owner in foreign or group == "trainer":
+            continue  # those of the Trainer are checked before the data are loaded
+        elif value == {} and any(k.startswith(f"{key}.") for k in RULES):
             continue
-        if rule_of(key) or parent in RULES:
-            ours[key] = value
         elif group not in groups:  # the user's own, unless it is a misspelled one of ours
             if _did_you_mean(group, groups):
                 raise ConfigError(unknown_key(group, groups))
         elif group == "callbacks" and parent != "callbacks.checkpoint":
             continue  # the user's own, which are checked when they are built
-        elif group != "trainer" and not (parent == "data" and "data.source" in foreign):
+        elif not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
             raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
     return ours
@@ -247,14 +246,13 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 def _check_combinations(v: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` for the first values that do not go together."""
-    is_rotary = bool(v.get("model.n_kv_heads"))
-    for whole, part, is_even, why in (
-        ("model.d_model", "model.n_heads", False, "all heads have the same width"),
-        ("model.d_model", "model.n_heads", is_rotary, "rotary heads cannot have an odd width"),
-        ("model.n_heads", "model.n_kv_heads", False, "query heads share them evenly"),
+    width = 2 if v.get("model.n_kv_heads") else 1  # rotary heads cannot have an odd width
+    for whole, part, times, why in (
+        ("model.d_model", "model.n_heads", width, "all heads have the same width"),
+        ("model.n_heads", "model.n_kv_heads", 1, "query heads share them evenly"),
     ):
-        if v.get(whole) and v.get(part) and v[whole] % (2 * v[part] if is_even else v[part]):
-            factor = f"{'2 times ' if is_even else ''}{part}={v[part]}"
+        if v.get(whole) and v.get(part) and v[whole] % (times * v[part]):
+            factor = f"{f'{times} times ' if times > 1 else ''}{part}={v[part]}"
             raise ConfigError(f"{whole}={v[whole]} must be a multiple of {factor}: {why}")
     for low, high, room, why in (
         ("data.max_length", "model.max_positions", 0, "positions of a row"),

@@ -36,11 +36,11 @@ def evaluate(
     if data.load().tokenizer.state() != tokenizer.state():
         raise ValueError(f"the tokenizer of {checkpoint} differs from that of this data")
 
-    loaders = {"val": [data.val_dataloader], "train": [data.train_dataloader]}
-    loaders["all"] = loaders["train"] + loaders["val"]
+    loaders = {"train": data.train_dataloader, "val": data.val_dataloader}
+    chosen = loaders.values() if split == "all" else [loaders[split]]
     metric = module.to(device).val_metric
     with torch.inference_mode():
-        for batch in chain.from_iterable(loader() for loader in loaders[split]):
+        for batch in chain.from_iterable(loader() for loader in chosen):
             batch = batch.to(device)
             metric.update(module.token_nll(batch), batch.labels)
     figures = {name: float(value) for name, value in metric.compute().items()}

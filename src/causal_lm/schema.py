@@ -50,24 +50,26 @@ def one_of(*options: Any) -> Rule:
     return Rule(lambda v: v in options, ("one of " if names[1:] else "") + ", ".join(names))
 
 
+def either(*rules: Rule) -> Rule:
+    """What one of the rules accepts."""
+    descriptions = ", or ".join(rule.description for rule in rules)
+    return Rule(lambda v: any(rule.accepts(v) for rule in rules), descriptions)
+
+
 def optional(rule: Rule) -> Rule:
     """What the rule accepts, or None."""
-    return Rule(lambda v: v is None or rule.accepts(v), f"{rule.description}, or null")
+    return either(rule, one_of(None))
 
 
 def or_auto(rule: Rule) -> Rule:
     """What the rule accepts, or ``auto``."""
-    return Rule(lambda v: v == "auto" or rule.accepts(v), f"{rule.description}, or auto")
+    return either(rule, one_of("auto"))
 
 
 ANY = Rule(lambda v: True, "anything")
 BOOLEAN = Rule(lambda v: isinstance(v, bool), "true or false")
 STRING = Rule(lambda v: isinstance(v, str) and v != "", "a non-empty string")
 FRACTION, FRACTION_OR_ONE = real(low=0, below=1), real(low=0, high=1)
-LIMIT = Rule(  # of batches
-    lambda v: integer(0).accepts(v) or FRACTION_OR_ONE.accepts(v),
-    "an integer of at least 0, or a fraction such as 0.5",
-)
 FILE = Rule(lambda v: isinstance(v, str) and isfile(v), "a file that exists")
 FOLDER = Rule(lambda v: isinstance(v, str) and isdir(v), "a folder that exists")
 STRATEGY = matching(
@@ -87,8 +89,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
         pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
     (integer(-1), "trainer.num_sanity_val_steps"),
-    (Rule(lambda v: v == -1 or integer(1).accepts(v),
-          "an integer of at least 1, or -1 for no limit"), "trainer.max_epochs"),
+    (either(integer(1), one_of(-1)), "trainer.max_epochs"),
     (integer(0, 1024), "data.num_workers"),
     (integer(0), """data.source.copies_after
         model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
@@ -119,14 +120,13 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (real(above=0, high=1000), "optimizer.muon_lr"),
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val callbacks.checkpoint.every_minutes"),
-    (LIMIT, "trainer.limit_val_batches trainer.limit_test_batches trainer.overfit_batches"),
-    (Rule(lambda v: v != 0 and LIMIT.accepts(v),
-          "an integer of at least 1, or a fraction such as 0.5"), "trainer.limit_train_batches"),
+    (either(integer(0), FRACTION_OR_ONE),
+     "trainer.limit_val_batches trainer.limit_test_batches trainer.overfit_batches"),
+    (either(integer(1), real(above=0, high=1)), "trainer.limit_train_batches"),
     (Rule(lambda v: v is True, "true: a run needs its checkpoints"),
      "trainer.enable_checkpointing"),
     (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
-    (Rule(lambda v: isinstance(v, bool) or integer(0).accepts(v),
-          "true, false, or a number of steps"), "trainer.fast_dev_run"),
+    (either(BOOLEAN, integer(0)), "trainer.fast_dev_run"),
     (or_auto(real(above=0, high=1000)), "optimizer.lr"),
     (FRACTION, """model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),
@@ -151,14 +151,11 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (BOOLEAN, "*._partial_"),
     (STRATEGY, "trainer.strategy"),
     (Rule(STRING.accepts, "a file, a folder or a glob, as in data.path=texts/*.txt"), "data.path"),
-    (Rule(lambda v: v in ("bytes", "bpe") or FILE.accepts(v),
-          "bytes, bpe, or the path of a tokenizer.json that exists"), "data.tokenizer"),
+    (either(one_of("bytes", "bpe"), FILE), "data.tokenizer"),
     (Rule(lambda v: isinstance(v, list) and len(v) == 2 and all(map(FRACTION.accepts, v)),
           "two numbers in [0, 1), such as [0.9,0.95]"), "optimizer.betas"),
-    (Rule(lambda v: v == 0 or integer(2).accepts(v),
-          "0, or an integer of at least 2"), "samples.per_prompt"),
-    (Rule(lambda v: v == "auto" or v == -1 or integer(1, 1024).accepts(v),
-          "an integer from 1 to 1024, -1 for all, or auto"), "trainer.devices"),
+    (either(integer(2), one_of(0)), "samples.per_prompt"),
+    (or_auto(either(integer(1, 1024), one_of(-1))), "trainer.devices"),
     (optional(matching("[0-9]{1,4}(:[0-9]{2}){3}",
                        "days:hours:minutes:seconds, as in '00:01:30:00'")), "trainer.max_time"),
 ]  # fmt: skip

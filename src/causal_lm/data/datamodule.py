@@ -46,10 +46,8 @@ class DataModule(L.LightningDataModule):
     ) -> None:  # fmt: skip
         super().__init__()
         if source_options and not callable(source):
-            raise TypeError(
-                f"data has keys that {type(source).__name__} does not take: "
-                f"{', '.join(source_options)}; put them under data.source"
-            )
+            keys, kind = ", ".join(source_options), type(source).__name__
+            raise TypeError(f"data has keys that {kind} does not take: {keys}; use data.source")
         self.source: Source = source(**source_options) if callable(source) else source
         self.batch_size, self.max_length = batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
@@ -106,11 +104,9 @@ class DataModule(L.LightningDataModule):
             raise ValueError(f"the {split} split of the corpus holds no document")
         windows = documents.windows(self.max_length)
         n_long = int((documents.lengths > self.max_length).sum())
-        log.info(
-            f"{split}: {len(documents):,} documents, {len(documents.tokens):,} tokens; {n_long:,} "
-            f"longer than data.max_length={self.max_length} were cut, which gives "
-            f"{len(windows):,} windows"
-        )
+        sizes = f"{len(documents):,} documents, {len(documents.tokens):,} tokens"
+        cut = f"{n_long:,} were longer than data.max_length={self.max_length}"
+        log.info(f"{split}: {sizes}, {len(windows):,} windows ({cut})")
         if documents.loss_mask is not None:
             step = -(-len(windows) // CHECKED_WINDOWS)
             masks = [windows[i].loss_mask for i in range(0, len(windows), step)]
@@ -140,9 +136,10 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, windows: Documents, sampler: DocumentSampler) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
-        row_length = self.max_length if self.layout == "packed" else None
-        layout: dict[str, Any] = {"padding_side": self.padding_side, "row_length": row_length}
-        collate = Collate(tokenizer.pad_id, tokenizer.vocab_size, **layout)
+        collate = Collate(
+            tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
+            row_length=self.max_length if self.layout == "packed" else None,
+        )  # fmt: skip
         return DataLoader(
             windows,  # type: ignore[arg-type]  # the collator turns documents into a Batch
             batch_size=self.batch_size,

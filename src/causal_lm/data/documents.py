@@ -140,9 +140,9 @@ class Windows(Documents):
         last = self.documents.lengths.numpy()
         windows = np.diff(self.window_ends, prepend=self.window_ends.dtype.type(0))
         last -= (windows - 1) * (self.max_length - 1)
-        lengths = torch.full((len(self),), self.max_length, dtype=torch.from_numpy(last).dtype)
-        lengths[torch.from_numpy(self.window_ends) - 1] = torch.from_numpy(last)
-        return lengths
+        lengths = np.full(len(self), self.max_length, last.dtype)
+        lengths[self.window_ends - 1] = last
+        return torch.from_numpy(lengths)
 
 
 class Language(Protocol):

@@ -82,12 +82,8 @@ class SubwordTokenizer:
     @classmethod
     def from_file(cls, path: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
         """Read a ``tokenizer.json``, or raise ValueError; ``names`` as in :meth:`resolve`."""
-        try:
+        with extras.reading(f"{path} cannot be read as a tokenizer.json"):
             return cls.resolve(Path(path).read_text(encoding="utf-8"), names)
-        except ImportError:
-            raise
-        except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{path} cannot be read as a tokenizer.json: {error}") from error
 
     @classmethod
     def resolve(cls, text: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":

@@ -102,7 +102,7 @@ def write_corpus(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> 
         for chunk in chunks:
             for val in np.unique(chunk.is_val).astype(int):  # the splits that the chunk has
                 in_split = chunk.is_val == val
-                chosen = slice(None) if in_split.all() else np.repeat(in_split, chunk.lengths)
+                chosen = np.repeat(in_split, chunk.lengths)
                 tokens[val].write(chunk.ids[chosen].astype(dtype).tobytes())
                 if chunk.loss_mask is not None:
                     masks[val].write(chunk.loss_mask[chosen].tobytes())

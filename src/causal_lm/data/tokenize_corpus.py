@@ -1,10 +1,9 @@
 """Tokenize chunks of text, in this process or in several."""
 
 import collections
-import functools
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from causal_lm.signals import leave_to_parent
 
 Segments = tuple[str, ...]  # a document's text: one segment, or a prompt and what follows it
 DocumentPart = tuple[Segments, bool]  # a document, or a part of it, and whether it is the last
-Tokenize = functools.partial[TokenizedChunk]
 
 
 class Chunk(NamedTuple):
@@ -24,25 +22,22 @@ class Chunk(NamedTuple):
 
     documents: list[Segments]
     ends_mid_document: bool  # the last document goes on in the next chunk
-    is_val: bool | None  # whether all are held out; None: the hash of each text decides
-    first_is_val: bool | None  # the same of a first document that began in the chunk before
+    val_fraction: float  # of the documents, by the hash of each text; 0 or 1: none or all
+    first_is_val: bool | None  # whether a first document that began in the chunk before is held out
 
     def hashes(self) -> list[bytes]:
         return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
 
-    def val_mask(self, val_fraction: float) -> list[bool]:
+    def val_mask(self) -> list[bool]:
         """Which documents are held out for validation."""
-        if self.is_val is not None:
-            return [self.is_val] * len(self.documents)
-        limit = min(int(val_fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
+        if self.val_fraction in (0, 1):
+            return [bool(self.val_fraction)] * len(self.documents)
+        limit = int(self.val_fraction * 2**64).to_bytes(8, "big")
         mask = [digest < limit for digest in self.hashes()]
         return mask if self.first_is_val is None else [self.first_is_val, *mask[1:]]
 
 
-def tokenize(
-    chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float, keep_hashes: bool
-) -> TokenizedChunk:
-    """Tokenize one chunk; ``keep_hashes``: give the hashes of its texts too."""
+def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
     documents, starts_mid_document = len(chunk.documents), chunk.first_is_val is not None
     texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
@@ -61,7 +56,8 @@ def tokenize(
     if len(texts) > documents:  # every document has a prompt, which is no target
         loss_mask = np.ones(len(ids), bool)
         loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
-    is_val, hashes = np.array(chunk.val_mask(val_fraction)), chunk.hashes() if keep_hashes else []
+    is_val = np.array(chunk.val_mask())
+    hashes = chunk.hashes() if chunk.val_fraction in (0, 1) else []  # else equal texts are together
     return TokenizedChunk(
         ids, lengths, loss_mask, is_val, chunk.ends_mid_document, hashes,
         sum(map(len, texts)), tokenizer.unknown(texts),
@@ -69,37 +65,37 @@ def tokenize(
 
 
 def tokenize_chunks(
-    chunks: Iterable[Chunk], state: dict[str, Any], processes: int, **options: Any
+    chunks: Iterable[Chunk], state: dict[str, Any], processes: int
 ) -> Iterator[TokenizedChunk]:
     """Tokenize ``chunks`` in their order, holding a few of them in memory at a time. Each process
-    makes its tokenizer from ``state``; ``options`` are arguments of :func:`tokenize`."""
+    makes its tokenizer from ``state``."""
     if processes == 1:
-        yield from map(_tokenize_with(state, options), chunks)
+        tokenizer: Any = from_state(state)  # a TextTokenizer
+        yield from (tokenize(chunk, tokenizer) for chunk in chunks)
         return
-    with multiprocessing.Pool(processes, _start_worker, (state, options)) as pool:
-        waiting: collections.deque = collections.deque()
-        for chunk in chunks:
-            waiting.append(pool.apply_async(_tokenize_in_worker, (chunk,)))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+    # multiprocessing.Pool may hang where a process ends early, or where a signal ends this one.
+    with ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(state,)) as pool:
+        waiting = collections.deque[Future[TokenizedChunk]]()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_tokenize_in_worker, chunk))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _tokenize_with(state: dict[str, Any], options: dict[str, Any]) -> Tokenize:
-    tokenizer: Any = from_state(state)  # a TextTokenizer
-    return functools.partial(tokenize, tokenizer=tokenizer, **options)
-
-
-def _start_worker(state: dict[str, Any], options: dict[str, Any]) -> None:
-    global _worker_tokenize
+def _start_worker(state: dict[str, Any]) -> None:
+    global _worker_tokenizer
     leave_to_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
-    _worker_tokenize = _tokenize_with(state, options)
+    _worker_tokenizer = from_state(state)
 
 
 def _tokenize_in_worker(chunk: Chunk) -> TokenizedChunk:
-    return _worker_tokenize(chunk)
+    return tokenize(chunk, _worker_tokenizer)
 
 
-_worker_tokenize: Tokenize
+_worker_tokenizer: Any  # a TextTokenizer

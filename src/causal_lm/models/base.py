@@ -29,6 +29,7 @@ class CausalModel(Protocol):
     ) -> Tensor:
         """Logits (B, T, V)."""
 
+    @abc.abstractmethod
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
     ) -> Tensor:
@@ -36,12 +37,15 @@ class CausalModel(Protocol):
 
     def make_cache(self) -> Any:
         """An empty cache for generation; None if there is none (each token recomputes the row)."""
+        return None
 
     def embeddings(self) -> list[nn.Embedding]:
         """The embedding tables. They get no weight decay and are not updated by Muon."""
+        return [module for module in self.modules() if isinstance(module, nn.Embedding)]
 
     def standalone_config(self) -> dict[str, Any]:
         """Constructor arguments to change so that a checkpoint needs no other file."""
+        return {}
 
     # Methods of nn.Module that are used here:
 
@@ -50,24 +54,10 @@ class CausalModel(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
-class BaseCausalModel(nn.Module, abc.ABC):
+class BaseCausalModel(nn.Module, CausalModel):
     """A :class:`CausalModel` from :meth:`hidden_states` and ``lm_head``, a linear layer without a
     bias. If the logits are not exactly its output, set it to None and override ``forward``."""
-
-    lm_head: nn.Linear | None
-
-    @abc.abstractmethod
-    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor: ...
 
     def forward(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         assert self.lm_head is not None, "set lm_head, or override forward"
         return self.lm_head(self.hidden_states(input_ids, position_ids, attention_mask, cache))
-
-    def make_cache(self) -> Any:
-        return None
-
-    def embeddings(self) -> list[nn.Embedding]:
-        return [module for module in self.modules() if isinstance(module, nn.Embedding)]
-
-    def standalone_config(self) -> dict[str, Any]:
-        return {}

@@ -221,9 +221,7 @@ class Decoder(BaseCausalModel):
         # Such a head (a tied one must be such) gives large logits: the final norm scales them down.
         nn.init.constant_(self.final_norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
 
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor:
+    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         x = self.token_embedding(input_ids)  # (B, T, C)
         if self.token_smear is not None:
             x = self.token_smear(x, position_ids, cache)

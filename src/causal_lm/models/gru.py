@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from causal_lm.models.base import BaseCausalModel, Mask
+from causal_lm.models.base import BaseCausalModel
 
 
 class GRU(BaseCausalModel):
@@ -22,9 +22,7 @@ class GRU(BaseCausalModel):
         self.gru = nn.GRU(d_model, d_model, n_layers, batch_first=True, dropout=dropout)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
 
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor:
+    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         x = self.token_embedding(input_ids)  # (B, T, C)
         if cache is not None:
             x, cache["state"] = self.gru(x, cache.get("state"))

@@ -4,7 +4,6 @@
 same logits and the same token ids. :func:`read_weights` reads a Llama from such a folder.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,9 +87,8 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     path, source = Path(folder) / "config.json", f"model.init_from={folder}"
     if not path.is_file():
         raise FileNotFoundError(f"{source}: no {path.name}; give a Llama saved by transformers")
-    saved = library.LlamaConfig.from_pretrained(folder)
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    found, expected = _architecture(saved) | {"model_type": kind}, _architecture(config)
+    saved = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    found, expected = _architecture(saved), _architecture(config)
     if different := [key for key in expected if found[key] != expected[key]]:
         theirs = " ".join(f"{key}={_yaml(found[key])}" for key in different)
         ours = ", ".join(_yaml(expected[key]) for key in different)
@@ -118,8 +116,8 @@ def _architecture(config: Any) -> dict[str, Any]:
     theta = rope.get("rope_theta") or getattr(config, "rope_theta", None)
     values = config.to_dict() | {"rope_theta": theta, "rope_type": rope.get("rope_type", "default")}
     others = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "rope_type")
-    sizes = {f"model.{ours}": values[key] for ours, key in LLAMA_KEYS.items()}
-    return sizes | {key: values[key] for key in others}
+    sizes = {f"model.{ours}": values.get(key) for ours, key in LLAMA_KEYS.items()}
+    return sizes | {key: values.get(key) for key in others}
 
 
 def _yaml(value: Any) -> str:

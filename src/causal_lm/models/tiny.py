@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from causal_lm.models.base import BaseCausalModel, Mask
+from causal_lm.models.base import BaseCausalModel
 
 
 class Tiny(BaseCausalModel):
@@ -39,9 +39,7 @@ class Tiny(BaseCausalModel):
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Mask = None, cache=None
-    ) -> Tensor:
+    def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             problem = f"a row of {length} tokens is longer than the model's {limit} positions"

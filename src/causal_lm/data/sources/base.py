@@ -42,8 +42,6 @@ class TextSource(abc.ABC):
     num_proc: int | None = None  # processes that tokenize; None: one per core
     max_overlap: float = 0.5  # fraction of separate validation documents that may be in training
 
-    has_separate_val = False  # whether :meth:`parts` gives validation documents apart, and first
-
     def __post_init__(self) -> None:
         self.num_proc = self.num_proc or os.cpu_count() or 1
         self.skipped = Counter[str]()  # documents by kind ("blank lines"), which ``parts`` counts
@@ -55,7 +53,8 @@ class TextSource(abc.ABC):
     @abc.abstractmethod
     def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
         """All documents in a fixed order, in groups (documents, is_val; None: the hash of each
-        decides). A document is (segments, True), or (part, False) … (last part, True)."""
+        decides), held out ones first, if it is to be found which of them are also in training.
+        A document is (segments, True), or (part, False) … (last part, True)."""
 
     @abc.abstractmethod
     def size(self) -> int:
@@ -87,16 +86,17 @@ class TextSource(abc.ABC):
         for parts, is_val in self.parts():
             documents: list[Segments] = []
             size, first_is_val = 0, None
+            fraction = self.val_share if is_val is None else float(is_val)
             for segments, complete in parts:
                 documents.append(segments)
                 size += len(segments[-1])
                 if size >= CHUNK_CHARACTERS or not complete:
-                    chunk = Chunk(documents, not complete, is_val, first_is_val)
-                    first_is_val = None if complete else chunk.val_mask(self.val_share)[-1]
+                    chunk = Chunk(documents, not complete, fraction, first_is_val)
+                    first_is_val = None if complete else chunk.val_mask()[-1]
                     yield chunk
                     documents, size = [], 0
             if documents:
-                yield Chunk(documents, False, is_val, first_is_val)
+                yield Chunk(documents, False, fraction, first_is_val)
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:
@@ -113,12 +113,11 @@ class TextSource(abc.ABC):
         # Sending text to another process costs more than encoding it as bytes.
         single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
         processes = 1 if single else self.num_proc or 1
-        options = {"val_fraction": self.val_share, "keep_hashes": self.has_separate_val}
         val_hashes, shared, unknown = set[bytes](), set[bytes](), Counter[str]()
         self.skipped.clear()
 
         def observed() -> Iterator[token_cache.TokenizedChunk]:
-            for chunk in tokenize_chunks(self.chunks(), state, processes, **options):
+            for chunk in tokenize_chunks(self.chunks(), state, processes):
                 bar.update(chunk.characters)
                 unknown.update(chunk.unknown)
                 if chunk.is_val[0]:
@@ -146,7 +145,7 @@ class TextSource(abc.ABC):
         def texts() -> Iterator[list[str]]:
             for n, chunk in enumerate(self.chunks()):
                 if int((n + 1) * fraction) > int(n * fraction):
-                    pairs = zip(chunk.documents, chunk.val_mask(self.val_share), strict=True)
+                    pairs = zip(chunk.documents, chunk.val_mask(), strict=True)
                     yield [text for document, val in pairs if not val for text in document]
 
         return SubwordTokenizer.train(texts(), self.vocab_size)

@@ -38,7 +38,6 @@ class HuggingFaceDataset(FileReader):
         if self.val_split or self.val_path:
             val = (self.val_path or self.path, self.val_split or self.split, True)
             self.splits = [val, (self.path, self.split, False)]
-            self.has_separate_val = True
         if self.val_split and not self.val_path and _local(self.path).is_file():
             what = f"{self.path} is a file and has no splits; set data.val_path"
             raise ValueError(f"data.val_split={self.val_split}: {what}")
@@ -81,17 +80,13 @@ class HuggingFaceDataset(FileReader):
         if (path, split) in self._loaded:
             return self._loaded[path, split]
         datasets, local = extras.load("datasets", "huggingface"), _local(path)
-        try:
+        with extras.reading(f"data.path={path} (split {split})"):
             if (local / "dataset_dict.json").exists():
                 found = datasets.load_from_disk(str(local))[split]
             elif (local / "state.json").exists():
                 found = datasets.load_from_disk(str(local))
             else:
                 found = datasets.load_dataset(path, self.name, split=split, num_proc=self.num_proc)
-        except ImportError:
-            raise
-        except Exception as error:  # the library raises a dozen kinds
-            raise ValueError(f"data.path={path} (split {split}): {error}") from error
         if set(self.fields) <= set(found.column_names):
             found = found.select_columns(self.fields)
         self._loaded[path, split] = found

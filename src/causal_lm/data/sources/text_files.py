@@ -25,10 +25,6 @@ class TextFiles(FileReader):
     val_path: str | None = None  # the same, for validation; None: val_share of the documents, or
     # the last part of the text where there is one document only
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.has_separate_val = bool(self.val_path)
-
     @functools.cached_property
     def files(self) -> tuple[list[Path], list[Path]]:
         """The files of ``path`` and of ``val_path``. Raises FileNotFoundError for none, ValueError
@@ -63,8 +59,7 @@ class TextFiles(FileReader):
 
 def _start_of_last_part(path: Path, fraction: float) -> int:
     """The start of a line, or else of a UTF-8 character, after which about ``fraction`` is left."""
-    compressed = path.suffix.lower() in file_io.COMPRESSIONS
-    size = sum(map(len, file_io.read_blocks(path))) if compressed else path.stat().st_size
+    size = sum(map(len, file_io.read_blocks(path)))  # decompressed
     cut = int(size * (1 - fraction))
     with file_io.open_bytes(path) as file:
         file.seek(cut)
