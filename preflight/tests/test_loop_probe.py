@@ -1,0 +1,102 @@
+"""`LoopProbe` tells faulty training loops from right ones, in manual optimization too."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
+
+import loop_cases as cases  # noqa: E402
+from causal_preflight.lightning import PreflightError  # noqa: E402
+from causal_preflight.loop_probe import REMEDIES, LoopProbe  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def watch(case, manual=False, **options):
+    probe = LoopProbe("warn")
+    if options.pop("scaled", False):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
+    if getattr(case, "n", 1) > 1 and not manual:
+        options["accumulate_grad_batches"] = case.n
+    cases.fit(case(manual), probe, **options)
+    return probe.report
+
+
+FAULTY = [
+    ("parameters", cases.SomeParameters, {}),
+    ("gradients", cases.Detached, {}),
+    ("gradients", cases.UnusedHead, {}),
+    ("tensors", cases.ResizedLate, {}),
+    ("zeroing", cases.NotZeroed, {}),
+    ("clipping", cases.ClippedScaled, {"scaled": True}),
+    ("clipping", cases.ClippedScaledByValue, {"scaled": True}),
+    ("division", cases.DividedTwice, {}),
+    ("train mode", cases.EvalLeftOn, {}),
+    ("train mode", cases.EvalAfterValidation, {"max_steps": 8}),
+    ("validation mode", cases.FunctionalDropout, {}),
+    ("validation mode", cases.TrainModeInValidation, {}),
+    ("tie", cases.Copied, {}),
+    ("tie", cases.ResizedWithoutHead, {}),
+    ("rate", cases.IntegerDivision, {}),
+    ("schedule", cases.WarmupByEpoch, {}),
+    ("schedule", cases.CosineByEpoch, {"max_steps": 8}),
+    ("schedule", cases.OneCycleByEpoch, {"max_steps": 8}),
+    ("schedule", cases.SequenceByEpoch, {"max_steps": 8}),
+    ("autocast", cases.NoAutocast, {"precision": "bf16-mixed"}),
+    ("perplexity", cases.MeanOfExponentials, {}),
+    ("perplexity", cases.MeanAtTheEnd, {}),
+]
+RIGHT = [
+    ("parameters", cases.Right, {}),
+    ("parameters", cases.Frozen, {}),
+    ("parameters", cases.UpdatedByHand, {}),
+    (None, cases.Experts, {}),
+    ("tensors", cases.ResizedEarly, {}),
+    ("zeroing", cases.Accumulated, {}),
+    ("clipping", cases.ClippedUnscaled, {"scaled": True}),
+    (None, cases.DividedByCount, {"scaled": True}),
+    ("division", cases.Accumulated, {}),
+    ("division", cases.Accumulated, {"scaled": True}),
+    (None, cases.WeighedLoss, {}),
+    (None, cases.PadInMean, {}),
+    ("train mode", cases.Frozen, {}),
+    ("train mode", cases.Right, {"max_steps": 8, "val_check_interval": 2}),
+    ("validation mode", cases.SampledInValidation, {}),
+    ("tie", cases.Untied, {}),
+    ("rate", cases.Scheduled, {}),
+    ("schedule", cases.Scheduled, {}),
+    ("schedule", cases.ExponentialByEpoch, {"max_steps": -1, "max_epochs": 3}),
+    ("schedule", cases.StepByEpoch, {"max_steps": -1, "max_epochs": 2}),
+    ("schedule", cases.CosineOfEpochs, {"max_steps": -1, "max_epochs": 2}),
+    ("autocast", cases.Right, {"precision": "bf16-mixed"}),
+    ("perplexity", cases.ExponentialOfMean, {}),
+    ("perplexity", cases.SmoothedLoss, {}),
+]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(("check", "case", "options"), FAULTY)
+def test_each_fault_is_named_and_no_other(check, case, options, manual):
+    report = watch(case, manual, **options)
+    assert [f.probe for f in report.findings] == [check], str(report)
+    assert report.faults == {"loop"} and report.findings[0].remedy == REMEDIES[check]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(("check", "case", "options"), RIGHT)
+def test_right_loops_pass(check, case, options, manual):
+    report = watch(case, manual, **options)
+    assert report.clean, str(report)
+    assert check is None or check in report.passed, str(report)
