@@ -1,6 +1,11 @@
 """`LoopProbe` tells faulty training loops from right ones, in manual optimization too."""
 
+import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +105,20 @@ def test_right_loops_pass(check, case, options, manual):
     report = watch(case, manual, **options)
     assert report.clean, str(report)
     assert check is None or check in report.passed, str(report)
+
+
+def test_two_ranks_whose_weights_differ(tmp_path):
+    """At the start or after a step; both ranks stop, and neither waits for the other."""
+    script = Path(cases.__file__).with_name("loop_ranks.py")
+    paths = [str(script.parent), *sys.path]
+    env = os.environ | {"RECORDS": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    records = [(tmp_path / rank).read_text() for rank in "01"]
+    assert records[0] == records[1]
+    expected = [["Right", [], False, True], ["BufferPerRank", [], False, True]]
+    expected += [["SeededByRank", [["ranks", True]], True, False]]
+    expected += [["OwnGradients", [["ranks", False]], True, False]]
+    seen = [json.loads(line) for line in records[0].splitlines()]
+    assert seen == [[name, manual, *rest] for name, *rest in expected for manual in (False, True)]
+    assert done.stderr.decode().count("FAULTS") == 4  # rank zero alone speaks, once for each
