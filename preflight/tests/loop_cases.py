@@ -1,6 +1,5 @@
 """Training loops with one silent fault each, and right twins, for `LoopProbe`."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import lightning as L

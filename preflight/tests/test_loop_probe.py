@@ -12,11 +12,10 @@ import torch
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
+from lightning.pytorch.plugins.precision import MixedPrecision
 
-import loop_cases as cases  # noqa: E402
-from causal_preflight.lightning import PreflightError  # noqa: E402
-from causal_preflight.loop_probe import REMEDIES, LoopProbe  # noqa: E402
+import loop_cases as cases
+from causal_preflight.loop_probe import REMEDIES, LoopProbe
 
 torch.set_num_threads(1)
 

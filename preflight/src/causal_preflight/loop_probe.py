@@ -1,12 +1,7 @@
 """Lightning callback that finds silent faults of the training loop in its first optimizer steps."""
 
-import copy
-import itertools
 import math
 import re
-import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -15,13 +10,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
+from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce
+from causal_preflight.loop_checks import kind, sample, some
 from causal_preflight.report import Finding, Report
 
 STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
-SAMPLES = 64  # elements of a parameter, or rows of a matrix, that are compared
-SIMULATED = 20_000  # steps of a schedule that are simulated at most
 LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
 REMEDIES = {  # name of a check -> what to change
     "parameters": "give them to the optimizer, or freeze them with requires_grad_(False)",
@@ -54,10 +50,10 @@ class LoopReport(Report):
 
     @property
     def verdict(self) -> str:
+        if not self.audited:
+            return f"NOT AUDITED: {self.skipped.get('loop', 'no optimizer step was seen')}"
         faults = ", ".join(f.probe for f in self.findings)
-        result = f"FAULTS loop ({faults})" if faults else "no fault found in the training loop"
-        reason = self.skipped.get("loop", "no optimizer step was seen")
-        return f"{result if self.audited else f'NOT AUDITED: {reason}'} ({self.steps} steps)"
+        return f"training loop, {self.steps} steps: {f'FAULTS {faults}' if faults else 'no fault'}"
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"faults": sorted(self.faults)}
@@ -83,69 +79,72 @@ class LoopProbe(L.Callback):
         self.handles, self.calls, self.scalers = list[Any](), list[Any](), list[Any]()
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.report, self.results, self.told = LoopReport(), dict[str, str](), -1
-        self.watched: list[Any] = []
-        self.active = self.watching = self.modes_due = self.on_fault != "off"
-        if re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__):
-            self.active = self.watching = False
+        self.report, self.results, self.watched = LoopReport(), dict[str, str](), list[Any]()
+        sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
+        self.active = self.on_fault != "off" and not sharded
+        self.watching = self.modes_due = self.active  # the first steps; one batch
+        if sharded and self.on_fault != "off":
             self.report.skipped["loop"] = "the strategy shards the parameters"
+            self._tell(trainer)
 
-    def _settle(self, name: str, seen: str = "") -> None:
-        """Record what a check saw; nothing means that it passed."""
-        self.results[name] = self.results.get(name) or seen
+    def _settle(self, name: str, wrong: object = None, seen: str = "") -> None:
+        """Record that a check passed or, if anything is wrong, what it saw."""
+        self.results[name] = self.results.get(name) or (seen if wrong else "")
 
     def _tell(self, trainer: L.Trainer) -> None:
-        """Announce the report, and later each new fault. All ranks call it together."""
-        report, results = self.report, self.results
-        known = [f.probe for f in report.findings]
-        report.findings += [Finding("loop", seen, REMEDIES[name], probe=name)
-                            for name, seen in results.items() if seen and name not in known]  # fmt: skip
-        report.passed = [name for name, seen in results.items() if not seen]
-        reasons = {name: "not seen so far" for name in REMEDIES if name not in results}
-        report.skipped = reasons | {k: v for k, v in report.skipped.items() if k not in results}
+        """Announce the report at first, and then new faults. All ranks call it together."""
+        report, known, first = self.report, len(self.report.findings), not self.report.passed
+        for name in self.results.keys() - {f.probe for f in report.findings}:
+            if seen := self.results[name]:
+                report.findings.append(Finding("loop", seen, REMEDIES[name], probe=name))
+        report.passed = [name for name, seen in self.results.items() if not seen]
+        if self.active:
+            skipped = dict.fromkeys(REMEDIES, "nothing to examine so far") | report.skipped
+            report.skipped = {k: v for k, v in skipped.items() if k not in self.results}
         self.report = report = trainer.strategy.broadcast(report)
-        new, first, self.told = report.findings[max(self.told, 0) :], self.told < 0, len(known)
-        self.told = len(report.findings)
+        new = report.findings[known:]
         if trainer.is_global_zero and (new or first):
             _announce(str(report), clean=not new)
         if new and self.on_fault == "error":
             seen = ". ".join(f"{f.probe}: {f.seen}; {f.remedy}" for f in new)
-            raise PreflightError(f'loop: {seen}. To train in spite of it: LoopProbe("warn")')
+            raise PreflightError(
+                f'training loop: {seen}. To go on in spite of it: LoopProbe("warn")'
+            )
 
     # ---- the first steps ----
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if not self.watching or self.watched:
             return
-        modules, named = list(module.modules()), dict(module.named_parameters())
         for optimizer in trainer.optimizers:
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            w = SimpleNamespace(
-                optimizer=optimizer, params=params, norms=torch.zeros(0), steps=0, carried=0,
-                stepped=False, left_over=False, rates=[], before_unscaling=[], divided=[],
-            )  # fmt: skip
+            w = SimpleNamespace(optimizer=optimizer, params=params, steps=0, backwards=0)
+            w.stepped, w.left_over, w.carried, w.rates, w.scaled = False, False, 0, [], []
             self.watched.append(w)
             self.handles.append(
                 optimizer.register_step_post_hook(partial(self._stepped, module, w))
             )
+        self.names = {id(p): name for name, p in module.named_parameters()}
         held = {id(p): p for w in self.watched for p in w.params}
-        self.names = {id(p): name for name, p in named.items()}
-        trained = {id(p): p for p in named.values() if p.requires_grad}
+        trained = {id(p): p for p in module.parameters() if p.requires_grad}
         self.without = {i: p for i, p in held.items() if i in trained or i not in self.names}
-        self.outside = {i: (p, _sample(p)) for i, p in trained.items() if i not in held}
+        self.outside = {i: (p, sample(p)) for i, p in trained.items() if i not in held}
         self.ran, self.dtypes, self.missed = set[Any](), set[Any](), set[int]()
         self.weights: list[Tensor] = []  # sum of the token weights of each micro-batch
-        self.mixed, self.ties = "mixed" in str(trainer.precision), _shared_names(module)
+        self.divided: list[tuple[int, float]] = []  # micro-batches, and weight of all
+        self.backwards = 0
+        self.mixed, self.ties = "mixed" in str(trainer.precision), loop_checks.ties(module)
         self.positions = [c.scheduler.last_epoch for c in trainer.lr_scheduler_configs]
-        self.owners = {id(p): m for m in modules for p in m.parameters(recurse=False)}
-        if not any(type(m).__name__ == "OptimizedModule" for m in modules):  # compiled
+        self.owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
+        if not any(type(m).__name__ == "OptimizedModule" for m in module.modules()):  # compiled
             owners = set(self.owners.values())
             self.handles += [m.register_forward_hook(self._called) for m in owners]
-        found = [getattr(trainer.precision_plugin, "scaler", None), *vars(module).values()]
-        self.scalers = [x for x in found if isinstance(x, torch.amp.GradScaler)]
+        scalers = [getattr(trainer.precision_plugin, "scaler", None), *vars(module).values()]
+        self.scalers = [x for x in scalers if isinstance(x, torch.amp.GradScaler)]
         for scaler in self.scalers:
             vars(scaler)["unscale_"] = partial(self._unscale, scaler.unscale_)
-        self._settle("tie", "; ".join(_untied_copies(module)))
+        copies = list(loop_checks.untied_copies(module))
+        self._settle("tie", copies, f"{some(copies)} are two tensors")
         self._compare_ranks(module, "before the first step")
 
     def _called(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -158,65 +157,61 @@ class LoopProbe(L.Callback):
         if not self.watching:
             return
         for w in self.watched:
-            if w.stepped or w.left_over:  # else these are gradients of the same step
-                w.stepped, w.left_over = False, any(bool(g.any()) for g in _grads(w)[:4])
+            if w.stepped or w.left_over:  # else there may be gradients of the same step
+                grads = [p.grad for p in w.params if p.grad is not None][:4]
+                w.stepped, w.left_over = False, any(bool(g.any()) for g in grads)
+        self.backwards += 1
         node: Any = loss.grad_fn
-        for _ in range(12):  # a loss made by one log-softmax: its gradient is minus the weights
-            following = [n for n, _ in getattr(node, "next_functions", ()) if n is not None]
-            if len(following) != 1 or node.name() == "LogSoftmaxBackward0":
+        for _ in range(12):  # from a loss that one log-softmax makes, down to it
+            inputs = [n for n, _ in node.next_functions if n is not None] if node else []
+            if len(inputs) != 1 or node.name() == "LogSoftmaxBackward0":
                 break
-            node = following[0]
-        if node is not None and node.name() == "LogSoftmaxBackward0":
-            node.register_prehook(lambda grads: self.weights.append(-grads[0].float().sum()))
+            node = inputs[0]
+        if node and node.name() == "LogSoftmaxBackward0":  # its gradient is minus the weights
+            scale = math.prod(x.get_scale() for x in self.scalers if x.is_enabled())
+            read = lambda grads: self.weights.append(-grads[0].float().sum() / scale)  # noqa: E731
+            node.register_prehook(read)
         else:
-            self.weights.append(loss.new_tensor(math.nan))
-
-    def on_after_backward(self, *_: Any) -> None:
-        if self.watching:
-            for w in self.watched:
-                w.norms = _norms(w)
+            self.weights.append(torch.tensor(math.nan))
 
     def _unscale(self, unscale: Any, optimizer: Any) -> None:
         for w in self.watched:
-            if w.optimizer in (optimizer, getattr(optimizer, "optimizer", None)) and _grads(w):
-                sizes = [(g.norm(), g.abs().max()) for g in _grads(w)]
-                norm, largest = torch.tensor(sizes)[:, 0].norm(), max(m for _, m in sizes)
-                w.before_unscaling.append((_ratio(w), norm.item(), largest.item()))
+            if w.optimizer in (optimizer, getattr(optimizer, "optimizer", None)):
+                grads = [p.grad for p in w.params if p.grad is not None]
+                norms = [get_total_norm(grads, kind).item() for kind in (2.0, math.inf)]
+                w.scaled += [norms] if math.isfinite(norms[0]) else []
         unscale(optimizer)
 
     def _stepped(self, module: Any, w: Any, *_: Any) -> None:
         """After a step of one optimizer: its gradients are those that it used."""
-        if not len(w.norms):
-            return
+        if w.backwards == self.backwards:
+            return  # there was no backward pass
         self.without = {i: p for i, p in self.without.items() if p.grad is None}
         self.missed |= {i for i, (p, _) in self.outside.items() if p.grad is not None}
         w.carried, w.steps, w.stepped = w.carried + w.left_over, w.steps + 1, True
         w.rates.append(max(float(g.get("lr", 1)) for g in w.optimizer.param_groups))
-        n = len(self.weights)
-        if module.automatic_optimization:
-            n = module.trainer.accumulate_grad_batches
-        if n > 1:
-            w.divided += [float(x) * _ratio(w) * n * n for x in self.weights]
-        self.weights, w.norms = [], torch.zeros(0)
+        automatic = module.automatic_optimization
+        n = module.trainer.accumulate_grad_batches if automatic else len(self.weights)
+        self.divided += [(n, n * float(weight)) for weight in self.weights if n > 1]
+        w.backwards, self.weights = self.backwards, []
 
     def _compare_ranks(self, module: L.LightningModule, when: str) -> bool:
-        """Compare the weights of all ranks. Whether all have seen enough steps."""
+        """Compare the weights of all ranks. Whether all of them have seen enough steps."""
         steps = [w.steps for w in self.watched] or [0]
         enough = min(steps) >= STEPS or max(steps) >= 10 * STEPS
         if module.trainer.world_size == 1:
             return enough
-        parts = [_sample(p).to(module.device) for p in module.parameters()]
+        parts = [sample(p).to(module.device) for p in module.parameters()]
         row = torch.cat([*parts, torch.tensor([enough], device=module.device)])
         rows: Any = module.all_gather(row)  # (ranks, elements + 1)
-        differ = ((rows - rows[0]).abs() > 1e-6 * rows[0].abs() + 1e-10).any(0)[:-1]
-        if differ.any():
-            self._settle("ranks", f"{differ.float().mean():.0%} of the weights differ {when}")
+        differ = ((rows - rows[0]).abs() > 1e-6 * rows[0].abs() + 1e-10)[:, :-1].any(0)
+        self._settle("ranks", differ.any(), f"{differ.float().mean():.0%} of weights differ {when}")
         return bool(rows[:, -1].all())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self.modes_due:
-            names = _in_eval_mode(module)
-            self._settle("train mode", f"{_some(names)} trained in eval mode" if names else "")
+            names = loop_checks.in_eval_mode(module)
+            self._settle("train mode", names, f"{some(names)} trained in eval mode")
         if self.watching and self._compare_ranks(module, "after a step"):
             self._conclude(trainer, module)
         elif self.modes_due and not self.watching:
@@ -228,85 +223,77 @@ class LoopProbe(L.Callback):
         self.watching = self.modes_due = False
         self._unhook()
         self.report.steps = max((w.steps for w in self.watched), default=0)
-        parted = [" and ".join(sorted(x)) for x in self.ties - _shared_names(module)]
-        self._settle("tie", "; ".join(f"{names} parted" for names in parted))
-        if trainer.world_size > 1:
-            self._settle("ranks")
+        parted = [" and ".join(names) for names in self.ties - loop_checks.ties(module)]
+        self._settle("tie", parted, f"{some(parted)} parted")
         if self.mixed and self.dtypes:
-            low = self.dtypes & {torch.bfloat16, torch.float16}
-            self._settle("autocast", "" if low else "all linear layers computed in float32")
+            in_float32 = not self.dtypes & {torch.bfloat16, torch.float16}
+            self._settle("autocast", in_float32, "all linear layers computed in float32")
         if self.watched and min(w.steps for w in self.watched) > 1:
-            again = any(w.carried >= w.steps - 1 for w in self.watched)
-            self._settle("zeroing", "each step used those of the one before too" if again else "")
+            carried = any(w.carried >= w.steps - 1 for w in self.watched)
+            self._settle("zeroing", carried, "each step used those of the one before, too")
             self._conclude_gradients()
-            self._conclude_schedules(trainer, module)
+            self._conclude_rates(trainer, module)
         for w in self.watched:
-            ratios, *sizes = (
-                zip(*w.before_unscaling) if len(w.before_unscaling) > 1 else [(0.9995,)]
-            )
-            if max(ratios) < 0.999 and any(max(x) < 1.01 * min(x) for x in sizes):
-                self._settle("clipping", f"their norm was {sizes[0][0]:.3g} before unscaling")
-            elif min(ratios) >= 0.9999:
-                self._settle("clipping")
-            if w.divided and not any(map(math.isnan, w.divided)):
-                if all(abs(x - 1) < 1e-3 for x in w.divided):
-                    self._settle("division", "n micro-batches weigh 1/n together")
-                elif all(x > 1.5 for x in w.divided):
-                    self._settle("division")
+            if len(w.scaled) >= STEPS:  # a norm that stays the same is that of a clipping
+                same = any(max(x) < 1.001 * min(x) for x in zip(*w.scaled, strict=True))
+                self._settle("clipping", same, "they were clipped before they were unscaled")
+        for twice in (False, True):
+            totals = [total * n**twice for n, total in self.divided]
+            if totals and all(math.isclose(total, 1, rel_tol=1e-3) for total in totals):
+                self._settle("division", twice, "n micro-batches weigh 1/n together")
         self._tell(trainer)
 
     def _conclude_gradients(self) -> None:
-        """Which tensors the optimizers hold, and which of them got gradients."""
+        """Settle which parameters the optimizers hold, and which of them got gradients."""
         stale = [i for i in self.without if i not in self.names]
-        lost = [self.names[i] for i, (p, before) in self.outside.items()
-                if i in self.missed and torch.equal(before, _sample(p))]  # fmt: skip
-        beside = f"; {_some(lost)} are in no optimizer" if lost else ""
-        seen = f"{len(stale)} tensors of the optimizer are not the module's{beside}"
-        self._settle("tensors", seen if stale else "")
-        lost = lost if len(lost) > len(stale) else []  # else the stale ones are their old versions
-        self._settle("parameters", f"{_some(lost)} train, but are in no optimizer" if lost else "")
-        dead = {self.names[i]: self.owners[i] in self.ran for i in self.without if i in self.names}
-        live = {_kind(name) for name in self.names.values() if name not in dead}
-        idle = [name for name, ran in dead.items() if not ran and _kind(name) in live]
-        dead_names = [name for name in dead if name not in idle]
-        if dead_names or not idle:
-            self._settle("gradients", f"{_some(dead_names)} got none" if dead_names else "")
-        else:  # an expert, or a layer dropped at random
-            self.report.skipped["gradients"] = f"{_some(idle)} were not called"
+        lost = [self.names[i] for i in self.missed if torch.equal(*map(sample, self.outside[i]))]
+        seen = f"{len(stale)} tensors of the optimizer are not the module's"
+        self._settle("tensors", stale, f"{seen}; it lacks {some(lost) or 'none'}")
+        if len(lost) > len(stale):  # else what it lacks are the new versions
+            self._settle("parameters", lost, f"{some(lost)} train, but are in no optimizer")
+        else:
+            self._settle("parameters")
+        dead = [i for i in self.without if i in self.names]
+        live = {kind(name) for i, name in self.names.items() if i not in dead}
+        idle = [i for i in dead if self.owners[i] not in self.ran and kind(self.names[i]) in live]
+        names = [self.names[i] for i in dead if i not in idle]
+        if names or not idle:
+            self._settle("gradients", names, f"{some(names)} got no gradient")
+        else:  # as experts do
+            self.report.skipped["gradients"] = f"{self.names[idle[0]]} was not called"
 
-    def _conclude_schedules(self, trainer: Any, module: L.LightningModule) -> None:
+    def _conclude_rates(self, trainer: Any, module: L.LightningModule) -> None:
         per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        whole = (trainer.max_epochs or -1) * per_epoch
-        steps = min((n for n in (trainer.max_steps, whole) if 0 < n < math.inf), default=0)
+        lengths = trainer.max_steps, (trainer.max_epochs or -1) * per_epoch
+        steps = math.ceil(min((n for n in lengths if 0 < n < math.inf), default=0))
+        epochs = max(1, math.ceil(steps / per_epoch))
         for config, position in zip(trainer.lr_scheduler_configs, self.positions, strict=True):
-            by_epoch, rates = config.interval == "epoch", list[float]()
+            by_epoch = config.interval == "epoch"
             if not module.automatic_optimization:
                 by_epoch = config.scheduler.last_epoch == position
-            epochs = max(1, math.ceil(steps / per_epoch))
-            if by_epoch and not hasattr(config.scheduler, "num_bad_epochs"):  # of ReduceLROnPlateau
-                rates = _simulate(config.scheduler, 2 * math.ceil(steps), [trainer, module])
-            why = _meant_for_steps(rates, epochs, math.ceil(steps)) if steps and rates else ""
-            self._settle(
-                "schedule",
-                f"the rate {why}, in a run of {epochs} epochs, by which it moves" if why else "",
-            )
+            why = ""
+            if by_epoch and steps and not hasattr(config.scheduler, "num_bad_epochs"):  # a plateau
+                why = loop_checks.meant_for_steps(
+                    config.scheduler, epochs, steps, [trainer, module]
+                )
+            self._settle("schedule", why, f"the rate {why} by epochs; the run has {epochs}")
         if not self.results.get("schedule"):
-            zero = [w for w in self.watched if not any(w.rates)]
-            self._settle("rate", f"it was 0 in {self.report.steps} steps" if zero else "")
-        decayed = [self.names.get(id(p), "?") for w in self.watched
-                   for group in w.optimizer.param_groups if group.get("weight_decay")
-                   for p in group["params"] if p.ndim < 2]  # fmt: skip
+            zero = not all(any(w.rates) for w in self.watched)
+            self._settle("rate", zero, f"it was 0 in {self.report.steps} steps")
+        groups = [group for w in self.watched for group in w.optimizer.param_groups]
+        decayed = [p for g in groups if g.get("weight_decay") for p in g["params"] if p.ndim < 2]
         if decayed:
-            self.report.noted.append(f"weight decay acts on norms or biases: {_some(decayed)}")
+            names = some([self.names.get(id(p), "?") for p in decayed])
+            self.report.noted.append(f"weight decay acts on norms or biases: {names}")
 
     # ---- validation, and the end ----
 
     def on_validation_batch_start(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
-        """Watch whether the first batch makes the module, or a part of it, draw random numbers."""
-        if not self.active or "validation mode" in self.results or self.calls:
+        """Watch whether the module, or a part of it, draws random numbers."""
+        if not self.active or "validation mode" in self.results:
             return
         kind, states, self.drawn = module.device.type, dict[Any, Tensor](), list[bool]()
-        random_state = torch.get_rng_state if kind == "cpu" else getattr(torch, kind).get_rng_state
+        random_state = (torch if kind == "cpu" else getattr(torch, kind)).get_rng_state
 
         def enter(part: nn.Module, *_: Any) -> None:
             states[part] = random_state()
@@ -321,150 +308,48 @@ class LoopProbe(L.Callback):
     def on_validation_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         if self.calls and self.drawn:
             names = [n for n, m in module.named_modules() if m.training and getattr(m, "p", 0)]
-            seen = f"the model draws random numbers; in train mode are: {_some(names) or 'none'}"
-            self._settle("validation mode", seen if any(self.drawn) else "")
-        _remove(self.calls)
+            seen = f"random numbers are drawn; in train mode: {some(names) or 'no module'}"
+            self._settle("validation mode", any(self.drawn), seen)
+        for call in self.calls:
+            call.remove()
+        self.calls = []
 
     def on_validation_end(self, trainer: Any, module: L.LightningModule) -> None:
         if self.active and not trainer.sanity_checking:
             self._settle_perplexity(trainer, sum(trainer.num_val_batches))
-            self.modes_due = True  # of the next training batch
+            self.modes_due = True
             if not self.watching:
                 self._tell(trainer)
 
     def on_train_end(self, trainer: Any, module: L.LightningModule) -> None:
         if self.active:
             self._settle_perplexity(trainer, trainer.num_training_batches)
-            (self._conclude(trainer, module) if self.watching else self._tell(trainer))
+            if self.watching:
+                self._conclude(trainer, module)
+            else:
+                self._tell(trainer)
 
     def _settle_perplexity(self, trainer: Any, batches: float) -> None:
-        """Compare what was logged as a mean over batches, or at the end of an epoch."""
-        own = {f"{r.meta.name}_epoch" if r.meta.on_step else r.meta.name
-               for r in trainer._results.values() if r.meta.on_epoch and r.is_tensor}  # fmt: skip
+        """Compare what is a mean over the batches of an epoch, or logged at its end."""
+        results = [r for r in trainer._results.values() if r.meta.on_epoch and r.is_tensor]
+        own = {r.meta.name + "_epoch" * r.meta.on_step for r in results}
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name in own}
-        for name, loss, gap in _perplexities(logged):
-            if gap > LOG_GAP or batches > 1:
-                seen = f"{name} is {math.exp(gap):.4g} times the exponential of {loss}"
-                self._settle("perplexity", seen if gap > LOG_GAP else "")
+        word = re.compile("perplexity|ppl", re.IGNORECASE)
+        for name in filter(word.search, logged):
+            losses = [word.sub(loss, name) for loss in ("loss", "nll", "ce", "cross_entropy")]
+            for loss in [x for x in losses if x in logged and 0 < logged[name] < math.inf][:1]:
+                gap = math.log(logged[name]) - logged[loss]
+                if gap > LOG_GAP or batches > 1:
+                    seen = f"{name} is {math.exp(gap):.4g} times the exponential of {loss}"
+                    self._settle("perplexity", gap > LOG_GAP, seen)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         self.active = False
         self._unhook()
 
     def _unhook(self) -> None:
-        _remove(self.handles + self.calls)
+        for handle in self.handles + self.calls:
+            handle.remove()
         self.handles, self.calls = [], []
         for scaler in self.scalers:
             vars(scaler).pop("unscale_", None)
-
-
-def _remove(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _kind(name: str) -> str:
-    """A name without numbers: equal for layers or experts that are alike."""
-    return re.sub(r"\d+", "#", name)
-
-
-def _grads(watched: Any) -> list[Tensor]:
-    return [p.grad.detach().float() for p in watched.params if p.grad is not None]
-
-
-def _norms(watched: Any) -> Tensor:
-    """Norms of the first gradients."""
-    return torch.tensor([g.norm() for g in _grads(watched)[:4]])
-
-
-def _ratio(watched: Any) -> float:
-    """Norm of a gradient by that after the last backward pass."""
-    now, before = _norms(watched), watched.norms
-    return (now / before).nanmedian().item() if now.shape == before.shape else math.nan
-
-
-def _sample(p: Tensor) -> Tensor:
-    """Up to SAMPLES elements, as a copy in float32."""
-    return p.detach().flatten()[:: max(1, p.numel() // SAMPLES)][:SAMPLES].float().clone()
-
-
-def _shared_names(module: nn.Module) -> set[frozenset[str]]:
-    """The names of each parameter that has several."""
-    names = defaultdict(set)
-    for name, p in module.named_parameters(remove_duplicate=False):
-        names[id(p)].add(name)
-    return {frozenset(group) for group in names.values() if len(group) > 1}
-
-
-def _untied_copies(module: nn.Module) -> Iterator[str]:
-    """Pairs of an embedding, tied to nothing, and a matrix of which most rows are equal."""
-    tied = frozenset[str]().union(*_shared_names(module))
-    tables = {f"{n}.weight": m for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
-    for (name, table), (other, p) in itertools.product(tables.items(), module.named_parameters()):
-        a, b = table.weight.detach(), p.detach()
-        if {name, other} & {*tied} or other in tables or b.ndim != 2 or a.shape[1] != b.shape[1]:
-            continue
-        rows = torch.linspace(0, min(len(a), len(b)) - 1, SAMPLES, device=a.device).long()
-        equal = torch.isclose(a[rows].float(), b[rows].float(), rtol=1e-2).all(1) & a[rows].any(1)
-        if a.data_ptr() != b.data_ptr() and equal.float().mean() > 0.5:
-            yield f"{name} and {other} are two tensors"
-
-
-def _in_eval_mode(root: nn.Module) -> list[str]:
-    """Modules that train in eval mode; not batch norms, nor what `train()` leaves in eval mode."""
-
-    def found() -> list[str]:
-        trained = [(n, m) for n, m in root.named_modules() if not m.training]
-        trained = [x for x in trained if any(p.requires_grad for p in x[1].parameters(False))]
-        return [n for n, m in trained if not isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    modes, names = [(m, m.training) for m in root.modules()], found()
-    if names:
-        root.train()
-        intended = set(found())
-        names = [name for name in names if name not in intended]
-        for module, mode in modes:
-            module.training = mode
-    return names
-
-
-def _simulate(scheduler: Any, steps: int, shared: Iterable[Any]) -> list[float]:
-    """The rates of a copy of the schedule; `shared` is not copied with it."""
-    groups = [dict(g, params=[torch.zeros(1)]) for g in scheduler.optimizer.param_groups]
-    memo: dict[int, Any] = {id(x): x for x in shared}
-    memo[id(scheduler.optimizer)] = stand_in = torch.optim.SGD(groups, lr=0.0)
-    twin, rates = copy.deepcopy(scheduler, memo), list[float]()
-    with warnings.catch_warnings(action="ignore"):
-        while len(rates) <= min(steps, SIMULATED):
-            rates.append(sum(float(g["lr"]) for g in stand_in.param_groups))
-            try:
-                twin.step()
-            except ValueError:  # OneCycleLR has an end
-                break
-    return rates
-
-
-def _meant_for_steps(rates: list[float], epochs: int, steps: int) -> str:
-    """Why a schedule that moves by epochs is meant for steps; empty if nothing says so.
-
-    It is if it rises for longer than the run has epochs, or falls until the last step of the run.
-    """
-    peak, end = rates.index(max(rates[: steps + 1])), rates.index(min(rates))
-    if peak > 2 * epochs and max(rates[:epochs]) < 0.99 * rates[peak]:
-        return f"rises for {peak} of its steps"
-    falls = end > 2 * epochs and rates[end] < 0.9 * rates[peak] and len(rates) <= SIMULATED
-    return f"falls for {end} of its steps" if falls and 0.5 <= end / steps <= 1.05 else ""
-
-
-def _perplexities(logged: dict[str, float]) -> Iterator[tuple[str, str, float]]:
-    """Name of a perplexity, name of the loss beside it, and log(perplexity) - loss in nats."""
-    word = re.compile("perplexity|ppl", re.IGNORECASE)
-    for name in filter(word.search, logged):
-        beside = [word.sub(loss, name) for loss in ("loss", "nll", "ce", "cross_entropy")]
-        beside = [x for x in beside if x in logged]
-        if beside and 0 < logged[name] < math.inf:
-            yield name, beside[0], math.log(logged[name]) - logged[beside[0]]
