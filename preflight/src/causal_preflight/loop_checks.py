@@ -1,9 +1,10 @@
-"""What `LoopProbe` asks of modules and schedules: plain functions."""
+"""What `LoopProbe` asks of modules, schedules and metrics: plain functions."""
 
 import copy
+import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -13,16 +14,7 @@ from torch import Tensor, nn
 
 SAMPLES = 64  # elements of a parameter, or rows of a matrix, that are compared
 SIMULATED = 20_000  # steps of a schedule that are simulated at most
-
-
-def some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def kind(name: str) -> str:
-    """A name without numbers: the same for layers or experts that are alike."""
-    return re.sub(r"\d+", "#", name)
+PERPLEXITY = re.compile("perplexity|ppl", re.IGNORECASE)
 
 
 def sample(p: Tensor) -> Tensor:
@@ -30,27 +22,21 @@ def sample(p: Tensor) -> Tensor:
     return p.detach().flatten()[:: max(1, p.numel() // SAMPLES)][:SAMPLES].float().clone()
 
 
-def ties(module: nn.Module) -> set[tuple[str, ...]]:
-    """The names of each parameter that has several."""
-    names: dict[int, tuple[str, ...]] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        names[id(p)] = (*names.get(id(p), ()), name)
-    return {x for x in names.values() if len(x) > 1}
+def ties(module: nn.Module) -> set[tuple[str, str]]:
+    """Pairs of names of one parameter."""
+    first = {id(p): name for name, p in module.named_parameters()}
+    names = ((first[id(p)], n) for n, p in module.named_parameters(remove_duplicate=False))
+    return {pair for pair in names if pair[0] != pair[1]}
 
 
 def untied_copies(module: nn.Module) -> Iterator[str]:
     """Pairs of an embedding, tied to nothing, and a matrix of which most rows are equal."""
     tables = {f"{n}.weight": m for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
     heads = [x for x in module.named_parameters() if x[0] not in tables and x[1].ndim == 2]
-    tied = {name for names in ties(module) for name in names}
+    tied = {name for pair in ties(module) for name in pair}
     for (name, table), (other, head) in product(tables.items(), heads):
         a, b = table.weight.detach(), head.detach()
-        if (
-            name in tied
-            or other in tied
-            or a.shape[1] != b.shape[1]
-            or a.data_ptr() == b.data_ptr()
-        ):
+        if {name, other} & tied or a.shape[1] != b.shape[1] or a.data_ptr() == b.data_ptr():
             continue
         rows = torch.linspace(0, min(len(a), len(b)) - 1, SAMPLES, device=a.device).long()
         equal = torch.isclose(a[rows].float(), b[rows].float(), rtol=1e-2).all(1) & a[rows].any(1)
@@ -61,18 +47,18 @@ def untied_copies(module: nn.Module) -> Iterator[str]:
 def in_eval_mode(root: nn.Module) -> list[str]:
     """Modules that train in eval mode; not batch norms, nor what `train()` leaves in eval mode."""
 
-    def found() -> list[str]:
+    def found() -> set[str]:
         idle = [(n, m) for n, m in root.named_modules() if not m.training]
         idle = [(n, m) for n, m in idle if not isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        return [n for n, m in idle if any(p.requires_grad for p in m.parameters(recurse=False))]
+        return {n for n, m in idle if any(p.requires_grad for p in m.parameters(recurse=False))}
 
     modes, names = [(m, m.training) for m in root.modules()], found()
     if names:
         root.train()
-        names = sorted({*names} - {*found()})
+        names -= found()
         for module, mode in modes:
             module.training = mode
-    return names
+    return sorted(names)
 
 
 def meant_for_steps(scheduler: Any, epochs: int, steps: int, shared: Iterable[Any]) -> str:
@@ -81,9 +67,13 @@ def meant_for_steps(scheduler: Any, epochs: int, steps: int, shared: Iterable[An
     It is if it rises for longer than the run has epochs, or falls until the run's last step. A copy
     is simulated; `shared` is not copied with it.
     """
-    groups = [dict(g, params=[torch.zeros(1)]) for g in scheduler.optimizer.param_groups]
+    own = {"params", "param_names"}
+    groups = [
+        {k: v for k, v in g.items() if k not in own} for g in scheduler.optimizer.param_groups
+    ]
     memo: dict[int, Any] = {id(x): x for x in shared}
-    memo[id(scheduler.optimizer)] = stand_in = torch.optim.SGD(groups, lr=0.0)
+    stand_in = torch.optim.SGD([g | {"params": [torch.zeros(1)]} for g in groups], lr=0.0)
+    memo[id(scheduler.optimizer)] = stand_in
     twin, rates = copy.deepcopy(scheduler, memo), list[float]()
     with warnings.catch_warnings(action="ignore"), suppress(ValueError):  # OneCycleLR has an end
         for _ in range(min(2 * steps, SIMULATED) + 1):
@@ -94,3 +84,11 @@ def meant_for_steps(scheduler: Any, epochs: int, steps: int, shared: Iterable[An
         return f"rises for {peak} of its steps"
     falls = end > 2 * epochs and rates[end] < 0.9 * rates[peak] and 2 * steps <= SIMULATED
     return f"falls for {end} of its steps" if falls and 0.5 <= end / steps <= 1.05 else ""
+
+
+def perplexities(logged: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Name of a perplexity, name of the loss beside it, and log(perplexity) - loss in nats."""
+    for name in filter(PERPLEXITY.search, logged):
+        names = [PERPLEXITY.sub(loss, name) for loss in ("loss", "nll", "ce", "cross_entropy")]
+        for loss in [x for x in names if x in logged and 0 < float(logged[name]) < math.inf][:1]:
+            yield name, loss, math.log(logged[name]) - float(logged[loss])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +15,6 @@ from torch.nn.utils import get_total_norm
 
 from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce
-from causal_preflight.loop_checks import kind, sample, some
 from causal_preflight.report import Finding, Report
 
 STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
@@ -76,13 +76,14 @@ class LoopProbe(L.Callback):
         if on_fault not in ("error", "warn", "off"):
             raise ValueError(f"on_fault must be error, warn or off, not {on_fault!r}")
         self.on_fault, self.report, self.active = on_fault, LoopReport(), False
-        self.handles, self.calls, self.scalers = list[Any](), list[Any](), list[Any]()
+        self.hooks, self.calls = ExitStack(), ExitStack()  # of training, and of a validation
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.report, self.results, self.watched = LoopReport(), dict[str, str](), list[Any]()
+        self.drawn: list[bool] = []
         sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
         self.active = self.on_fault != "off" and not sharded
-        self.watching = self.modes_due = self.active  # the first steps; one batch
+        self.watching = self.modes_due = self.active  # the first steps; the next batch
         if sharded and self.on_fault != "off":
             self.report.skipped["loop"] = "the strategy shards the parameters"
             self._tell(trainer)
@@ -107,9 +108,7 @@ class LoopProbe(L.Callback):
             _announce(str(report), clean=not new)
         if new and self.on_fault == "error":
             seen = ". ".join(f"{f.probe}: {f.seen}; {f.remedy}" for f in new)
-            raise PreflightError(
-                f'training loop: {seen}. To go on in spite of it: LoopProbe("warn")'
-            )
+            raise PreflightError(f'training loop: {seen}. To train all the same: LoopProbe("warn")')
 
     # ---- the first steps ----
 
@@ -121,14 +120,13 @@ class LoopProbe(L.Callback):
             w = SimpleNamespace(optimizer=optimizer, params=params, steps=0, backwards=0)
             w.stepped, w.left_over, w.carried, w.rates, w.scaled = False, False, 0, [], []
             self.watched.append(w)
-            self.handles.append(
-                optimizer.register_step_post_hook(partial(self._stepped, module, w))
-            )
+            hook = optimizer.register_step_post_hook(partial(self._stepped, module, w))
+            self.hooks.callback(hook.remove)
         self.names = {id(p): name for name, p in module.named_parameters()}
         held = {id(p): p for w in self.watched for p in w.params}
         trained = {id(p): p for p in module.parameters() if p.requires_grad}
         self.without = {i: p for i, p in held.items() if i in trained or i not in self.names}
-        self.outside = {i: (p, sample(p)) for i, p in trained.items() if i not in held}
+        self.outside = {i: (p, loop_checks.sample(p)) for i, p in trained.items() if i not in held}
         self.ran, self.dtypes, self.missed = set[Any](), set[Any](), set[int]()
         self.weights: list[Tensor] = []  # sum of the token weights of each micro-batch
         self.divided: list[tuple[int, float]] = []  # micro-batches, and weight of all
@@ -137,14 +135,15 @@ class LoopProbe(L.Callback):
         self.positions = [c.scheduler.last_epoch for c in trainer.lr_scheduler_configs]
         self.owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
         if not any(type(m).__name__ == "OptimizedModule" for m in module.modules()):  # compiled
-            owners = set(self.owners.values())
-            self.handles += [m.register_forward_hook(self._called) for m in owners]
+            for owner in set(self.owners.values()):
+                self.hooks.callback(owner.register_forward_hook(self._called).remove)
         scalers = [getattr(trainer.precision_plugin, "scaler", None), *vars(module).values()]
         self.scalers = [x for x in scalers if isinstance(x, torch.amp.GradScaler)]
         for scaler in self.scalers:
             vars(scaler)["unscale_"] = partial(self._unscale, scaler.unscale_)
+            self.hooks.callback(vars(scaler).pop, "unscale_")
         copies = list(loop_checks.untied_copies(module))
-        self._settle("tie", copies, f"{some(copies)} are two tensors")
+        self._settle("tie", copies, f"{_some(copies)} are two tensors")
         self._compare_ranks(module, "before the first step")
 
     def _called(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -160,7 +159,7 @@ class LoopProbe(L.Callback):
             if w.stepped or w.left_over:  # else there may be gradients of the same step
                 grads = [p.grad for p in w.params if p.grad is not None][:4]
                 w.stepped, w.left_over = False, any(bool(g.any()) for g in grads)
-        self.backwards += 1
+        self.backwards += 1  # in all
         node: Any = loss.grad_fn
         for _ in range(12):  # from a loss that one log-softmax makes, down to it
             inputs = [n for n, _ in node.next_functions if n is not None] if node else []
@@ -201,7 +200,7 @@ class LoopProbe(L.Callback):
         enough = min(steps) >= STEPS or max(steps) >= 10 * STEPS
         if module.trainer.world_size == 1:
             return enough
-        parts = [sample(p).to(module.device) for p in module.parameters()]
+        parts = [loop_checks.sample(p).to(module.device) for p in module.parameters()]
         row = torch.cat([*parts, torch.tensor([enough], device=module.device)])
         rows: Any = module.all_gather(row)  # (ranks, elements + 1)
         differ = ((rows - rows[0]).abs() > 1e-6 * rows[0].abs() + 1e-10)[:, :-1].any(0)
@@ -211,7 +210,7 @@ class LoopProbe(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self.modes_due:
             names = loop_checks.in_eval_mode(module)
-            self._settle("train mode", names, f"{some(names)} trained in eval mode")
+            self._settle("train mode", names, f"{_some(names)} trained in eval mode")
         if self.watching and self._compare_ranks(module, "after a step"):
             self._conclude(trainer, module)
         elif self.modes_due and not self.watching:
@@ -221,10 +220,10 @@ class LoopProbe(L.Callback):
     def _conclude(self, trainer: Any, module: L.LightningModule) -> None:
         """Settle what the watched steps show."""
         self.watching = self.modes_due = False
-        self._unhook()
+        self.hooks.close()
         self.report.steps = max((w.steps for w in self.watched), default=0)
         parted = [" and ".join(names) for names in self.ties - loop_checks.ties(module)]
-        self._settle("tie", parted, f"{some(parted)} parted")
+        self._settle("tie", parted, f"{_some(parted)} parted")
         if self.mixed and self.dtypes:
             in_float32 = not self.dtypes & {torch.bfloat16, torch.float16}
             self._settle("autocast", in_float32, "all linear layers computed in float32")
@@ -246,19 +245,22 @@ class LoopProbe(L.Callback):
     def _conclude_gradients(self) -> None:
         """Settle which parameters the optimizers hold, and which of them got gradients."""
         stale = [i for i in self.without if i not in self.names]
-        lost = [self.names[i] for i in self.missed if torch.equal(*map(sample, self.outside[i]))]
+        lost = [
+            self.names[i]
+            for i in self.missed
+            if torch.equal(*map(loop_checks.sample, self.outside[i]))
+        ]
         seen = f"{len(stale)} tensors of the optimizer are not the module's"
-        self._settle("tensors", stale, f"{seen}; it lacks {some(lost) or 'none'}")
-        if len(lost) > len(stale):  # else what it lacks are the new versions
-            self._settle("parameters", lost, f"{some(lost)} train, but are in no optimizer")
-        else:
-            self._settle("parameters")
+        self._settle("tensors", stale, f"{seen}; it lacks {_some(lost) or 'none'}")
+        more = len(lost) > len(stale)  # else what it lacks are the new versions
+        self._settle("parameters", more, f"{_some(lost)} train, but are in no optimizer")
         dead = [i for i in self.without if i in self.names]
-        live = {kind(name) for i, name in self.names.items() if i not in dead}
-        idle = [i for i in dead if self.owners[i] not in self.ran and kind(self.names[i]) in live]
+        kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
+        live = {kinds[i] for i in kinds if i not in dead}
+        idle = [i for i in dead if self.owners[i] not in self.ran and kinds[i] in live]
         names = [self.names[i] for i in dead if i not in idle]
         if names or not idle:
-            self._settle("gradients", names, f"{some(names)} got no gradient")
+            self._settle("gradients", names, f"{_some(names)} got no gradient")
         else:  # as experts do
             self.report.skipped["gradients"] = f"{self.names[idle[0]]} was not called"
 
@@ -268,14 +270,11 @@ class LoopProbe(L.Callback):
         steps = math.ceil(min((n for n in lengths if 0 < n < math.inf), default=0))
         epochs = max(1, math.ceil(steps / per_epoch))
         for config, position in zip(trainer.lr_scheduler_configs, self.positions, strict=True):
-            by_epoch = config.interval == "epoch"
+            scheduler, by_epoch, why = config.scheduler, config.interval == "epoch", ""
             if not module.automatic_optimization:
-                by_epoch = config.scheduler.last_epoch == position
-            why = ""
-            if by_epoch and steps and not hasattr(config.scheduler, "num_bad_epochs"):  # a plateau
-                why = loop_checks.meant_for_steps(
-                    config.scheduler, epochs, steps, [trainer, module]
-                )
+                by_epoch = scheduler.last_epoch == position
+            if by_epoch and steps and not hasattr(scheduler, "num_bad_epochs"):  # a plateau
+                why = loop_checks.meant_for_steps(scheduler, epochs, steps, [trainer, module])
             self._settle("schedule", why, f"the rate {why} by epochs; the run has {epochs}")
         if not self.results.get("schedule"):
             zero = not all(any(w.rates) for w in self.watched)
@@ -283,7 +282,7 @@ class LoopProbe(L.Callback):
         groups = [group for w in self.watched for group in w.optimizer.param_groups]
         decayed = [p for g in groups if g.get("weight_decay") for p in g["params"] if p.ndim < 2]
         if decayed:
-            names = some([self.names.get(id(p), "?") for p in decayed])
+            names = _some([self.names.get(id(p), "?") for p in decayed])
             self.report.noted.append(f"weight decay acts on norms or biases: {names}")
 
     # ---- validation, and the end ----
@@ -292,8 +291,8 @@ class LoopProbe(L.Callback):
         """Watch whether the module, or a part of it, draws random numbers."""
         if not self.active or "validation mode" in self.results:
             return
-        kind, states, self.drawn = module.device.type, dict[Any, Tensor](), list[bool]()
-        random_state = (torch if kind == "cpu" else getattr(torch, kind)).get_rng_state
+        device, states = module.device.type, dict[Any, Tensor]()
+        random_state = (torch if device == "cpu" else getattr(torch, device)).get_rng_state
 
         def enter(part: nn.Module, *_: Any) -> None:
             states[part] = random_state()
@@ -302,17 +301,16 @@ class LoopProbe(L.Callback):
             self.drawn.append(not torch.equal(states[part], random_state()))
 
         for part in (module, *module.children()):
-            self.calls.append(part.register_forward_pre_hook(enter))
-            self.calls.append(part.register_forward_hook(leave))
+            self.calls.callback(part.register_forward_pre_hook(enter).remove)
+            self.calls.callback(part.register_forward_hook(leave).remove)
 
     def on_validation_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
-        if self.calls and self.drawn:
+        if self.drawn:
             names = [n for n, m in module.named_modules() if m.training and getattr(m, "p", 0)]
-            seen = f"random numbers are drawn; in train mode: {some(names) or 'no module'}"
+            seen = f"random numbers are drawn; in train mode: {_some(names) or 'no module'}"
             self._settle("validation mode", any(self.drawn), seen)
-        for call in self.calls:
-            call.remove()
-        self.calls = []
+        self.drawn = []
+        self.calls.close()
 
     def on_validation_end(self, trainer: Any, module: L.LightningModule) -> None:
         if self.active and not trainer.sanity_checking:
@@ -324,32 +322,23 @@ class LoopProbe(L.Callback):
     def on_train_end(self, trainer: Any, module: L.LightningModule) -> None:
         if self.active:
             self._settle_perplexity(trainer, trainer.num_training_batches)
-            if self.watching:
-                self._conclude(trainer, module)
-            else:
-                self._tell(trainer)
+            (partial(self._conclude, module=module) if self.watching else self._tell)(trainer)
 
     def _settle_perplexity(self, trainer: Any, batches: float) -> None:
         """Compare what is a mean over the batches of an epoch, or logged at its end."""
         results = [r for r in trainer._results.values() if r.meta.on_epoch and r.is_tensor]
         own = {r.meta.name + "_epoch" * r.meta.on_step for r in results}
-        logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name in own}
-        word = re.compile("perplexity|ppl", re.IGNORECASE)
-        for name in filter(word.search, logged):
-            losses = [word.sub(loss, name) for loss in ("loss", "nll", "ce", "cross_entropy")]
-            for loss in [x for x in losses if x in logged and 0 < logged[name] < math.inf][:1]:
-                gap = math.log(logged[name]) - logged[loss]
-                if gap > LOG_GAP or batches > 1:
-                    seen = f"{name} is {math.exp(gap):.4g} times the exponential of {loss}"
-                    self._settle("perplexity", gap > LOG_GAP, seen)
+        logged = {name: value for name, value in trainer.callback_metrics.items() if name in own}
+        for name, loss, gap in loop_checks.perplexities(logged):
+            if gap > LOG_GAP or batches > 1:
+                seen = f"{name} is {math.exp(gap):.4g} times the exponential of {loss}"
+                self._settle("perplexity", gap > LOG_GAP, seen)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         self.active = False
-        self._unhook()
+        self.hooks.close()
+        self.calls.close()
 
-    def _unhook(self) -> None:
-        for handle in self.handles + self.calls:
-            handle.remove()
-        self.handles, self.calls = [], []
-        for scaler in self.scalers:
-            vars(scaler).pop("unscale_", None)
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
