@@ -6,6 +6,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 V, C, T = 12, 8, 6
@@ -414,3 +415,63 @@ class SmoothedLoss(MeanAtTheEnd):
 class DecayOnAll(Right):
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class NeverSteps(Right):
+    def finish(self, i): ...
+
+
+class Adversaries(Right):
+    """Right: the gradients that the first loss leaves in the second network are zeroed in time."""
+
+    def make(self):
+        self.other = nn.Sequential(nn.Linear(V, 4), nn.Linear(4, 1))
+        return Net()
+
+    def training_step(self, ids, i):
+        first, second = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(-self.other(self.net(ids)).mean())
+        first.step()
+        if i % 2 == 0:
+            self.zero_second(second)
+            self.manual_backward(self.other(self.net(ids).detach()).mean())
+            second.step()
+
+    def zero_second(self, optimizer):
+        optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.other)]
+
+
+class NotZeroedAdversaries(Adversaries):
+    def zero_second(self, optimizer): ...
+
+
+class Checkpointed(Net):
+    """Right."""
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return self.head(self.norm(x))
+
+
+class DetachedByCheckpoint(Net):
+    """A reentrant checkpoint whose input takes no gradient gives none to its weights."""
+
+    def forward(self, ids):
+        x = checkpoint(lambda i: self.blocks[0](self.embed(i)), ids, use_reentrant=True)
+        return self.head(self.norm(x + self.blocks[1](x)))
+
+
+class RightlyCheckpointed(Right):
+    def make(self):
+        return Checkpointed()
+
+
+class WronglyCheckpointed(Right):
+    def make(self):
+        return DetachedByCheckpoint()

@@ -13,8 +13,10 @@ import torch
 pytest.importorskip("lightning")
 
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import loop_cases as cases
+from causal_preflight.lightning import PreflightError
 from causal_preflight.loop_probe import REMEDIES, LoopProbe
 
 torch.set_num_threads(1)
@@ -42,6 +44,7 @@ FAULTY = [
     ("parameters", cases.SomeParameters, {}),
     ("gradients", cases.Detached, {}),
     ("gradients", cases.UnusedHead, {}),
+    ("gradients", cases.WronglyCheckpointed, {}),
     ("tensors", cases.ResizedLate, {}),
     ("zeroing", cases.NotZeroed, {}),
     ("clipping", cases.ClippedScaled, {"scaled": True}),
@@ -67,6 +70,7 @@ RIGHT = [
     ("parameters", cases.Frozen, {}),
     ("parameters", cases.UpdatedByHand, {}),
     (None, cases.Experts, {}),
+    ("gradients", cases.RightlyCheckpointed, {}),
     ("tensors", cases.ResizedEarly, {}),
     ("zeroing", cases.Accumulated, {}),
     ("clipping", cases.ClippedUnscaled, {"scaled": True}),
@@ -106,6 +110,7 @@ def test_right_loops_pass(check, case, options, manual):
     assert check is None or check in report.passed, str(report)
 
 
+@pytest.mark.slow
 def test_two_ranks_whose_weights_differ(tmp_path):
     """At the start or after a step; both ranks stop, and neither waits for the other."""
     script = Path(cases.__file__).with_name("loop_ranks.py")
@@ -121,3 +126,62 @@ def test_two_ranks_whose_weights_differ(tmp_path):
     seen = [json.loads(line) for line in records[0].splitlines()]
     assert seen == [[name, manual, *rest] for name, *rest in expected for manual in (False, True)]
     assert done.stderr.decode().count("FAULTS") == 4  # rank zero alone speaks, once for each
+
+
+def test_a_fault_stops_the_fit_or_is_only_told(caplog):
+    with pytest.raises(PreflightError, match=r"zeroing: [^\n]+$"):
+        cases.fit(cases.NotZeroed(), LoopProbe())
+    assert caplog.text.count("FAULTS") == 1
+    caplog.clear()
+    off = LoopProbe("off")
+    assert cases.fit(cases.NotZeroed(), off).global_step == 4
+    assert not off.report.audited and "training loop" not in caplog.text
+    with pytest.raises(ValueError, match="on_fault"):
+        LoopProbe("stop")
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_it_leaves_no_trace(manual):
+    """The same weights to the bit, no hook left, no scaler changed."""
+    states = []
+    for on_fault in ("warn", "off"):
+        module = cases.ClippedUnscaled(manual)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        trainer = cases.fit(module, LoopProbe(on_fault), plugins=plugin)
+        (optimizer,) = trainer.optimizers
+        assert "unscale_" not in vars(scaler) and not optimizer._optimizer_step_post_hooks
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+        states.append([p.tolist() for p in module.parameters()])
+    assert states[0] == states[1]
+
+
+def test_what_it_could_not_see_is_skipped_never_passed(capsys):
+    report = watch(cases.Right, max_steps=1, limit_val_batches=0)
+    assert report.steps == 1 and not {"gradients", "zeroing", "rate"} & set(report.passed)
+    assert set(report.passed) | set(report.skipped) == set(REMEDIES)
+    report = watch(cases.NeverSteps, manual=True)
+    assert not report.audited and not report.clean and "NOT AUDITED" in capsys.readouterr().err
+    assert "gradients" in watch(cases.Experts).skipped
+    assert json.loads(json.dumps(watch(cases.Detached).to_dict()))["faults"] == ["loop"]
+
+
+def test_sharded_parameters_are_declined():
+    class FSDPStrategy(SingleDeviceStrategy): ...
+
+    report = watch(cases.NotZeroed, strategy=FSDPStrategy("cpu"))
+    assert not report.audited and set(report.skipped) == {"loop"}
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_decay_of_norms_and_biases_is_a_note(manual):
+    report = watch(cases.DecayOnAll, manual)
+    assert report.clean and "norm" in report.noted[0]
+    assert not watch(cases.Right, manual).noted
+
+
+def test_several_optimizers():
+    """Adversaries that step in turn, one of them every second time."""
+    assert watch(cases.Adversaries, manual=True, max_steps=-1).clean
+    report = watch(cases.NotZeroedAdversaries, manual=True, max_steps=-1)
+    assert [f.probe for f in report.findings] == ["zeroing"]

@@ -22,6 +22,12 @@ def sample(p: Tensor) -> Tensor:
     return p.detach().flatten()[:: max(1, p.numel() // SAMPLES)][:SAMPLES].float().clone()
 
 
+def is_compiled(root: nn.Module) -> bool:
+    """Whether a part of the model is compiled."""
+    kinds = ((type(m).__name__, m._compiled_call_impl) for m in root.modules())
+    return any(name == "OptimizedModule" or call is not None for name, call in kinds)
+
+
 def ties(module: nn.Module) -> set[tuple[str, str]]:
     """Pairs of names of one parameter."""
     first = {id(p): name for name, p in module.named_parameters()}

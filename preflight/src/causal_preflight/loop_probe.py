@@ -19,6 +19,7 @@ from causal_preflight.report import Finding, Report
 
 STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
 LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
+BY_EPOCH = ("ReduceLROnPlateau", "SWALR")  # schedulers that are meant to move by epochs
 REMEDIES = {  # name of a check -> what to change
     "parameters": "give them to the optimizer, or freeze them with requires_grad_(False)",
     "gradients": "look for detach(), no_grad() or an unused layer between them and the loss",
@@ -46,12 +47,12 @@ class LoopReport(Report):
 
     @property
     def audited(self) -> bool:
-        return bool(self.findings or self.passed)
+        return bool(self.findings or self.steps)
 
     @property
     def verdict(self) -> str:
         if not self.audited:
-            return f"NOT AUDITED: {self.skipped.get('loop', 'no optimizer step was seen')}"
+            return f"NOT AUDITED: {self.skipped.get('loop', 'no step after self.manual_backward')}"
         faults = ", ".join(f.probe for f in self.findings)
         return f"training loop, {self.steps} steps: {f'FAULTS {faults}' if faults else 'no fault'}"
 
@@ -134,7 +135,7 @@ class LoopProbe(L.Callback):
         self.mixed, self.ties = "mixed" in str(trainer.precision), loop_checks.ties(module)
         self.positions = [c.scheduler.last_epoch for c in trainer.lr_scheduler_configs]
         self.owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
-        if not any(type(m).__name__ == "OptimizedModule" for m in module.modules()):  # compiled
+        if not loop_checks.is_compiled(module):  # else a hook would compile it again
             for owner in set(self.owners.values()):
                 self.hooks.callback(owner.register_forward_hook(self._called).remove)
         scalers = [getattr(trainer.precision_plugin, "scaler", None), *vars(module).values()]
@@ -228,8 +229,8 @@ class LoopProbe(L.Callback):
             in_float32 = not self.dtypes & {torch.bfloat16, torch.float16}
             self._settle("autocast", in_float32, "all linear layers computed in float32")
         if self.watched and min(w.steps for w in self.watched) > 1:
-            carried = any(w.carried >= w.steps - 1 for w in self.watched)
-            self._settle("zeroing", carried, "each step used those of the one before, too")
+            carried = sum(w.carried for w in self.watched)
+            self._settle("zeroing", carried, f"{carried} steps used gradients of earlier ones, too")
             self._conclude_gradients()
             self._conclude_rates(trainer, module)
         for w in self.watched:
@@ -273,7 +274,7 @@ class LoopProbe(L.Callback):
             scheduler, by_epoch, why = config.scheduler, config.interval == "epoch", ""
             if not module.automatic_optimization:
                 by_epoch = scheduler.last_epoch == position
-            if by_epoch and steps and not hasattr(scheduler, "num_bad_epochs"):  # a plateau
+            if by_epoch and steps and type(scheduler).__name__ not in BY_EPOCH:
                 why = loop_checks.meant_for_steps(scheduler, epochs, steps, [trainer, module])
             self._settle("schedule", why, f"the rate {why} by epochs; the run has {epochs}")
         if not self.results.get("schedule"):
@@ -300,7 +301,7 @@ class LoopProbe(L.Callback):
         def leave(part: nn.Module, *_: Any) -> None:
             self.drawn.append(not torch.equal(states[part], random_state()))
 
-        for part in (module, *module.children()):
+        for part in (x for x in (module, *module.children()) if not x._compiled_call_impl):
             self.calls.callback(part.register_forward_pre_hook(enter).remove)
             self.calls.callback(part.register_forward_hook(leave).remove)
 
