@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-import loop_cases as cases
 from causal_preflight.lightning import PreflightError
 from causal_preflight.loop_probe import LoopProbe
+from loop_cases import base, gradients
 
 
-class SeededByRank(cases.Right):
+class SeededByRank(base.Right):
     """Weights are drawn anew after the strategy has made them equal."""
 
     def on_train_start(self):
@@ -21,7 +21,7 @@ class SeededByRank(cases.Right):
         nn.init.normal_(self.net.norm.bias)
 
 
-class OwnGradients(cases.Right):
+class OwnGradients(base.Right):
     """Each rank steps on its own gradients: equal weights at the start, not after a step."""
 
     def on_before_optimizer_step(self, optimizer):
@@ -29,24 +29,24 @@ class OwnGradients(cases.Right):
             p.grad += 0.01 * self.global_rank
 
 
-class BufferPerRank(cases.Right):
+class BufferPerRank(base.Right):
     """Right: statistics of each rank's own rows."""
 
     def make(self):
-        net = cases.Net()
-        net.norm = nn.Sequential(net.norm, cases.Rows(nn.BatchNorm1d(cases.C)))
+        net = base.Net()
+        net.norm = nn.Sequential(net.norm, gradients.Rows(nn.BatchNorm1d(base.C)))
         return net
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for case in (cases.Right, BufferPerRank, SeededByRank, OwnGradients):
+    for case in (base.Right, BufferPerRank, SeededByRank, OwnGradients):
         for manual in (False, True):
             probe, stopped = LoopProbe(), False
             try:
                 strategy = DDPStrategy(process_group_backend="gloo", broadcast_buffers=False)
-                cases.fit(case(manual), probe, strategy=strategy, devices=2)
+                base.fit(case(manual), probe, strategy=strategy, devices=2)
             except PreflightError:
                 stopped = True
             found = [(f.probe, "before" in f.seen) for f in probe.report.findings]

@@ -15,9 +15,10 @@ pytest.importorskip("lightning")
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-import loop_cases as cases
 from causal_preflight.lightning import PreflightError
-from causal_preflight.loop_probe import REMEDIES, LoopProbe
+from causal_preflight.loop_checks import REMEDIES
+from causal_preflight.loop_probe import LoopProbe
+from loop_cases import base, gradients, settings
 
 torch.set_num_threads(1)
 
@@ -36,61 +37,62 @@ def watch(case, manual=False, **options):
         options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
     if getattr(case, "n", 1) > 1 and not manual:
         options["accumulate_grad_batches"] = case.n
-    cases.fit(case(manual), probe, **options)
+    base.fit(case(manual), probe, **options)
     return probe.report
 
 
 FAULTY = [
-    ("parameters", cases.SomeParameters, {}),
-    ("gradients", cases.Detached, {}),
-    ("gradients", cases.UnusedHead, {}),
-    ("gradients", cases.WronglyCheckpointed, {}),
-    ("tensors", cases.ResizedLate, {}),
-    ("zeroing", cases.NotZeroed, {}),
-    ("clipping", cases.ClippedScaled, {"scaled": True}),
-    ("clipping", cases.ClippedScaledByValue, {"scaled": True}),
-    ("division", cases.DividedTwice, {}),
-    ("train mode", cases.EvalLeftOn, {}),
-    ("train mode", cases.EvalAfterValidation, {"max_steps": 8}),
-    ("validation mode", cases.FunctionalDropout, {}),
-    ("validation mode", cases.TrainModeInValidation, {}),
-    ("tie", cases.Copied, {}),
-    ("tie", cases.ResizedWithoutHead, {}),
-    ("rate", cases.IntegerDivision, {}),
-    ("schedule", cases.WarmupByEpoch, {}),
-    ("schedule", cases.CosineByEpoch, {"max_steps": 8}),
-    ("schedule", cases.OneCycleByEpoch, {"max_steps": 8}),
-    ("schedule", cases.SequenceByEpoch, {"max_steps": 8}),
-    ("autocast", cases.NoAutocast, {"precision": "bf16-mixed"}),
-    ("perplexity", cases.MeanOfExponentials, {}),
-    ("perplexity", cases.MeanAtTheEnd, {}),
+    ("parameters", gradients.SomeParameters, {}),
+    ("gradients", gradients.Detached, {}),
+    ("gradients", gradients.UnusedHead, {}),
+    ("gradients", gradients.WronglyCheckpointed, {}),
+    ("tensors", gradients.ResizedLate, {}),
+    ("zeroing", gradients.NotZeroed, {}),
+    ("clipping", gradients.ClippedScaled, {"scaled": True}),
+    ("clipping", gradients.ClippedScaledByValue, {"scaled": True}),
+    ("division", gradients.DividedTwice, {}),
+    ("train mode", settings.EvalLeftOn, {}),
+    ("train mode", settings.EvalAfterValidation, {"max_steps": 8}),
+    ("validation mode", settings.FunctionalDropout, {}),
+    ("validation mode", settings.TrainModeInValidation, {}),
+    ("tie", settings.Copied, {}),
+    ("tie", settings.ResizedWithoutHead, {}),
+    ("tie", settings.PartedLater, {}),
+    ("rate", settings.IntegerDivision, {}),
+    ("schedule", settings.WarmupByEpoch, {}),
+    ("schedule", settings.CosineByEpoch, {"max_steps": 8}),
+    ("schedule", settings.OneCycleByEpoch, {"max_steps": 8}),
+    ("schedule", settings.SequenceByEpoch, {"max_steps": 8}),
+    ("autocast", settings.NoAutocast, {"precision": "bf16-mixed"}),
+    ("perplexity", settings.MeanOfExponentials, {}),
+    ("perplexity", settings.MeanAtTheEnd, {}),
 ]
 RIGHT = [
-    ("parameters", cases.Right, {}),
-    ("parameters", cases.Frozen, {}),
-    ("parameters", cases.UpdatedByHand, {}),
-    (None, cases.Experts, {}),
-    ("gradients", cases.RightlyCheckpointed, {}),
-    ("tensors", cases.ResizedEarly, {}),
-    ("zeroing", cases.Accumulated, {}),
-    ("clipping", cases.ClippedUnscaled, {"scaled": True}),
-    (None, cases.DividedByCount, {"scaled": True}),
-    ("division", cases.Accumulated, {}),
-    ("division", cases.Accumulated, {"scaled": True}),
-    (None, cases.WeighedLoss, {}),
-    (None, cases.PadInMean, {}),
-    ("train mode", cases.Frozen, {}),
-    ("train mode", cases.Right, {"max_steps": 8, "val_check_interval": 2}),
-    ("validation mode", cases.SampledInValidation, {}),
-    ("tie", cases.Untied, {}),
-    ("rate", cases.Scheduled, {}),
-    ("schedule", cases.Scheduled, {}),
-    ("schedule", cases.ExponentialByEpoch, {"max_steps": -1, "max_epochs": 3}),
-    ("schedule", cases.StepByEpoch, {"max_steps": -1, "max_epochs": 2}),
-    ("schedule", cases.CosineOfEpochs, {"max_steps": -1, "max_epochs": 2}),
-    ("autocast", cases.Right, {"precision": "bf16-mixed"}),
-    ("perplexity", cases.ExponentialOfMean, {}),
-    ("perplexity", cases.SmoothedLoss, {}),
+    ("parameters", base.Right, {}),
+    ("parameters", gradients.Frozen, {}),
+    ("parameters", gradients.UpdatedByHand, {}),
+    (None, gradients.Experts, {}),
+    ("gradients", gradients.RightlyCheckpointed, {}),
+    ("tensors", gradients.ResizedEarly, {}),
+    ("zeroing", gradients.Accumulated, {}),
+    ("clipping", gradients.ClippedUnscaled, {"scaled": True}),
+    (None, gradients.DividedByCount, {"scaled": True}),
+    ("division", gradients.Accumulated, {}),
+    ("division", gradients.Accumulated, {"scaled": True}),
+    (None, gradients.WeighedLoss, {}),
+    (None, gradients.PadInMean, {}),
+    ("train mode", gradients.Frozen, {}),
+    ("train mode", base.Right, {"max_steps": 8, "val_check_interval": 2}),
+    ("validation mode", settings.SampledInValidation, {}),
+    ("tie", settings.Untied, {}),
+    ("rate", settings.Scheduled, {}),
+    ("schedule", settings.Scheduled, {}),
+    ("schedule", settings.ExponentialByEpoch, {"max_steps": -1, "max_epochs": 3}),
+    ("schedule", settings.StepByEpoch, {"max_steps": -1, "max_epochs": 2}),
+    ("schedule", settings.CosineOfEpochs, {"max_steps": -1, "max_epochs": 2}),
+    ("autocast", base.Right, {"precision": "bf16-mixed"}),
+    ("perplexity", settings.ExponentialOfMean, {}),
+    ("perplexity", settings.SmoothedLoss, {}),
 ]
 
 
@@ -113,7 +115,7 @@ def test_right_loops_pass(check, case, options, manual):
 @pytest.mark.slow
 def test_two_ranks_whose_weights_differ(tmp_path):
     """At the start or after a step; both ranks stop, and neither waits for the other."""
-    script = Path(cases.__file__).with_name("loop_ranks.py")
+    script = Path(__file__).with_name("loop_ranks.py")
     paths = [str(script.parent), *sys.path]
     env = os.environ | {"RECORDS": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, timeout=120)
@@ -130,11 +132,11 @@ def test_two_ranks_whose_weights_differ(tmp_path):
 
 def test_a_fault_stops_the_fit_or_is_only_told(caplog):
     with pytest.raises(PreflightError, match=r"zeroing: [^\n]+$"):
-        cases.fit(cases.NotZeroed(), LoopProbe())
+        base.fit(gradients.NotZeroed(), LoopProbe())
     assert caplog.text.count("FAULTS") == 1
     caplog.clear()
     off = LoopProbe("off")
-    assert cases.fit(cases.NotZeroed(), off).global_step == 4
+    assert base.fit(gradients.NotZeroed(), off).global_step == 4
     assert not off.report.audited and "training loop" not in caplog.text
     with pytest.raises(ValueError, match="on_fault"):
         LoopProbe("stop")
@@ -145,10 +147,10 @@ def test_it_leaves_no_trace(manual):
     """The same weights to the bit, no hook left, no scaler changed."""
     states = []
     for on_fault in ("warn", "off"):
-        module = cases.ClippedUnscaled(manual)
+        module = gradients.ClippedUnscaled(manual)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         plugin = MixedPrecision("16-mixed", "cpu", scaler)
-        trainer = cases.fit(module, LoopProbe(on_fault), plugins=plugin)
+        trainer = base.fit(module, LoopProbe(on_fault), plugins=plugin)
         (optimizer,) = trainer.optimizers
         assert "unscale_" not in vars(scaler) and not optimizer._optimizer_step_post_hooks
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -157,31 +159,31 @@ def test_it_leaves_no_trace(manual):
 
 
 def test_what_it_could_not_see_is_skipped_never_passed(capsys):
-    report = watch(cases.Right, max_steps=1, limit_val_batches=0)
+    report = watch(base.Right, max_steps=1, limit_val_batches=0)
     assert report.steps == 1 and not {"gradients", "zeroing", "rate"} & set(report.passed)
     assert set(report.passed) | set(report.skipped) == set(REMEDIES)
-    report = watch(cases.NeverSteps, manual=True)
+    report = watch(gradients.NeverSteps, manual=True)
     assert not report.audited and not report.clean and "NOT AUDITED" in capsys.readouterr().err
-    assert "gradients" in watch(cases.Experts).skipped
-    assert json.loads(json.dumps(watch(cases.Detached).to_dict()))["faults"] == ["loop"]
+    assert "gradients" in watch(gradients.Experts).skipped
+    assert json.loads(json.dumps(watch(gradients.Detached).to_dict()))["faults"] == ["loop"]
 
 
 def test_sharded_parameters_are_declined():
     class FSDPStrategy(SingleDeviceStrategy): ...
 
-    report = watch(cases.NotZeroed, strategy=FSDPStrategy("cpu"))
+    report = watch(gradients.NotZeroed, strategy=FSDPStrategy("cpu"))
     assert not report.audited and set(report.skipped) == {"loop"}
 
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_decay_of_norms_and_biases_is_a_note(manual):
-    report = watch(cases.DecayOnAll, manual)
+    report = watch(gradients.DecayOnAll, manual)
     assert report.clean and "norm" in report.noted[0]
-    assert not watch(cases.Right, manual).noted
+    assert not watch(base.Right, manual).noted
 
 
 def test_several_optimizers():
     """Adversaries that step in turn, one of them every second time."""
-    assert watch(cases.Adversaries, manual=True, max_steps=-1).clean
-    report = watch(cases.NotZeroedAdversaries, manual=True, max_steps=-1)
+    assert watch(gradients.Adversaries, manual=True, max_steps=-1).clean
+    report = watch(gradients.NotZeroedAdversaries, manual=True, max_steps=-1)
     assert [f.probe for f in report.findings] == ["zeroing"]

@@ -1,4 +1,4 @@
-"""What `LoopProbe` asks of modules, schedules and metrics: plain functions."""
+"""The checks of `LoopProbe`: their remedies, and what they ask of modules, schedules, metrics."""
 
 import copy
 import math
@@ -15,6 +15,29 @@ from torch import Tensor, nn
 SAMPLES = 64  # elements of a parameter, or rows of a matrix, that are compared
 SIMULATED = 20_000  # steps of a schedule that are simulated at most
 PERPLEXITY = re.compile("perplexity|ppl", re.IGNORECASE)
+LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
+BY_EPOCH = ("ReduceLROnPlateau", "SWALR")  # schedulers that are meant to move by epochs
+REMEDIES = {  # name of a check -> what to change
+    "parameters": "give them to the optimizer, or freeze them with requires_grad_(False)",
+    "gradients": "look for detach(), no_grad() or an unused layer between them and the loss",
+    "tensors": "make the optimizer in configure_optimizers, after embeddings are resized",
+    "zeroing": "call optimizer.zero_grad() before the first backward pass of each step",
+    "clipping": "clip in configure_gradient_clipping, or after scaler.unscale_(optimizer)",
+    "division": "divide the loss by the micro-batches once; Lightning does, except in manual loops",
+    "train mode": "call self.train() before training: from_pretrained leaves eval mode on",
+    "validation mode": "keep eval mode, and pass training=self.training to functional dropout",
+    "tie": "assign head.weight = embedding.weight again after a resize, a copy or a load",
+    "rate": "let the warm-up begin above 0; look for integer division in the schedule",
+    "schedule": 'return {"scheduler": ..., "interval": "step"}, or call its step() each step',
+    "ranks": "seed all ranks alike, and call self.manual_backward without no_sync()",
+    "autocast": "remove autocast(enabled=False) and casts to float32; name the device in use",
+    "perplexity": "average the loss over all batches first, then log its exponential",
+}
+
+
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def sample(p: Tensor) -> Tensor:
@@ -65,6 +88,25 @@ def in_eval_mode(root: nn.Module) -> list[str]:
         for module, mode in modes:
             module.training = mode
     return sorted(names)
+
+
+def log_softmax(loss: Tensor) -> Any:
+    """The node of the one log-softmax that makes a loss; None if the loss has other parts."""
+    node: Any = loss.grad_fn
+    for _ in range(12):
+        inputs = [n for n, _ in node.next_functions if n is not None] if node else []
+        if len(inputs) != 1 or node.name() == "LogSoftmaxBackward0":
+            break
+        node = inputs[0]
+    return node if node and node.name() == "LogSoftmaxBackward0" else None
+
+
+def run_length(trainer: Any) -> tuple[int, int]:
+    """Optimizer steps and epochs of the run; 0 steps if that is unknown."""
+    per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    lengths = trainer.max_steps, (trainer.max_epochs or -1) * per_epoch
+    steps = math.ceil(min((n for n in lengths if 0 < n < math.inf), default=0))
+    return steps, max(1, math.ceil(steps / per_epoch))
 
 
 def meant_for_steps(scheduler: Any, epochs: int, steps: int, shared: Iterable[Any]) -> str:

@@ -15,27 +15,10 @@ from torch.nn.utils import get_total_norm
 
 from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce
+from causal_preflight.loop_checks import BY_EPOCH, LOG_GAP, REMEDIES, some
 from causal_preflight.report import Finding, Report
 
 STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
-LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
-BY_EPOCH = ("ReduceLROnPlateau", "SWALR")  # schedulers that are meant to move by epochs
-REMEDIES = {  # name of a check -> what to change
-    "parameters": "give them to the optimizer, or freeze them with requires_grad_(False)",
-    "gradients": "look for detach(), no_grad() or an unused layer between them and the loss",
-    "tensors": "make the optimizer in configure_optimizers, after embeddings are resized",
-    "zeroing": "call optimizer.zero_grad() before the first backward pass of each step",
-    "clipping": "clip in configure_gradient_clipping, or after scaler.unscale_(optimizer)",
-    "division": "divide the loss by the micro-batches once; Lightning does, except in manual loops",
-    "train mode": "call self.train() before training: from_pretrained leaves eval mode on",
-    "validation mode": "keep eval mode, and pass training=self.training to functional dropout",
-    "tie": "assign head.weight = embedding.weight again after a resize, a copy or a load",
-    "rate": "let the warm-up begin above 0; look for integer division in the schedule",
-    "schedule": 'return {"scheduler": ..., "interval": "step"}, or call its step() each step',
-    "ranks": "seed all ranks alike, and call self.manual_backward without no_sync()",
-    "autocast": "remove autocast(enabled=False) and casts to float32; name the device in use",
-    "perplexity": "average the loss over all batches first, then log its exponential",
-}
 
 
 @dataclass
@@ -144,7 +127,7 @@ class LoopProbe(L.Callback):
             vars(scaler)["unscale_"] = partial(self._unscale, scaler.unscale_)
             self.hooks.callback(vars(scaler).pop, "unscale_")
         copies = list(loop_checks.untied_copies(module))
-        self._settle("tie", copies, f"{_some(copies)} are two tensors")
+        self._settle("tie", copies, f"{some(copies)} are two tensors")
         self._compare_ranks(module, "before the first step")
 
     def _called(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -161,13 +144,7 @@ class LoopProbe(L.Callback):
                 grads = [p.grad for p in w.params if p.grad is not None][:4]
                 w.stepped, w.left_over = False, any(bool(g.any()) for g in grads)
         self.backwards += 1  # in all
-        node: Any = loss.grad_fn
-        for _ in range(12):  # from a loss that one log-softmax makes, down to it
-            inputs = [n for n, _ in node.next_functions if n is not None] if node else []
-            if len(inputs) != 1 or node.name() == "LogSoftmaxBackward0":
-                break
-            node = inputs[0]
-        if node and node.name() == "LogSoftmaxBackward0":  # its gradient is minus the weights
+        if node := loop_checks.log_softmax(loss):  # its gradient is minus the token weights
             scale = math.prod(x.get_scale() for x in self.scalers if x.is_enabled())
             read = lambda grads: self.weights.append(-grads[0].float().sum() / scale)  # noqa: E731
             node.register_prehook(read)
@@ -211,7 +188,7 @@ class LoopProbe(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self.modes_due:
             names = loop_checks.in_eval_mode(module)
-            self._settle("train mode", names, f"{_some(names)} trained in eval mode")
+            self._settle("train mode", names, f"{some(names)} trained in eval mode")
         if self.watching and self._compare_ranks(module, "after a step"):
             self._conclude(trainer, module)
         elif self.modes_due and not self.watching:
@@ -224,7 +201,7 @@ class LoopProbe(L.Callback):
         self.hooks.close()
         self.report.steps = max((w.steps for w in self.watched), default=0)
         parted = [" and ".join(names) for names in self.ties - loop_checks.ties(module)]
-        self._settle("tie", parted, f"{_some(parted)} parted")
+        self._settle("tie", parted, f"{some(parted)} parted")
         if self.mixed and self.dtypes:
             in_float32 = not self.dtypes & {torch.bfloat16, torch.float16}
             self._settle("autocast", in_float32, "all linear layers computed in float32")
@@ -252,24 +229,21 @@ class LoopProbe(L.Callback):
             if torch.equal(*map(loop_checks.sample, self.outside[i]))
         ]
         seen = f"{len(stale)} tensors of the optimizer are not the module's"
-        self._settle("tensors", stale, f"{seen}; it lacks {_some(lost) or 'none'}")
+        self._settle("tensors", stale, f"{seen}; it lacks {some(lost) or 'none'}")
         more = len(lost) > len(stale)  # else what it lacks are the new versions
-        self._settle("parameters", more, f"{_some(lost)} train, but are in no optimizer")
+        self._settle("parameters", more, f"{some(lost)} train, but are in no optimizer")
         dead = [i for i in self.without if i in self.names]
         kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
         live = {kinds[i] for i in kinds if i not in dead}
         idle = [i for i in dead if self.owners[i] not in self.ran and kinds[i] in live]
         names = [self.names[i] for i in dead if i not in idle]
         if names or not idle:
-            self._settle("gradients", names, f"{_some(names)} got no gradient")
+            self._settle("gradients", names, f"{some(names)} got no gradient")
         else:  # as experts do
             self.report.skipped["gradients"] = f"{self.names[idle[0]]} was not called"
 
     def _conclude_rates(self, trainer: Any, module: L.LightningModule) -> None:
-        per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        lengths = trainer.max_steps, (trainer.max_epochs or -1) * per_epoch
-        steps = math.ceil(min((n for n in lengths if 0 < n < math.inf), default=0))
-        epochs = max(1, math.ceil(steps / per_epoch))
+        steps, epochs = loop_checks.run_length(trainer)
         for config, position in zip(trainer.lr_scheduler_configs, self.positions, strict=True):
             scheduler, by_epoch, why = config.scheduler, config.interval == "epoch", ""
             if not module.automatic_optimization:
@@ -280,10 +254,11 @@ class LoopProbe(L.Callback):
         if not self.results.get("schedule"):
             zero = not all(any(w.rates) for w in self.watched)
             self._settle("rate", zero, f"it was 0 in {self.report.steps} steps")
-        groups = [group for w in self.watched for group in w.optimizer.param_groups]
-        decayed = [p for g in groups if g.get("weight_decay") for p in g["params"] if p.ndim < 2]
-        if decayed:
-            names = _some([self.names.get(id(p), "?") for p in decayed])
+        groups = [
+            g for w in self.watched for g in w.optimizer.param_groups if g.get("weight_decay")
+        ]
+        if decayed := [id(p) for g in groups for p in g["params"] if p.ndim < 2]:
+            names = some([self.names.get(i, "?") for i in decayed])
             self.report.noted.append(f"weight decay acts on norms or biases: {names}")
 
     # ---- validation, and the end ----
@@ -308,7 +283,7 @@ class LoopProbe(L.Callback):
     def on_validation_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         if self.drawn:
             names = [n for n, m in module.named_modules() if m.training and getattr(m, "p", 0)]
-            seen = f"random numbers are drawn; in train mode: {_some(names) or 'no module'}"
+            seen = f"random numbers are drawn; in train mode: {some(names) or 'no module'}"
             self._settle("validation mode", any(self.drawn), seen)
         self.drawn = []
         self.calls.close()
@@ -339,7 +314,3 @@ class LoopProbe(L.Callback):
         self.active = False
         self.hooks.close()
         self.calls.close()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
