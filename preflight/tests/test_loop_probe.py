@@ -32,8 +32,8 @@ def _quiet():
 
 def watch(case, manual=False, **options):
     probe = LoopProbe("warn")
-    if options.pop("scaled", False):
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    if scale := options.pop("scaled", None):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         options["plugins"] = MixedPrecision("16-mixed", "cpu", scaler)
     if getattr(case, "n", 1) > 1 and not manual:
         options["accumulate_grad_batches"] = case.n
@@ -41,6 +41,7 @@ def watch(case, manual=False, **options):
     return probe.report
 
 
+OVERFIT = {"overfit_batches": 1, "scaled": 2.0**10, "max_epochs": 5, "val_check_interval": 1}
 FAULTY = [
     ("parameters", gradients.SomeParameters, {}),
     ("gradients", gradients.Detached, {}),
@@ -48,8 +49,8 @@ FAULTY = [
     ("gradients", gradients.WronglyCheckpointed, {}),
     ("tensors", gradients.ResizedLate, {}),
     ("zeroing", gradients.NotZeroed, {}),
-    ("clipping", gradients.ClippedScaled, {"scaled": True}),
-    ("clipping", gradients.ClippedScaledByValue, {"scaled": True}),
+    ("clipping", gradients.ClippedScaled, {"scaled": 2.0**10}),
+    ("clipping", gradients.ClippedScaledByValue, {"scaled": 2.0**10}),
     ("division", gradients.DividedTwice, {}),
     ("train mode", settings.EvalLeftOn, {}),
     ("train mode", settings.EvalAfterValidation, {"max_steps": 8}),
@@ -75,10 +76,10 @@ RIGHT = [
     ("gradients", gradients.RightlyCheckpointed, {}),
     ("tensors", gradients.ResizedEarly, {}),
     ("zeroing", gradients.Accumulated, {}),
-    ("clipping", gradients.ClippedUnscaled, {"scaled": True}),
-    (None, gradients.DividedByCount, {"scaled": True}),
+    ("clipping", gradients.ClippedUnscaled, {"scaled": 2.0**10}),
+    (None, gradients.DividedByCount, {"scaled": 2.0**10}),
     ("division", gradients.Accumulated, {}),
-    ("division", gradients.Accumulated, {"scaled": True}),
+    ("division", gradients.Accumulated, {"scaled": 2.0**10}),
     (None, gradients.WeighedLoss, {}),
     (None, gradients.PadInMean, {}),
     ("train mode", gradients.Frozen, {}),
@@ -93,6 +94,9 @@ RIGHT = [
     ("autocast", base.Right, {"precision": "bf16-mixed"}),
     ("perplexity", settings.ExponentialOfMean, {}),
     ("perplexity", settings.SmoothedLoss, {}),
+    (None, settings.Metered, {}),
+    (None, base.Right, {"scaled": 2.0**20, "max_steps": -1}),  # the first steps are skipped
+    (None, base.Right, OVERFIT),
 ]
 
 

@@ -111,7 +111,7 @@ class LoopProbe(L.Callback):
         trained = {id(p): p for p in module.parameters() if p.requires_grad}
         self.without = {i: p for i, p in held.items() if i in trained or i not in self.names}
         self.outside = {i: (p, loop_checks.sample(p)) for i, p in trained.items() if i not in held}
-        self.ran, self.dtypes, self.missed = set[Any](), set[Any](), set[int]()
+        self.ran, self.dtypes, self.missed = set[int](), set[Any](), set[int]()
         self.weights: list[Tensor] = []  # sum of the token weights of each micro-batch
         self.divided: list[tuple[int, float]] = []  # micro-batches, and weight of all
         self.backwards = 0
@@ -119,7 +119,7 @@ class LoopProbe(L.Callback):
         self.positions = [c.scheduler.last_epoch for c in trainer.lr_scheduler_configs]
         self.owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
         if not loop_checks.is_compiled(module):  # else a hook would compile it again
-            for owner in set(self.owners.values()):
+            for owner in {id(m): m for m in self.owners.values()}.values():
                 self.hooks.callback(owner.register_forward_hook(self._called).remove)
         scalers = [getattr(trainer.precision_plugin, "scaler", None), *vars(module).values()]
         self.scalers = [x for x in scalers if isinstance(x, torch.amp.GradScaler)]
@@ -131,7 +131,7 @@ class LoopProbe(L.Callback):
         self._compare_ranks(module, "before the first step")
 
     def _called(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.ran.add(module)
+        self.ran.add(id(module))
         self.mixed |= any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")))
         if isinstance(module, nn.Linear | nn.MultiheadAttention):
             self.dtypes.add((output[0] if isinstance(output, tuple) else output).dtype)
@@ -235,7 +235,7 @@ class LoopProbe(L.Callback):
         dead = [i for i in self.without if i in self.names]
         kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
         live = {kinds[i] for i in kinds if i not in dead}
-        idle = [i for i in dead if self.owners[i] not in self.ran and kinds[i] in live]
+        idle = [i for i in dead if id(self.owners[i]) not in self.ran and kinds[i] in live]
         names = [self.names[i] for i in dead if i not in idle]
         if names or not idle:
             self._settle("gradients", names, f"{some(names)} got no gradient")
@@ -267,14 +267,14 @@ class LoopProbe(L.Callback):
         """Watch whether the module, or a part of it, draws random numbers."""
         if not self.active or "validation mode" in self.results:
             return
-        device, states = module.device.type, dict[Any, Tensor]()
+        device, states = module.device.type, dict[int, Tensor]()
         random_state = (torch if device == "cpu" else getattr(torch, device)).get_rng_state
 
         def enter(part: nn.Module, *_: Any) -> None:
-            states[part] = random_state()
+            states[id(part)] = random_state()
 
         def leave(part: nn.Module, *_: Any) -> None:
-            self.drawn.append(not torch.equal(states[part], random_state()))
+            self.drawn.append(not torch.equal(states[id(part)], random_state()))
 
         for part in (x for x in (module, *module.children()) if not x._compiled_call_impl):
             self.calls.callback(part.register_forward_pre_hook(enter).remove)

@@ -88,7 +88,14 @@ class Right(L.LightningModule):
 
 def fit(module: L.LightningModule, *callbacks: Any, **options: Any) -> L.Trainer:
     ids = torch.randint(0, V, (16, T), generator=torch.Generator().manual_seed(1))
-    options = {"max_steps": 4, "max_epochs": 1, "logger": False, "val_check_interval": 4} | options
+    options = {
+        "max_steps": 4,
+        "max_epochs": 1,
+        "logger": False,
+        "val_check_interval": 4,
+        "limit_val_batches": 2,
+        "num_sanity_val_steps": 0,
+    } | options
     trainer = L.Trainer(
         accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=list(callbacks), **options,

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchmetrics.text import Perplexity
 
 from loop_cases.base import C, Net, Right, V
 from loop_cases.gradients import resize
@@ -170,3 +171,16 @@ class SmoothedLoss(MeanAtTheEnd):
 
     def perplexity(self, losses):
         return (losses.mean() - 0.1).exp()
+
+
+class Metered(Right):
+    """Right: a metric keeps sums over all tokens; the loss beside it is a mean of batch means."""
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__(manual)
+        self.metric = Perplexity()
+
+    def validation_step(self, ids, i):
+        loss = self.loss(ids)
+        self.metric(self.net(ids)[:, :-1], ids[:, 1:])
+        self.log_dict({"val/loss": loss * 0.99, "val/ppl": self.metric})
