@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("lightning")
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -166,10 +167,25 @@ def test_what_it_could_not_see_is_skipped_never_passed(capsys):
     report = watch(base.Right, max_steps=1, limit_val_batches=0)
     assert report.steps == 1 and not {"gradients", "zeroing", "rate"} & set(report.passed)
     assert set(report.passed) | set(report.skipped) == set(REMEDIES)
+    probe = LoopProbe("warn")
+    trainer = base.fit(base.Right(), probe)
+    trainer.fit(trainer.lightning_module, trainer.train_dataloader)  # it has made all its steps
+    assert not probe.report.audited and probe.report.steps == 0
     report = watch(gradients.NeverSteps, manual=True)
     assert not report.audited and not report.clean and "NOT AUDITED" in capsys.readouterr().err
     assert "gradients" in watch(gradients.Experts).skipped
     assert json.loads(json.dumps(watch(gradients.Detached).to_dict()))["faults"] == ["loop"]
+
+
+def test_what_other_callbacks_call_is_not_trained():
+    class CallsAll(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                [expert(torch.zeros(base.C)) for expert in pl_module.net.experts]
+
+    probe = LoopProbe("warn")
+    base.fit(gradients.Experts(), probe, CallsAll())
+    assert probe.report.clean and "gradients" in probe.report.skipped
 
 
 def test_sharded_parameters_are_declined():

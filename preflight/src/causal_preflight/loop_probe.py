@@ -79,8 +79,8 @@ class LoopProbe(L.Callback):
     def _tell(self, trainer: L.Trainer) -> None:
         """Announce the report at first, and then new faults. All ranks call it together."""
         report, known, first = self.report, len(self.report.findings), not self.report.passed
-        for name in self.results.keys() - {f.probe for f in report.findings}:
-            if seen := self.results[name]:
+        for name, seen in self.results.items():
+            if seen and all(f.probe != name for f in report.findings):
                 report.findings.append(Finding("loop", seen, REMEDIES[name], probe=name))
         report.passed = [name for name, seen in self.results.items() if not seen]
         if self.active:
@@ -117,10 +117,7 @@ class LoopProbe(L.Callback):
         self.backwards = 0
         self.mixed, self.ties = "mixed" in str(trainer.precision), loop_checks.ties(module)
         self.positions = [c.scheduler.last_epoch for c in trainer.lr_scheduler_configs]
-        self.owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
-        if not loop_checks.is_compiled(module):  # else a hook would compile it again
-            for owner in {id(m): m for m in self.owners.values()}.values():
-                self.hooks.callback(owner.register_forward_hook(self._called).remove)
+        self.owners: dict[int, nn.Module] = {}
         scalers = [getattr(trainer.precision_plugin, "scaler", None), *vars(module).values()]
         self.scalers = [x for x in scalers if isinstance(x, torch.amp.GradScaler)]
         for scaler in self.scalers:
@@ -186,6 +183,11 @@ class LoopProbe(L.Callback):
         return bool(rows[:, -1].all())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.watching and not self.owners:  # now: earlier, other callbacks may call the model
+            self.owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
+            for owner in {id(m): m for m in self.owners.values()}.values():
+                if not loop_checks.is_compiled(module):  # else a hook would compile it again
+                    self.hooks.callback(owner.register_forward_hook(self._called).remove)
         if self.modes_due:
             names = loop_checks.in_eval_mode(module)
             self._settle("train mode", names, f"{some(names)} trained in eval mode")
@@ -295,10 +297,11 @@ class LoopProbe(L.Callback):
             if not self.watching:
                 self._tell(trainer)
 
-    def on_train_end(self, trainer: Any, module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.active:
             self._settle_perplexity(trainer, trainer.num_training_batches)
-            (partial(self._conclude, module=module) if self.watching else self._tell)(trainer)
+            conclude = partial(self._conclude, module=module)
+            (conclude if self.watching and self.watched else self._tell)(trainer)
 
     def _settle_perplexity(self, trainer: Any, batches: float) -> None:
         """Compare what is a mean over the batches of an epoch, or logged at its end."""
