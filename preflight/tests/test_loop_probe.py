@@ -188,6 +188,22 @@ def test_what_other_callbacks_call_is_not_trained():
     assert probe.report.clean and "gradients" in probe.report.skipped
 
 
+def test_nothing_stays_behind_an_error_or_a_loop_that_it_cannot_see():
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("theirs")
+
+    module = base.Right()
+    with pytest.raises(RuntimeError, match="theirs"):
+        base.fit(module, LoopProbe(), Fails())
+    assert not any(m._forward_hooks for m in module.modules())
+    report = watch(gradients.OwnBackward, manual=True)
+    assert report.clean and "gradients" in report.passed and "zeroing" in report.skipped
+    probe = LoopProbe("warn")
+    base.fit(gradients.NeverSteps(manual=True), probe, max_steps=-1, max_epochs=26)
+    assert not probe.watching and not probe.report.audited
+
+
 def test_sharded_parameters_are_declined():
     class FSDPStrategy(SingleDeviceStrategy): ...
 

@@ -19,6 +19,7 @@ from causal_preflight.loop_checks import BY_EPOCH, LOG_GAP, REMEDIES, some
 from causal_preflight.report import Finding, Report
 
 STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
+PATIENCE = 200  # batches, times accumulate_grad_batches, until three steps must have been seen
 
 
 @dataclass
@@ -35,7 +36,7 @@ class LoopReport(Report):
     @property
     def verdict(self) -> str:
         if not self.audited:
-            return f"NOT AUDITED: {self.skipped.get('loop', 'no step after self.manual_backward')}"
+            return f"NOT AUDITED: {self.skipped.get('loop', 'no optimizer step was seen')}"
         faults = ", ".join(f.probe for f in self.findings)
         return f"training loop, {self.steps} steps: {f'FAULTS {faults}' if faults else 'no fault'}"
 
@@ -64,7 +65,7 @@ class LoopProbe(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.report, self.results, self.watched = LoopReport(), dict[str, str](), list[Any]()
-        self.drawn: list[bool] = []
+        self.drawn, self.names, self.batches = list[bool](), dict[int, str](), 0
         sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
         self.active = self.on_fault != "off" and not sharded
         self.watching = self.modes_due = self.active  # the first steps; the next batch
@@ -94,12 +95,11 @@ class LoopProbe(L.Callback):
             seen = ". ".join(f"{f.probe}: {f.seen}; {f.remedy}" for f in new)
             raise PreflightError(f'training loop: {seen}. To train all the same: LoopProbe("warn")')
 
-    # ---- the first steps ----
-
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if not self.watching or self.watched:
+        if not self.watching or self.names:
             return
-        for optimizer in trainer.optimizers:
+        hooked = (o for o in trainer.optimizers if hasattr(o, "register_step_post_hook"))
+        for optimizer in hooked:  # Lightning takes others, too
             params = [p for group in optimizer.param_groups for p in group["params"]]
             w = SimpleNamespace(optimizer=optimizer, params=params, steps=0, backwards=0)
             w.stepped, w.left_over, w.carried, w.rates, w.scaled = False, False, 0, [], []
@@ -114,10 +114,9 @@ class LoopProbe(L.Callback):
         self.ran, self.dtypes, self.missed = set[int](), set[Any](), set[int]()
         self.weights: list[Tensor] = []  # sum of the token weights of each micro-batch
         self.divided: list[tuple[int, float]] = []  # micro-batches, and weight of all
-        self.backwards = 0
+        self.backwards, self.owners = 0, dict[int, nn.Module]()
         self.mixed, self.ties = "mixed" in str(trainer.precision), loop_checks.ties(module)
         self.positions = [c.scheduler.last_epoch for c in trainer.lr_scheduler_configs]
-        self.owners: dict[int, nn.Module] = {}
         scalers = [getattr(trainer.precision_plugin, "scaler", None), *vars(module).values()]
         self.scalers = [x for x in scalers if isinstance(x, torch.amp.GradScaler)]
         for scaler in self.scalers:
@@ -158,7 +157,7 @@ class LoopProbe(L.Callback):
 
     def _stepped(self, module: Any, w: Any, *_: Any) -> None:
         """After a step of one optimizer: its gradients are those that it used."""
-        if w.backwards == self.backwards:
+        if w.backwards == self.backwards and all(p.grad is None for p in w.params):
             return  # there was no backward pass
         self.without = {i: p for i, p in self.without.items() if p.grad is None}
         self.missed |= {i for i, (p, _) in self.outside.items() if p.grad is not None}
@@ -172,7 +171,8 @@ class LoopProbe(L.Callback):
     def _compare_ranks(self, module: L.LightningModule, when: str) -> bool:
         """Compare the weights of all ranks. Whether all of them have seen enough steps."""
         steps = [w.steps for w in self.watched] or [0]
-        enough = min(steps) >= STEPS or max(steps) >= 10 * STEPS
+        most = PATIENCE * module.trainer.accumulate_grad_batches
+        enough = min(steps) >= STEPS or max(steps) >= 10 * STEPS or self.batches >= most
         if module.trainer.world_size == 1:
             return enough
         parts = [loop_checks.sample(p).to(module.device) for p in module.parameters()]
@@ -183,6 +183,7 @@ class LoopProbe(L.Callback):
         return bool(rows[:, -1].all())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.batches += 1
         if self.watching and not self.owners:  # now: earlier, other callbacks may call the model
             self.owners = {id(p): m for m in module.modules() for p in m.parameters(recurse=False)}
             for owner in {id(m): m for m in self.owners.values()}.values():
@@ -208,8 +209,9 @@ class LoopProbe(L.Callback):
             in_float32 = not self.dtypes & {torch.bfloat16, torch.float16}
             self._settle("autocast", in_float32, "all linear layers computed in float32")
         if self.watched and min(w.steps for w in self.watched) > 1:
-            carried = sum(w.carried for w in self.watched)
-            self._settle("zeroing", carried, f"{carried} steps used gradients of earlier ones, too")
+            if self.backwards:
+                carried = sum(w.carried for w in self.watched)
+                self._settle("zeroing", carried, f"{carried} steps used earlier gradients, too")
             self._conclude_gradients()
             self._conclude_rates(trainer, module)
         for w in self.watched:
@@ -263,8 +265,6 @@ class LoopProbe(L.Callback):
             names = some([self.names.get(i, "?") for i in decayed])
             self.report.noted.append(f"weight decay acts on norms or biases: {names}")
 
-    # ---- validation, and the end ----
-
     def on_validation_batch_start(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         """Watch whether the module, or a part of it, draws random numbers."""
         if not self.active or "validation mode" in self.results:
@@ -301,7 +301,7 @@ class LoopProbe(L.Callback):
         if self.active:
             self._settle_perplexity(trainer, trainer.num_training_batches)
             conclude = partial(self._conclude, module=module)
-            (conclude if self.watching and self.watched else self._tell)(trainer)
+            (conclude if self.watching and self.names else self._tell)(trainer)
 
     def _settle_perplexity(self, trainer: Any, batches: float) -> None:
         """Compare what is a mean over the batches of an epoch, or logged at its end."""
@@ -317,3 +317,5 @@ class LoopProbe(L.Callback):
         self.active = False
         self.hooks.close()
         self.calls.close()
+
+    on_exception = teardown

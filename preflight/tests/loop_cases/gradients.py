@@ -221,3 +221,11 @@ class RightlyCheckpointed(Right):
 class WronglyCheckpointed(Right):
     def make(self):
         return DetachedByCheckpoint()
+
+
+class OwnBackward(Right):
+    """Right, but `manual_backward` is not called, so that Lightning tells callbacks nothing."""
+
+    def training_step(self, ids, i):
+        self.loss(ids).backward()
+        self.finish(i)
