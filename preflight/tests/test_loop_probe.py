@@ -49,6 +49,7 @@ FAULTY = [
     ("gradients", gradients.UnusedHead, {}),
     ("gradients", gradients.WronglyCheckpointed, {}),
     ("tensors", gradients.ResizedLate, {}),
+    ("tensors", gradients.ResizedInTheLoop, {}),
     ("zeroing", gradients.NotZeroed, {}),
     ("clipping", gradients.ClippedScaled, {"scaled": 2.0**10}),
     ("clipping", gradients.ClippedScaledByValue, {"scaled": 2.0**10}),

@@ -67,8 +67,9 @@ def untied_copies(module: nn.Module) -> Iterator[str]:
         a, b = table.weight.detach(), head.detach()
         if {name, other} & tied or a.shape[1] != b.shape[1] or a.data_ptr() == b.data_ptr():
             continue
-        rows = torch.linspace(0, min(len(a), len(b)) - 1, SAMPLES, device=a.device).long()
-        equal = torch.isclose(a[rows].float(), b[rows].float(), rtol=1e-2).all(1) & a[rows].any(1)
+        rows = torch.linspace(0, min(len(a), len(b)) - 1, SAMPLES).long()
+        a, b = a[rows.to(a.device)].float().cpu(), b[rows.to(b.device)].float().cpu()
+        equal = torch.isclose(a, b, rtol=1e-2).all(1) & a.any(1)
         if equal.float().mean() > 0.5:
             yield f"{name} and {other}"
 

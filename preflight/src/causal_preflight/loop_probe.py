@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce
-from causal_preflight.loop_checks import BY_EPOCH, LOG_GAP, REMEDIES, some
+from causal_preflight.loop_checks import BY_EPOCH, LOG_GAP, REMEDIES, sample, some
 from causal_preflight.report import Finding, Report
 
 STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
@@ -110,7 +110,7 @@ class LoopProbe(L.Callback):
         held = {id(p): p for w in self.watched for p in w.params}
         trained = {id(p): p for p in module.parameters() if p.requires_grad}
         self.without = {i: p for i, p in held.items() if i in trained or i not in self.names}
-        self.outside = {i: (p, loop_checks.sample(p)) for i, p in trained.items() if i not in held}
+        self.outside = {i: (p, sample(p)) for i, p in trained.items() if i not in held}
         self.ran, self.dtypes, self.missed = set[int](), set[Any](), set[int]()
         self.weights: list[Tensor] = []  # sum of the token weights of each micro-batch
         self.divided: list[tuple[int, float]] = []  # micro-batches, and weight of all
@@ -175,7 +175,7 @@ class LoopProbe(L.Callback):
         enough = min(steps) >= STEPS or max(steps) >= 10 * STEPS or self.batches >= most
         if module.trainer.world_size == 1:
             return enough
-        parts = [loop_checks.sample(p).to(module.device) for p in module.parameters()]
+        parts = [sample(p).to(module.device) for p in module.parameters()]
         row = torch.cat([*parts, torch.tensor([enough], device=module.device)])
         rows: Any = module.all_gather(row)  # (ranks, elements + 1)
         differ = ((rows - rows[0]).abs() > 1e-6 * rows[0].abs() + 1e-10)[:, :-1].any(0)
@@ -209,10 +209,9 @@ class LoopProbe(L.Callback):
             in_float32 = not self.dtypes & {torch.bfloat16, torch.float16}
             self._settle("autocast", in_float32, "all linear layers computed in float32")
         if self.watched and min(w.steps for w in self.watched) > 1:
-            if self.backwards:
-                carried = sum(w.carried for w in self.watched)
+            if (carried := sum(w.carried for w in self.watched)) or self.backwards:
                 self._settle("zeroing", carried, f"{carried} steps used earlier gradients, too")
-            self._conclude_gradients()
+            self._conclude_gradients(module)
             self._conclude_rates(trainer, module)
         for w in self.watched:
             if len(w.scaled) >= STEPS:  # a norm that stays the same is that of a clipping
@@ -224,22 +223,19 @@ class LoopProbe(L.Callback):
                 self._settle("division", twice, "n micro-batches weigh 1/n together")
         self._tell(trainer)
 
-    def _conclude_gradients(self) -> None:
+    def _conclude_gradients(self, module: L.LightningModule) -> None:
         """Settle which parameters the optimizers hold, and which of them got gradients."""
-        stale = [i for i in self.without if i not in self.names]
-        lost = [
-            self.names[i]
-            for i in self.missed
-            if torch.equal(*map(loop_checks.sample, self.outside[i]))
-        ]
-        seen = f"{len(stale)} tensors of the optimizer are not the module's"
+        present = set(map(id, module.parameters()))
+        dead = [i for i in self.without if i in present]
+        stale = len(self.without) - len(dead)
+        lost = [self.names[i] for i in self.missed if torch.equal(*map(sample, self.outside[i]))]
+        seen = f"{stale} tensors of the optimizer are not the module's"
         self._settle("tensors", stale, f"{seen}; it lacks {some(lost) or 'none'}")
-        more = len(lost) > len(stale)  # else what it lacks are the new versions
+        more = len(lost) > stale  # else what it lacks are the new versions
         self._settle("parameters", more, f"{some(lost)} train, but are in no optimizer")
-        dead = [i for i in self.without if i in self.names]
         kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
-        live = {kinds[i] for i in kinds if i not in dead}
-        idle = [i for i in dead if id(self.owners[i]) not in self.ran and kinds[i] in live]
+        live = {kind for i, kind in kinds.items() if i not in self.without}
+        idle = [i for i in dead if id(self.owners.get(i)) not in self.ran and kinds[i] in live]
         names = [self.names[i] for i in dead if i not in idle]
         if names or not idle:
             self._settle("gradients", names, f"{some(names)} got no gradient")
@@ -248,20 +244,20 @@ class LoopProbe(L.Callback):
 
     def _conclude_rates(self, trainer: Any, module: L.LightningModule) -> None:
         steps, epochs = loop_checks.run_length(trainer)
-        for config, position in zip(trainer.lr_scheduler_configs, self.positions, strict=True):
+        for config, position in zip(trainer.lr_scheduler_configs, self.positions, strict=False):
             scheduler, by_epoch, why = config.scheduler, config.interval == "epoch", ""
             if not module.automatic_optimization:
                 by_epoch = scheduler.last_epoch == position
-            if by_epoch and steps and type(scheduler).__name__ not in BY_EPOCH:
+            if by_epoch and type(scheduler).__name__ not in BY_EPOCH:
                 why = loop_checks.meant_for_steps(scheduler, epochs, steps, [trainer, module])
-            self._settle("schedule", why, f"the rate {why} by epochs; the run has {epochs}")
+            if steps or not by_epoch:
+                self._settle("schedule", why, f"the rate {why} by epochs; the run has {epochs}")
         if not self.results.get("schedule"):
             zero = not all(any(w.rates) for w in self.watched)
             self._settle("rate", zero, f"it was 0 in {self.report.steps} steps")
-        groups = [
-            g for w in self.watched for g in w.optimizer.param_groups if g.get("weight_decay")
-        ]
-        if decayed := [id(p) for g in groups for p in g["params"] if p.ndim < 2]:
+        groups = [group for w in self.watched for group in w.optimizer.param_groups]
+        decaying = (p for g in groups if g.get("weight_decay") for p in g["params"])
+        if decayed := [id(p) for p in decaying if p.ndim < 2]:
             names = some([self.names.get(i, "?") for i in decayed])
             self.report.noted.append(f"weight decay acts on norms or biases: {names}")
 

@@ -229,3 +229,9 @@ class OwnBackward(Right):
     def training_step(self, ids, i):
         self.loss(ids).backward()
         self.finish(i)
+
+
+class ResizedInTheLoop(Right):
+    def on_train_batch_start(self, ids, i):
+        if i == 0:
+            resize(self.net)
