@@ -111,7 +111,7 @@ class LoopProbe(L.Callback):
         trained = {id(p): p for p in module.parameters() if p.requires_grad}
         self.without = {i: p for i, p in held.items() if i in trained or i not in self.names}
         self.outside = {i: (p, sample(p)) for i, p in trained.items() if i not in held}
-        self.ran, self.dtypes, self.missed = set[int](), set[Any](), set[int]()
+        self.ran, self.dtypes, self.missed = set[int](), set[Any](), dict[int, Tensor]()
         self.weights: list[Tensor] = []  # sum of the token weights of each micro-batch
         self.divided: list[tuple[int, float]] = []  # micro-batches, and weight of all
         self.backwards, self.owners = 0, dict[int, nn.Module]()
@@ -160,7 +160,7 @@ class LoopProbe(L.Callback):
         if w.backwards == self.backwards and all(p.grad is None for p in w.params):
             return  # there was no backward pass
         self.without = {i: p for i, p in self.without.items() if p.grad is None}
-        self.missed |= {i for i, (p, _) in self.outside.items() if p.grad is not None}
+        self.missed |= {i: p for i, (p, _) in self.outside.items() if p.grad is not None}
         w.carried, w.steps, w.stepped = w.carried + w.left_over, w.steps + 1, True
         w.rates.append(max(float(g.get("lr", 1)) for g in w.optimizer.param_groups))
         automatic = module.automatic_optimization
