@@ -175,6 +175,7 @@ def test_what_it_could_not_see_is_skipped_never_passed(capsys):
     report = watch(gradients.NeverSteps, manual=True)
     assert not report.audited and not report.clean and "NOT AUDITED" in capsys.readouterr().err
     assert "gradients" in watch(gradients.Experts).skipped
+    assert "schedule" in watch(settings.NotCopied).skipped
     assert json.loads(json.dumps(watch(gradients.Detached).to_dict()))["faults"] == ["loop"]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
+PATIENCE = 200  # batches, times accumulate_grad_batches, until three steps must have been seen
 SAMPLES = 64  # elements of a parameter, or rows of a matrix, that are compared
 SIMULATED = 20_000  # steps of a schedule that are simulated at most
 PERPLEXITY = re.compile("perplexity|ppl", re.IGNORECASE)
@@ -111,7 +113,7 @@ def run_length(trainer: Any) -> tuple[int, int]:
 
 
 def meant_for_steps(scheduler: Any, epochs: int, steps: int, shared: Iterable[Any]) -> str:
-    """Why a schedule that moves by epochs is meant for steps; empty if nothing says so.
+    """What a schedule that moves by epochs does for too many; empty if nothing says so.
 
     It is if it rises for longer than the run has epochs, or falls until the run's last step. A copy
     is simulated; `shared` is not copied with it.
@@ -130,9 +132,9 @@ def meant_for_steps(scheduler: Any, epochs: int, steps: int, shared: Iterable[An
             twin.step()
     peak, end = rates.index(max(rates[: steps + 1])), rates.index(min(rates))
     if peak > 2 * epochs and max(rates[:epochs]) < 0.99 * rates[peak]:
-        return f"rises for {peak} of its steps"
+        return f"rises for {peak}"
     falls = end > 2 * epochs and rates[end] < 0.9 * rates[peak] and 2 * steps <= SIMULATED
-    return f"falls for {end} of its steps" if falls and 0.5 <= end / steps <= 1.05 else ""
+    return f"falls for {end}" if falls and 0.5 <= end / steps <= 1.05 else ""
 
 
 def perplexities(logged: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -15,11 +15,8 @@ from torch.nn.utils import get_total_norm
 
 from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce
-from causal_preflight.loop_checks import BY_EPOCH, LOG_GAP, REMEDIES, sample, some
+from causal_preflight.loop_checks import BY_EPOCH, LOG_GAP, PATIENCE, REMEDIES, STEPS, sample, some
 from causal_preflight.report import Finding, Report
-
-STEPS = 3  # optimizer steps that are watched; ten times as many where one optimizer steps rarely
-PATIENCE = 200  # batches, times accumulate_grad_batches, until three steps must have been seen
 
 
 @dataclass
@@ -216,11 +213,14 @@ class LoopProbe(L.Callback):
         for w in self.watched:
             if len(w.scaled) >= STEPS:  # a norm that stays the same is that of a clipping
                 same = any(max(x) < 1.001 * min(x) for x in zip(*w.scaled, strict=True))
-                self._settle("clipping", same, "they were clipped before they were unscaled")
+                self._settle(
+                    "clipping", same, "gradients have one norm at each unscale_: clipped before"
+                )
         for twice in (False, True):
             totals = [total * n**twice for n, total in self.divided]
             if totals and all(math.isclose(total, 1, rel_tol=1e-3) for total in totals):
-                self._settle("division", twice, "n micro-batches weigh 1/n together")
+                n = self.divided[0][0]
+                self._settle("division", twice, f"{n} micro-batches weigh 1/{n} together, not 1")
         self._tell(trainer)
 
     def _conclude_gradients(self, module: L.LightningModule) -> None:
@@ -229,8 +229,7 @@ class LoopProbe(L.Callback):
         dead = [i for i in self.without if i in present]
         stale = len(self.without) - len(dead)
         lost = [self.names[i] for i in self.missed if torch.equal(*map(sample, self.outside[i]))]
-        seen = f"{stale} tensors of the optimizer are not the module's"
-        self._settle("tensors", stale, f"{seen}; it lacks {some(lost) or 'none'}")
+        self._settle("tensors", stale, f"the optimizer holds {stale} tensors that left the module")
         more = len(lost) > stale  # else what it lacks are the new versions
         self._settle("parameters", more, f"{some(lost)} train, but are in no optimizer")
         kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
@@ -245,16 +244,18 @@ class LoopProbe(L.Callback):
     def _conclude_rates(self, trainer: Any, module: L.LightningModule) -> None:
         steps, epochs = loop_checks.run_length(trainer)
         for config, position in zip(trainer.lr_scheduler_configs, self.positions, strict=False):
-            scheduler, by_epoch, why = config.scheduler, config.interval == "epoch", ""
+            scheduler, by_epoch = config.scheduler, config.interval == "epoch"
             if not module.automatic_optimization:
                 by_epoch = scheduler.last_epoch == position
-            if by_epoch and type(scheduler).__name__ not in BY_EPOCH:
-                why = loop_checks.meant_for_steps(scheduler, epochs, steps, [trainer, module])
-            if steps or not by_epoch:
-                self._settle("schedule", why, f"the rate {why} by epochs; the run has {epochs}")
+            why = None if by_epoch and type(scheduler).__name__ not in BY_EPOCH else ""
+            with suppress(Exception):  # it may refuse to be copied
+                if steps and why is None:
+                    why = loop_checks.meant_for_steps(scheduler, epochs, steps, [trainer, module])
+            if why is not None:
+                self._settle("schedule", why, f"the rate {why} epochs, in a run of {epochs}")
         if not self.results.get("schedule"):
             zero = not all(any(w.rates) for w in self.watched)
-            self._settle("rate", zero, f"it was 0 in {self.report.steps} steps")
+            self._settle("rate", zero, f"the rate was 0 in {self.report.steps} steps")
         groups = [group for w in self.watched for group in w.optimizer.param_groups]
         decaying = (p for g in groups if g.get("weight_decay") for p in g["params"])
         if decayed := [id(p) for p in decaying if p.ndim < 2]:

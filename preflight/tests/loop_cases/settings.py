@@ -1,5 +1,7 @@
 """Loops with one fault in modes, ties, rates, precision or metrics each, and right twins."""
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -184,3 +186,12 @@ class Metered(Right):
         loss = self.loss(ids)
         self.metric(self.net(ids)[:, :-1], ids[:, 1:])
         self.log_dict({"val/loss": loss * 0.99, "val/ppl": self.metric})
+
+
+class NotCopied(WarmupByEpoch):
+    """A schedule by epochs that cannot be simulated."""
+
+    def schedule_of(self, optimizer):
+        scheduler = super().schedule_of(optimizer)
+        scheduler.lock = threading.Lock()
+        return scheduler
