@@ -363,4 +363,4 @@ def test_the_readme_examples_run_as_printed(code: str, tmp_path: Path, monkeypat
 
 
 def test_the_readme_has_examples() -> None:
-    assert len(BLOCKS) == 2 and "report.faults" in BLOCKS[0]
+    assert len(BLOCKS) == 3 and "report.faults" in BLOCKS[0]
