@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import require
 from causal_preflight.context import NONE_COUNTS, Context, Move
 from causal_preflight.locate import EmbeddingNoise
-from causal_preflight.report import Finding
+from causal_preflight.report import Finding, require
 from causal_preflight.visibility import Setting, find_leak, leak_finding
 
 

@@ -6,10 +6,10 @@ They read `Readout`, in train mode and in eval mode where some losses take anoth
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import IGNORE, AuditBatch, UnexaminableError, require, shift_left
+from causal_preflight.batch import IGNORE, AuditBatch, shift_left
 from causal_preflight.context import Context, Move
 from causal_preflight.instrumented_model import Readout
-from causal_preflight.report import Finding
+from causal_preflight.report import Finding, UnexaminableError, require
 
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part

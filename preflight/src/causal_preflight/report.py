@@ -1,11 +1,11 @@
 """What the audit reports: findings, what could not be examined, and how to print them."""
 
-from collections.abc import Set
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Set
+from dataclasses import asdict, dataclass, field, replace
 from textwrap import wrap
 from typing import Any
 
-LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
+LABELS = ("shift", "pad", "causal", "reduction", "eos", "position", "loop")
 ALIASES = {"norm": "reduction"}  # earlier words, still understood in `Report.faults`
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
@@ -26,6 +26,16 @@ REMEDIES = {
     "axis": "index positions along time, not along the batch (check batch_first)",
     "cache": "offset positions and masks by the length of what is cached already",
 }
+
+
+class UnexaminableError(Exception):
+    """A probe cannot examine what it is given; `Report.skipped` gets the reason."""
+
+
+def require(condition: object, otherwise: str) -> None:
+    """Raise UnexaminableError with the text `otherwise` unless the condition holds."""
+    if not condition:
+        raise UnexaminableError(otherwise)
 
 
 class Faults(frozenset[str]):
@@ -98,6 +108,19 @@ class Report:
         faults = ", ".join(x for x in LABELS if x in self.faults)
         cost = f"({self.forwards} forward passes, {self.seconds:.1f} s)"
         return f"{f'FAULTS {faults}' if faults else 'no fault found'} {cost}"
+
+    def examine(self, name: str, look: Callable[[], list[Finding]]) -> None:
+        """Run a probe: note its findings, that it found nothing, or why it could not look."""
+        try:
+            found = look()
+        except Exception as problem:  # one probe that fails must not end the audit
+            why = (str(problem).splitlines() or [""])[0]
+            own = isinstance(problem, UnexaminableError)
+            self.skipped[name] = (why if own else f"{type(problem).__name__}: {why}")[:200]
+            return
+        self.findings += [replace(f, probe=name) for f in found]
+        if not found:
+            self.passed.append(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `json.dumps(report.to_dict())` works; a size that is not a number is null."""
