@@ -146,17 +146,17 @@ class FirstSteps:
         self.weight_sums += [(n, float(weight)) for weight in self.weights if n > 1]
         self.weights = []
 
-    def _present(self) -> list[int]:
-        return [id(p) for p in self.module.parameters()]
+    def _stale(self) -> int:
+        return len(self.without.keys() - set(map(id, self.module.parameters())))
 
     def tensors(self) -> str:
-        stale = len(self.without.keys() - set(self._present()))
+        stale = self._stale()
         return f"the optimizer holds {stale} tensors that left the module" if stale else ""
 
     def parameters(self) -> str:
+        """What trains outside of the optimizers, beyond new versions of stale tensors."""
         lost = [self.names[i] for i in self.missed if torch.equal(*map(sample, self.outside[i]))]
-        stale = len(self.without.keys() - set(self._present()))  # of which some are new versions
-        return f"{some(lost)} train, but are in no optimizer" if len(lost) > stale else ""
+        return f"{some(lost)} train, but are in no optimizer" if len(lost) > self._stale() else ""
 
     def gradients(self) -> str:
         """A module that was not called is no fault if one like it got gradients, as experts do."""
@@ -164,7 +164,7 @@ class FirstSteps:
         live = {kind for i, kind in kinds.items() if i not in self.without}
         called = [m for m in self.module.modules() if id(m) in self.ran]
         ran = {id(p) for m in called for p in m.parameters(recurse=False)}
-        dead = [i for i in self._present() if i in self.without]
+        dead = [i for i in map(id, self.module.parameters()) if i in self.without]
         names = [self.names[i] for i in dead if i in ran or kinds[i] not in live]
         require(names or not dead, f"not called: {some([self.names[i] for i in dead])}")
         return f"{some(names)} got no gradient" if names else ""
@@ -292,12 +292,12 @@ def in_eval_mode(root: nn.Module) -> list[str]:
     if all(modes.values()):
         return []
     root.train()
-    changed = [(n, m) for n, m in root.named_modules() if m.training and not modes[m]]
+    norms = nn.modules.batchnorm._BatchNorm
+    changed = {m for m, mode in modes.items() if m.training and not (mode or isinstance(m, norms))}
     for module, mode in modes.items():
         module.training = mode
-    norms = nn.modules.batchnorm._BatchNorm
-    changed = [(n, m) for n, m in changed if not isinstance(m, norms)]
-    return [n for n, m in changed if any(p.requires_grad for p in m.parameters(recurse=False))]
+    trained = {m for m in changed if any(p.requires_grad for p in m.parameters(recurse=False))}
+    return [name for name, m in root.named_modules() if m in trained]
 
 
 def perplexities(logged: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:

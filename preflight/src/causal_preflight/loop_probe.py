@@ -10,17 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce
-from causal_preflight.loop_checks import (
-    REMEDIES,
-    STEP_CHECKS,
-    STEPS,
-    FirstSteps,
-    in_eval_mode,
-    perplexities,
-    sample,
-    some,
-)
+from causal_preflight.loop_checks import REMEDIES, STEPS, FirstSteps, sample, some
 from causal_preflight.report import Finding, Report
 
 _LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
@@ -95,7 +87,7 @@ class LoopProbe(L.Callback):
         self.report = report = trainer.strategy.broadcast(self.report)
         new = report.findings[max(0, self.told) :]
         if trainer.is_global_zero and (new or self.told < 0):
-            _announce(str(report), clean=not new)
+            _announce(report.summary(), clean=not new)
         self.told = len(report.findings)
         if new and self.on_fault == "error":
             seen = ". ".join(f"{f.probe}: {f.seen}; {f.remedy}" for f in new)
@@ -113,7 +105,7 @@ class LoopProbe(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.batches += 1
         if self.modes_due:
-            names = in_eval_mode(module)
+            names = loop_checks.in_eval_mode(module)
             self._settle("train mode", names, f"{some(names)} trained in eval mode")
         if self.watching and self.first:
             if self.batches == 1:  # now: earlier, other callbacks may call the model
@@ -143,7 +135,7 @@ class LoopProbe(L.Callback):
         if first := self.first:
             first.hooks.close()
             self.report.steps = max(first.steps)
-            for name, needed in STEP_CHECKS.items():
+            for name, needed in loop_checks.STEP_CHECKS.items():
                 if min(first.steps) >= needed:
                     self._examine(name, getattr(first, name))
             groups = [g for w in first.watched for g in w.optimizer.param_groups]
@@ -191,7 +183,7 @@ class LoopProbe(L.Callback):
         results = [r for r in trainer._results.values() if r.meta.on_epoch and r.is_tensor]
         own = {r.meta.name + "_epoch" * r.meta.on_step for r in results}
         logged = {name: value for name, value in trainer.callback_metrics.items() if name in own}
-        for name, loss, gap in perplexities(logged):
+        for name, loss, gap in loop_checks.perplexities(logged):
             if gap > _LOG_GAP or batches > 1:
                 seen = f"{name} is {math.exp(gap):.5g} times the exponential of {loss}"
                 self._settle("perplexity", gap > _LOG_GAP, seen)
