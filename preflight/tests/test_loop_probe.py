@@ -213,6 +213,11 @@ def test_sharded_parameters_are_declined():
     assert not report.audited and set(report.skipped) == {"loop"}
 
 
+def test_a_perplexity_slightly_above_is_told_in_figures():
+    (finding,) = watch(settings.SlightlyAbove).findings
+    assert finding.probe == "perplexity" and "1.0003 times" in finding.seen
+
+
 @pytest.mark.parametrize("manual", [False, True])
 def test_decay_of_norms_and_biases_is_a_note(manual):
     report = watch(gradients.DecayOnAll, manual)
