@@ -15,6 +15,7 @@ from causal_preflight.lightning import PreflightError, _announce
 from causal_preflight.loop_checks import REMEDIES, STEPS, FirstSteps, sample, some
 from causal_preflight.report import Finding, Report
 
+_PATIENCE = 200  # batches, times accumulate_grad_batches, until three steps must have been seen
 _LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
 
 
@@ -119,7 +120,8 @@ class LoopProbe(L.Callback):
     def _all_ranks_ready(self, module: L.LightningModule, when: str) -> bool:
         """Compare the weights of all ranks. Whether each of them has seen enough steps."""
         steps = self.first.steps if self.first else [0]
-        ready = min(steps) >= STEPS or max(steps) >= 10 * STEPS
+        patience = _PATIENCE * module.trainer.accumulate_grad_batches
+        ready = min(steps) >= STEPS or max(steps) >= 10 * STEPS or self.batches >= patience
         if module.trainer.world_size == 1:
             return ready
         parts = [sample(p).to(module.device) for p in module.parameters()]
