@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--pad-id", type=int, help="token id of PAD")
     parser.add_argument("--eos-id", type=int, help="token id that ends a document")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="tell why each probe was skipped")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
     args = parser.parse_args()
@@ -39,7 +40,8 @@ def main() -> int:
         from causal_preflight import to_html
 
         write_text(args.html, to_html(report))
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    text = str(report) if args.verbose else report.summary()
+    print(json.dumps(report.to_dict(), indent=2) if args.json else text)
     return 1 if report.faults else 0 if report.audited else 2
 
 

@@ -71,6 +71,8 @@ def test_command_on_a_file(theirs, tmp_path):
     clean = preflight(f"{theirs}:right", *ids)
     assert (clean.returncode, clean.stderr.count("error")) == (0, 0)
     assert "no fault found" in clean.stdout
+    verbose = preflight(f"{theirs}:right", *ids, "--verbose").stdout
+    assert "no fault found" in verbose and verbose.count("\n") > clean.stdout.count("\n")
     faulty = preflight(f"{theirs}:wrong", *ids, "--json", "--html", str(tmp_path / "page.html"))
     assert faulty.returncode == 1
     assert json.loads(faulty.stdout)["faults"] == ["causal"]

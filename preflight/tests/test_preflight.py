@@ -33,6 +33,7 @@ from audit_cases.parts import (
 )
 from audit_cases.right import Recurrent, unshifted
 from causal_preflight import Finding, Report, audit, preflight, to_html
+from causal_preflight.report import PLAIN_WORDS
 
 torch.set_num_threads(1)
 KNOWN = {"pad_id": PAD, "eos_id": EOS}
@@ -293,6 +294,31 @@ def test_report_prints_and_serialises() -> None:
         assert max(map(len, str(report).splitlines())) <= 100
 
 
+def test_the_summary_has_plain_words_and_no_reasons() -> None:
+    probes = {probe.__name__ for probe in audit.PROBES} - {"pictures"}
+    assert set(PLAIN_WORDS) == probes | {"labels"}
+    report = preflight(Open(), padded(0), token_mean, **KNOWN)
+    short, full = report.summary(), str(report)
+    assert report.verdict in short and all(f.probe in short for f in report.findings)
+    assert len(report.skipped) > 3
+    assert not any(why in " ".join(short.split()) for why in report.skipped.values())
+    assert len(short.splitlines()) < len(full.splitlines())
+    words = [PLAIN_WORDS[name] for name in (*report.passed, *report.skipped)]
+    assert [short.count(word) >= 1 for word in words] == [True] * len(words)
+
+
+def test_a_small_change_of_a_weight_is_told_in_figures() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        count = (targets(batch) != -100).sum() + 0.05 * (batch["attention_mask"] == 0).sum()
+        return ce(feed(model, batch), targets(batch), reduction="sum") / count
+
+    report = preflight(Tiny(), padded(0), loss, **KNOWN)
+    (finding,) = [f for f in report.findings if f.probe == "extension"]
+    before, after = map(float, re.findall(r"0\.\d+", finding.seen))
+    assert before != after and 0.002 < finding.size < 0.05
+    assert abs(after / before - 1) == pytest.approx(finding.size, abs=5e-4)
+
+
 def test_evidence_names_row_position_and_token() -> None:
     report = preflight(Open(), padded(0), unshifted, **KNOWN)
     for f in report.findings:
@@ -363,4 +389,4 @@ def test_the_readme_examples_run_as_printed(code: str, tmp_path: Path, monkeypat
 
 
 def test_the_readme_has_examples() -> None:
-    assert len(BLOCKS) == 2 and "report.faults" in BLOCKS[0]
+    assert len(BLOCKS) == 3 and "report.faults" in BLOCKS[0]

@@ -3,14 +3,14 @@
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from causal_preflight import html_page, padding, position, readout, visibility
-from causal_preflight.batch import AuditBatch, UnexaminableError
+from causal_preflight.batch import AuditBatch
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
@@ -67,19 +67,19 @@ def preflight(
     full, work = _sampled(parsed, report)
     instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
-    compiled = (
-        "torch._dynamo" in sys.modules
-    )  # hooks and new shapes would compile it anew each time
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    # Hooks and new shapes would compile it anew each time.
+    dynamo = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if dynamo else nullcontext()
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
         report.sampled.append("model: it was run without torch.compile")
     with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
             for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
-                _run(probe, ctx)
+                report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
+    report.passed = [name for name in report.passed if name != "pictures"]
     if "shifted inputs" in ctx.explained:  # shifted inside the model: offset 0 is the right one
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
@@ -106,19 +106,6 @@ def _find_logits(ctx: Context) -> None:
     except RuntimeError:  # none, or their positions are unknown
         model.logits_module = None
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
-
-
-def _run(probe: Probe, ctx: Context) -> None:
-    try:
-        found = probe(ctx)
-    except Exception as problem:  # one probe that fails must not end the audit
-        why = (str(problem).splitlines() or [""])[0]
-        why = why if isinstance(problem, UnexaminableError) else f"{type(problem).__name__}: {why}"
-        ctx.report.skipped[probe.__name__] = why[:200]
-        return
-    ctx.report.findings += [replace(f, probe=probe.__name__) for f in found]
-    if not found and probe is not html_page.pictures:
-        ctx.report.passed.append(probe.__name__)
 
 
 def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:

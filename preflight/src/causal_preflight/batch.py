@@ -11,17 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from causal_preflight.report import UnexaminableError, require
+
 IGNORE = -100
-
-
-class UnexaminableError(Exception):
-    """This batch cannot be examined by the probe; `Report.skipped` gets the reason."""
-
-
-def require(condition: object, otherwise: str) -> None:
-    """Raise UnexaminableError with the text `otherwise` unless the condition holds."""
-    if not condition:
-        raise UnexaminableError(otherwise)
 
 
 @dataclass(frozen=True)

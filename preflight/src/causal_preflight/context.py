@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import AuditBatch, require
+from causal_preflight.batch import AuditBatch
 from causal_preflight.instrumented_model import InstrumentedModel, Observation, Readout
-from causal_preflight.report import REMEDIES, Finding, Report
+from causal_preflight.report import REMEDIES, Finding, Report, require
 
 Probe = Callable[["Context"], list[Finding]]
 

@@ -69,7 +69,8 @@ class Preflight(L.Callback):
         report = self.audit(trainer, pl_module, batch) if trainer.is_global_zero else Report()
         self.report = report = trainer.strategy.broadcast(report)
         if trainer.is_global_zero:
-            _announce(f"trained pairs: {trained_pairs(report, self.name)}\n{report}", report.clean)
+            pairs = f"trained pairs: {trained_pairs(report, self.name)}"
+            _announce(f"{pairs}\n{report.summary()}", report.clean)
             if self.directory is not None:
                 text = json.dumps(report.to_dict(), indent=2) + "\n"
                 _write(Path(self.directory) / "preflight.json", text)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import require
 from causal_preflight.context import NONE_COUNTS, Context, Move
 from causal_preflight.locate import EmbeddingNoise
-from causal_preflight.report import Finding
+from causal_preflight.report import Finding, require
 from causal_preflight.visibility import Setting, find_leak, leak_finding
 
 
@@ -85,13 +84,15 @@ def extension(ctx: Context) -> list[Finding]:
         return []
     for train in (True, False):
         r, s = (ctx.model.readout(batch, train) for batch in (base, longer))
-        factor = (s.weight[longer.slot >= 0].view_as(r.weight) / r.weight)[r.trained]
-        if not len(factor):
+        before, after = r.weight[r.trained], s.weight[longer.slot >= 0][r.trained.flatten()]
+        if not len(before):
             continue
-        examined = True
-        if float((factor - 1).abs().max()) > max(2e-3, 3 * r.residual):
-            seen = "added columns of PAD change the weight of a real token by a factor of {size}"
-            return [ctx.finding("reduction", seen, "divide", Move(float(factor.median())))]
+        examined, change = True, (after / before - 1).abs()
+        if float(change.max()) > max(2e-3, 3 * r.residual):
+            most = change.argmax()
+            seen = f"the weight of a real token goes from {float(before[most]):.4g} to "
+            seen += f"{float(after[most]):.4g} when columns of PAD are added"
+            return [ctx.finding("reduction", seen, "divide", Move(float(change[most])))]
         drift = abs(s.loss - r.loss) / max(1e-9, abs(r.loss))
         # A NaN drift is no finding.
         if not (drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.model.replaceable):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import UnexaminableError, require, span
+from causal_preflight.batch import span
 from causal_preflight.context import NONE_COUNTS, Context, moved
 from causal_preflight.locate import get_path, iter_tensors
-from causal_preflight.report import Finding
+from causal_preflight.report import Finding, UnexaminableError, require
 
 _UNKNOWN_CACHE = "the model takes a cache, but makes none, or in a form not known here"
 _BESIDE = "{where} with the padding of other rows"

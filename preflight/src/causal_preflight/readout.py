@@ -6,10 +6,10 @@ They read `Readout`, in train mode and in eval mode where some losses take anoth
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import IGNORE, AuditBatch, UnexaminableError, require, shift_left
+from causal_preflight.batch import IGNORE, AuditBatch, shift_left
 from causal_preflight.context import Context, Move
 from causal_preflight.instrumented_model import Readout
-from causal_preflight.report import Finding
+from causal_preflight.report import Finding, UnexaminableError, require
 
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
@@ -187,7 +187,7 @@ def reduction(ctx: Context) -> list[Finding]:
             return []
         seen = f"the loss is a mean over {r.pieces} calls of the model of each call's own mean"
         return [ctx.finding("reduction", seen, "divide", Move(r.pieces))]
-    low, high, total = (f"{float(x):.3g}" for x in (w.min(), w.max(), w.sum()))
+    low, high, total = (f"{float(x):.4g}" for x in (w.min(), w.max(), w.sum()))
     seen = f"the weights of the tokens differ from {low} to {high} (sum {total}) and are no mean "
     seen += "over rows either; heaviest at row {row}, position {t}"
     size = float(w.max() / w.min().clamp_min(1e-300))
@@ -233,11 +233,9 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
         return []  # a sum with a factor
     others = "something other than the counted targets, or twice"
     by, total = "all slots of the batch, PAD included" if slots else others, float(w.sum())
-    seen = f"the loss is divided by {by}: each of the {len(w)} counted tokens weighs "
-    seen += (
-        f"{float(w.mean()):.3g}, together {total:.3g} instead of 1; with {len(cut_w)} tokens of "
-    )
-    seen += f"the same rows, {float(cut_w.mean()):.3g} each"
+    seen = f"the loss is divided by {by}: {len(w)} counted tokens weigh {float(w.mean()):.4g} "
+    seen += f"each, {total:.4g} instead of 1 together; with {len(cut_w)} tokens of the same rows, "
+    seen += f"{float(cut_w.mean()):.4g} each"
     return [ctx.finding("reduction", seen, "divide", Move(total))]
 
 

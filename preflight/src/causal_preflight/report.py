@@ -1,7 +1,7 @@
 """What the audit reports: findings, what could not be examined, and how to print them."""
 
-from collections.abc import Set
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Set
+from dataclasses import asdict, dataclass, field, replace
 from textwrap import wrap
 from typing import Any
 
@@ -28,8 +28,32 @@ REMEDIES = {
 }
 
 
+PLAIN_WORDS = {  # probe -> what it checks
+    "finite": "finite numbers", "alignment": "next-token targets", "labels": "next-token targets",
+    "ending": "EOS", "reduction": "token weights", "emptied": "rows without targets",
+    "cross_row": "rows apart", "future": "causal mask", "documents": "documents apart",
+    "context": "sight of earlier tokens", "embedding": "PAD hidden", "extension": "PAD added",
+    "order": "positions", "alone": "positions", "length": "positions", "packed": "positions",
+    "decoding": "decoding with a cache",
+}  # fmt: skip
+
+
+class UnexaminableError(Exception):
+    """A probe cannot examine what it is given; `Report.skipped` gets the reason."""
+
+
+def require(condition: object, otherwise: str) -> None:
+    """Raise UnexaminableError with the text `otherwise` unless the condition holds."""
+    if not condition:
+        raise UnexaminableError(otherwise)
+
+
 class Faults(frozenset[str]):
     """Labels of the faults found; `norm`, the earlier word for `reduction`, is understood."""
+
+    def in_order(self) -> list[str]:
+        """As in LABELS, and `loop` last."""
+        return sorted(self, key=(*LABELS, "loop").index)
 
     def __contains__(self, label: object) -> bool:
         return super().__contains__(ALIASES.get(str(label), label))
@@ -95,9 +119,22 @@ class Report:
         if not self.audited:
             why = (self.skipped.get(k) for k in ("preflight", "labels", "alignment"))
             return f"NOT AUDITED: {next(filter(None, why), 'nothing could be examined')}"
-        faults = ", ".join(x for x in LABELS if x in self.faults)
+        faults = ", ".join(self.faults.in_order())
         cost = f"({self.forwards} forward passes, {self.seconds:.1f} s)"
         return f"{f'FAULTS {faults}' if faults else 'no fault found'} {cost}"
+
+    def examine(self, name: str, look: Callable[[], list[Finding]]) -> None:
+        """Run a probe: note its findings, that it found nothing, or why it could not look."""
+        try:
+            found = look()
+        except Exception as problem:  # one probe that fails must not end the audit
+            why = (str(problem).splitlines() or [""])[0]
+            own = isinstance(problem, UnexaminableError)
+            self.skipped[name] = (why if own else f"{type(problem).__name__}: {why}")[:200]
+            return
+        self.findings += [replace(f, probe=name) for f in found]
+        if not found:
+            self.passed.append(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `json.dumps(report.to_dict())` works; a size that is not a number is null."""
@@ -105,14 +142,24 @@ class Report:
         del plain["pictures"]
         for f in plain["findings"]:
             f["size"] = f["size"] if abs(f["size"]) < float("inf") else None
-        faults = [label for label in LABELS if label in self.faults]
-        return {"faults": faults, "audited": self.audited, **plain}
+        return {"faults": self.faults.in_order(), "audited": self.audited, **plain}
 
     def __str__(self) -> str:
+        return self._text(self.notes())
+
+    def summary(self) -> str:
+        """The verdict, the findings, and in plain words what was checked and what was not."""
+        passed = dict.fromkeys(PLAIN_WORDS.get(x, x) for x in self.passed)
+        skipped = dict.fromkeys(PLAIN_WORDS.get(x, x) for x in self.skipped)
+        skipped = {word: None for word in skipped if word not in passed}
+        lists = ("checked", passed), ("skipped", skipped)
+        return self._text([(head, ", ".join(words)) for head, words in lists if words])
+
+    def _text(self, notes: list[tuple[str, str]]) -> str:
         lines, cells = [f"preflight: {self.verdict}"], list[tuple[str, str]]()
         for f in self.findings:
             cells += [(f.label.upper(), f"{f.seen} [{f.probe}]"), ("", f"-> {f.remedy}")]
-        for head, text in cells + self.notes():
+        for head, text in cells + notes:
             lines += wrap(text, 100, initial_indent=f"  {head:<9} ", subsequent_indent=" " * 12)
         return "\n".join(lines)
 

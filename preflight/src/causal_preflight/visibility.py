@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.batch import AuditBatch, UnexaminableError, require, shift_left
+from causal_preflight.batch import AuditBatch, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
 from causal_preflight.locate import EmbeddingNoise
 from causal_preflight.readout import offset_of
-from causal_preflight.report import Finding
+from causal_preflight.report import Finding, UnexaminableError, require
 
 _UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
 _CUTS = 12  # cuts a row that are tried first; in each further setting fewer

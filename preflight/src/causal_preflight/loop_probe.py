@@ -1,0 +1,200 @@
+"""Lightning callback that finds silent faults of the training loop in its first optimizer steps."""
+
+import math
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from causal_preflight import loop_checks
+from causal_preflight.lightning import PreflightError, _announce
+from causal_preflight.loop_checks import REMEDIES, STEPS, FirstSteps, sample, some
+from causal_preflight.report import Finding, Report
+
+_PATIENCE = 200  # batches, times accumulate_grad_batches, until three steps must have been seen
+_LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
+
+
+@dataclass
+class LoopReport(Report):
+    """The outcome: findings have the label `loop`, and the name of a check as `probe`."""
+
+    steps: int = 0
+    noted: list[str] = field(default_factory=list)
+
+    @property
+    def audited(self) -> bool:
+        return bool(self.findings or self.steps)
+
+    @property
+    def verdict(self) -> str:
+        if not self.audited:
+            return f"NOT AUDITED: {self.skipped.get('loop', 'no optimizer step was seen')}"
+        faults = ", ".join(f.probe for f in self.findings)
+        return f"training loop, {self.steps} steps: {f'FAULTS {faults}' if faults else 'no fault'}"
+
+    def notes(self) -> list[tuple[str, str]]:
+        return super().notes() + [("note", note) for note in self.noted]
+
+
+class LoopProbe(L.Callback):
+    """Find silent faults of a training loop by what its first three optimizer steps do.
+
+    Use: `Trainer(callbacks=[LoopProbe()])`. What they cannot show is decided later, or skipped.
+    `on_fault`: "error" stops the run, "warn" reports the faults and goes on, "off" does nothing.
+
+    Raises:
+        PreflightError: on every rank, with the evidence and the remedy.
+    """
+
+    def __init__(self, on_fault: str = "error") -> None:
+        if on_fault not in ("error", "warn", "off"):
+            raise ValueError(f"on_fault must be error, warn or off, not {on_fault!r}")
+        self.on_fault, self.report, self.active = on_fault, LoopReport(), False
+        self.first: FirstSteps | None = None
+        self.calls = ExitStack()  # hooks of a validation batch
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.first, self.told, self.batches = None, -1, 0
+        sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
+        self.active = self.on_fault != "off" and not sharded
+        self.watching = self.modes_due = self.active  # the first steps; the next batch
+        skipped = dict.fromkeys(REMEDIES, "nothing to examine so far")
+        if sharded:
+            skipped = {"loop": "the strategy shards the parameters"}
+        self.report = LoopReport(skipped=skipped)
+        if sharded and self.on_fault != "off":
+            self._tell(trainer)
+
+    def _examine(self, name: str, check: Any) -> None:
+        """Run a check, which returns what is wrong; a fault that was found stays."""
+        report = self.report
+        if any(f.probe == name for f in report.findings):
+            return
+        report.passed = [x for x in report.passed if x != name]
+        report.skipped.pop(name, None)
+        report.examine(name, lambda: [Finding("loop", x, REMEDIES[name])] if (x := check()) else [])
+
+    def _settle(self, name: str, wrong: object, seen: str) -> None:
+        """Record that a check passed or, if anything is wrong, what it saw."""
+        self._examine(name, lambda: seen if wrong else "")
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """Announce the report at first, and then new faults. All ranks call it together."""
+        self.report = report = trainer.strategy.broadcast(self.report)
+        new = report.findings[max(0, self.told) :]
+        if trainer.is_global_zero and (new or self.told < 0):
+            _announce(report.summary(), clean=not new)
+        self.told = len(report.findings)
+        if new and self.on_fault == "error":
+            seen = ". ".join(f"{f.probe}: {f.seen}; {f.remedy}" for f in new)
+            raise PreflightError(f'training loop: {seen}. To train all the same: LoopProbe("warn")')
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.watching and self.first is None:
+            self.first = FirstSteps(trainer, module)
+            self._all_ranks_ready(module, "before the first step")
+
+    def on_before_backward(self, trainer: Any, module: L.LightningModule, loss: Tensor) -> None:
+        if self.watching and self.first:
+            self.first.before_backward(loss)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.batches += 1
+        if self.modes_due:
+            names = loop_checks.in_eval_mode(module)
+            self._settle("train mode", names, f"{some(names)} trained in eval mode")
+        if self.watching and self.first:
+            if self.batches == 1:  # now: earlier, other callbacks may call the model
+                self.first.record_calls()
+            if self._all_ranks_ready(module, "after a step"):
+                self._conclude(trainer)
+        elif self.modes_due:
+            self.modes_due = False
+            self._tell(trainer)
+
+    def _all_ranks_ready(self, module: L.LightningModule, when: str) -> bool:
+        """Compare the weights of all ranks. Whether each of them has seen enough steps."""
+        steps = self.first.steps if self.first else [0]
+        patience = _PATIENCE * module.trainer.accumulate_grad_batches
+        ready = min(steps) >= STEPS or max(steps) >= 10 * STEPS or self.batches >= patience
+        if module.trainer.world_size == 1:
+            return ready
+        parts = [sample(p).to(module.device) for p in module.parameters()]
+        row = torch.cat([*parts, torch.tensor([ready], device=module.device)])
+        rows: Any = module.all_gather(row)  # (ranks, elements + 1)
+        differ = ((rows - rows[0]).abs() > 1e-6 * rows[0].abs() + 1e-10)[:, :-1].any(0)
+        self._settle("ranks", differ.any(), f"{differ.float().mean():.0%} of weights differ {when}")
+        return bool(rows[:, -1].all())
+
+    def _conclude(self, trainer: Any) -> None:
+        """Decide what the watched steps show."""
+        self.watching = self.modes_due = False
+        if first := self.first:
+            first.hooks.close()
+            self.report.steps = max(first.steps)
+            for name, needed in loop_checks.STEP_CHECKS.items():
+                if min(first.steps) >= needed:
+                    self._examine(name, getattr(first, name))
+            groups = [g for w in first.watched for g in w.optimizer.param_groups]
+            decaying = (p for g in groups if g.get("weight_decay") for p in g["params"])
+            if names := [first.names.get(id(p), "?") for p in decaying if p.ndim < 2]:
+                self.report.noted.append(f"weight decay acts on norms or biases: {some(names)}")
+        self._tell(trainer)
+
+    def on_validation_batch_start(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
+        """Watch whether the module, or a part of it, draws random numbers."""
+        self.states: list[list[Tensor]] = []
+        if not self.active or "validation mode" not in self.report.skipped:
+            return
+        device = module.device.type
+        random_state = (torch if device == "cpu" else getattr(torch, device)).get_rng_state
+        for part in (x for x in (module, *module.children()) if not x._compiled_call_impl):
+            states: list[Tensor] = []  # before and after each call
+            self.states.append(states)
+            note = lambda *_, states=states: states.append(random_state())  # noqa: E731
+            self.calls.callback(part.register_forward_pre_hook(note).remove)
+            self.calls.callback(part.register_forward_hook(note).remove)
+
+    def on_validation_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
+        self.calls.close()
+        pairs = [pair for x in self.states for pair in zip(x[::2], x[1::2], strict=False)]
+        if pairs:
+            names = [n for n, m in module.named_modules() if m.training and getattr(m, "p", 0)]
+            seen = f"random numbers are drawn; in train mode: {some(names) or 'no module'}"
+            self._settle("validation mode", any(not torch.equal(*pair) for pair in pairs), seen)
+
+    def on_validation_end(self, trainer: Any, module: L.LightningModule) -> None:
+        if self.active and not trainer.sanity_checking:
+            self._settle_perplexity(trainer, sum(trainer.num_val_batches))
+            self.modes_due = True
+            if not self.watching:
+                self._tell(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.active:
+            self._settle_perplexity(trainer, trainer.num_training_batches)
+            (self._conclude if self.watching else self._tell)(trainer)
+
+    def _settle_perplexity(self, trainer: Any, batches: float) -> None:
+        """Compare what is a mean over the batches of an epoch, or logged at its end."""
+        results = [r for r in trainer._results.values() if r.meta.on_epoch and r.is_tensor]
+        own = {r.meta.name + "_epoch" * r.meta.on_step for r in results}
+        logged = {name: value for name, value in trainer.callback_metrics.items() if name in own}
+        for name, loss, gap in loop_checks.perplexities(logged):
+            if gap > _LOG_GAP or batches > 1:
+                seen = f"{name} is {math.exp(gap):.5g} times the exponential of {loss}"
+                self._settle("perplexity", gap > _LOG_GAP, seen)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.active = False
+        self.calls.close()
+        if self.first:
+            self.first.hooks.close()
+            self.first = None
+
+    on_exception = teardown

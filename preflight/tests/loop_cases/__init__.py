@@ -1,0 +1,1 @@
+"""Training loops with one silent fault each, and right twins, for `LoopProbe`."""
