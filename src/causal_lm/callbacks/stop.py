@@ -26,10 +26,11 @@ class StopAfterStep(L.Callback):
     checkpoint is due.
     """
 
+    checkpoint: StepCheckpoint  # to be set before the fit
+
     def __init__(self) -> None:
         self.signal = 0  # that ends the fit, the same on all ranks; 0: none
         self.at_once = True
-        self.checkpoint: StepCheckpoint | None = None
         self._handlers: dict[int, Any] = {}
         self._received, self._pid = 0, os.getpid()
         self._step = -1
@@ -78,7 +79,6 @@ class StopAfterStep(L.Callback):
         return bool(save)
 
     def _save_where_due(self, trainer: L.Trainer) -> None:
-        assert self.checkpoint is not None
         save = self._exchange(trainer, self.checkpoint.is_due(trainer.global_step))
         if save or (self.signal and self.checkpoint.step != trainer.global_step):
             self.checkpoint.save(trainer)
@@ -112,7 +112,7 @@ class StopAfterStep(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save an evaluation that was cut short as one that is still to come."""
-        if self.at_once or not isinstance(exception, StoppedRun) or self.checkpoint is None:
+        if self.at_once or not isinstance(exception, StoppedRun):
             return
         if trainer.state.fn == "fit":
             evaluated = trainer.fit_loop.epoch_loop.val_loop.batch_progress
