@@ -141,8 +141,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stopped_because = stop.reason(trainer) or monitor.stopper.stopped_because
     status = "stopped" if stopped_because else "finished"
     summary |= {"status": status, "stopped_because": stopped_because}
-    for name, value in (metrics.earlier | statistics.logged | {**figures}).items():
-        summary[name] = float(value) if math.isfinite(value) else None
+    summary |= metrics.earlier | statistics.logged | {**figures}
     summary |= statistics.figures(trainer) | monitor.figures()
     if stop.signal:  # the process may be killed soon: no further validation, no samples
         summary["checkpoint/last"] = f"step {trainer.global_step}: {stopped_because}"
@@ -156,7 +155,11 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         summary |= checkpoint.figures(last.path, best, stable)
         stop.at_once = True  # the checkpoints are written
         summary |= final_samples(module, corpus, run_dir.path, **final)
-    _check_floor(summary["val/ppl_over_floor"])
+    ratio = summary["val/ppl_over_floor"]
+    if ratio is not None and ratio < LEAKS_BELOW:
+        below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"
+        todo = "check masks.py, objective.py and the split of the data"
+        raise ValueError(f"{below}: the evaluation leaks its targets; {todo}")
 
 
 def _prepare(
@@ -192,10 +195,3 @@ def _compare_with_floor(corpus: Corpus, figures: Mapping[str, float]) -> dict[st
     if figures:
         floor["val/ppl_over_floor"] = figures["val/ppl"] / floor["floor/ppl"]
     return floor
-
-
-def _check_floor(ratio: float | None) -> None:
-    if ratio is not None and ratio < LEAKS_BELOW:
-        below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"
-        todo = "check masks.py, objective.py and the split of the data"
-        raise ValueError(f"{below}: the evaluation leaks its targets; {todo}")

@@ -35,15 +35,14 @@ class RunDir:
         self._lock = FileLock(path / files.MARKER)
 
     def __enter__(self) -> "RunDir":
-        if not files.is_rank_zero():
-            self.path.mkdir(parents=True, exist_ok=True)
-            return self
-        files.claim_directory(self.path, ignored=files.HYDRA_FILES)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            todo = "wait for its end, or set another hydra.run.dir"
-            raise RefusedError(f"another run is writing into {self.path}: {todo}") from None
+        self.path.mkdir(parents=True, exist_ok=True)
+        if files.is_rank_zero():
+            files.claim_directory(self.path, ignored=files.HYDRA_FILES)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                todo = "wait for its end, or set another hydra.run.dir"
+                raise RefusedError(f"another run is writing into {self.path}: {todo}") from None
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -105,7 +104,8 @@ class RunDir:
         files.write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def write_summary(self, summary: dict[str, Any], started: float) -> None:
-        """Write ``summary.json``, with the seconds since ``started``."""
+        """Write ``summary.json``, with the seconds since ``started``, and None for NaN and inf."""
         summary["seconds/total"] = time.perf_counter() - started
+        summary |= files.replace_nonfinite(summary)
         if files.is_rank_zero():
             files.write_json(self.path / "summary.json", summary)

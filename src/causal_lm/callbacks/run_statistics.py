@@ -30,7 +30,7 @@ class RunStatistics(L.Callback):
         self.before = torch.zeros(3, dtype=torch.int64)  # over all ranks, before this process
         self.seconds_fit = self.seconds_train = self.seconds_validating = 0.0
         self._fit_start = self._train_start = 0.0
-        self.logged: dict[str, Any] = {}  # by the fit
+        self.logged: dict[str, float] = {}  # by the fit
 
     def on_fit_start(self, *_: Any) -> None:
         self._fit_start = time.perf_counter()
@@ -58,7 +58,8 @@ class RunStatistics(L.Callback):
             self.seconds_validating += time.perf_counter() - self._validation_start
 
     def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
-        now, self.logged = time.perf_counter(), dict(trainer.callback_metrics)
+        now = time.perf_counter()
+        self.logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.seconds_fit = now - self._fit_start
         self.seconds_train = now - (self._train_start or now) - self.seconds_validating
 

@@ -71,8 +71,8 @@ class SampleMonitor(L.Callback):
         keep_last: int = 50, prompts: int = 8, per_prompt: int = 0, prompt_length: int = 8,
         embedder: str | Path | None = None, patience: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        self.corpus, self.count, self.directory = corpus, count, directory
-        self.keep_last = keep_last
+        self.corpus, self.count = corpus, count
+        self.directory, self.keep_last = directory, keep_last
         prompt_length = min(prompt_length, length // 2)
         beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
         self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
@@ -94,7 +94,7 @@ class SampleMonitor(L.Callback):
         fn: Any = trainer.state.fn
         if trainer.global_step == self._step:  # the weights of the last evaluation
             if fn.value == self._fn:  # a repeated one: after a kill, or between micro-batches
-                pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+                pl_module.log_dict(self._named())
             return
         started, self._step, self._fn = time.perf_counter(), trainer.global_step, fn.value
         try:
@@ -105,9 +105,9 @@ class SampleMonitor(L.Callback):
         figures = trainer.strategy.broadcast(figures)
         # NaN: Lightning would otherwise keep the figure of an earlier evaluation.
         self.last = {"repetition_spread": math.nan} | figures
-        if trainer.state.fn == "fit" and figures:
+        if self._fn == "fit" and figures:
             self._compare_with_earlier(trainer)
-        pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+        pl_module.log_dict(self._named())
         if trainer.is_global_zero and self.directory is not None and text:
             folder = self.directory / "samples"
             folder.mkdir(exist_ok=True)
@@ -145,12 +145,14 @@ class SampleMonitor(L.Callback):
 
     def figures(self) -> dict[str, float]:
         """For ``summary.json``: the last evaluation's figures, and the seconds of all of them."""
-        known = {f"writing/{n}": value for n, value in self.last.items() if math.isfinite(value)}
-        return known | {"seconds/writing": self.seconds}
+        return self._named() | {"seconds/writing": self.seconds}
+
+    def _named(self) -> dict[str, float]:
+        return {f"writing/{name}": value for name, value in self.last.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        figures = {"step": self._step, "fn": self._fn, "figures": self.last}
-        return figures | {"rates": self.rates, "history": self.stopper.history}
+        last = {"step": self._step, "fn": self._fn, "figures": self.last}
+        return last | {"rates": self.rates, "history": self.stopper.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]
