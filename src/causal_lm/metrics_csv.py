@@ -100,8 +100,7 @@ class MetricsCSV(Logger, L.Callback):
         between = math.ceil(self.keep_steps * PRUNED_SHARE)
         is_pruned = step > self.keep_steps and step // between > last // between
         if is_pruned or not row.keys() <= set(self.columns):
-            first = step - self.keep_steps if is_pruned else 0
-            self._rewrite(row.keys() | set(self.columns), first)
+            self._rewrite({*row, *self.columns}, step - self.keep_steps if is_pruned else 0)
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         self._count(step)
