@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from signal import SIGUSR1
@@ -124,7 +123,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     if cfg.gradients.report_every:
         callbacks.append(GradientReport(cfg.gradients.report_every))
     trainer = build.make_trainer(cfg, callbacks, [metrics])
-    figures: Mapping[str, float] = {}
+    figures: Any = {}
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
         if not stop.signal:
@@ -141,7 +140,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stopped_because = stop.reason(trainer) or monitor.stopper.stopped_because
     status = "stopped" if stopped_because else "finished"
     summary |= {"status": status, "stopped_because": stopped_because}
-    summary |= metrics.earlier | statistics.logged | {**figures}
+    summary |= metrics.earlier | statistics.logged | figures
     summary |= statistics.figures(trainer) | monitor.figures()
     if stop.signal:  # the process may be killed soon: no further validation, no samples
         summary["checkpoint/last"] = f"step {trainer.global_step}: {stopped_because}"
@@ -150,9 +149,10 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         todo = "lower optimizer.lr, and continue from best.ckpt if there is one"
         raise FloatingPointError(f"val/loss is not finite after the last step: {todo}")
     last.save(trainer)
+    summary["checkpoint/last"] = f"step {trainer.global_step}: the end of the run"
     summary |= _compare_with_floor(corpus, figures)
     if trainer.is_global_zero:
-        summary |= checkpoint.figures(last.path, best, stable)
+        summary |= checkpoint.figures(best, stable)
         stop.at_once = True  # the checkpoints are written
         summary |= final_samples(module, corpus, run_dir.path, **final)
     ratio = summary["val/ppl_over_floor"]
@@ -186,7 +186,7 @@ def _prepare(
     return metadata, step or 0
 
 
-def _compare_with_floor(corpus: Corpus, figures: Mapping[str, float]) -> dict[str, float]:
+def _compare_with_floor(corpus: Corpus, figures: dict[str, float]) -> dict[str, float]:
     """The entropy floor of a synthetic language, and the validation perplexity over it."""
     if corpus.language is None:
         return {}

@@ -105,18 +105,13 @@ class EvalCheckpoint(Checkpoint):
 
     @property
     def state_key(self) -> str:
-        # The arguments after the metric are those of earlier versions, whose scores are read.
-        return self._generate_state_key(
-            monitor=self.metric, mode="min", every_n_train_steps=0, every_n_epochs=1,
-            train_time_interval=None,
-        )  # fmt: skip
+        return self._generate_state_key(monitor=self.metric)
 
     def state_dict(self) -> dict[str, Any]:
         return {SCORE: self.lowest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict[SCORE] is not None:  # earlier versions wrote None for infinity
-            self.lowest = float(state_dict[SCORE])
+        self.lowest = float(state_dict[SCORE])
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         value = _evaluated(trainer, self.metric)
@@ -155,6 +150,7 @@ class StepCheckpoint(Checkpoint):
         rank_zero_only(log.info)(f"a kill costs {most}what came since the last evaluation")
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._record(trainer)  # also where the weights are not worth saving
         if trainer.state.fn == "fit" and math.isfinite(_evaluated(trainer, "val/loss")):
             self.save(trainer)
 
@@ -188,19 +184,15 @@ class StepCheckpoint(Checkpoint):
         self._record(trainer)
 
 
-def figures(last: Path, best: EvalCheckpoint, stable: EvalCheckpoint) -> dict[str, str]:
-    """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept."""
-
-    def read(path: Path) -> dict[str, Any]:
-        return torch.load(path, mmap=True, weights_only=True)
-
-    found = {"last": f"step {read(last)['global_step']}: the end of the run"}
+def figures(best: EvalCheckpoint, stable: EvalCheckpoint) -> dict[str, str]:
+    """``checkpoint/best`` and ``stable`` of ``summary.json``: the step of each, and the reason."""
+    found = {}
     if best.lowest < math.inf:
-        step = read(best.path)["global_step"]
-        found["best"] = f"step {step}: val/loss is lowest, {best.lowest:.4f}"
+        step = torch.load(best.path, mmap=True, weights_only=True)["global_step"]
+        found["checkpoint/best"] = f"step {step}: val/loss is lowest, {best.lowest:.4f}"
     if stable.lowest < math.inf:
-        saved = read(stable.path)
+        saved = torch.load(stable.path, mmap=True, weights_only=True)
         rates = ", ".join(f"{rate:.4f}" for rate in saved["callbacks"]["SampleMonitor"]["rates"])
-        where = f"step {saved['global_step']}: the spread of repetition_4 is lowest, {rates}"
-        found |= {"stable": where, "steady": where}
-    return {f"checkpoint/{name}": text for name, text in found.items()}
+        reason = f"step {saved['global_step']}: the spread of repetition_4 is lowest, {rates}"
+        found["checkpoint/stable"] = found["checkpoint/steady"] = reason
+    return found

@@ -82,7 +82,7 @@ class SampleMonitor(L.Callback):
             self.embed = consistency.SentenceEmbedder(embedder)
         self.consistency_name = f"consistency_{'sentences' if embedder else 'hidden'}"
         self.options = {"length": length, "seed": seed} | options
-        self.last: dict[str, float] = {}
+        self.last: dict[str, float] = {}  # what the last evaluation logged
         self.seconds = 0.0
         self.rates: list[float] = []
         self.stopper = DegenerationStopper(patience)
@@ -94,7 +94,7 @@ class SampleMonitor(L.Callback):
         fn: Any = trainer.state.fn
         if trainer.global_step == self._step:  # the weights of the last evaluation
             if fn.value == self._fn:  # a repeated one: after a kill, or between micro-batches
-                pl_module.log_dict(self._named())
+                pl_module.log_dict(self.last)
             return
         started, self._step, self._fn = time.perf_counter(), trainer.global_step, fn.value
         try:
@@ -103,11 +103,12 @@ class SampleMonitor(L.Callback):
             figures, text = {}, ""
             log.warning(f"step {self._step}: no samples: {error}")
         figures = trainer.strategy.broadcast(figures)
+        if trainer.state.fn == "fit" and figures:
+            self._compare_with_earlier(trainer, figures)
         # NaN: Lightning would otherwise keep the figure of an earlier evaluation.
-        self.last = {"repetition_spread": math.nan} | figures
-        if self._fn == "fit" and figures:
-            self._compare_with_earlier(trainer)
-        pl_module.log_dict(self._named())
+        figures.setdefault("repetition_spread", math.nan)
+        self.last = {f"writing/{name}": value for name, value in figures.items()}
+        pl_module.log_dict(self.last)
         if trainer.is_global_zero and self.directory is not None and text:
             folder = self.directory / "samples"
             folder.mkdir(exist_ok=True)
@@ -116,14 +117,14 @@ class SampleMonitor(L.Callback):
                 path.unlink()
         self.seconds += time.perf_counter() - started
 
-    def _compare_with_earlier(self, trainer: L.Trainer) -> None:
-        rate, error = self.last.get("repetition_4"), self.last.get("repetition_error", 0.0)
+    def _compare_with_earlier(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
+        rate, error = figures.get("repetition_4"), figures.get("repetition_error", 0.0)
         if rate is not None:
             self.rates = [*self.rates, rate][-SPREAD_EVALUATIONS:]
             if len(self.rates) == SPREAD_EVALUATIONS:
                 spread = statistics.pstdev(self.rates)
-                self.last["repetition_spread"] = spread if spread > error else 0.0
-        consistent = self.last.get(self.consistency_name)
+                figures["repetition_spread"] = spread if spread > error else 0.0
+        consistent = figures.get(self.consistency_name)
         if self.stopper.should_stop(self._step, rate, error, consistent):
             trainer.should_stop = True
 
@@ -145,10 +146,7 @@ class SampleMonitor(L.Callback):
 
     def figures(self) -> dict[str, float]:
         """For ``summary.json``: the last evaluation's figures, and the seconds of all of them."""
-        return self._named() | {"seconds/writing": self.seconds}
-
-    def _named(self) -> dict[str, float]:
-        return {f"writing/{name}": value for name, value in self.last.items()}
+        return self.last | {"seconds/writing": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
         last = {"step": self._step, "fn": self._fn, "figures": self.last}
