@@ -130,10 +130,11 @@ def job(cfg: DictConfig) -> float:
     try:
         validate(cfg)  # the user's own main configuration may lack ValidateConfig
         if is_sweep and cfg.trainer.devices != 1:
-            return _run_in_subprocess(hydra_cfg, directory)
-        from causal_lm.fit import run  # loads torch and lightning
+            loss = _run_in_subprocess(hydra_cfg, directory)["val/loss"]
+        else:
+            from causal_lm.fit import run  # loads torch and lightning
 
-        loss = run(cfg, directory)["val/loss"]
+            loss = run(cfg, directory)["val/loss"]
         return math.nan if loss is None else loss  # None: stopped before the first evaluation
     except Exception as error:
         log.debug("the run failed", exc_info=True)
@@ -143,8 +144,8 @@ def job(cfg: DictConfig) -> float:
         return math.nan
 
 
-def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> float:
-    """Run one job of a sweep as a command of its own.
+def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
+    """Run one job of a sweep as a command of its own, and return its summary.
 
     Lightning starts the other ranks by repeating the command line; in a sweep, each rank would run
     the whole sweep, and the ranks would train different configurations.
@@ -163,4 +164,4 @@ def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> float:
     summary = read_summary(path)
     if code:
         raise ValueError(summary["error"] or ended)
-    return summary["val/loss"]
+    return summary

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from causal_lm.nonfinite import dataset_indices
@@ -14,14 +13,9 @@ def explain(error: Exception, cfg: DictConfig, trainer: Any) -> Exception:
     """The error to raise in place of ``error``: another one where memory is exhausted, or where a
     data-loader worker died or raised."""
     lines = str(error).strip().splitlines() or [""]
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    is_memory = isinstance(error, RuntimeError) and any(
-        text in str(error) for text in OUT_OF_MEMORY
-    )
-    if isinstance(error, kinds) or is_memory:
-        sizes = (
-            f"data.batch_size={cfg.data.get('batch_size')}, data.max_length={cfg.data.max_length}"
-        )
+    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+        data = cfg.data
+        sizes = f"data.batch_size={data.get('batch_size')}, data.max_length={data.max_length}"
         lower = "lower one of them, samples.batch_size or the sizes of the model"
         more = "trainer.accumulate_grad_batches keeps the batch of a step"
         return MemoryError(f"out of memory with {sizes}: {lower} ({more}): {lines[0]:.200}")

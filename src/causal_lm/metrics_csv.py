@@ -100,8 +100,7 @@ class MetricsCSV(Logger, L.Callback):
         between = math.ceil(self.keep_steps * PRUNED_SHARE)
         is_pruned = step > self.keep_steps and step // between > last // between
         if is_pruned or not row.keys() <= set(self.columns):
-            first = step - self.keep_steps if is_pruned else 0
-            self._rewrite(row.keys() | set(self.columns), first)
+            self._rewrite({*row, *self.columns}, step - self.keep_steps if is_pruned else 0)
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         self._count(step)
@@ -137,28 +136,27 @@ class MetricsCSV(Logger, L.Callback):
 
 def _columns(path: Path) -> list[str]:
     """The columns of a metrics file; none if its first line is damaged."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        columns = _fields(file.readline())
+    columns = next(_lines(path), [])
     return columns if "step" in columns and len(set(columns)) == len(columns) else []
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str] | None]]:
     """The line number of each row, and the row, None if it is damaged."""
-    if not path.exists():
-        return
     columns = _columns(path)
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            row = dict(zip(columns, fields := _fields(line), strict=False))
-            is_good = len(fields) == len(columns) and row.get("step", "").isdecimal()
-            if number > 1 or not columns:
-                yield number, row if is_good else None
+    for number, fields in enumerate(_lines(path), start=1):
+        row = dict(zip(columns, fields, strict=False))
+        is_good = len(fields) == len(columns) and row.get("step", "").isdecimal()
+        if number > 1 or not columns:
+            yield number, row if is_good else None
 
 
-def _fields(line: str) -> list[str]:
-    """The fields of a line; none if it is torn, or not UTF-8."""
-    try:
-        is_whole = line.endswith("\n") and "\ufffd" not in line
-        return next(csv.reader([line.rstrip("\r\n")])) if is_whole else []
-    except (csv.Error, StopIteration):
-        return []
+def _lines(path: Path) -> Iterator[list[str]]:
+    """The fields of each line; none if it is torn, or not UTF-8."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:
+                fields: list[str] = []
+                if line.endswith("\n") and "\ufffd" not in line:
+                    with suppress(csv.Error):
+                        fields = next(csv.reader([line.rstrip("\r\n")]), [])
+                yield fields

@@ -191,11 +191,10 @@ class CausalLM(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metric.compute()
+        differs, own = self.train_objective_differs, self.train_objective_metric
+        values |= {"loss_as_trained": own.compute() if differs else values["loss"]}
         for name, value in values.items():
             self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
-        differs = self.train_objective_differs
-        train_objective = self.train_objective_metric.compute() if differs else values["loss"]
-        self.log("val/loss_as_trained", train_objective.float())
         self.val_metric.reset()
         self.train_objective_metric.reset()
 

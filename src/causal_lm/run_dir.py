@@ -35,15 +35,14 @@ class RunDir:
         self._lock = FileLock(path / files.MARKER)
 
     def __enter__(self) -> "RunDir":
-        if not files.is_rank_zero():
-            self.path.mkdir(parents=True, exist_ok=True)
-            return self
-        files.claim_directory(self.path, ignored=files.HYDRA_FILES)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            todo = "wait for its end, or set another hydra.run.dir"
-            raise RefusedError(f"another run is writing into {self.path}: {todo}") from None
+        self.path.mkdir(parents=True, exist_ok=True)
+        if files.is_rank_zero():
+            files.claim_directory(self.path, ignored=files.HYDRA_FILES)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                todo = "wait for its end, or set another hydra.run.dir"
+                raise RefusedError(f"another run is writing into {self.path}: {todo}") from None
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -80,21 +79,19 @@ class RunDir:
         """Whether the checkpoint is one of the run in this directory."""
         return Path(ckpt_path or "/").resolve().is_relative_to(self.checkpoints.resolve())
 
-    def set_aside_checkpoints(self) -> None:
-        """Rename the folder of an earlier run's checkpoints, which a new run does not continue."""
-        if files.is_rank_zero() and any(self.checkpoints.glob("*.ckpt")):
+    def prepare(self, cfg: DictConfig, step: int | None) -> None:
+        """Write config.yaml; set the checkpoints of an earlier run aside, delete its other files.
+
+        If that run is continued at ``step``, its checkpoints stay, and ``metrics.csv`` and the
+        samples up to the step are kept. None: it is not continued.
+        """
+        if not files.is_rank_zero():
+            return
+        if step is None and any(self.checkpoints.glob("*.ckpt")):
             names = (self.path / f"checkpoints_{n}" for n in count(1))
             aside = next(path for path in names if not path.exists())
             self.checkpoints.rename(aside)
             log.info(f"the checkpoints of an earlier run are now in {aside}")
-
-    def prepare(self, cfg: DictConfig, step: int) -> None:
-        """Write config.yaml; delete the files of an earlier run, but for checkpoints.
-
-        If that run is continued, ``step`` is not 0: ``metrics.csv`` and samples up to it are kept.
-        """
-        if not files.is_rank_zero():
-            return
         for name in FILES[1:] if step else FILES:
             (self.path / name).unlink(missing_ok=True)
         temporary = [f".{name}.[0-9]*" for name in FILES] + ["samples/.step_*.txt.[0-9]*"]
@@ -102,12 +99,13 @@ class RunDir:
             for path in self.path.glob(pattern):
                 path.unlink()  # left by a killed process
         for step_written, path in files.sample_files(self.path):
-            if not step or step_written > step:
+            if step_written > (step or 0):
                 path.unlink()
         files.write_text(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def write_summary(self, summary: dict[str, Any], started: float) -> None:
-        """Write ``summary.json``, with the seconds since ``started``."""
+        """Write ``summary.json``, with the seconds since ``started``, and None for NaN and inf."""
         summary["seconds/total"] = time.perf_counter() - started
+        summary |= files.replace_nonfinite(summary)
         if files.is_rank_zero():
             files.write_json(self.path / "summary.json", summary)

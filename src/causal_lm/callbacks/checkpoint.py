@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, RefusedError, read_checkpoint
@@ -19,6 +19,7 @@ from causal_lm.config import leaves, new_name
 log = logging.getLogger(__name__)
 
 VALIDATION = "causal_lm_validation"  # key of a checkpoint: which documents its best score is of
+SCORE = "best_model_score"  # key of an EvalCheckpoint's state
 
 REFUSED, KEPT, FREE = "refused", "kept from the checkpoint", "changed"
 CONTINUED_KEYS = {  # the first pattern (of ``fnmatch``) that matches a key decides
@@ -40,15 +41,15 @@ class CheckpointMetadata(L.Callback):
 
     def __init__(self, config: Any, tokenizer: dict[str, Any], validation: list[int]) -> None:
         self.config, self.tokenizer, self.validation = config, tokenizer, validation
-        self.forget_best = False
+        self.forget_best = False  # the checkpoint's best scores are of other documents, or files
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {CONFIG: self.config, TOKENIZER: self.tokenizer, VALIDATION: self.validation}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        for state in checkpoint["callbacks"].values():
-            if self.forget_best and "best_model_score" in state:
-                state["best_model_score"] = None
+        if self.forget_best:
+            states = checkpoint["callbacks"]
+            checkpoint["callbacks"] = {k: s for k, s in states.items() if SCORE not in s}
 
     def check_continues(self, path: str, may_be_complete: bool) -> int:
         """The step of a checkpoint that this run can continue; logs which keys have changed.
@@ -79,61 +80,57 @@ class CheckpointMetadata(L.Callback):
         if step > last or (step == last and not may_be_complete):
             raise RefusedError(f"{path} is at step {step}: raise trainer.max_steps={last} above it")
         self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
-        self.forget_best = saved.get(VALIDATION, self.validation) != self.validation
         words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
-        words += ["other validation documents: best scores are forgotten"] * self.forget_best
+        if saved.get(VALIDATION, self.validation) != self.validation:
+            self.forget_best = True
+            words.append("other validation documents: best scores are forgotten")
         rank_zero_only(log.info)("; ".join([f"continues {path} from step {step}", *words]))
         return step
 
 
-class EvalCheckpoint(ModelCheckpoint):
-    """Writes ``{name}.ckpt`` at the evaluation with the lowest ``metric``, or at the latest one.
+class EvalCheckpoint(Checkpoint):
+    """Writes a checkpoint at the evaluation with the lowest ``metric``, of equal ones at the later.
 
-    Of two equal ones the later is kept. The file is written after the evaluation, with what the
-    callbacks logged, and not written if the metric is missing or not finite.
+    The file is written after the evaluation, with what the callbacks logged, and not written if the
+    metric is missing or not finite.
 
-    ``stable`` uses ``writing/repetition_spread``: the loss may still fall while the samples turn
-    into loops, and their repetition rate rises. That rate is also constant before training and
+    ``stable.ckpt`` uses ``writing/repetition_spread``: the loss may still fall while the samples
+    turn into loops, and their repetition rate rises. That rate is also constant before training and
     where every sample is a loop, so ``checkpoint/stable`` in the summary lists the rates.
-
-    Args:
-        metric: a logged metric, lower is better.
-        continued: this run continues the one whose files are in ``folder``.
-        latest: write at every evaluation.
     """
 
-    def __init__(
-        self, folder: Path, name: str, metric: str, *, continued: bool, latest: bool = False
-    ) -> None:
-        self.folder, self.metric, self.continued = folder, metric, continued
-        monitor = None if latest else metric
-        super().__init__(folder, filename=name, monitor=monitor, enable_version_counter=False)
+    def __init__(self, path: Path, metric: str) -> None:
+        self.path, self.metric = path, metric
+        self.lowest, self.step = math.inf, -1  # of the checkpoint
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self.metric)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {SCORE: self.lowest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the best score if the directory was moved; Lightning would drop it."""
-        if self.continued:
-            paths = dict.fromkeys(("best_model_path", "last_model_path", "kth_best_model_path"), "")
-            state_dict = state_dict | paths | {"dirpath": self.dirpath, "best_k_models": {}}
-        super().load_state_dict(state_dict)
+        self.lowest = float(state_dict[SCORE])
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save the weights if the first non-finite step comes before the first evaluation."""
-        never = "val/loss" not in trainer.callback_metrics
-        if self.monitor is None and never and isinstance(exception, FloatingPointError):
-            trainer.save_checkpoint(self.folder / f"{self.filename}.ckpt")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if math.isfinite(trainer.callback_metrics.get(self.metric, math.nan)):
-            super().on_validation_end(trainer, pl_module)
-
-    def check_monitor_top_k(self, trainer: L.Trainer, current: Any = None) -> bool:
-        return self.best_model_score is None or bool(current <= self.best_model_score)
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        value = _evaluated(trainer, self.metric)
+        if math.isfinite(value) and value <= self.lowest and self.step != trainer.global_step:
+            self.lowest, self.step = value, trainer.global_step
+            trainer.save_checkpoint(self.path)
 
 
-class StepCheckpoint(L.Callback):
-    """Writes ``last.ckpt`` between two optimizer steps, besides those of evaluations.
+def _evaluated(trainer: L.Trainer, metric: str) -> float:
+    """What an evaluation logged as ``metric``; NaN if nothing, or in Lightning's sanity check."""
+    value = trainer.callback_metrics.get(metric, math.nan)
+    return math.nan if trainer.sanity_checking else float(value)
 
-    :class:`causal_lm.callbacks.stop.StopAfterStep` calls it, as all ranks must save together.
+
+class StepCheckpoint(Checkpoint):
+    """Writes ``last.ckpt`` at each evaluation in the fit, and between two optimizer steps.
+
+    :class:`causal_lm.callbacks.stop.StopAfterStep` calls it between steps, as all ranks must save
+    together. An evaluation whose loss is not finite is not saved.
 
     Args:
         every_minutes: from the latest checkpoint on, or from the start; None: never.
@@ -153,7 +150,15 @@ class StepCheckpoint(L.Callback):
         rank_zero_only(log.info)(f"a kill costs {most}what came since the last evaluation")
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._record(trainer)  # an evaluation writes its own checkpoint
+        self._record(trainer)  # also where the weights are not worth saving
+        if trainer.state.fn == "fit" and math.isfinite(_evaluated(trainer, "val/loss")):
+            self.save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Save the weights if the first non-finite step comes before the first evaluation."""
+        is_evaluated = "val/loss" in trainer.callback_metrics
+        if isinstance(exception, FloatingPointError) and not is_evaluated:
+            trainer.save_checkpoint(self.path)
 
     def _record(self, trainer: L.Trainer) -> None:
         self.step, self.time = trainer.global_step, time.monotonic()
@@ -179,13 +184,15 @@ class StepCheckpoint(L.Callback):
         self._record(trainer)
 
 
-def figures(folder: Path, lowest: float, has_stable: bool) -> dict[str, str]:
-    """``checkpoint/*`` of ``summary.json``: the step of each checkpoint, and why it was kept."""
-    names = [*(["best"] if lowest < math.inf else []), "last", *(["stable"] if has_stable else [])]
-    files = {n: torch.load(folder / f"{n}.ckpt", mmap=True, weights_only=True) for n in names}
-    reasons = {"best": f"val/loss is lowest, {lowest:.4f}", "last": "the end of the run"}
-    if has_stable:
-        rates = (f"{rate:.4f}" for rate in files["stable"]["callbacks"]["SampleMonitor"]["rates"])
-        reasons["stable"] = f"the spread of repetition_4 is lowest, {', '.join(rates)}"
-    found = {f"checkpoint/{n}": f"step {files[n]['global_step']}: {reasons[n]}" for n in names}
-    return found | ({"checkpoint/steady": found["checkpoint/stable"]} if has_stable else {})
+def figures(best: EvalCheckpoint, stable: EvalCheckpoint) -> dict[str, str]:
+    """``checkpoint/best`` and ``stable`` of ``summary.json``: the step of each, and the reason."""
+    found = {}
+    if best.lowest < math.inf:
+        step = torch.load(best.path, mmap=True, weights_only=True)["global_step"]
+        found["checkpoint/best"] = f"step {step}: val/loss is lowest, {best.lowest:.4f}"
+    if stable.lowest < math.inf:
+        saved = torch.load(stable.path, mmap=True, weights_only=True)
+        rates = ", ".join(f"{rate:.4f}" for rate in saved["callbacks"]["SampleMonitor"]["rates"])
+        reason = f"step {saved['global_step']}: the spread of repetition_4 is lowest, {rates}"
+        found["checkpoint/stable"] = found["checkpoint/steady"] = reason
+    return found

@@ -29,17 +29,14 @@ class RunStatistics(L.Callback):
         self.unfinished: Any = 0  # the same, of the step in progress, which a resumed run repeats
         self.before = torch.zeros(3, dtype=torch.int64)  # over all ranks, before this process
         self.seconds_fit = self.seconds_train = self.seconds_validating = 0.0
-        self._train_start: float | None = None
+        self._fit_start = self._train_start = 0.0
+        self.logged: dict[str, float] = {}  # by the fit
 
     def on_fit_start(self, *_: Any) -> None:
         self._fit_start = time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._train_start = self._train_start or time.perf_counter()
-
-    def on_train_end(self, *_: Any) -> None:
-        if self._train_start is not None:
-            self.seconds_train = time.perf_counter() - self._train_start - self.seconds_validating
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any
@@ -60,8 +57,15 @@ class RunStatistics(L.Callback):
         if trainer.state.fn == "fit":
             self.seconds_validating += time.perf_counter() - self._validation_start
 
-    def on_fit_end(self, *_: Any) -> None:
-        self.seconds_fit = time.perf_counter() - self._fit_start
+    def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
+        now = time.perf_counter()
+        self.logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.seconds_fit = now - self._fit_start
+        self.seconds_train = now - (self._train_start or now) - self.seconds_validating
+
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.state.fn == "fit":  # a signal ends it in an evaluation
+            self.on_fit_end(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATISTICS] = {"losses": [*self.losses], "counts": self._totals(trainer)}

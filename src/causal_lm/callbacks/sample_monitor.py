@@ -71,8 +71,8 @@ class SampleMonitor(L.Callback):
         keep_last: int = 50, prompts: int = 8, per_prompt: int = 0, prompt_length: int = 8,
         embedder: str | Path | None = None, patience: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        self.corpus, self.count, self.directory = corpus, count, directory
-        self.keep_last = keep_last
+        self.corpus, self.count = corpus, count
+        self.directory, self.keep_last = directory, keep_last
         prompt_length = min(prompt_length, length // 2)
         beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
         self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
@@ -82,7 +82,7 @@ class SampleMonitor(L.Callback):
             self.embed = consistency.SentenceEmbedder(embedder)
         self.consistency_name = f"consistency_{'sentences' if embedder else 'hidden'}"
         self.options = {"length": length, "seed": seed} | options
-        self.last: dict[str, float] = {}
+        self.last: dict[str, float] = {}  # what the last evaluation logged
         self.seconds = 0.0
         self.rates: list[float] = []
         self.stopper = DegenerationStopper(patience)
@@ -94,7 +94,7 @@ class SampleMonitor(L.Callback):
         fn: Any = trainer.state.fn
         if trainer.global_step == self._step:  # the weights of the last evaluation
             if fn.value == self._fn:  # a repeated one: after a kill, or between micro-batches
-                pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+                pl_module.log_dict(self.last)
             return
         started, step = time.perf_counter(), trainer.global_step
         try:
@@ -104,11 +104,12 @@ class SampleMonitor(L.Callback):
             log.warning(f"step {step}: no samples: {error}")
         self._step, self._fn = step, fn.value  # not before: a signal may have ended it
         figures = trainer.strategy.broadcast(figures)
-        # NaN: Lightning would otherwise keep the figure of an earlier evaluation.
-        self.last = {"repetition_spread": math.nan} | figures
         if trainer.state.fn == "fit" and figures:
-            self._compare_with_earlier(trainer)
-        pl_module.log_dict({f"writing/{name}": value for name, value in self.last.items()})
+            self._compare_with_earlier(trainer, figures)
+        # NaN: Lightning would otherwise keep the figure of an earlier evaluation.
+        figures.setdefault("repetition_spread", math.nan)
+        self.last = {f"writing/{name}": value for name, value in figures.items()}
+        pl_module.log_dict(self.last)
         if trainer.is_global_zero and self.directory is not None and text:
             folder = self.directory / "samples"
             folder.mkdir(exist_ok=True)
@@ -117,14 +118,14 @@ class SampleMonitor(L.Callback):
                 path.unlink()
         self.seconds += time.perf_counter() - started
 
-    def _compare_with_earlier(self, trainer: L.Trainer) -> None:
-        rate, error = self.last.get("repetition_4"), self.last.get("repetition_error", 0.0)
+    def _compare_with_earlier(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
+        rate, error = figures.get("repetition_4"), figures.get("repetition_error", 0.0)
         if rate is not None:
             self.rates = [*self.rates, rate][-SPREAD_EVALUATIONS:]
             if len(self.rates) == SPREAD_EVALUATIONS:
                 spread = statistics.pstdev(self.rates)
-                self.last["repetition_spread"] = spread if spread > error else 0.0
-        consistent = self.last.get(self.consistency_name)
+                figures["repetition_spread"] = spread if spread > error else 0.0
+        consistent = figures.get(self.consistency_name)
         if self.stopper.should_stop(self._step, rate, error, consistent):
             trainer.should_stop = True
 
@@ -146,12 +147,11 @@ class SampleMonitor(L.Callback):
 
     def figures(self) -> dict[str, float]:
         """For ``summary.json``: the last evaluation's figures, and the seconds of all of them."""
-        known = {f"writing/{n}": value for n, value in self.last.items() if math.isfinite(value)}
-        return known | {"seconds/writing": self.seconds}
+        return self.last | {"seconds/writing": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        figures = {"step": self._step, "fn": self._fn, "figures": self.last}
-        return figures | {"rates": self.rates, "history": self.stopper.history}
+        last = {"step": self._step, "fn": self._fn, "figures": self.last}
+        return last | {"rates": self.rates, "history": self.stopper.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]

@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Timer
 
-from causal_lm.accumulation import get_random_state, set_random_state
 from causal_lm.callbacks.checkpoint import StepCheckpoint
 from causal_lm.signals import STOP_SIGNALS, StoppedRun, say, stop_at_once
 
@@ -27,13 +26,14 @@ class StopAfterStep(L.Callback):
     checkpoint is due.
     """
 
+    checkpoint: StepCheckpoint  # to be set before the fit
+
     def __init__(self) -> None:
         self.signal = 0  # that ends the fit, the same on all ranks; 0: none
         self.at_once = True
-        self.checkpoint: StepCheckpoint | None = None
         self._handlers: dict[int, Any] = {}
         self._received, self._pid = 0, os.getpid()
-        self._step, self._evaluating = -1, False
+        self._step = -1
 
     def __enter__(self) -> "StopAfterStep":
         with contextlib.suppress(ValueError):  # outside the main thread, which cannot set handlers
@@ -54,8 +54,8 @@ class StopAfterStep(L.Callback):
         self._received = number
         if self.at_once:
             stop_at_once(number, frame)
-        awaited = "forward pass" if self._evaluating else "optimizer step"
-        say(f"{signal.Signals(number).name}: the run stops after the {awaited} in hand")
+        in_hand = "the optimizer step in hand, or the forward pass of an evaluation"
+        say(f"{signal.Signals(number).name}: the run stops after {in_hand}")
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         """Keep Lightning from setting handlers of its own, which raise, and requeue under SLURM."""
@@ -79,7 +79,6 @@ class StopAfterStep(L.Callback):
         return bool(save)
 
     def _save_where_due(self, trainer: L.Trainer) -> None:
-        assert self.checkpoint is not None
         save = self._exchange(trainer, self.checkpoint.is_due(trainer.global_step))
         if save or (self.signal and self.checkpoint.step != trainer.global_step):
             self.checkpoint.save(trainer)
@@ -97,18 +96,13 @@ class StopAfterStep(L.Callback):
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._save_where_due(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self._random_state = get_random_state(pl_module.device)
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._evaluating = True
         self._hook = pl_module.register_forward_pre_hook(lambda *_: self._poll(trainer))
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._poll(trainer)  # the hook does not see every way to compute the loss
 
     def on_validation_end(self, *_: Any) -> None:
-        self._evaluating = False
         self._hook.remove()
 
     def _poll(self, trainer: L.Trainer) -> None:
@@ -118,12 +112,11 @@ class StopAfterStep(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save an evaluation that was cut short as one that is still to come."""
-        if self.at_once or not isinstance(exception, StoppedRun) or self.checkpoint is None:
+        if self.at_once or not isinstance(exception, StoppedRun):
             return
         if trainer.state.fn == "fit":
             evaluated = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             evaluated.reset()
             evaluated.increment_ready()
             evaluated.increment_started()
-        set_random_state(self._random_state, pl_module.device)  # as before the data loader drew
         self.checkpoint.save(trainer)
