@@ -325,7 +325,8 @@ def test_two_ranks_end_before_the_first_step(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_requeue_once(scontrol, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "78")
-    assert_stopped(tmp_path, *signal_group(tmp_path, signal.SIGUSR1, *TWO_RANKS), signal.SIGUSR1)
+    run = tmp_path / "run"
+    assert_stopped(run, *signal_group(run, signal.SIGUSR1, *TWO_RANKS), signal.SIGUSR1)
     assert scontrol() == ["requeue 78"]
 
 
