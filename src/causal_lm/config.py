@@ -246,9 +246,10 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 def _check_combinations(v: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` for the first values that do not go together."""
-    width = 2 if v.get("model.n_kv_heads") else 1  # rotary heads cannot have an odd width
+    rotary = bool(v.get("model.n_kv_heads"))
+    width = "rotary heads cannot have an odd width" if rotary else "all heads have the same width"
     for whole, part, times, why in (
-        ("model.d_model", "model.n_heads", width, "all heads have the same width"),
+        ("model.d_model", "model.n_heads", 2 if rotary else 1, width),
         ("model.n_heads", "model.n_kv_heads", 1, "query heads share them evenly"),
     ):
         if v.get(whole) and v.get(part) and v[whole] % (times * v[part]):
