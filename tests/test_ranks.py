@@ -15,6 +15,7 @@ import torch
 from causal_lm import config
 from causal_lm.build import instantiate
 from causal_lm.checkpoint_file import read_checkpoint
+from causal_lm.objective import REDUCTIONS
 from causal_lm.report.files import MARKER
 from support import command
 from support.runs import SHORT
@@ -53,7 +54,9 @@ def test_two_ranks_train_and_a_sweep_of_them_does_not_mix(tmp_path):
     assert {s["train/tokens"] for s in summaries} == {int((data.corpus.train.lengths - 1).sum())}
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence", "padded"])
+@pytest.mark.parametrize(
+    "reduction", ["token", *(pytest.param(r, marks=pytest.mark.slow) for r in REDUCTIONS[1:])]
+)
 def test_two_ranks_train_what_one_does(tmp_path, reduction):
     """Three steps of 4 documents, on one rank and on two of 2: the same weights."""
     states = []
