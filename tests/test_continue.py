@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from causal_lm.checkpoint_file import read_checkpoint
-from causal_lm.data.datamodule import fingerprint
+from causal_lm.data.datamodule import document_fingerprint
 from causal_lm.data.documents import Documents, FileArray
 from causal_lm.data.sampler import DocumentSampler, Start
 from causal_lm.module import CausalLM
@@ -147,7 +147,7 @@ def test_one_rank_becomes_two_and_one_again(tmp_path):
 def test_a_fingerprint_tells_documents_apart_and_reads_little(tmp_path):
     tokens = torch.arange(5_000_000, dtype=torch.int32) % 251
     offsets = torch.tensor([0, 2_000_000, 5_000_000])
-    reference = fingerprint(Documents(tokens, offsets))
+    reference = document_fingerprint(Documents(tokens, offsets))
     (tmp_path / "tokens").write_bytes(tokens.numpy().tobytes())
     read = []
 
@@ -156,11 +156,13 @@ def test_a_fingerprint_tells_documents_apart_and_reads_little(tmp_path):
             read.append(super().__getitem__(index))
             return read[-1]
 
-    assert fingerprint(Documents(Counted(tmp_path / "tokens", "int32"), offsets)) == reference
+    assert (
+        document_fingerprint(Documents(Counted(tmp_path / "tokens", "int32"), offsets)) == reference
+    )
     assert 0 < sum(map(len, read)) <= 2**20
-    assert fingerprint(Documents(tokens, offsets[[0, 2]])) != reference
+    assert document_fingerprint(Documents(tokens, offsets[[0, 2]])) != reference
     tokens[0] = 7
-    assert fingerprint(Documents(tokens, offsets)) != reference
+    assert document_fingerprint(Documents(tokens, offsets)) != reference
 
 
 # ---- whole runs ----

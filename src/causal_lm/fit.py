@@ -20,7 +20,7 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError
-from causal_lm.data.datamodule import fingerprint
+from causal_lm.data.datamodule import document_fingerprint
 from causal_lm.data.documents import Corpus
 from causal_lm.failures import explain
 from causal_lm.metrics_csv import MetricsCSV
@@ -172,7 +172,7 @@ def _prepare(
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     # A checkpoint can then be read without the files that its model started from.
     config["model"] |= module.model.standalone_config()
-    validation = [*fingerprint(corpus.val), cfg.data.max_length]
+    validation = [*document_fingerprint(corpus.val), cfg.data.max_length]
     metadata = CheckpointMetadata(config, corpus.tokenizer.state(), validation)
     is_continued, step = run_dir.contains(cfg.ckpt_path), None
     if cfg.ckpt_path:

@@ -63,7 +63,7 @@ class DataModule(L.LightningDataModule):
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
             self.train_windows = self._windows("train", self.corpus.train)
             self.val_windows = self._windows("val", self.corpus.val)
-            self.order = [self.seed, self.shuffle, *fingerprint(self.train_windows)]
+            self.order = [self.seed, self.shuffle, *document_fingerprint(self.train_windows)]
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
@@ -152,7 +152,7 @@ class DataModule(L.LightningDataModule):
         )
 
 
-def fingerprint(documents: Documents) -> list[int]:
+def document_fingerprint(documents: Documents) -> list[int]:
     """Number of documents, number of tokens, and a CRC of chunks spread evenly over the tokens."""
     tokens, crc = documents.tokens, 0
     step = max(-(-len(tokens) // CRC_CHUNKS), CRC_TOKENS)
