@@ -121,6 +121,7 @@ def logged(directory):
         return [[row[name] for name in names] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_a_kill_after_one_loses_nothing(tmp_path):
     words = ("callbacks.checkpoint.every_n_steps=2", "model.dropout=0.2", "trainer.max_steps=8")
     short_run(tmp_path / "whole", *words)

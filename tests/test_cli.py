@@ -13,7 +13,9 @@ from support import ROOT, command
 from support.runs import SHORT, short_run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_goes_on(number, tmp_path):
     """A process stopped by a signal leaves a checkpoint and a summary, and can be continued."""
     process = subprocess.Popen(

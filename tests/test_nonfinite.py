@@ -159,6 +159,7 @@ for on_nonfinite, at in (("skip", "forward"), ("stop", "forward"), ("skip", ""))
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_decide_alike(tmp_path):
     (tmp_path / "two.py").write_text(TWO_RANKS)
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])

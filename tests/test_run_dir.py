@@ -153,6 +153,7 @@ def test_a_killed_run_goes_on_where_it_was_evaluated(tmp_path):
     assert not kept.exists()
 
 
+@pytest.mark.slow
 def test_runs_started_together_do_not_share_a_directory(tmp_path):
     processes = [
         subprocess.Popen(
