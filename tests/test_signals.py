@@ -317,9 +317,12 @@ def test_two_ranks_stop_in_a_long_evaluation(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_end_before_the_first_step(tmp_path):
-    """At any moment from the preparation of the directory on: no checkpoint, no process left."""
+    """At any moment from the preparation of the directory on: no checkpoint, no process left.
+
+    Lightning kills the first rank if it still waits for the other one when that ends.
+    """
     code, err = signal_group(tmp_path, signal.SIGTERM, *TWO_RANKS, when="config.yaml")
-    assert code == 143 and "Traceback" not in err
+    assert code in (143, -signal.SIGKILL) and "Traceback" not in err
     assert not (tmp_path / "checkpoints").exists()
 
 

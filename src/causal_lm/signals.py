@@ -1,10 +1,13 @@
 """The signals that end a run: at once, in worker processes, and before SLURM's time limit."""
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -12,6 +15,7 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, the end of a job, and SLURM's warning before it (``sbatch --signal=USR1@120``)."""
+SECONDS_BEHIND = 2.0  # that other ranks wait before they end
 
 
 class StoppedRun(SystemExit):  # no error
@@ -29,9 +33,23 @@ def say(text: str) -> None:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """Signal handler: raise :class:`StoppedRun` here and now."""
+    """Signal handler: raise :class:`StoppedRun` here and now; after the first rank on the others,
+    as Lightning kills it where another one ends first."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_BEHIND)
     say(f"{signal.Signals(number).name}: the run ends at once, as no training step is in hand")
     raise StoppedRun(number)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Hold :data:`STOP_SIGNALS` back here, and in the processes that are started meanwhile: a
+    worker would otherwise end at one that comes before :func:`leave_to_parent`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_to_parent(*_: Any) -> None:

@@ -108,10 +108,10 @@ class EvalCheckpoint(Checkpoint):
         return self._generate_state_key(monitor=self.metric)
 
     def state_dict(self) -> dict[str, Any]:
-        return {SCORE: self.lowest}
+        return {SCORE: self.lowest, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lowest = float(state_dict[SCORE])
+        self.lowest, self.step = float(state_dict[SCORE]), state_dict.get("step", -1)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         value = _evaluated(trainer, self.metric)

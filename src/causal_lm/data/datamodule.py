@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler, Start
-from causal_lm.signals import leave_to_parent
+from causal_lm.signals import held_back, leave_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +140,8 @@ class DataModule(L.LightningDataModule):
             tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
             row_length=self.max_length if self.layout == "packed" else None,
         )  # fmt: skip
-        return DataLoader(
-            windows,  # type: ignore[arg-type]  # the collator turns documents into a Batch
+        return Loader(
+            windows,  # the collator turns documents into a Batch
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=collate,
@@ -150,6 +150,14 @@ class DataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             generator=Generator(),  # otherwise a resumed run draws one seed of workers more
         )
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers leave signals to this process from their first moment on."""
+
+    def _get_iterator(self) -> Any:
+        with held_back():
+            return super()._get_iterator()
 
 
 def document_fingerprint(documents: Documents) -> list[int]:
