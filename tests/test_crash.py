@@ -113,7 +113,8 @@ def test_five_killed_runs_end_as_those_that_were_not(tmp_path):
     *lines, count = done.stdout.splitlines()
     assert {line.split()[1].rstrip(":") for line in lines} == set(KILLED)
     assert count.split()[:3] == ["5", "of", "5"]
-    assert list(tmp_path.iterdir()) == []
+    # A killed process leaves the temporary folder of Python's multiprocessing.
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("pymp-")]
 
 
 def run_in_fork(words, environment, *_):
