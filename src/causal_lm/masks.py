@@ -46,7 +46,7 @@ class AttentionMask:
 
     document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
     plain_causal: bool  # one document per row, PAD on the right: ``is_causal`` says the same
-    segment_lengths: tuple[int, ...]  # of each run of equal ids, PAD too; they sum to B * T
+    document_lengths: tuple[int, ...]  # of each document, row by row, PAD left out
     dense: Tensor | None = None  # bool (B, T, T) that replaces the rule (used by pitfalls only)
 
     @classmethod
@@ -55,13 +55,13 @@ class AttentionMask:
 
         >>> AttentionMask.from_document_ids(torch.tensor([[0, 0, 0], [0, 0, -1]])).plain_causal
         True
-        >>> AttentionMask.from_document_ids(torch.tensor([[0, 0, 1]])).segment_lengths
-        (2, 1)
+        >>> AttentionMask.from_document_ids(torch.tensor([[0, 0, 1], [0, -1, -1]])).document_lengths
+        (2, 1, 1)
         """
         ids = document_ids.cpu()
         same = ids[:, 1:] == ids[:, :-1]
         starts = F.pad(~same, (1, 0), value=True).flatten().nonzero().flatten()
-        lengths = starts.diff(append=starts.new_tensor([ids.numel()]))
+        lengths = starts.diff(append=starts.new_tensor([ids.numel()]))[ids.flatten()[starts] >= 0]
         plain = bool((same | (ids[:, 1:] < 0)).all())
         return cls(document_ids, plain, tuple(lengths.tolist()))
 
@@ -88,7 +88,7 @@ class AttentionMask:
         return torch.zeros_like(masked_out, dtype=dtype).masked_fill_(masked_out, float("-inf"))
 
     def cu_seqlens(self) -> tuple[Tensor, int]:
-        """What variable-length kernels take for the batch flattened to (B * T,): the cumulative
-        segment lengths, int32 (S + 1,) on the CPU, and the longest segment."""
-        lengths = torch.tensor((0, *self.segment_lengths), dtype=torch.int32)
-        return lengths.cumsum(0, dtype=torch.int32), max(self.segment_lengths)
+        """What variable-length kernels take for the D documents laid end to end, without PAD:
+        their cumulative lengths, int32 (D + 1,) on the CPU, and the longest one."""
+        lengths = torch.tensor((0, *self.document_lengths), dtype=torch.int32)
+        return lengths.cumsum(0, dtype=torch.int32), max(self.document_lengths)

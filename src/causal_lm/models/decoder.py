@@ -12,12 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from causal_lm.masks import AttentionMask
 from causal_lm.models import hf_conversion
 from causal_lm.models.base import BaseCausalModel, Mask
+from causal_lm.models.rms_norm import RMSNorm
 
 EMBEDDING_STD = 0.3  # standard deviation of the embeddings (measured in docs/NOTES.md)
 LOGIT_STD = 0.1  # of the first logits: above 0, so that they depend on the input
 RESIDUAL_PROJECTIONS = ("out.weight", "down.weight")  # their output is added to the residual stream
+MEAN_DOCUMENT = 32
+"""Tokens of the mean document from which each is attended alone (measured in
+docs/performance.md)."""
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position and pair of channels
 
 
@@ -66,6 +71,11 @@ class TokenSmear(nn.Module):
         return x
 
 
+# Which keys a query may see: True in bool (B, 1, T, S); or all earlier ones of its document, of
+# which one row of T positions holds those of these lengths; None: all earlier ones.
+Visible = Tensor | tuple[int, ...] | None
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the channels i and i + D/2 of x (B, T, H, D), float32, by the angle of the position:
     attention scores depend on distances alone (RoFormer, https://arxiv.org/abs/2104.09864)."""
@@ -95,10 +105,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, (self.n_heads + 2 * self.n_kv_heads) * self.d_head, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: Rotary, attn_mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        """x (B, T, C), attn_mask bool (B, 1, T, S) or None for plain causal -> (B, T, C)."""
+    def forward(self, x: Tensor, rotary: Rotary, visible: Visible, cache: KVCache | None) -> Tensor:
+        """x (B, T, C), and which of the S positions each of the T may see -> (B, T, C)."""
         x = self.qkv(x).unflatten(-1, (-1, self.d_head))  # (B, T, H + 2 KV, D)
         qk, v = x.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
         qk = qk.float()
@@ -108,11 +116,15 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, KV, S, D)
-        if attn_mask is None:
-            x = attend(q, k, v, is_causal=True, enable_gqa=self.n_heads > self.n_kv_heads)
-        else:  # with a mask, CUDA has no fast kernel that groups queries: repeat keys and values
+        if isinstance(visible, Tensor):
+            # With a mask, CUDA has no fast kernel that groups queries: repeat keys and values.
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for part in (k, v))
-            x = attend(q, k, v, attn_mask=attn_mask)
+            x = attend(q, k, v, attn_mask=visible)
+        else:  # plain causal, in the whole row or in each of its documents
+            lengths, gqa = visible or q.shape[2], self.n_heads > self.n_kv_heads
+            documents = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
+            parts = [attend(*qkv, is_causal=True, enable_gqa=gqa) for qkv in documents]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self.out(x.transpose(1, 2).flatten(2).to(self.out.weight.dtype))
 
 
@@ -149,15 +161,24 @@ class Block(nn.Module):
 
     def __init__(self, sizes: hf_conversion.Sizes, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(sizes["d_model"], sizes["norm_eps"])
+        self.attention_norm = RMSNorm(sizes["d_model"], sizes["norm_eps"])
         self.attention = Attention(sizes, layer)
-        self.mlp_norm = nn.RMSNorm(sizes["d_model"], sizes["norm_eps"])
+        self.mlp_norm = RMSNorm(sizes["d_model"], sizes["norm_eps"])
         self.mlp = MLPS[sizes["mlp"]](sizes["d_model"], sizes["d_ff"])
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         """x (B, T, C) and the other arguments of :class:`Attention` -> (B, T, C)."""
         x = x + self.attention(self.attention_norm(x), *context)
         return x + self.mlp(self.mlp_norm(x))
+
+
+def _by_document(mask: AttentionMask) -> bool:
+    """Whether PAD is to be left out, and each document attended alone. On a GPU one kernel for all
+    of them is faster, and ``torch.compile`` would compile anew for other lengths."""
+    if mask.dense is not None or mask.document_ids.device.type != "cpu":
+        return False
+    lengths = mask.document_lengths
+    return sum(lengths) > MEAN_DOCUMENT * len(lengths) and not torch.compiler.is_compiling()
 
 
 class Decoder(BaseCausalModel):
@@ -194,7 +215,7 @@ class Decoder(BaseCausalModel):
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.token_smear = TokenSmear(d_model, token_smear) if token_smear else None
         self.blocks = nn.ModuleList(Block(self.sizes, layer) for layer in range(n_layers))
-        self.final_norm = nn.RMSNorm(d_model, norm_eps)
+        self.final_norm = RMSNorm(d_model, norm_eps)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.token_embedding.weight
@@ -222,11 +243,24 @@ class Decoder(BaseCausalModel):
         nn.init.constant_(self.final_norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
 
     def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
+        if cache is None and attention_mask is not None and _by_document(attention_mask):
+            real = attention_mask.document_ids >= 0  # (B, T)
+            inputs = input_ids[real][None], position_ids[real][None]  # (1, N): no slot is PAD
+            found = self._blocks(*inputs, attention_mask.document_lengths, None)
+            states = found.new_zeros(*real.shape, found.shape[2])
+            states[real] = found[0]
+            return states
+        visible = self._attn_mask(input_ids, attention_mask, 0 if cache is None else len(cache))
+        return self._blocks(input_ids, position_ids, visible, cache)
+
+    def _blocks(
+        self, input_ids: Tensor, position_ids: Tensor, visible: Visible, cache: KVCache | None
+    ) -> Tensor:
+        """Ids and positions (B, T) -> hidden states (B, T, C)."""
         x = self.token_embedding(input_ids)  # (B, T, C)
         if self.token_smear is not None:
             x = self.token_smear(x, position_ids, cache)
-        attn_mask = self._attn_mask(input_ids, attention_mask, 0 if cache is None else len(cache))
-        context = self._rotary(position_ids), attn_mask, cache
+        context = self._rotary(position_ids), visible, cache
         for block in self.blocks:
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)

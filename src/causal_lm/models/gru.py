@@ -29,10 +29,11 @@ class GRU(BaseCausalModel):
             return x
         if attention_mask is None or attention_mask.plain_causal:
             return self.gru(x)[0]
-        lengths = attention_mask.segment_lengths
-        documents = pad_sequence(x.flatten(0, 1).split(lengths), batch_first=True)  # (D, L, C)
+        real, lengths = attention_mask.document_ids >= 0, attention_mask.document_lengths
+        documents = pad_sequence(x[real].split(lengths), batch_first=True)  # (D, L, C)
         states = self.gru(documents)[0]
-        return torch.cat([row[:n] for row, n in zip(states, lengths, strict=True)]).view_as(x)
+        found = torch.cat([row[:n] for row, n in zip(states, lengths, strict=True)])
+        return torch.zeros_like(x, dtype=found.dtype).masked_scatter(real[:, :, None], found)
 
     def make_cache(self) -> dict[str, Tensor]:
         return {}  # later {"state": the hidden state after the cached positions}
