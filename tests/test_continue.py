@@ -24,8 +24,9 @@ from support.runs import short_run
 
 # ---- each document once per epoch ----
 
+KINDS = [{}, {"by_length": True}, {"row_length": 64}]
 settings_of_a_part = st.tuples(
-    st.integers(1, 7), st.integers(1, 4), st.booleans(), st.integers(0, 30)
+    st.integers(1, 7), st.integers(1, 4), st.sampled_from(KINDS), st.integers(0, 30)
 )
 
 
@@ -33,11 +34,11 @@ settings_of_a_part = st.tuples(
 def test_any_settings_in_turn_read_each_document_once_per_epoch(size, shuffle, parts):
     lengths = torch.randint(2, 50, (size,), generator=torch.Generator().manual_seed(0)).numpy()
     start, done, seen = Start(), 0, []
-    for batch_size, world_size, by_length, stop_after in parts:
+    for batch_size, world_size, kind, stop_after in parts:
         ranks = [
             DocumentSampler(
                 size, shuffle=shuffle, rank=rank, world_size=world_size, batch_size=batch_size,
-                by_length=by_length, lengths=lambda: lengths, start=start,
+                lengths=lambda: lengths, start=start, **kind,
             )
             for rank in range(world_size)
         ]  # fmt: skip
@@ -103,7 +104,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
     path = tmp_path / "epoch=0-step=1.ckpt"
     whole = fit(tmp_path, 5, path, **options)
     saved = torch.load(path, weights_only=True)
-    assert saved["causal_lm_training"].pop("position")["start"] == [4, 0, [(0, 40)]]
+    assert saved["causal_lm_training"].pop("position")["start"] == [4, 0, [([0, 1, 0], 40)]]
     assert saved["causal_lm_training"].pop("unfinished") == 3
     torch.save(saved, path)
     assert fit(tmp_path, 5, path, **options) == whole

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from causal_lm.data.collate import Collate, first_fit
+from causal_lm.data.collate import Collate, pack
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus, Document, Documents
 from causal_lm.data.sampler import DocumentSampler
@@ -58,7 +58,7 @@ def test_packing_loses_nothing_and_mixes_nothing(documents, capacity, side):
 
 def test_packing_fills_rows():
     lengths = np.random.default_rng(0).integers(2, 64, size=200).tolist()
-    rows, _, _ = first_fit(lengths, 64)
+    rows, _, _ = pack(lengths, 64)
     fewest = -(-sum(lengths) // 64)
     assert fewest <= int(rows.max()) + 1 <= 11 / 9 * fewest + 1
 
@@ -186,13 +186,14 @@ def test_show_token():
     st.integers(1, 3),
     st.booleans(),
     st.integers(0, 3),
+    st.sampled_from([{"by_length": True}, {"row_length": 64}]),
 )
-def test_buckets_hold_each_document_once(lengths, batch_size, world_size, shuffle, epoch):
+def test_groups_hold_each_document_once(lengths, batch_size, world_size, shuffle, epoch, kind):
     seen = []
     for rank in range(world_size):
         sampler = DocumentSampler(
             len(lengths), shuffle=shuffle, rank=rank, world_size=world_size,
-            by_length=True, lengths=lambda: np.array(lengths), batch_size=batch_size,
+            lengths=lambda: np.array(lengths), batch_size=batch_size, **kind,
         )  # fmt: skip
         batches = -(-len(sampler) // batch_size)
         seen.append(list(sampler.remaining_indices(epoch * batches)))
@@ -222,6 +223,28 @@ def test_buckets_put_like_lengths_together_and_are_shuffled():
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # batches are not sorted
     sets = [{frozenset(b) for b in batches(e, **by_length).tolist()} for e in (0, 1)]
     assert not sets[0] & sets[1]  # no batch occurs in both epochs
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_packed_batches_fill_their_rows(world_size):
+    """At least 99 % of the slots, where batches of arbitrary documents leave 4 % and more."""
+    lengths = np.minimum(np.random.default_rng(0).geometric(1 / 150, size=12_000) + 2, 256)
+
+    def filled(**kind):
+        real = slots = 0
+        for rank in range(world_size):
+            sampler = DocumentSampler(
+                len(lengths), shuffle=True, rank=rank, world_size=world_size, batch_size=32,
+                lengths=lambda: lengths, **kind,
+            )  # fmt: skip
+            for batch in np.array([i for i in sampler if i >= 0])[: 32 * 180].reshape(-1, 32):
+                rows, _, first = pack(lengths[batch].tolist(), 256)
+                slots += (int(rows.max()) + 1) * int((first.numpy() + lengths[batch]).max())
+                real += int(lengths[batch].sum())
+        return real / slots
+
+    assert filled() < 0.96
+    assert filled(row_length=256) >= 0.99
 
 
 # ---- docstrings ----

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from causal_lm.callbacks.preflight import audit_batch
-from causal_lm.data.collate import Batch, Collate, first_fit
+from causal_lm.data.collate import Batch, Collate, pack
 from causal_lm.data.documents import Document
 from causal_lm.models.base import CausalModel
 from causal_lm.module import CausalLM
@@ -84,7 +84,7 @@ class ModelContract:
         model, padded, packed = self.model(), self.batch(), self.batch(packed=True)
         assert len(packed.input_ids) < len(padded.input_ids)
         expected, found = self.logits(model, padded), self.logits(model, packed)
-        rows, numbers, _ = first_fit(self.lengths, ROW_LENGTH)
+        rows, numbers, _ = pack(self.lengths, ROW_LENGTH)
         for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):
             alone, here = padded.document_ids[i] >= 0, packed.document_ids[row] == number
             assert torch.equal(packed.input_ids[row, here], padded.input_ids[i, alone])

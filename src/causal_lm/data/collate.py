@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from causal_lm import objective
 from causal_lm.data.documents import Document
+from causal_lm.data.packing import longest_first
 from causal_lm.masks import AttentionMask
 
 
@@ -90,7 +92,7 @@ class Collate:
             row = torch.arange(len(lengths))
             number = first_slot = torch.zeros_like(row)
         else:
-            row, number, first_slot = first_fit(lengths.tolist(), self.row_length)
+            row, number, first_slot = pack(lengths.tolist(), self.row_length)
         n_rows = int(row.max()) + 1
         slots_used = torch.zeros(n_rows, dtype=torch.int64).scatter_add_(0, row, lengths)
         width = max(int(slots_used.max()), 1)
@@ -132,23 +134,21 @@ class Collate:
             raise ValueError(f"{problem}, {limit}: is this data tokenized by another tokenizer?")
 
 
-def first_fit(lengths: Sequence[int], row_length: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack(lengths: Sequence[int], row_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pack documents into rows: row, number in the row and first slot of each document, (D,) each.
 
-    First-fit decreasing: longest first, each into the first row with room. It needs at most 11/9 of
-    the fewest rows possible, plus a constant (Johnson 1973). Documents of no tokens go to row 0.
+    Documents of no tokens go to row 0.
 
-    >>> first_fit([3, 6, 2], 8)
+    >>> pack([3, 6, 2], 8)
     (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))
     """
-    slots_used, n_documents = [0] * len(lengths), [0] * len(lengths)  # in each row
     placed = torch.zeros(3, len(lengths), dtype=torch.int64)
-    for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
-        length = lengths[document]
-        if length > row_length:
-            raise ValueError(f"a document of {length} tokens does not fit a row of {row_length}")
-        row = next(row for row, n in enumerate(slots_used) if n + length <= row_length)
-        placed[:, document] = torch.tensor([row, n_documents[row], slots_used[row]])
-        slots_used[row] += length
-        n_documents[row] += 1
+    if (longest := max(lengths)) > row_length:
+        raise ValueError(f"a document of {longest} tokens does not fit a row of {row_length}")
+    for row, documents in enumerate(longest_first(np.array(lengths), row_length)):
+        first_slot = 0
+        for number, document in enumerate(documents.tolist()):
+            if lengths[document]:
+                placed[:, document] = torch.tensor([row, number, first_slot])
+                first_slot += lengths[document]
     return placed[0], placed[1], placed[2]

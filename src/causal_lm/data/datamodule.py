@@ -130,6 +130,7 @@ class DataModule(L.LightningDataModule):
         return DocumentSampler(
             len(windows), shuffle=train and self.shuffle, seed=self.seed, **position,
             by_length=self.layout == "bucketed", lengths=lambda: windows.lengths.numpy(),
+            row_length=self.max_length if self.layout == "packed" else None,
             batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )  # fmt: skip

@@ -6,8 +6,19 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-POOL_BATCHES = 100  # batches within which documents are sorted by length
+from causal_lm.data.packing import filled_batches
+
+POOL_BATCHES = 100  # batches within which documents are sorted by length, or packed
 CHUNK_INDICES = 2**16  # indices that are turned into Python integers at a time
+
+
+class Arrangement(NamedTuple):
+    """Which documents share a batch: of similar length, or, with a row length, such as fill rows.
+    Without a batch size they are left in their order."""
+
+    batch_size: int = 0
+    world_size: int = 1  # ranks that read a batch each at a time
+    row_length: int = 0
 
 
 class Start(NamedTuple):
@@ -15,9 +26,9 @@ class Start(NamedTuple):
 
     batches: int = 0  # micro-batches that were read before, over all epochs
     epoch: int = 0
-    segments: Sequence[tuple[int, int]] = ()
-    """What was read of this epoch: (bucket size, documents) of each resumed part; the bucket size
-    is 0 where documents were not sorted by length. Replayed in turn, they give what is left."""
+    segments: Sequence[tuple[Sequence[int], int]] = ()
+    """What was read of this epoch: (arrangement, documents) of each resumed part. Replayed in turn,
+    they give what is left."""
 
 
 class DocumentSampler(Sampler[int]):
@@ -34,8 +45,9 @@ class DocumentSampler(Sampler[int]):
         size: number of documents.
         shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
         rank, world_size: this process takes every ``world_size``-th index, from ``rank`` on.
-        by_length: batch documents of similar length together (:func:`bucketed`).
-        lengths: returns the (size,) tokens of each document, for that.
+        by_length: batch documents of similar length together (:func:`arrange`).
+        row_length: batch documents together that fill rows of so many tokens.
+        lengths: returns the (size,) tokens of each document, for these.
         batch_size: indices per batch and rank.
         batches_done: returns the number of batches that this rank has finished, over all epochs;
             called as each epoch starts, so that a resumed run continues where it stopped.
@@ -44,7 +56,7 @@ class DocumentSampler(Sampler[int]):
 
     def __init__(
         self, size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-        by_length: bool = False, lengths: Callable[[], np.ndarray] = lambda: np.empty(0),
+        by_length: bool = False, row_length: int | None = None, lengths: Callable[[], np.ndarray] = lambda: np.empty(0),
         batch_size: int = 1, batches_done: Callable[[], int] = lambda: 0,
         start: Start | None = None,
     ) -> None:  # fmt: skip
@@ -52,7 +64,9 @@ class DocumentSampler(Sampler[int]):
         self.rank, self.world_size, self.lengths = rank, world_size, lengths
         self.batches_done, self.start = batches_done, start or Start()
         self.group_size = batch_size * world_size  # documents that all ranks read at a step
-        self.bucket_size = self.group_size if by_length else 0
+        self.arrangement = Arrangement(self.group_size) if by_length else Arrangement()
+        if row_length is not None:
+            self.arrangement = Arrangement(batch_size, world_size, row_length)
 
     def __len__(self) -> int:
         return -(-self.size // self.world_size)
@@ -60,7 +74,7 @@ class DocumentSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return self.remaining_indices(self.batches_done())
 
-    def n_batches(self, segments: Sequence[tuple[int, int]] = ()) -> int:
+    def n_batches(self, segments: Sequence[tuple[Sequence[int], int]] = ()) -> int:
         """Batches of an epoch that are left after these segments."""
         return -(-(self.size - sum(n for _, n in segments)) // self.group_size)
 
@@ -72,40 +86,46 @@ class DocumentSampler(Sampler[int]):
             epochs, batches = divmod(batches - left, self.n_batches())
             epoch, segments = epoch + 1 + epochs, ()
         parts, read = list(segments), batches * self.group_size
-        if read and parts and parts[-1][0] == self.bucket_size:  # arranged alike: one part
+        if read and parts and tuple(parts[-1][0]) == self.arrangement:  # arranged alike: one part
             read += parts.pop()[1]
-        return Start(batches_done, epoch, parts + ([(self.bucket_size, read)] if read else []))
+        return Start(batches_done, epoch, parts + ([([*self.arrangement], read)] if read else []))
 
     def remaining_indices(self, batches_done: int) -> Iterator[int]:
         """The rest of the current epoch, after ``batches_done`` batches over all epochs."""
         _, epoch, segments = self.position(batches_done)
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.size) if self.shuffle else np.arange(self.size)
-        sorted_by = 0
-        for bucket_size, documents in [*segments, (self.bucket_size, 0)]:
-            if bucket_size not in (0, sorted_by):
-                order = bucketed(order, self.lengths(), bucket_size, rng if self.shuffle else None)
-            sorted_by, order = bucket_size, order[documents:]
+        arranged = Arrangement()
+        for arrangement, documents in [*segments, (self.arrangement, 0)]:
+            if (wanted := Arrangement(*arrangement)) not in (Arrangement(), arranged):
+                order = arrange(order, self.lengths(), wanted, rng if self.shuffle else None)
+            arranged, order = wanted, order[documents:]
         local = order[self.rank :: self.world_size]
         for start in range(0, len(local), CHUNK_INDICES):
             yield from local[start : start + CHUNK_INDICES].tolist()
         yield from [-1] * (-(-len(order) // self.world_size) - len(local))
 
 
-def bucketed(
-    order: np.ndarray, lengths: np.ndarray, group_size: int, rng: np.random.Generator | None
+def arrange(
+    order: np.ndarray, lengths: np.ndarray, how: Arrangement, rng: np.random.Generator | None
 ) -> np.ndarray:
-    """Reorder the (D,) indices ``order`` into groups of similar length, whose order ``rng`` draws.
+    """Reorder the (D,) indices ``order`` into groups, which all ranks together read at a step.
 
-    A group is what all ranks together read at a step. Documents are sorted by length within pools
-    of :data:`POOL_BATCHES` groups, so that which of them share a batch still changes from epoch to
-    epoch. With ``rng`` None the groups stay sorted.
+    It is done within pools of :data:`POOL_BATCHES` groups, so that which documents share a batch
+    still changes from epoch to epoch. ``rng`` draws the order of the groups; with None they stay
+    sorted.
     """
-    edges = range(0, len(order), group_size * POOL_BATCHES)[1:]
-    pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in np.split(order, edges)]
-    by_length = np.concatenate(pools)
-    if rng is None:
-        return by_length
-    whole = len(order) // group_size * group_size  # a last, incomplete group stays last
-    groups = rng.permutation(by_length[:whole].reshape(-1, group_size))
-    return np.concatenate([groups.ravel(), by_length[whole:]])
+    size = how.batch_size * how.world_size
+    pools = np.split(order, range(0, len(order), size * POOL_BATCHES)[1:])
+    if not how.row_length:  # by length
+        order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+        whole = len(order) // size * size  # a last, incomplete group stays last
+        groups = order[:whole].reshape(-1, size)
+        groups = groups if rng is None else rng.permutation(groups)
+        return np.concatenate([groups.ravel(), order[whole:]])
+    fill = (filled_batches(lengths[p], how.row_length, how.batch_size, rng) for p in pools)
+    order = np.concatenate([pool[i] for pool, i in zip(pools, fill, strict=True)])
+    whole = len(order) // size * size
+    # Of each group, rank r takes the indices r, r + world size, …: its own batch.
+    groups = order[:whole].reshape(-1, how.world_size, how.batch_size).transpose(0, 2, 1)
+    return np.concatenate([groups.ravel(), order[whole:]])
