@@ -34,7 +34,7 @@ def longest_first(lengths: np.ndarray, row_length: int) -> list[np.ndarray]:
 
 
 def filled_batches(
-    lengths: np.ndarray, row_length: int, batch_size: int, rng: np.random.Generator | None
+    lengths: np.ndarray, row_length: int, batch_size: int, rng: np.random.Generator
 ) -> np.ndarray:
     """An order of D documents in which each ``batch_size`` of them fill whole rows, (D,).
 
@@ -42,8 +42,7 @@ def filled_batches(
     What does not fill a batch comes last.
     """
     rows = longest_first(lengths, row_length)
-    if rng is not None:
-        rows = [rows[i] for i in rng.permutation(len(rows))]
+    rows = [rows[i] for i in rng.permutation(len(rows))]
     batches = best_fit([len(row) for row in rows], batch_size)
     ordered = [np.concatenate([rows[i] for i in batch]) for batch in batches]
     ordered.sort(key=lambda batch: len(batch) != batch_size)

@@ -46,7 +46,7 @@ class DocumentSampler(Sampler[int]):
         shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
         rank, world_size: this process takes every ``world_size``-th index, from ``rank`` on.
         by_length: batch documents of similar length together (:func:`arrange`).
-        row_length: batch documents together that fill rows of so many tokens.
+        row_length: with ``shuffle``, batch documents together that fill rows of so many tokens.
         lengths: returns the (size,) tokens of each document, for these.
         batch_size: indices per batch and rank.
         batches_done: returns the number of batches that this rank has finished, over all epochs;
@@ -56,7 +56,8 @@ class DocumentSampler(Sampler[int]):
 
     def __init__(
         self, size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-        by_length: bool = False, row_length: int | None = None, lengths: Callable[[], np.ndarray] = lambda: np.empty(0),
+        by_length: bool = False, row_length: int | None = None,
+        lengths: Callable[[], np.ndarray] = lambda: np.empty(0),
         batch_size: int = 1, batches_done: Callable[[], int] = lambda: 0,
         start: Start | None = None,
     ) -> None:  # fmt: skip
@@ -65,7 +66,7 @@ class DocumentSampler(Sampler[int]):
         self.batches_done, self.start = batches_done, start or Start()
         self.group_size = batch_size * world_size  # documents that all ranks read at a step
         self.arrangement = Arrangement(self.group_size) if by_length else Arrangement()
-        if row_length is not None:
+        if row_length is not None and shuffle:
             self.arrangement = Arrangement(batch_size, world_size, row_length)
 
     def __len__(self) -> int:
@@ -120,12 +121,13 @@ def arrange(
     if not how.row_length:  # by length
         order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
         whole = len(order) // size * size  # a last, incomplete group stays last
-        groups = order[:whole].reshape(-1, size)
-        groups = groups if rng is None else rng.permutation(groups)
+        by_length = order[:whole].reshape(-1, size)
+        groups = by_length if rng is None else rng.permutation(by_length)
         return np.concatenate([groups.ravel(), order[whole:]])
+    assert rng is not None, "documents are packed together only where they are shuffled"
     fill = (filled_batches(lengths[p], how.row_length, how.batch_size, rng) for p in pools)
     order = np.concatenate([pool[i] for pool, i in zip(pools, fill, strict=True)])
     whole = len(order) // size * size
     # Of each group, rank r takes the indices r, r + world size, …: its own batch.
-    groups = order[:whole].reshape(-1, how.world_size, how.batch_size).transpose(0, 2, 1)
-    return np.concatenate([groups.ravel(), order[whole:]])
+    batches = order[:whole].reshape(-1, how.world_size, how.batch_size)
+    return np.concatenate([batches.transpose(0, 2, 1).ravel(), order[whole:]])
