@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from causal_lm import extras
+from causal_lm import extras, precision
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
 from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown_key
 from causal_lm.data.datamodule import DataModule
@@ -178,8 +178,10 @@ def make_trainer(
 
 
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
-    """Seed, load the data, make the module; before all that, check the keys of the Trainer."""
+    """Seed, load the data, make the module; before all that, check the keys of the Trainer, and
+    replace a precision of ``auto`` in ``cfg`` by the one that is chosen."""
     find_target(cfg.trainer)
+    cfg.trainer.precision = precision.resolve(cfg.trainer.precision, cfg.trainer.accelerator)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: DataModule = instantiate(cfg.data)
     corpus = data.load()

@@ -143,7 +143,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (one_of("error", "warn", "off"), "preflight.on_fault"),
     (one_of("auto", "cpu", "gpu", "cuda", "mps"), "trainer.accelerator"),
     (one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64,
-            "bf16"), "trainer.precision"),
+            "bf16", "auto"), "trainer.precision"),
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
     (one_of(None), "trainer.check_val_every_n_epoch"),
     (ANY, "model.config.* model.decoder.*"),
