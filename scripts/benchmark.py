@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py layouts    real tokens per second of each layout, on docstrings
 python scripts/benchmark.py loss       seconds and peak memory of head and loss, whole and in chunks
+python scripts/benchmark.py peers --nanogpt FOLDER     beside other people's models (peers.py)
 python scripts/benchmark.py text data.path=FILE.txt    experiment=text_cpu beside nanoGPT's recipe
 """
 
@@ -232,6 +233,18 @@ def text(args: argparse.Namespace) -> None:
     print(f"{table(rows)}\n\n1/{theirs / ours:.1f} of the time, {_machine('cpu')}")
 
 
+def peers(args: argparse.Namespace) -> None:
+    """Targets per second beside other people's models; ``--json`` keeps the figures."""
+    import json
+
+    from peers import measure, table_of
+
+    result = measure(args.rounds, args.steps, args.nanogpt, _machine("cpu"))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table_of(result))
+
+
 def _processor() -> str:
     """The name of the CPU."""
     path = Path("/proc/cpuinfo")
@@ -254,14 +267,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layouts", "loss", "text"])
+    parser.add_argument("what", choices=["layouts", "loss", "peers", "text"])
     parser.add_argument("overrides", nargs="*", help="of train.py, for layouts and text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--baseline-steps", type=int, default=2000, help="for text")
+    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py, for peers")
+    parser.add_argument("--json", type=Path, help="where to write the figures, for peers")
     args = parser.parse_intermixed_args()
-    {"layouts": layouts, "loss": loss, "text": text}[args.what](args)
+    {"layouts": layouts, "loss": loss, "peers": peers, "text": text}[args.what](args)
 
 
 if __name__ == "__main__":

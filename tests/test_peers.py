@@ -1,0 +1,25 @@
+"""The benchmark beside other models: a short run, and the table that is made of its figures."""
+
+import json
+
+import pytest
+
+from support import command
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+def test_one_round_of_one_step(tmp_path):
+    figures = tmp_path / "figures.json"
+    options = ("--rounds", "1", "--steps", "1", "--json", figures)
+    done = command("scripts/benchmark.py", "peers", *map(str, options))
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(figures.read_text())
+    shares = {
+        name: rates[0] / result["slots_per_second"][name][0]
+        for name, rates in result["targets_per_second"].items()
+    }
+    assert {"llama, packed", "x-transformers, padded", "transformers, padded"} <= set(shares)
+    assert shares["llama, packed"] > 0.97 > shares["llama, padded"]
+    for name in shares:
+        assert f"| {name} | " in done.stdout
