@@ -291,6 +291,9 @@ def test_report_prints_and_serialises() -> None:
         html = to_html(report, name=lambda i: f"<{i}>")
         assert "&lt;1&gt;" in html
         assert 'class="map"' in html and "http" not in html
+        assert 'name="viewport"' in html and "prefers-color-scheme" in html
+        swapped = plain["pictures"]["visibility"]["swapped"]
+        assert html.count('class="na"') == swapped.count(False) * len(swapped) > 0  # BOS
         assert max(map(len, str(report).splitlines())) <= 100
 
 

@@ -13,7 +13,6 @@ from causal_preflight.report import Finding, Report
 
 _WINDOW = 16  # tokens a side of the visibility map
 _ROWS, _COLS = 4, 48  # of the alignment table
-_BLUE, _RED = "38,92,150", "200,64,47"
 
 
 def pictures(ctx: Context) -> list[Finding]:
@@ -43,12 +42,14 @@ def _map(ctx: Context) -> dict[str, Any]:
     row = ctx.work.unpadded_row(int(ctx.work.real.sum(1).argmax())).cols(0, _WINDOW)
     n = row.ids.shape[1]
     one = torch.eye(n + 1, dtype=torch.bool, device=row.ids.device)[:, :n]
+    edited = row.rows([0] * (n + 1)).swap(one, ctx.seed)
     with ctx.weights(True):
-        logits = ctx.model.observe(row.rows([0] * (n + 1)).swap(one, ctx.seed)).logits
+        logits = ctx.model.observe(edited).logits
     effect = moved(logits[:n], logits[n:].expand(n, -1, -1)).T
     top = effect[torch.isfinite(effect)].max().clamp_min(1e-12)
     b, start = divmod(int(row.slot[0, 0]), ctx.full.ids.shape[1])
-    where = {"row": b, "start": start, "tokens": row.ids[0].tolist(), "doc": row.doc[0].tolist()}
+    where = {"row": b, "start": start, "tokens": row.ids[0].tolist(), "doc": row.doc[0].tolist(),
+             "swapped": (edited.ids[:n] != row.ids).diagonal().tolist()}  # fmt: skip
     return {**where, "cells": torch.nan_to_num(effect / top, posinf=1.0).tolist()}
 
 
@@ -57,6 +58,7 @@ def to_html(report: Report, name: Callable[[int], str] = str) -> str:
     page = files("causal_preflight").joinpath("page.html").read_text(encoding="utf-8")
     seen = report.pictures.get("visibility") or {}
     return Template(page).substitute(
+        title=escape(report.verdict.split(":")[0]),
         color="" if report.clean else "bad", verdict=escape(report.verdict),
         findings=_list((f.label.upper(), f.seen, f.remedy) for f in report.findings),
         alignment=_alignment(report.pictures.get("alignment") or [], name),
@@ -75,7 +77,7 @@ def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> 
     top = max((abs(c["weight"]) for row in rows for c in row), default=0.0) or 1.0
     out = ""
     for b, row in enumerate(rows):
-        lines = {f"row {b}": "", "trained on": "", "weight": ""}
+        lines = {"input": "", "trained on": "", "weight": ""}
         for c in row:
             kind = "right" if c["target"] == c["next"] else "wrong"
             target = ("·", "none") if c["target"] is None else (name(c["target"]), kind)
@@ -83,13 +85,20 @@ def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> 
             for head, (text, style) in zip(lines, (source, target), strict=False):
                 lines[head] += f'<td class="{style}">{escape(text)}</td>'
             lines["weight"] += _shade(abs(c["weight"]) / top, f"{c['weight']:.3g}")
-        table = "".join(f"<tr><th>{head}</th>{cells}</tr>" for head, cells in lines.items())
-        out += f'<div class="wrap"><table>{table}</table></div>'
+        body = (f'<tr><th scope="row">{head}</th>{cells}</tr>' for head, cells in lines.items())
+        out += _table("tokens", f"Row {b} of the batch", "".join(body))
     return out
 
 
-def _shade(strength: float, title: str, hue: str = _BLUE) -> str:
-    return f'<td title="{title}" style="background:rgba({hue},{min(1.0, strength):.3f})"></td>'
+def _table(kind: str, caption: str, body: str) -> str:
+    """A table that scrolls by itself, reachable by keyboard."""
+    table = f'<table class="{kind}"><caption>{caption}</caption>{body}</table>'
+    return f'<div class="wrap" tabindex="0" role="region" aria-label="{caption}">{table}</div>'
+
+
+def _shade(strength: float, title: str, kind: str = "seen") -> str:
+    style = f'class="{kind}" style="--s:{min(1.0, strength):.3f}"'
+    return f'<td title="{title}" {style} aria-label="{title}"></td>'
 
 
 def _maps(seen: dict[str, Any], name: Callable[[int], str]) -> str:
@@ -97,12 +106,21 @@ def _maps(seen: dict[str, Any], name: Callable[[int], str]) -> str:
     tokens, n = [escape(name(token)) for token in seen["tokens"]], range(len(seen["tokens"]))
     allowed = [[float(j <= i and seen["doc"][i] == seen["doc"][j]) for j in n] for i in n]
     measured = [[cell**0.25 for cell in line] for line in seen["cells"]]  # a faint leak must show
+    swapped = seen.get("swapped") or [True] * len(tokens)
     out = ""
-    for strengths in (measured, allowed):
-        table = "<tr><th></th>" + "".join(f"<th>{x}</th>" for x in tokens) + "</tr>"
+    for caption, strengths, tried in (
+        ("Measured (fourth root of the fraction of the largest move)", measured, swapped),
+        ("As it should be", allowed, [True] * len(tokens)),
+    ):
+        heads = "".join(f'<th scope="col"><span>{x}</span></th>' for x in tokens)
+        body = f"<thead><tr><td></td>{heads}</tr></thead>"
         for i in n:
-            hue = [_BLUE if x else _RED for x in allowed[i]]
-            line = (_shade(strengths[i][j], f"input {j}, logit {i}", hue[j]) for j in n)
-            table += f"<tr><th>{tokens[i]}</th>{''.join(line)}</tr>"
-        out += f'<table class="map">{table}</table>'
+            line = (
+                _shade(strengths[i][j], f"logit {i}, input {j}: {strengths[i][j]:.2f}",
+                       "seen" if allowed[i][j] else "leak")
+                if tried[j] else f'<td class="na" title="input {j} was not swapped">–</td>'
+                for j in n
+            )  # fmt: skip
+            body += f'<tr><th scope="row">{tokens[i]}</th>{"".join(line)}</tr>'
+        out += _table("map", caption, body)
     return out
