@@ -139,7 +139,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `json.dumps(report.to_dict())` works; a size that is not a number is null."""
         plain = asdict(self)
-        del plain["pictures"]
         for f in plain["findings"]:
             f["size"] = f["size"] if abs(f["size"]) < float("inf") else None
         return {"faults": self.faults.in_order(), "audited": self.audited, **plain}
