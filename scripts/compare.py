@@ -2,6 +2,7 @@
 
 python scripts/compare.py runs/sweep/…                         prints it
 python scripts/compare.py runs/sweep/… --into docs/pitfalls.md  replaces the table of a page
+python scripts/compare.py runs/sweep/… --html compare.html      writes a page with pictures
 """
 
 import argparse
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from causal_lm import cli
 from causal_lm.report.files import write_text
-from causal_lm.report.sweep import read_summaries
+from causal_lm.report.sweep import job_order, read_summaries
 from causal_lm.report.table import markdown_table, sweep_table
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
@@ -23,11 +24,19 @@ def main() -> None:
     parser.add_argument(
         "--into", type=Path, metavar="PAGE", help=f"replace what is between {BEGIN} and {END}"
     )
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page with pictures")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="with --html: pictures as PNG and SVG"
+    )
     args = parser.parse_args()
     found = {path for folder in args.folders for path in folder.rglob("summary.json")}
     summaries = read_summaries(found)
     if not summaries:
         raise FileNotFoundError(f"no summary.json found below {', '.join(map(str, args.folders))}")
+    if args.html is not None:
+        from compare_page import page, read_groups
+
+        write_text(args.html, page(read_groups(job_order(found)), args.pictures))
     if args.into is None:
         print(sweep_table(summaries))
         return

@@ -28,17 +28,20 @@ class SweepTable(Callback):
             sys.exit(1)
 
 
+def job_order(paths: Iterable[Path]) -> list[Path]:
+    """Files in folders of jobs, such as ``3_fix/summary.json``, in the order of the jobs."""
+
+    def job_number(path: Path) -> tuple[int, str]:
+        number = path.parent.name.partition("_")[0]
+        return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)
+
+    return sorted(paths, key=job_number)
+
+
 def read_summaries(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The summaries in the order of their jobs, each with its folder's name as ``name``.
 
     Raises:
         ValueError: one is damaged.
     """
-
-    def job_number(path: Path) -> tuple[int, str]:
-        number = path.parent.name.partition("_")[0]
-        return (int(number) if number.isdigit() else sys.maxsize, path.parent.name)
-
-    return [
-        {"name": path.parent.name} | read_summary(path) for path in sorted(paths, key=job_number)
-    ]
+    return [{"name": path.parent.name} | read_summary(path) for path in job_order(paths)]
