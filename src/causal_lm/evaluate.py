@@ -19,7 +19,7 @@ def evaluate(
     """Loss (nats per token), perplexity and bits per byte, computed as in validation.
 
     Uses the checkpoint's tokenizer and, unless overridden, its ``data.max_length``. ``overrides``
-    are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train`` or ``all``;
+    are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train``, ``test`` or ``all``;
     ``trust`` is of :func:`causal_lm.build.restore`. Raises ValueError where no data is named, its
     tokenizer is another one, or rows are too long.
     """
@@ -37,6 +37,8 @@ def evaluate(
         raise ValueError(f"the tokenizer of {checkpoint} differs from that of this data")
 
     loaders = {"train": data.train_dataloader, "val": data.val_dataloader}
+    if split == "test" or data.test_windows is not None:
+        loaders["test"] = data.test_dataloader
     chosen = loaders.values() if split == "all" else [loaders[split]]
     metric = module.to(device).val_metric
     with torch.inference_mode():

@@ -8,6 +8,7 @@ from pathlib import Path
 from signal import SIGUSR1
 from typing import Any
 
+import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
 from causal_lm import build
@@ -19,8 +20,8 @@ from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
-from causal_lm.checkpoint_file import RefusedError
-from causal_lm.data.datamodule import document_fingerprint
+from causal_lm.checkpoint_file import RefusedError, read_checkpoint
+from causal_lm.data.datamodule import DataModule, document_fingerprint
 from causal_lm.data.documents import Corpus
 from causal_lm.failures import explain
 from causal_lm.metrics_csv import MetricsCSV
@@ -34,8 +35,9 @@ from causal_lm.signals import StoppedRun, requeue
 log = logging.getLogger(__name__)
 
 SUMMARY_KEYS = (
-    "experiment", "seed", "status", "error", "stopped_because", "steps", "loss/reduction",
-    "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained", "floor/loss",
+    "experiment", "seed", "status", "error", "stopped_because", "steps", "epochs",
+    "loss/reduction", "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained",
+    "test/loss", "test/ppl", "test/bpb", "test/step", "floor/loss",
     "floor/ppl", "val/ppl_over_floor", "sample/legal_rate", "sample/pad_eos_share",
     "sample/repeat_share", "train/tokens", "train/tokens_per_second", "train/pad_share",
     "train/skipped", "preflight/faults", "preflight/audited",
@@ -62,7 +64,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     with RunDir(directory) as run_dir:
         cfg = cfg.copy()
         if cfg.ckpt_path == "auto":
-            earlier = run_dir.finished_summary(cfg.trainer.max_steps)
+            earlier = run_dir.finished_summary(cfg)
             cfg.ckpt_path = run_dir.latest_checkpoint()
             if cfg.ckpt_path and earlier:
                 log.info(f"{directory} is finished at step {earlier['steps']}: nothing to do")
@@ -105,7 +107,11 @@ def _run_with_summary(cfg: DictConfig, run_dir: RunDir) -> dict[str, Any]:
 def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAfterStep) -> None:
     """Fill ``summary`` as the run proceeds, so that a failed run keeps what is known."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if isinstance(cfg.trainer.get("val_check_interval"), float):  # a fraction of each epoch
+        cfg.trainer.check_val_every_n_epoch = cfg.trainer.get("check_val_every_n_epoch") or 1
     data, corpus, module = build.prepare(cfg)
+    if cfg.get("test"):
+        data.test_dataloader()  # raises where there is no test split
     metadata, step = _prepare(cfg, run_dir, corpus, module)
     summary["steps"] = step
     metrics = MetricsCSV(run_dir.path, step, **cfg.get("metrics") or {})
@@ -138,6 +144,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
     stopped_because = stop.reason(trainer) or monitor.stopper.stopped_because
+    summary["epochs"] = data.save_position(0)["start"][1]
     status = "stopped" if stopped_because else "finished"
     summary |= {"status": status, "stopped_because": stopped_because}
     summary |= metrics.earlier | statistics.logged | figures
@@ -151,10 +158,12 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     last.save(trainer)
     summary["checkpoint/last"] = f"step {trainer.global_step}: the end of the run"
     summary |= _compare_with_floor(corpus, figures)
+    stop.at_once = True  # the checkpoints are written
     if trainer.is_global_zero:
         summary |= checkpoint.figures(best, stable)
-        stop.at_once = True  # the checkpoints are written
         summary |= final_samples(module, corpus, run_dir.path, **final)
+    if cfg.get("test"):
+        summary |= _test(trainer, module, data, best)
     ratio = summary["val/ppl_over_floor"]
     if ratio is not None and ratio < LEAKS_BELOW:
         below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"
@@ -176,7 +185,7 @@ def _prepare(
     metadata = CheckpointMetadata(config, corpus.tokenizer.state(), validation)
     is_continued, step = run_dir.contains(cfg.ckpt_path), None
     if cfg.ckpt_path:
-        is_finished = run_dir.finished_summary(cfg.trainer.max_steps) is not None
+        is_finished = run_dir.finished_summary(cfg) is not None
         step = metadata.check_continues(cfg.ckpt_path, is_continued and not is_finished)
         cfg.optimizer = config["optimizer"]
         module.make_optimizer = build.make_optimizer(cfg)
@@ -184,6 +193,19 @@ def _prepare(
         metadata.forget_best, step = True, None
     run_dir.prepare(cfg, step)
     return metadata, step or 0
+
+
+def _test(
+    trainer: L.Trainer, module: CausalLM, data: DataModule, best: EvalCheckpoint
+) -> dict[str, Any]:
+    """``test/*`` with the weights of the best checkpoint, or the last ones if there is none."""
+    step = trainer.global_step
+    if math.isfinite(best.lowest):
+        saved = read_checkpoint(best.path)
+        module.load_state_dict(saved["state_dict"])
+        step = saved["global_step"]
+    (figures,) = trainer.test(module, data, verbose=False) or [{}]
+    return {**figures, "test/step": step}
 
 
 def _compare_with_floor(corpus: Corpus, figures: dict[str, float]) -> dict[str, float]:

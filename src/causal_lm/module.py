@@ -198,6 +198,14 @@ class CausalLM(L.LightningModule):
         self.val_metric.reset()
         self.train_objective_metric.reset()
 
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_metric.update(self.token_nll(batch), batch.labels)
+
+    def on_test_epoch_end(self) -> None:
+        for name, value in self.val_metric.compute().items():
+            self.log(f"test/{name}", value.float())
+        self.val_metric.reset()
+
     # ---- optimizer, schedule, checkpoint ----
 
     def configure_optimizers(self) -> Any:
@@ -207,11 +215,30 @@ class CausalLM(L.LightningModule):
             log.info(describe_groups(optimizer))
         if self.make_scheduler is None:
             return optimizer
-        schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))
+        schedule = LambdaLR(optimizer, self.make_scheduler(self.total_steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, by ``max_steps`` or, if these are fewer, ``max_epochs``.
+
+        Lightning's ``estimated_stepping_batches`` reads the data before a resumed run knows where.
+        """
+        trainer: Any = self.trainer
+        if trainer.max_epochs == -1 or trainer.datamodule is None:
+            return trainer.estimated_stepping_batches
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the random state of the last optimizer step."""
+        loops = checkpoint["loops"]["fit_loop"]
+        if not loops["epoch_loop.batch_progress"]["is_last_batch"]:
+            # Lightning also counts an epoch that was stopped before its end.
+            for count in (loops["epoch_progress"][name] for name in ("total", "current")):
+                count["processed"] = count["completed"] = max(count["started"] - 1, 0)
         data: Any = getattr(self.trainer, "datamodule", None)
         unfinished = len(self.accumulator.micro_batches)
         checkpoint[TRAINING_STATE] = {
@@ -241,8 +268,16 @@ class CausalLM(L.LightningModule):
         # Lightning's step of logged values is off by one after some changes of its intervals.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
-    def on_train_start(self) -> None:
-        """Restore the random state after the data loader has drawn its own seed."""
+    def on_fit_start(self) -> None:
+        """Restore the random state, also where no step is left and on_train_start is not called."""
         set_random_state(self.accumulator.random_state, self.device)
 
-    on_fit_start = on_train_start  # where no step is left, on_train_start is not called
+    def on_train_start(self) -> None:
+        """Restore it again after the data loader has drawn its own seed."""
+        self.on_fit_start()
+        batches, most = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if math.isfinite(batches) and (rest := batches % most) and self.trainer.is_global_zero:
+            sums = (
+                f"the last step of each sums {rest:,}, not trainer.accumulate_grad_batches={most:,}"
+            )
+            log.info(f"an epoch has {batches:,} micro-batches: {sums}")

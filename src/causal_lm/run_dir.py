@@ -66,14 +66,17 @@ class RunDir:
             raise RefusedError(f"{where}: delete them to start from step 0")
         return None
 
-    def finished_summary(self, max_steps: int) -> dict[str, Any] | None:
-        """The summary of a finished run of at least ``max_steps`` here; None if there is none."""
+    def finished_summary(self, cfg: DictConfig) -> dict[str, Any] | None:
+        """The summary of a finished run here that has all steps, epochs and figures of ``cfg``;
+        None if there is none."""
         try:
             summary = files.read_summary(self.path / "summary.json")
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
-        is_finished = summary["status"] == "finished" and (summary["steps"] or 0) >= max_steps
-        return summary if is_finished else None
+        done = {"max_steps": summary["steps"] or 0, "max_epochs": summary["epochs"] or 0}
+        is_over = any(0 < cfg.trainer.get(key, -1) <= n for key, n in done.items())
+        is_tested = summary["test/loss"] is not None or not cfg.get("test")
+        return summary if summary["status"] == "finished" and is_over and is_tested else None
 
     def contains(self, ckpt_path: str | None) -> bool:
         """Whether the checkpoint is one of the run in this directory."""

@@ -76,9 +76,13 @@ class CheckpointMetadata(L.Callback):
                 written = f"{path} was written with {key}={old}, but this run has {new}"
                 raise RefusedError(f"{written}: set it back, or remove ckpt_path")
             found[action].append(f"{key}={old}" if action == KEPT else f"{key} {old} -> {new}")
-        step, last = saved["global_step"], self.config["trainer"]["max_steps"]
-        if step > last or (step == last and not may_be_complete):
-            raise RefusedError(f"{path} is at step {step}: raise trainer.max_steps={last} above it")
+        step, trainer = saved["global_step"], self.config["trainer"]
+        for done, key in ((step, "max_steps"), (_epochs(saved), "max_epochs")):
+            last, unit = trainer.get(key, -1), key[len("max_") : -1]
+            if last != -1 and (done > last or (done == last and not may_be_complete)):
+                raise RefusedError(
+                    f"{path} is at {unit} {done}: raise trainer.{key}={last} above it"
+                )
         self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
         words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
         if saved.get(VALIDATION, self.validation) != self.validation:
@@ -86,6 +90,13 @@ class CheckpointMetadata(L.Callback):
             words.append("other validation documents: best scores are forgotten")
         rank_zero_only(log.info)("; ".join([f"continues {path} from step {step}", *words]))
         return step
+
+
+def _epochs(saved: dict[str, Any]) -> int:
+    """The complete epochs of a checkpoint."""
+    loops = saved["loops"]["fit_loop"]
+    is_complete = loops["epoch_loop.batch_progress"]["is_last_batch"]
+    return loops["epoch_progress"]["current"]["started"] - (not is_complete)
 
 
 class EvalCheckpoint(Checkpoint):

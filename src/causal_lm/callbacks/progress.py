@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class StepBar(ProgressBar):
-    """A bar of ``trainer.max_steps`` with the training and the validation loss.
+    """A bar of all steps of the run with the training and the validation loss.
 
     Where stderr is no terminal, a plain line every :data:`SECONDS_BETWEEN_LINES` instead.
     """
@@ -34,13 +34,18 @@ class StepBar(ProgressBar):
             if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
                 self._printed = time.monotonic()
                 losses = ", ".join(f"{k} loss {v}" for k, v in self._losses(trainer).items())
-                print(f"step {step} of {trainer.max_steps}: {losses}", file=sys.stderr, flush=True)
+                print(
+                    f"step {step} of {self._total(trainer)}: {losses}", file=sys.stderr, flush=True
+                )
             return
         if self._bar is None:  # not before the first step, as the preflight may end the run
-            self._bar = tqdm(total=trainer.max_steps, unit="step", mininterval=0.5)
+            self._bar = tqdm(total=self._total(trainer), unit="step", mininterval=0.5)
             self._bar.n = self._bar.initial = step - 1
         if self._bar.update(step - self._bar.n):  # redrawn: only then synchronize for the losses
             self._bar.set_postfix(self._losses(trainer), refresh=False)
+
+    def _total(self, trainer: Any) -> int:
+        return trainer.lightning_module.total_steps
 
     def _losses(self, trainer: L.Trainer) -> dict[str, str]:
         logged = {name: trainer.callback_metrics.get(f"{name}/loss") for name in ("train", "val")}

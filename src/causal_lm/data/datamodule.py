@@ -10,6 +10,7 @@ import numpy as np
 from torch import Generator
 from torch.utils.data import DataLoader
 
+from causal_lm.config import ConfigError
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler, Start
@@ -18,6 +19,7 @@ from causal_lm.signals import held_back, leave_to_parent
 log = logging.getLogger(__name__)
 
 CRC_CHUNKS, CRC_TOKENS = 16, 2**16  # what a fingerprint reads, however many tokens there are
+TEST_KEYS = "data.test_share=0.05, data.test_path, or data.source.test_documents=1000"
 CHECKED_WINDOWS = 10_000  # most windows of a split with prompts that are checked for targets
 
 
@@ -63,6 +65,8 @@ class DataModule(L.LightningDataModule):
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
             self.train_windows = self._windows("train", self.corpus.train)
             self.val_windows = self._windows("val", self.corpus.val)
+            test = self.corpus.test
+            self.test_windows = self._windows("test", test) if test is not None else None
             self.order = [self.seed, self.shuffle, *document_fingerprint(self.train_windows)]
         return self.corpus
 
@@ -74,7 +78,13 @@ class DataModule(L.LightningDataModule):
         return self._loader(self.train_windows, self._sampler())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_windows, self._sampler(train=False))
+        return self._loader(self.val_windows, self._sampler(self.val_windows))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Raises ConfigError where the corpus has no test split."""
+        if self.test_windows is None:
+            raise ConfigError(f"the data have no test split: set {TEST_KEYS}")
+        return self._loader(self.test_windows, self._sampler(self.test_windows))
 
     def save_position(self, unfinished: int) -> dict[str, Any]:
         """Where training is in its documents, without the last micro-batches that are unfinished,
@@ -124,11 +134,14 @@ class DataModule(L.LightningDataModule):
         loop: Any = self.trainer.fit_loop.epoch_loop if self.trainer else None
         return loop.batch_progress.total.started if loop else 0  # not one that was only fetched
 
-    def _sampler(self, train: bool = True) -> DocumentSampler:
-        windows = self.train_windows if train else self.val_windows
-        position: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
+    def _sampler(self, held_out: Documents | None = None) -> DocumentSampler:
+        """Of the training windows, or of those of another split, in their order."""
+        windows, position = held_out, dict[str, Any]()
+        if windows is None:
+            windows = self.train_windows
+            position = {"batches_done": self._batches_done, "start": self.start}
         return DocumentSampler(
-            len(windows), shuffle=train and self.shuffle, seed=self.seed, **position,
+            len(windows), shuffle=held_out is None and self.shuffle, seed=self.seed, **position,
             by_length=self.layout == "bucketed", lengths=lambda: windows.lengths.numpy(),
             batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,

@@ -38,6 +38,9 @@ def run_table(summary: dict[str, Any]) -> str:
         ["validation loss, by the training objective", number(s["val/loss_as_trained"]), "–"],
         ["true validation loss", number(s["val/loss"]), number(s["val/ppl"])],
     ]
+    if s.get("test/loss") is not None:
+        step = f"true test loss, of the weights at step {s['test/step']}"
+        rows.append([step, number(s["test/loss"]), number(s["test/ppl"])])
     if s["floor/loss"] is not None:
         rows.append(["entropy floor of the data", number(s["floor/loss"]), number(s["floor/ppl"])])
     samples = [f"PAD or EOS {percent(s['sample/pad_eos_share'])}",
