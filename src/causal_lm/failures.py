@@ -1,24 +1,17 @@
-"""Errors of torch and Lightning that name no key or document, in words that do."""
+"""Errors of torch that name no key or document, in words that do."""
 
-import re
 from typing import Any
 
 from omegaconf import DictConfig
 
-from causal_lm.config import ConfigError
 from causal_lm.nonfinite import dataset_indices
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def explain(error: Exception, cfg: DictConfig, trainer: Any) -> Exception:
-    """The error to raise in place of ``error``: another one where memory is exhausted, where a
-    data-loader worker died or raised, or where a figure is not logged that a callback waits for."""
-    if missing := re.match("Early stopping conditioned on metric `(.*)` which", str(error)):
-        logged = ", ".join(sorted(trainer.callback_metrics))
-        return ConfigError(
-            f"EarlyStopping: monitor={missing[1]} is not logged; logged are {logged}"
-        )
+    """The error to raise in place of ``error``: another one where memory is exhausted, or where a
+    data-loader worker died or raised."""
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
         data = cfg.data

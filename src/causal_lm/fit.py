@@ -8,7 +8,6 @@ from pathlib import Path
 from signal import SIGUSR1
 from typing import Any
 
-import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
 from causal_lm import build
@@ -21,7 +20,7 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError, read_checkpoint
-from causal_lm.data.datamodule import DataModule, document_fingerprint
+from causal_lm.data.datamodule import document_fingerprint
 from causal_lm.data.documents import Corpus
 from causal_lm.failures import explain
 from causal_lm.metrics_csv import MetricsCSV
@@ -143,7 +142,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     finally:
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
-    stopped_because = stop.reason(trainer) or monitor.stopper.stopped_because
+    stopped_because = monitor.stopper.stopped_because or stop.reason(trainer)
     summary["epochs"] = data.save_position(0)["start"][1]
     status = "stopped" if stopped_because else "finished"
     summary |= {"status": status, "stopped_because": stopped_because}
@@ -163,7 +162,10 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         summary |= checkpoint.figures(best, stable)
         summary |= final_samples(module, corpus, run_dir.path, **final)
     if cfg.get("test"):
-        summary |= _test(trainer, module, data, best)
+        saved = read_checkpoint(best.path if best.lowest < math.inf else last.path)
+        module.load_state_dict(saved["state_dict"])
+        (tested,) = trainer.test(module, data, verbose=False) or [{}]
+        summary |= {**tested, "test/step": saved["global_step"]}
     ratio = summary["val/ppl_over_floor"]
     if ratio is not None and ratio < LEAKS_BELOW:
         below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"
@@ -193,19 +195,6 @@ def _prepare(
         metadata.forget_best, step = True, None
     run_dir.prepare(cfg, step)
     return metadata, step or 0
-
-
-def _test(
-    trainer: L.Trainer, module: CausalLM, data: DataModule, best: EvalCheckpoint
-) -> dict[str, Any]:
-    """``test/*`` with the weights of the best checkpoint, or the last ones if there is none."""
-    step = trainer.global_step
-    if math.isfinite(best.lowest):
-        saved = read_checkpoint(best.path)
-        module.load_state_dict(saved["state_dict"])
-        step = saved["global_step"]
-    (figures,) = trainer.test(module, data, verbose=False) or [{}]
-    return {**figures, "test/step": step}
 
 
 def _compare_with_floor(corpus: Corpus, figures: dict[str, float]) -> dict[str, float]:

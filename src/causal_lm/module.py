@@ -210,6 +210,7 @@ class CausalLM(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
+        self.total_steps = self._count_steps()
         optimizer = self.make_optimizer(parameter_groups(self.model))
         if self.trainer.is_global_zero:
             log.info(describe_groups(optimizer))
@@ -218,27 +219,30 @@ class CausalLM(L.LightningModule):
         schedule = LambdaLR(optimizer, self.make_scheduler(self.total_steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run, by ``max_steps`` or, if these are fewer, ``max_epochs``.
-
-        Lightning's ``estimated_stepping_batches`` reads the data before a resumed run knows where.
-        """
+    def _count_steps(self) -> int:
+        """Optimizer steps of the run, by max_steps or max_epochs. (Lightning's own count would draw
+        batches before a resumed run knows where it goes on.)"""
         trainer: Any = self.trainer
-        if trainer.max_epochs == -1 or trainer.datamodule is None:
+        if trainer.datamodule is None:
             return trainer.estimated_stepping_batches
         batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
-        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+        steps, rest = divmod(batches, most := trainer.accumulate_grad_batches)
+        if rest and trainer.is_global_zero:
+            sums = f"the last step of each sums {rest}, not trainer.accumulate_grad_batches={most}"
+            log.info(f"an epoch has {batches} micro-batches: {sums}")
+        limits = trainer.max_steps, trainer.max_epochs * (steps + bool(rest))
+        return min(limit for limit in limits if limit >= 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the random state of the last optimizer step."""
         loops = checkpoint["loops"]["fit_loop"]
-        if not loops["epoch_loop.batch_progress"]["is_last_batch"]:
-            # Lightning also counts an epoch that was stopped before its end.
-            for count in (loops["epoch_progress"][name] for name in ("total", "current")):
-                count["processed"] = count["completed"] = max(count["started"] - 1, 0)
+        epochs, within = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        done = epochs["current"]["started"] - (not within["is_last_batch"])
+        checkpoint["epoch"] = done = max(done, 0)
+        if done < epochs["current"]["processed"]:  # Lightning counts an epoch that was stopped
+            for counts in epochs["total"], epochs["current"]:
+                counts["processed"] = counts["completed"] = done
         data: Any = getattr(self.trainer, "datamodule", None)
         unfinished = len(self.accumulator.micro_batches)
         checkpoint[TRAINING_STATE] = {
@@ -268,16 +272,8 @@ class CausalLM(L.LightningModule):
         # Lightning's step of logged values is off by one after some changes of its intervals.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
-    def on_fit_start(self) -> None:
-        """Restore the random state, also where no step is left and on_train_start is not called."""
+    def on_train_start(self) -> None:
+        """Restore the random state after the data loader has drawn its own seed."""
         set_random_state(self.accumulator.random_state, self.device)
 
-    def on_train_start(self) -> None:
-        """Restore it again after the data loader has drawn its own seed."""
-        self.on_fit_start()
-        batches, most = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        if math.isfinite(batches) and (rest := batches % most) and self.trainer.is_global_zero:
-            sums = (
-                f"the last step of each sums {rest:,}, not trainer.accumulate_grad_batches={most:,}"
-            )
-            log.info(f"an epoch has {batches:,} micro-batches: {sums}")
+    on_fit_start = on_train_start  # where no step is left, on_train_start is not called

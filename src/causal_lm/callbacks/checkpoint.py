@@ -10,11 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, RefusedError, read_checkpoint
-from causal_lm.config import leaves, new_name
+from causal_lm.config import ConfigError, leaves, new_name
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,24 @@ documents a new search for the best checkpoint; a schedule goes on at the step i
 
 class CheckpointMetadata(L.Callback):
     """Write the configuration, the tokenizer and a fingerprint of the validation documents into
-    every checkpoint, as plain data."""
+    every checkpoint, as plain data; and the trained weights, where averaged ones replace them."""
 
     def __init__(self, config: Any, tokenizer: dict[str, Any], validation: list[int]) -> None:
         self.config, self.tokenizer, self.validation = config, tokenizer, validation
         self.forget_best = False  # the checkpoint's best scores are of other documents, or files
+        self.trained: dict[str, torch.Tensor] | None = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if any(isinstance(c, callbacks.StochasticWeightAveraging) for c in trainer.callbacks):
+            reason = "replaces the schedule, and its runs do not continue as they were"
+            raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")
+
+    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        if any(isinstance(c, callbacks.WeightAveraging) for c in trainer.callbacks):
+            self.trained = {name: w.clone() for name, w in pl_module.state_dict().items()}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.trained or checkpoint["state_dict"]
         checkpoint |= {CONFIG: self.config, TOKENIZER: self.tokenizer, VALIDATION: self.validation}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -77,12 +89,11 @@ class CheckpointMetadata(L.Callback):
                 raise RefusedError(f"{written}: set it back, or remove ckpt_path")
             found[action].append(f"{key}={old}" if action == KEPT else f"{key} {old} -> {new}")
         step, trainer = saved["global_step"], self.config["trainer"]
-        for done, key in ((step, "max_steps"), (_epochs(saved), "max_epochs")):
-            last, unit = trainer.get(key, -1), key[len("max_") : -1]
+        for unit, done in (("step", step), ("epoch", saved.get("epoch", 0))):
+            last = trainer.get(f"max_{unit}s", -1)
             if last != -1 and (done > last or (done == last and not may_be_complete)):
-                raise RefusedError(
-                    f"{path} is at {unit} {done}: raise trainer.{key}={last} above it"
-                )
+                todo = f"raise trainer.max_{unit}s={last} above it"
+                raise RefusedError(f"{path} is at {unit} {done}: {todo}")
         self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
         words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
         if saved.get(VALIDATION, self.validation) != self.validation:
@@ -90,13 +101,6 @@ class CheckpointMetadata(L.Callback):
             words.append("other validation documents: best scores are forgotten")
         rank_zero_only(log.info)("; ".join([f"continues {path} from step {step}", *words]))
         return step
-
-
-def _epochs(saved: dict[str, Any]) -> int:
-    """The complete epochs of a checkpoint."""
-    loops = saved["loops"]["fit_loop"]
-    is_complete = loops["epoch_loop.batch_progress"]["is_last_batch"]
-    return loops["epoch_progress"]["current"]["started"] - (not is_complete)
 
 
 class EvalCheckpoint(Checkpoint):

@@ -26,17 +26,9 @@ CHECKED_WINDOWS = 10_000  # most windows of a split with prompts that are checke
 class DataModule(L.LightningDataModule):
     """LightningDataModule that cuts, orders and batches the documents of a source.
 
-    Args:
-        source: a :class:`causal_lm.data.documents.Source`, or a callable that makes one from
-            ``source_options``, such as ``path``.
-        batch_size: windows (documents, or pieces of long ones) per micro-batch and rank.
-        max_length: tokens per row, BOS and EOS included; longer documents are cut into windows.
-        layout: ``padded``: one window per row. ``bucketed``: the same, with windows of similar
-            length in a batch. ``packed``: several windows per row of up to ``max_length`` tokens.
-        padding_side: ``right`` or ``left``.
-        pad_is_eos: write EOS where a row has no token, as for models without a PAD token.
-        shuffle: draw a new training order each epoch, from ``seed``.
-        num_workers: processes that collate; 0 (the fastest for short rows) collates in this one.
+    ``source`` is a :class:`causal_lm.data.documents.Source`, or a callable that makes one from
+    ``source_options``, such as ``path``; ``shuffle`` draws a new training order each epoch, from
+    ``seed``. ``configs/data/_base.yaml`` explains the other arguments.
 
     Raises TypeError where ``source_options`` are given and ``source`` is not a callable.
     """
@@ -72,19 +64,20 @@ class DataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
-        self.start = Start()  # of a run that does not resume
+        if stage == "fit":  # until a checkpoint says otherwise
+            self.start = Start()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_windows, self._sampler())
+        return self._loader()
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_windows, self._sampler(self.val_windows))
+        return self._loader(self.val_windows)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Raises ConfigError where the corpus has no test split."""
         if self.test_windows is None:
-            raise ConfigError(f"the data have no test split: set {TEST_KEYS}")
-        return self._loader(self.test_windows, self._sampler(self.test_windows))
+            raise ConfigError(f"there is no document to test on: set {TEST_KEYS}")
+        return self._loader(self.test_windows)
 
     def save_position(self, unfinished: int) -> dict[str, Any]:
         """Where training is in its documents, without the last micro-batches that are unfinished,
@@ -122,10 +115,8 @@ class DataModule(L.LightningDataModule):
             masks = [windows[i].loss_mask for i in range(0, len(windows), step)]
             empty = sum(not mask[1:].any() for mask in masks if mask is not None) / len(masks)
             if empty:
-                log.warning(
-                    f"{split}: {empty:.1%} of the windows hold a prompt and no target: raise "
-                    f"data.max_length={self.max_length}, or shorten the prompts"
-                )
+                todo = f"raise data.max_length={self.max_length}, or shorten the prompts"
+                log.warning(f"{split}: {empty:.1%} of the windows have a prompt alone: {todo}")
         return windows
 
     def _batches_done(self) -> int:
@@ -136,27 +127,25 @@ class DataModule(L.LightningDataModule):
 
     def _sampler(self, held_out: Documents | None = None) -> DocumentSampler:
         """Of the training windows, or of those of another split, in their order."""
-        windows, position = held_out, dict[str, Any]()
-        if windows is None:
-            windows = self.train_windows
-            position = {"batches_done": self._batches_done, "start": self.start}
+        train, windows = held_out is None, held_out or self.train_windows
+        position: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
         return DocumentSampler(
-            len(windows), shuffle=held_out is None and self.shuffle, seed=self.seed, **position,
+            len(windows), shuffle=train and self.shuffle, seed=self.seed, **position,
             by_length=self.layout == "bucketed", lengths=lambda: windows.lengths.numpy(),
             batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )  # fmt: skip
 
-    def _loader(self, windows: Documents, sampler: DocumentSampler) -> DataLoader[Batch]:
+    def _loader(self, held_out: Documents | None = None) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
         collate = Collate(
             tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
             row_length=self.max_length if self.layout == "packed" else None,
         )  # fmt: skip
         return Loader(
-            windows,  # the collator turns documents into a Batch
+            held_out or self.train_windows,  # the collator turns documents into a Batch
             batch_size=self.batch_size,
-            sampler=sampler,
+            sampler=self._sampler(held_out),
             collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=leave_to_parent,

@@ -13,8 +13,7 @@ from causal_lm.data.token_cache import TokenizedChunk
 from causal_lm.data.tokenizers import TextTokenizer, from_state
 from causal_lm.signals import leave_to_parent
 
-HeldOut = tuple[float, float]
-"""The fractions of some documents that are for validation and for testing, by a hash of each."""
+HeldOut = tuple[float, float]  # fractions for validation and testing, by a hash of each document
 TRAIN, VAL, TEST = (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)  # all of them for one split
 
 Segments = tuple[str, ...]  # a document's text: one segment, or a prompt and what follows it

@@ -17,13 +17,7 @@ from tqdm import tqdm
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
 from causal_lm.data.subwords import SubwordTokenizer
-from causal_lm.data.tokenize_corpus import (
-    Chunk,
-    DocumentPart,
-    HeldOut,
-    Segments,
-    tokenize_chunks,
-)
+from causal_lm.data.tokenize_corpus import Chunk, DocumentPart, HeldOut, Segments, tokenize_chunks
 from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 
 log = logging.getLogger(__name__)
@@ -52,7 +46,6 @@ class TextSource(abc.ABC):
     def __post_init__(self) -> None:
         self.num_proc = self.num_proc or os.cpu_count() or 1
         self.skipped = Counter[str]()  # documents by kind ("blank lines"), which ``parts`` counts
-        self._is_tested = False  # there is to be a test split
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -60,8 +53,8 @@ class TextSource(abc.ABC):
 
     @abc.abstractmethod
     def parts(self) -> Iterator[tuple[Iterable[DocumentPart], HeldOut]]:
-        """All documents in a fixed order, in groups (documents, what of them is held out); groups
-        of held out ones first, if it is to be found which of these are also elsewhere.
+        """All documents in a fixed order, in groups (documents, what of them is held out): first
+        those for testing, then those for validation, as an overlap is found with later ones.
         A document is (segments, True), or (part, False) … (last part, True)."""
 
     def held_out(self, val_data: Any = None, test_data: Any = None) -> HeldOut:
@@ -100,7 +93,6 @@ class TextSource(abc.ABC):
         for parts, held_out in self.parts():
             documents: list[Segments] = []
             size, first_split = 0, None
-            self._is_tested |= held_out[1] > 0
             for segments, complete in parts:
                 documents.append(segments)
                 size += len(segments[-1])
@@ -144,17 +136,13 @@ class TextSource(abc.ABC):
 
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
             train, val, test = token_cache.write_corpus(folder, observed(), dtype)
-        summary = f"{train:,} documents for training, {val:,} for validation"
-        summary += f", {test:,} for testing" if self._is_tested else ""
+        summary = f"{train:,} documents for training, {val:,} for validation, {test:,} for testing"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
-        if not train or not val or (self._is_tested and not test):
+        if not train or not val:
             hint = "set data.val_path, another data.val_share, or a smaller data.unit"
-            raise ValueError(f"{summary}: each split needs a document; {hint} (line, paragraph)")
-        overlap = {}
-        for name, split, other in (("validation", 1, 2), ("test", 2, 1)):
-            shared[split] |= separate[split] & separate[other]
-            if shared[split]:
-                overlap[name] = len(shared[split]) / len(separate[split])
+            raise ValueError(f"{summary}: both first need a document; {hint} (line, paragraph)")
+        names = ("validation", 1), ("test", 2)
+        overlap = {name: len(shared[i]) / len(separate[i]) for name, i in names if shared[i]}
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
                  "overlap": overlap, "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
         token_cache.write_about(folder, about)

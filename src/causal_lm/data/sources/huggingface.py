@@ -38,7 +38,7 @@ class HuggingFaceDataset(FileReader):
         val, test = (self.val_split, self.val_path), (self.test_split, self.test_path)
         self.splits: list[tuple[str, str, HeldOut]] = []
         """Path, split, and what of it is held out."""
-        for name, (split, path), held_out in (("val", val, VAL), ("test", test, TEST)):
+        for name, (split, path), held_out in (("test", test, TEST), ("val", val, VAL)):
             if split or path:
                 self.splits.append((path or self.path, split or self.split, held_out))
             if split and not path and _local(self.path).is_file():

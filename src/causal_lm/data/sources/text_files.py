@@ -49,7 +49,7 @@ class TextFiles(FileReader):
 
     def parts(self) -> Iterator[tuple[Iterable[DocumentPart], HeldOut]]:
         train, val, test = self.files
-        for files, split in ((val, VAL), (test, TEST)):
+        for files, split in ((test, TEST), (val, VAL)):
             if files:
                 yield chain.from_iterable(map(self.documents, files)), split
         held_out = self.held_out(val, test)
