@@ -173,8 +173,8 @@ def test_a_run_by_epochs_has_its_schedule_and_fractions_of_an_epoch(tmp_path):
     rates = [rate for _, rate in rows(tmp_path, "train/lr")]
     assert rates[-1] == pytest.approx(0.01 * max(rates), rel=1e-3)  # scheduler.final_share
     assert short_run(tmp_path, *words, "ckpt_path=auto")["steps"] == 20
+    checkpoint = f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
     with pytest.raises(RefusedError, match=r"epoch 2: raise trainer\.max_epochs=1 "):
-        checkpoint = f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
         short_run(tmp_path / "other", *words, "trainer.max_epochs=1", checkpoint)
     with pytest.raises(config.ConfigError, match=r"trainer\.max_steps.*trainer\.max_epochs"):
         config.load([*SHORT, "trainer.max_steps=-1"])
@@ -225,14 +225,14 @@ def test_early_stopping_by_a_logged_figure(monitor, tmp_path):
 
 def test_a_monitor_that_is_not_logged_lists_what_is(tmp_path):
     words = [*QUICK, "+callbacks=early_stopping", "callbacks.early_stopping.monitor=val/los"]
-    with pytest.raises(RuntimeError, match="`val/los`.*`val/loss`"):
+    with pytest.raises(RuntimeError, match=r"`val/los`.*`val/loss`"):
         short_run(tmp_path, *words)
 
 
-def test_an_averaging_that_cannot_be_continued_is_refused(tmp_path):
+def test_an_averaging_that_cannot_be_continued_is_refused():
     words = [f"{CALLBACK}.StochasticWeightAveraging", "+callbacks.it.swa_lrs=0.1"]
-    with pytest.raises(config.ConfigError, match="EMAWeightAveraging"):
-        short_run(tmp_path, *QUICK, *words)
+    with pytest.raises(config.ConfigError, match=r"callbacks\.it.*EMAWeightAveraging"):
+        config.load(words)
 
 
 @pytest.mark.slow

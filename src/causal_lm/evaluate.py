@@ -36,7 +36,7 @@ def evaluate(
     if data.load().tokenizer.state() != tokenizer.state():
         raise ValueError(f"the tokenizer of {checkpoint} differs from that of this data")
 
-    every = ["train", "val", *(["test"] if data.test_windows is not None else [])]
+    every = ["train", "val", "test"] if data.test_windows else ["train", "val"]
     names = every if split == "all" else [split]
     loaders = [getattr(data, f"{name}_dataloader")() for name in names]
     metric = module.to(device).val_metric

@@ -55,10 +55,8 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     Returns the summary, as written to ``summary.json``. A run that fails writes one too before it
     raises. Where ``ckpt_path=auto`` finds the run finished, only its summary is returned.
 
-    Raises:
-        RefusedError: ``ckpt_path`` cannot be continued by this run, or another run writes into
-            ``directory``; no file is changed.
-        ConfigError: ``directory`` has files, but is not that of a run.
+    Raises ConfigError where ``directory`` has files, but is not that of a run; RefusedError, before
+    a file is changed, where ``ckpt_path`` cannot be continued, or another run writes there.
     """
     with RunDir(directory) as run_dir:
         cfg = cfg.copy()

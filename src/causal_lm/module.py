@@ -39,9 +39,8 @@ class CausalLM(L.LightningModule):
     ``optimizer`` makes one from parameter groups, and ``scheduler`` a factor of the learning rate
     from the number of steps (see ``optim/``). Both are None if the module is only evaluated.
 
-    Raises:
-        TypeError: ``model`` lacks a member of ``CausalModel`` (named).
-        ValueError: ``lm_head`` has a bias, or is None where ``loss.chunk_tokens`` is set.
+    Raises TypeError where ``model`` lacks a member of ``CausalModel``, and ValueError where its
+    ``lm_head`` has a bias, or is None although ``loss.chunk_tokens`` is set.
     """
 
     def __init__(
@@ -202,8 +201,7 @@ class CausalLM(L.LightningModule):
         self.val_metric.update(self.token_nll(batch), batch.labels)
 
     def on_test_epoch_end(self) -> None:
-        for name, value in self.val_metric.compute().items():
-            self.log(f"test/{name}", value.float())
+        self.log_dict({f"test/{k}": v.float() for k, v in self.val_metric.compute().items()})
         self.val_metric.reset()
 
     # ---- optimizer, schedule, checkpoint ----
@@ -232,7 +230,7 @@ class CausalLM(L.LightningModule):
             sums = f"the last step of each sums {rest}, not trainer.accumulate_grad_batches={most}"
             log.info(f"an epoch has {batches} micro-batches: {sums}")
         limits = trainer.max_steps, trainer.max_epochs * (steps + bool(rest))
-        return min(limit for limit in limits if limit >= 0)
+        return min((limit for limit in limits if limit >= 0), default=-1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the random state of the last optimizer step."""

@@ -23,11 +23,8 @@ class RunDir:
     """The directory of a run, which each rank makes; only rank zero writes files into it.
 
     A context, in which rank zero holds a lock, so that no other run writes into the directory. The
-    operating system releases it when the process ends, however it does.
-
-    Raises:
-        ConfigError: the directory has files, but is not that of a run.
-        RefusedError: another run writes into it.
+    operating system releases it when the process ends, however it does. Raises ConfigError where
+    the directory has files, but is not that of a run; RefusedError where another run writes there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,11 +46,8 @@ class RunDir:
         self._lock.release()
 
     def latest_checkpoint(self) -> str | None:
-        """``last.ckpt``, or the newest checkpoint that can be read; None if there is none.
-
-        Raises:
-            RefusedError: there are checkpoints, but none can be read.
-        """
+        """``last.ckpt``, or the newest checkpoint that can be read; None if there is none. Raises
+        RefusedError where there are checkpoints, but none can be read."""
         found = list(self.checkpoints.glob("*.ckpt"))
         for path in sorted(found, key=lambda p: (p.name != "last.ckpt", -p.stat().st_mtime)):
             try:

@@ -10,12 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch import callbacks
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, RefusedError, read_checkpoint
-from causal_lm.config import ConfigError, leaves, new_name
+from causal_lm.config import leaves, new_name
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +44,8 @@ class CheckpointMetadata(L.Callback):
         self.forget_best = False  # the checkpoint's best scores are of other documents, or files
         self.trained: dict[str, torch.Tensor] | None = None
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if any(isinstance(c, callbacks.StochasticWeightAveraging) for c in trainer.callbacks):
-            reason = "replaces the schedule, and its runs do not continue as they were"
-            raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")
-
     def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        if any(isinstance(c, callbacks.WeightAveraging) for c in trainer.callbacks):
+        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
             self.trained = {name: w.clone() for name, w in pl_module.state_dict().items()}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -66,10 +60,8 @@ class CheckpointMetadata(L.Callback):
     def check_continues(self, path: str, may_be_complete: bool) -> int:
         """The step of a checkpoint that this run can continue; logs which keys have changed.
 
-        ``config`` takes the values that are kept. ``may_be_complete``: no step need be left.
-
-        Raises:
-            RefusedError: a key differs that must not, or no step is left to train.
+        ``config`` takes the values that are kept. Raises RefusedError where a key differs that must
+        not, or no step is left to train (one need not be, where it ``may_be_complete``).
         """
         saved = read_checkpoint(path)
         before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
@@ -104,10 +96,8 @@ class CheckpointMetadata(L.Callback):
 
 
 class EvalCheckpoint(Checkpoint):
-    """Writes a checkpoint at the evaluation with the lowest ``metric``, of equal ones at the later.
-
-    The file is written after the evaluation, with what the callbacks logged, and not written if the
-    metric is missing or not finite.
+    """Writes a checkpoint after the evaluation with the lowest ``metric``, of equal ones the later;
+    none if the metric is missing or not finite.
 
     ``stable.ckpt`` uses ``writing/repetition_spread``: the loss may still fall while the samples
     turn into loops, and their repetition rate rises. That rate is also constant before training and

@@ -57,15 +57,14 @@ class DataModule(L.LightningDataModule):
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
             self.train_windows = self._windows("train", self.corpus.train)
             self.val_windows = self._windows("val", self.corpus.val)
-            test = self.corpus.test
-            self.test_windows = self._windows("test", test) if test is not None else None
+            test = self.corpus.test  # None or empty: there is no such split
+            self.test_windows = self._windows("test", test) if test else None
             self.order = [self.seed, self.shuffle, *document_fingerprint(self.train_windows)]
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
-        if stage == "fit":  # until a checkpoint says otherwise
-            self.start = Start()
+        self.start = Start() if stage == "fit" else self.start  # of a run that does not resume
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader()

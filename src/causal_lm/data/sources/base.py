@@ -70,8 +70,7 @@ class TextSource(abc.ABC):
         split holds no document, or shares more than ``max_overlap`` of them with another."""
         is_bpe = self.tokenizer == "bpe"  # trained only if its tokens are not cached
         tokenizer_key = self.vocab_size if is_bpe else self._given_tokenizer.state()
-        shares = [self.val_share, self.test_share]
-        key = [FORMAT, type(self).__name__, self.identity(), shares, tokenizer_key]
+        key = [FORMAT, type(self).__name__, self.identity(), self.held_out(), tokenizer_key]
         cache = Path(self.cache_dir or token_cache.default_folder()).expanduser()
         folder, started = cache / token_cache.fingerprint(key), time.perf_counter()
         token_cache.build_once(folder, self._build, token_cache.find_damage)
@@ -85,8 +84,7 @@ class TextSource(abc.ABC):
         if about["unknown"]:
             examples = ", ".join(f"{unit!r} ({n:,})" for unit, n in about["unknown"])
             log.warning(f"the tokenizer's vocabulary lacks {examples}; set another data.tokenizer")
-        tokenizer = from_state(about["tokenizer"])
-        return Corpus(train, val, tokenizer, test=test if len(test) else None)
+        return Corpus(train, val, from_state(about["tokenizer"]), test=test)
 
     def chunks(self) -> Iterator[Chunk]:
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
@@ -141,10 +139,10 @@ class TextSource(abc.ABC):
         if not train or not val:
             hint = "set data.val_path, another data.val_share, or a smaller data.unit"
             raise ValueError(f"{summary}: both first need a document; {hint} (line, paragraph)")
-        names = ("validation", 1), ("test", 2)
-        overlap = {name: len(shared[i]) / len(separate[i]) for name, i in names if shared[i]}
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
-                 "overlap": overlap, "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
+                 "overlap": {token_cache.SPLITS[split]: len(found) / len(separate[split])
+                             for split, found in shared.items() if found},
+                 "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
         token_cache.write_about(folder, about)
 
     def _train_bpe(self) -> SubwordTokenizer:

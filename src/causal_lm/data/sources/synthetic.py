@@ -89,13 +89,12 @@ class SyntheticLanguage:
         tokenizer, language = SymbolTokenizer(self.symbols), self._language(copies=1)
         if self.copies == 1:
             train, val, test = map(language.sample, sizes, generators)
-            return Corpus(train, val, tokenizer, language, test if len(test) else None)
+            return Corpus(train, val, tokenizer, language, test)
         plain = language.sample(self.copies_after, generators[0])
         train, val, test = map(self._sample_repeated, sizes, generators)
         tokens = torch.cat([plain.tokens[:], train.tokens[:]])
         offsets = torch.cat([plain.offsets[:-1], train.offsets[:] + len(plain.tokens)])
-        train = Documents(tokens, offsets)
-        return Corpus(train, val, tokenizer, test=test if len(test) else None)
+        return Corpus(Documents(tokens, offsets), val, tokenizer, test=test)
 
     def _language(self, copies: int) -> MarkovLanguage:
         longest = (self.max_length - 2) // copies

@@ -50,8 +50,7 @@ class TextFiles(FileReader):
     def parts(self) -> Iterator[tuple[Iterable[DocumentPart], HeldOut]]:
         train, val, test = self.files
         for files, split in ((test, TEST), (val, VAL)):
-            if files:
-                yield chain.from_iterable(map(self.documents, files)), split
+            yield chain.from_iterable(map(self.documents, files)), split
         held_out = self.held_out(val, test)
         if len(train) > 1 or self.unit_of(train[0]) != "file" or not any(held_out):
             yield chain.from_iterable(map(self.documents, train)), held_out
