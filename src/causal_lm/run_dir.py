@@ -61,8 +61,7 @@ class RunDir:
         return None
 
     def finished_summary(self, cfg: DictConfig) -> dict[str, Any] | None:
-        """The summary of a finished run here that has all steps, epochs and figures of ``cfg``;
-        None if there is none."""
+        """The summary of a finished run here that has all that ``cfg`` asks for, or None."""
         try:
             summary = files.read_summary(self.path / "summary.json")
         except (OSError, ValueError):  # there is none, or it is damaged

@@ -135,11 +135,8 @@ class StepCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` at each evaluation in the fit, and between two optimizer steps.
 
     :class:`causal_lm.callbacks.stop.StopAfterStep` calls it between steps, as all ranks must save
-    together. An evaluation whose loss is not finite is not saved.
-
-    Args:
-        every_minutes: from the latest checkpoint on, or from the start; None: never.
-        every_n_steps: optimizer steps; None: never.
+    together: ``every_minutes`` since the latest checkpoint or the start, and ``every_n_steps`` of
+    the optimizer; None: never. An evaluation whose loss is not finite is not saved.
     """
 
     def __init__(

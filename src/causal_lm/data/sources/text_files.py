@@ -55,8 +55,7 @@ class TextFiles(FileReader):
         if len(train) > 1 or self.unit_of(train[0]) != "file" or not any(held_out):
             yield chain.from_iterable(map(self.documents, train)), held_out
             return
-        size = sum(map(len, file_io.read_blocks(train[0])))  # decompressed
-        start = 0
+        start, size = 0, sum(map(len, file_io.read_blocks(train[0])))  # decompressed
         for split, fraction_after in ((TRAIN, sum(held_out)), (VAL, held_out[1]), (TEST, 0.0)):
             end = _start_of_line(train[0], int(size * (1 - fraction_after)), size)
             if end > start:
