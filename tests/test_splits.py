@@ -124,7 +124,7 @@ def test_what_makes_no_test_split_is_refused_by_key(lines, tmp_path):
 # ---- its figures ----
 
 
-def tested(checkpoint, data):
+def loss_of(checkpoint, data):
     return evaluate(str(checkpoint), data, split="test")["loss"]
 
 
@@ -139,7 +139,7 @@ def test_the_best_checkpoint_is_tested_at_the_end_or_later(tmp_path):
     assert f"step {summary['test/step']}:" in summary["checkpoint/best"]
     assert short_run(tmp_path, *words, "test=true", "ckpt_path=auto") == summary  # nothing to do
     data += ["data=synthetic", "data.source.val_documents=13"]
-    best, last = (tested(tmp_path / "checkpoints" / f"{name}.ckpt", data) for name in NAMES)
+    best, last = (loss_of(tmp_path / "checkpoints" / f"{name}.ckpt", data) for name in NAMES)
     assert summary["test/loss"] == pytest.approx(best, rel=1e-6) and best < last
     assert summary["test/ppl"] == pytest.approx(math.exp(summary["test/loss"]), rel=1e-5)
     assert rows(tmp_path, "test/loss") == [(16, pytest.approx(summary["test/loss"]))]
@@ -158,7 +158,7 @@ def test_two_ranks_test_what_one_does(tmp_path):
     assert found[1]["test/loss"] == pytest.approx(found[0]["test/loss"], rel=1e-5)
     best = tmp_path / "two" / "checkpoints" / "best.ckpt"
     data = ["data=synthetic", "data.source.test_documents=13", "data.source.train_documents=40"]
-    assert found[1]["test/loss"] == pytest.approx(tested(best, data))
+    assert found[1]["test/loss"] == pytest.approx(loss_of(best, data))
     sizes = {
         s: evaluate(str(best), data, split=s)["tokens"] for s in ("train", "val", "test", "all")
     }
