@@ -6,14 +6,24 @@ python scripts/compare.py runs/sweep/… --html compare.html      writes a page 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from causal_lm import cli
 from causal_lm.report.files import write_text
 from causal_lm.report.sweep import job_order, read_summaries
-from causal_lm.report.table import markdown_table, sweep_table
+from causal_lm.report.table import common_cells, sweep_table
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
+
+
+def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """One row per run, for a Markdown page."""
+    head = ["preset", "reported, nats", "true, nats", "× floor's perplexity",
+            "legal transitions", "PAD or EOS generated", "preflight"]  # fmt: skip
+    rows = [[f"`{s['experiment']}`", *common_cells(s)] for s in summaries]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a file that train.py wrote")
     parser.add_argument("overrides", nargs="*", help="data=…, and its keys, as for train.py")
-    parser.add_argument("--split", choices=("val", "train", "all"), default="val")
+    parser.add_argument("--split", choices=("val", "train", "test", "all"), default="val")
     parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     cli.add_trust(parser)

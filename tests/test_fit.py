@@ -33,6 +33,7 @@ def test_the_contract(finished):
     assert {k for k, v in on_disk.items() if v is None} == {
         "error", "stopped_because", "val/bpb", "checkpoint/stable", "checkpoint/steady",
         "writing/repetition_spread", "writing/consistency_sentences",
+        "test/loss", "test/ppl", "test/bpb", "test/step",
     }  # fmt: skip
     assert [p.name for p in sorted((directory / "samples").iterdir())] == [
         "step_00000003.txt", "step_00000006.txt",

@@ -18,7 +18,7 @@ from causal_lm.build import restore
 from causal_lm.data import token_cache
 from causal_lm.data.collate import Collate
 from causal_lm.data.sources.text_files import TextFiles
-from causal_lm.data.tokenize_corpus import Chunk, tokenize
+from causal_lm.data.tokenize_corpus import TRAIN, VAL, Chunk, tokenize
 from causal_lm.data.tokenizers import ByteTokenizer
 from causal_lm.objective import IGNORE
 from causal_lm.run_dir import RunDir
@@ -179,7 +179,7 @@ def test_any_bytes_of_a_summary(n, trained, tmp_path):
     @fuzz(n, damages(len(content)))
     def check(change):
         (tmp_path / "summary.json").write_bytes(damage(content, change))
-        found = RunDir(tmp_path).finished_summary(3)
+        found = RunDir(tmp_path).finished_summary(OmegaConf.create({"trainer": {"max_steps": 3}}))
         assert found is None or found["steps"] >= 3
 
 
@@ -218,15 +218,15 @@ def test_any_texts_become_batches_that_keep_every_target(n):
 
     @fuzz(n, st.lists(texts, min_size=1, max_size=8), st.integers(3, 12), st.sampled_from(layouts))
     def check(documents, max_length, layout):
-        chunk = Chunk([(text,) for text in documents], False, 0.0, None)
+        chunk = Chunk([(text,) for text in documents], False, TRAIN, None)
         tokenized = tokenize(chunk, tokenizer)
         with tempfile.TemporaryDirectory() as name:
-            folder, other = Path(name), Chunk([("held out",)], False, 1.0, None)
+            folder, other = Path(name), Chunk([("held out",)], False, VAL, None)
             chunks = [tokenized, tokenize(other, tokenizer)]
-            assert token_cache.write_corpus(folder, chunks, "uint16") == [len(documents), 1]
+            assert token_cache.write_corpus(folder, chunks, "uint16") == [len(documents), 1, 0]
             token_cache.write_about(folder, {"dtype": "uint16"})
             assert token_cache.find_damage(folder) == ""
-            train, val, _ = token_cache.read_corpus(folder)
+            (train, val, _), _ = token_cache.read_corpus(folder)
             windows = train.windows(max_length)
             rows = [windows[i] for i in range(len(windows))]
             batch = Collate(0, tokenizer.vocab_size, **layout)(rows)

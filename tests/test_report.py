@@ -5,7 +5,8 @@ import json
 import pytest
 
 from causal_lm.report import files
-from causal_lm.report.table import markdown_table, number, sweep_table, table, verdict
+from causal_lm.report.table import number, sweep_table, table, verdict
+from support import load_script
 
 CORRECT = {
     "train/loss": 1.80, "val/loss_as_trained": 1.79, "val/loss": 1.79,
@@ -47,7 +48,7 @@ def test_a_failed_job_has_a_row():
     assert "failed" in sweep_table([{"name": "1_bug", "status": "failed", "val/loss": None}])
 
 
-@pytest.mark.parametrize("make_table", [sweep_table, markdown_table])
+@pytest.mark.parametrize("make_table", [sweep_table, load_script("compare").markdown_table])
 def test_only_an_audited_run_is_clean(make_table):
     keys = ("sample/legal_rate", "sample/pad_eos_share")
     run = {"name": "a", "experiment": "fix", "seconds/total": 1.0} | CORRECT | dict.fromkeys(keys)

@@ -269,7 +269,10 @@ def test_a_damaged_summary_is_named_wherever_it_is_read(tmp_path, content):
     (tmp_path / "0_fix").mkdir()
     path = tmp_path / "0_fix" / "summary.json"
     path.write_bytes(content)
-    assert RunDir(path.parent).finished_summary(6) is None
+    assert (
+        RunDir(path.parent).finished_summary(OmegaConf.create({"trainer": {"max_steps": 6}}))
+        is None
+    )
     with pytest.raises(SystemExit, match=str(path)):
         SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     if content == b"{}":

@@ -19,9 +19,9 @@ def evaluate(
     """Loss (nats per token), perplexity and bits per byte, computed as in validation.
 
     Uses the checkpoint's tokenizer and, unless overridden, its ``data.max_length``. ``overrides``
-    are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train`` or ``all``;
-    ``trust`` is of :func:`causal_lm.build.restore`. Raises ValueError where no data is named, its
-    tokenizer is another one, or rows are too long.
+    are those of train.py, ``data=`` among them; ``split`` is ``val``, ``train``, ``test`` or
+    ``all``; ``trust`` is of :func:`causal_lm.build.restore`. Raises ValueError where no data is
+    named, its tokenizer is another one, or rows are too long.
     """
     if not any(word.startswith("data=") for word in overrides):
         raise ConfigError("no data is named: add data=docstrings, or data=text data.path=…")
@@ -36,11 +36,12 @@ def evaluate(
     if data.load().tokenizer.state() != tokenizer.state():
         raise ValueError(f"the tokenizer of {checkpoint} differs from that of this data")
 
-    loaders = {"train": data.train_dataloader, "val": data.val_dataloader}
-    chosen = loaders.values() if split == "all" else [loaders[split]]
+    every = ["train", "val", "test"] if data.test_windows else ["train", "val"]
+    names = every if split == "all" else [split]
+    loaders = [getattr(data, f"{name}_dataloader")() for name in names]
     metric = module.to(device).val_metric
     with torch.inference_mode():
-        for batch in chain.from_iterable(loader() for loader in chosen):
+        for batch in chain.from_iterable(loaders):
             batch = batch.to(device)
             metric.update(module.token_nll(batch), batch.labels)
     figures = {name: float(value) for name, value in metric.compute().items()}

@@ -19,7 +19,7 @@ from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
-from causal_lm.checkpoint_file import RefusedError
+from causal_lm.checkpoint_file import RefusedError, read_checkpoint
 from causal_lm.data.datamodule import document_fingerprint
 from causal_lm.data.documents import Corpus
 from causal_lm.failures import explain
@@ -34,8 +34,9 @@ from causal_lm.signals import StoppedRun, requeue
 log = logging.getLogger(__name__)
 
 SUMMARY_KEYS = (
-    "experiment", "seed", "status", "error", "stopped_because", "steps", "loss/reduction",
-    "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained", "floor/loss",
+    "experiment", "seed", "status", "error", "stopped_because", "steps", "epochs",
+    "loss/reduction", "train/loss", "val/loss", "val/ppl", "val/bpb", "val/loss_as_trained",
+    "test/loss", "test/ppl", "test/bpb", "test/step", "floor/loss",
     "floor/ppl", "val/ppl_over_floor", "sample/legal_rate", "sample/pad_eos_share",
     "sample/repeat_share", "train/tokens", "train/tokens_per_second", "train/pad_share",
     "train/skipped", "preflight/faults", "preflight/audited",
@@ -54,15 +55,13 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     Returns the summary, as written to ``summary.json``. A run that fails writes one too before it
     raises. Where ``ckpt_path=auto`` finds the run finished, only its summary is returned.
 
-    Raises:
-        RefusedError: ``ckpt_path`` cannot be continued by this run, or another run writes into
-            ``directory``; no file is changed.
-        ConfigError: ``directory`` has files, but is not that of a run.
+    Raises ConfigError where ``directory`` has files, but is not that of a run; RefusedError, before
+    a file is changed, where ``ckpt_path`` cannot be continued, or another run writes there.
     """
     with RunDir(directory) as run_dir:
         cfg = cfg.copy()
         if cfg.ckpt_path == "auto":
-            earlier = run_dir.finished_summary(cfg.trainer.max_steps)
+            earlier = run_dir.finished_summary(cfg)
             cfg.ckpt_path = run_dir.latest_checkpoint()
             if cfg.ckpt_path and earlier:
                 log.info(f"{directory} is finished at step {earlier['steps']}: nothing to do")
@@ -105,7 +104,11 @@ def _run_with_summary(cfg: DictConfig, run_dir: RunDir) -> dict[str, Any]:
 def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAfterStep) -> None:
     """Fill ``summary`` as the run proceeds, so that a failed run keeps what is known."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if isinstance(cfg.trainer.get("val_check_interval"), float):  # a fraction of each epoch
+        cfg.trainer.check_val_every_n_epoch = cfg.trainer.get("check_val_every_n_epoch") or 1
     data, corpus, module = build.prepare(cfg)
+    if cfg.get("test"):
+        data.test_dataloader()  # raises where there is no test split
     metadata, step = _prepare(cfg, run_dir, corpus, module)
     summary["steps"] = step
     metrics = MetricsCSV(run_dir.path, step, **cfg.get("metrics") or {})
@@ -137,7 +140,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     finally:
         summary |= preflight.figures()
         summary |= {"steps": trainer.global_step, "train/skipped": module.guard.skipped}
-    stopped_because = stop.reason(trainer) or monitor.stopper.stopped_because
+    stopped_because = monitor.stopper.stopped_because or stop.reason(trainer)
+    summary["epochs"] = data.save_position(0)["start"][1]
     status = "stopped" if stopped_because else "finished"
     summary |= {"status": status, "stopped_because": stopped_because}
     summary |= metrics.earlier | statistics.logged | figures
@@ -151,10 +155,15 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     last.save(trainer)
     summary["checkpoint/last"] = f"step {trainer.global_step}: the end of the run"
     summary |= _compare_with_floor(corpus, figures)
+    stop.at_once = True  # the checkpoints are written
     if trainer.is_global_zero:
         summary |= checkpoint.figures(best, stable)
-        stop.at_once = True  # the checkpoints are written
         summary |= final_samples(module, corpus, run_dir.path, **final)
+    if cfg.get("test"):
+        saved = read_checkpoint(best.path if best.lowest < math.inf else last.path)
+        module.load_state_dict(saved["state_dict"])
+        (tested,) = trainer.test(module, data, verbose=False) or [{}]
+        summary |= {**tested, "test/step": saved["global_step"]}
     ratio = summary["val/ppl_over_floor"]
     if ratio is not None and ratio < LEAKS_BELOW:
         below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"
@@ -176,7 +185,7 @@ def _prepare(
     metadata = CheckpointMetadata(config, corpus.tokenizer.state(), validation)
     is_continued, step = run_dir.contains(cfg.ckpt_path), None
     if cfg.ckpt_path:
-        is_finished = run_dir.finished_summary(cfg.trainer.max_steps) is not None
+        is_finished = run_dir.finished_summary(cfg) is not None
         step = metadata.check_continues(cfg.ckpt_path, is_continued and not is_finished)
         cfg.optimizer = config["optimizer"]
         module.make_optimizer = build.make_optimizer(cfg)

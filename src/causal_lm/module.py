@@ -39,9 +39,8 @@ class CausalLM(L.LightningModule):
     ``optimizer`` makes one from parameter groups, and ``scheduler`` a factor of the learning rate
     from the number of steps (see ``optim/``). Both are None if the module is only evaluated.
 
-    Raises:
-        TypeError: ``model`` lacks a member of ``CausalModel`` (named).
-        ValueError: ``lm_head`` has a bias, or is None where ``loss.chunk_tokens`` is set.
+    Raises TypeError where ``model`` lacks a member of ``CausalModel``, and ValueError where its
+    ``lm_head`` has a bias, or is None although ``loss.chunk_tokens`` is set.
     """
 
     def __init__(
@@ -198,20 +197,50 @@ class CausalLM(L.LightningModule):
         self.val_metric.reset()
         self.train_objective_metric.reset()
 
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_metric.update(self.token_nll(batch), batch.labels)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test/{k}": v.float() for k, v in self.val_metric.compute().items()})
+        self.val_metric.reset()
+
     # ---- optimizer, schedule, checkpoint ----
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"
+        self.total_steps = self._count_steps()
         optimizer = self.make_optimizer(parameter_groups(self.model))
         if self.trainer.is_global_zero:
             log.info(describe_groups(optimizer))
         if self.make_scheduler is None:
             return optimizer
-        schedule = LambdaLR(optimizer, self.make_scheduler(self.trainer.max_steps))
+        schedule = LambdaLR(optimizer, self.make_scheduler(self.total_steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _count_steps(self) -> int:
+        """Optimizer steps of the run, by max_steps or max_epochs. (Lightning's own count would draw
+        batches before a resumed run knows where it goes on.)"""
+        trainer: Any = self.trainer
+        if trainer.datamodule is None:
+            return trainer.estimated_stepping_batches
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps, rest = divmod(batches, most := trainer.accumulate_grad_batches)
+        if rest and trainer.is_global_zero:
+            sums = f"the last step of each sums {rest}, not trainer.accumulate_grad_batches={most}"
+            log.info(f"an epoch has {batches} micro-batches: {sums}")
+        limits = trainer.max_steps, trainer.max_epochs * (steps + bool(rest))
+        return min((limit for limit in limits if limit >= 0), default=-1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters and the random state of the last optimizer step."""
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, within = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        done = epochs["current"]["started"] - (not within["is_last_batch"])
+        checkpoint["epoch"] = done = max(done, 0)
+        if done < epochs["current"]["processed"]:  # Lightning counts an epoch that was stopped
+            for counts in epochs["total"], epochs["current"]:
+                counts["processed"] = counts["completed"] = done
         data: Any = getattr(self.trainer, "datamodule", None)
         unfinished = len(self.accumulator.micro_batches)
         checkpoint[TRAINING_STATE] = {

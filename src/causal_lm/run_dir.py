@@ -23,11 +23,8 @@ class RunDir:
     """The directory of a run, which each rank makes; only rank zero writes files into it.
 
     A context, in which rank zero holds a lock, so that no other run writes into the directory. The
-    operating system releases it when the process ends, however it does.
-
-    Raises:
-        ConfigError: the directory has files, but is not that of a run.
-        RefusedError: another run writes into it.
+    operating system releases it when the process ends, however it does. Raises ConfigError where
+    the directory has files, but is not that of a run; RefusedError where another run writes there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,11 +46,8 @@ class RunDir:
         self._lock.release()
 
     def latest_checkpoint(self) -> str | None:
-        """``last.ckpt``, or the newest checkpoint that can be read; None if there is none.
-
-        Raises:
-            RefusedError: there are checkpoints, but none can be read.
-        """
+        """``last.ckpt``, or the newest checkpoint that can be read; None if there is none. Raises
+        RefusedError where there are checkpoints, but none can be read."""
         found = list(self.checkpoints.glob("*.ckpt"))
         for path in sorted(found, key=lambda p: (p.name != "last.ckpt", -p.stat().st_mtime)):
             try:
@@ -66,14 +60,16 @@ class RunDir:
             raise RefusedError(f"{where}: delete them to start from step 0")
         return None
 
-    def finished_summary(self, max_steps: int) -> dict[str, Any] | None:
-        """The summary of a finished run of at least ``max_steps`` here; None if there is none."""
+    def finished_summary(self, cfg: DictConfig) -> dict[str, Any] | None:
+        """The summary of a finished run here that has all that ``cfg`` asks for, or None."""
         try:
             summary = files.read_summary(self.path / "summary.json")
         except (OSError, ValueError):  # there is none, or it is damaged
             return None
-        is_finished = summary["status"] == "finished" and (summary["steps"] or 0) >= max_steps
-        return summary if is_finished else None
+        done = {"max_steps": summary["steps"] or 0, "max_epochs": summary["epochs"] or 0}
+        is_over = any(0 < cfg.trainer.get(key, -1) <= n for key, n in done.items())
+        is_tested = summary["test/loss"] is not None or not cfg.get("test")
+        return summary if summary["status"] == "finished" and is_over and is_tested else None
 
     def contains(self, ckpt_path: str | None) -> bool:
         """Whether the checkpoint is one of the run in this directory."""

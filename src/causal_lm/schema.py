@@ -81,23 +81,23 @@ STRATEGY = matching(
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (STRING, "experiment data.split data.field"),
     (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
-        data.val_split data.prompt_field model.init_from"""),
-    (BOOLEAN, """data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
+        data.val_split data.test_path data.test_split data.prompt_field model.init_from"""),
+    (BOOLEAN, """test data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
         model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
         trainer.inference_mode trainer.sync_batchnorm
         pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
     (integer(-1), "trainer.num_sanity_val_steps"),
-    (either(integer(1), one_of(-1)), "trainer.max_epochs"),
+    (either(integer(1), one_of(-1)), "trainer.max_steps trainer.max_epochs"),
     (integer(0, 1024), "data.num_workers"),
-    (integer(0), """data.source.copies_after
+    (integer(0), """data.source.copies_after data.source.test_documents
         model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
     (or_auto(integer(0)), "scheduler.warmup_steps"),
     (integer(1), """
         data.batch_size data.source.successors data.source.copies model.n_heads
-        model.n_kv_heads loss.length scheduler.every trainer.num_nodes trainer.max_steps
-        trainer.accumulate_grad_batches trainer.val_check_interval trainer.log_every_n_steps
+        model.n_kv_heads loss.length scheduler.every trainer.num_nodes
+        trainer.accumulate_grad_batches trainer.log_every_n_steps
         samples.batch_size samples.prompts samples.prompt_length samples.self_check.count
         samples.keep_last metrics.keep_steps"""),
     (integer(1, 1000), """model.n_layers model.config.n_layer
@@ -106,7 +106,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (integer(1, 10**7), "data.source.train_documents data.source.val_documents"),  # in memory
     (optional(integer(1, 1024)), "data.num_proc"),
     (optional(integer(1)), """gradients.report_every samples.patience samples*.top_k
-        callbacks.checkpoint.every_n_steps"""),
+        callbacks.checkpoint.every_n_steps trainer.check_val_every_n_epoch"""),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
     (integer(2, 62), "data.source.symbols"),
@@ -122,14 +122,15 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (optional(real(above=0)), "trainer.gradient_clip_val callbacks.checkpoint.every_minutes"),
     (either(integer(0), FRACTION_OR_ONE),
      "trainer.limit_val_batches trainer.limit_test_batches trainer.overfit_batches"),
-    (either(integer(1), real(above=0, high=1)), "trainer.limit_train_batches"),
+    (either(integer(1), real(above=0, high=1)), """trainer.limit_train_batches
+        trainer.val_check_interval"""),
     (Rule(lambda v: v is True, "true: a run needs its checkpoints"),
      "trainer.enable_checkpointing"),
     (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
     (either(BOOLEAN, integer(0)), "trainer.fast_dev_run"),
     (or_auto(real(above=0, high=1000)), "optimizer.lr"),
-    (FRACTION, """model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
-        scheduler.decay_share"""),
+    (FRACTION, """data.test_share model.dropout optimizer.muon_momentum optimizer.momentum
+        scheduler.warmup_cap scheduler.decay_share"""),
     (optional(or_auto(FILE)), "ckpt_path"),
     (optional(FOLDER), "samples.embedder"),
     (one_of("padded", "bucketed", "packed"), "data.layout"),
@@ -145,7 +146,6 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64,
             "bf16", "auto"), "trainer.precision"),
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
-    (one_of(None), "trainer.check_val_every_n_epoch"),
     (ANY, "model.config.* model.decoder.*"),
     (matching(r"\w+(\.\w+)+", "the dotted name of a class or function"), "*._target_"),
     (BOOLEAN, "*._partial_"),

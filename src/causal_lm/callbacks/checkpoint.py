@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, RefusedError, read_checkpoint
@@ -37,13 +37,19 @@ documents a new search for the best checkpoint; a schedule goes on at the step i
 
 class CheckpointMetadata(L.Callback):
     """Write the configuration, the tokenizer and a fingerprint of the validation documents into
-    every checkpoint, as plain data."""
+    every checkpoint, as plain data; and the trained weights, where averaged ones replace them."""
 
     def __init__(self, config: Any, tokenizer: dict[str, Any], validation: list[int]) -> None:
         self.config, self.tokenizer, self.validation = config, tokenizer, validation
         self.forget_best = False  # the checkpoint's best scores are of other documents, or files
+        self.trained: dict[str, torch.Tensor] | None = None
+
+    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
+            self.trained = {name: w.clone() for name, w in pl_module.state_dict().items()}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.trained or checkpoint["state_dict"]
         checkpoint |= {CONFIG: self.config, TOKENIZER: self.tokenizer, VALIDATION: self.validation}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -54,10 +60,8 @@ class CheckpointMetadata(L.Callback):
     def check_continues(self, path: str, may_be_complete: bool) -> int:
         """The step of a checkpoint that this run can continue; logs which keys have changed.
 
-        ``config`` takes the values that are kept. ``may_be_complete``: no step need be left.
-
-        Raises:
-            RefusedError: a key differs that must not, or no step is left to train.
+        ``config`` takes the values that are kept. Raises RefusedError where a key differs that must
+        not, or no step is left to train (one need not be, where it ``may_be_complete``).
         """
         saved = read_checkpoint(path)
         before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
@@ -76,9 +80,12 @@ class CheckpointMetadata(L.Callback):
                 written = f"{path} was written with {key}={old}, but this run has {new}"
                 raise RefusedError(f"{written}: set it back, or remove ckpt_path")
             found[action].append(f"{key}={old}" if action == KEPT else f"{key} {old} -> {new}")
-        step, last = saved["global_step"], self.config["trainer"]["max_steps"]
-        if step > last or (step == last and not may_be_complete):
-            raise RefusedError(f"{path} is at step {step}: raise trainer.max_steps={last} above it")
+        step, trainer = saved["global_step"], self.config["trainer"]
+        for unit, done in (("step", step), ("epoch", saved.get("epoch", 0))):
+            last = trainer.get(f"max_{unit}s", -1)
+            if last != -1 and (done > last or (done == last and not may_be_complete)):
+                todo = f"raise trainer.max_{unit}s={last} above it"
+                raise RefusedError(f"{path} is at {unit} {done}: {todo}")
         self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
         words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
         if saved.get(VALIDATION, self.validation) != self.validation:
@@ -89,10 +96,8 @@ class CheckpointMetadata(L.Callback):
 
 
 class EvalCheckpoint(Checkpoint):
-    """Writes a checkpoint at the evaluation with the lowest ``metric``, of equal ones at the later.
-
-    The file is written after the evaluation, with what the callbacks logged, and not written if the
-    metric is missing or not finite.
+    """Writes a checkpoint after the evaluation with the lowest ``metric``, of equal ones the later;
+    none if the metric is missing or not finite.
 
     ``stable.ckpt`` uses ``writing/repetition_spread``: the loss may still fall while the samples
     turn into loops, and their repetition rate rises. That rate is also constant before training and
@@ -130,11 +135,8 @@ class StepCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` at each evaluation in the fit, and between two optimizer steps.
 
     :class:`causal_lm.callbacks.stop.StopAfterStep` calls it between steps, as all ranks must save
-    together. An evaluation whose loss is not finite is not saved.
-
-    Args:
-        every_minutes: from the latest checkpoint on, or from the start; None: never.
-        every_n_steps: optimizer steps; None: never.
+    together: ``every_minutes`` since the latest checkpoint or the start, and ``every_n_steps`` of
+    the optimizer; None: never. An evaluation whose loss is not finite is not saved.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class StepBar(ProgressBar):
-    """A bar of ``trainer.max_steps`` with the training and the validation loss.
+    """A bar of all steps of the run with the training and the validation loss.
 
     Where stderr is no terminal, a plain line every :data:`SECONDS_BETWEEN_LINES` instead.
     """
@@ -26,18 +26,18 @@ class StepBar(ProgressBar):
     def disable(self) -> None:  # Lightning calls it on every rank but the first
         self._enabled = False
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if not self._enabled:
             return
-        step = trainer.global_step
+        step, total = trainer.global_step, trainer.lightning_module.total_steps
         if not self._terminal:
             if time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
                 self._printed = time.monotonic()
                 losses = ", ".join(f"{k} loss {v}" for k, v in self._losses(trainer).items())
-                print(f"step {step} of {trainer.max_steps}: {losses}", file=sys.stderr, flush=True)
+                print(f"step {step} of {total}: {losses}", file=sys.stderr, flush=True)
             return
         if self._bar is None:  # not before the first step, as the preflight may end the run
-            self._bar = tqdm(total=trainer.max_steps, unit="step", mininterval=0.5)
+            self._bar = tqdm(total=total, unit="step", mininterval=0.5)
             self._bar.n = self._bar.initial = step - 1
         if self._bar.update(step - self._bar.n):  # redrawn: only then synchronize for the losses
             self._bar.set_postfix(self._losses(trainer), refresh=False)

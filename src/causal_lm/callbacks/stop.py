@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from causal_lm.callbacks.checkpoint import StepCheckpoint
 from causal_lm.signals import STOP_SIGNALS, StoppedRun, say, stop_at_once
@@ -62,12 +62,18 @@ class StopAfterStep(L.Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None
 
     def reason(self, trainer: Any) -> str | None:
-        """What stopped the fit before ``max_steps``: a signal or a time limit; None: neither."""
+        """What stopped the fit before its last step: a signal or a callback; None: nothing."""
         if self.signal:
             return f"signal {signal.Signals(self.signal).name}"
-        limits = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
-        is_over = any(left is not None and left <= 0 for left in limits)
-        return "trainer.max_time" if is_over and trainer.global_step < trainer.max_steps else None
+        if not trainer.should_stop or trainer.global_step >= trainer.lightning_module.total_steps:
+            return None
+        for c in trainer.callbacks:
+            if isinstance(c, Timer) and (left := c.time_remaining()) is not None and left <= 0:
+                return "trainer.max_time"
+            if isinstance(c, EarlyStopping) and (message := c.stopping_reason_message):
+                reason = message.removesuffix(" Signaling Trainer to stop.")
+                return f"EarlyStopping with monitor={c.monitor}, patience={c.patience}: {reason}"
+        return "a callback set trainer.should_stop"
 
     def _exchange(self, trainer: L.Trainer, save: bool = False) -> bool:
         """Take over a signal of any rank; return whether the first rank wants to ``save``."""

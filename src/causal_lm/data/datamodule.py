@@ -10,6 +10,7 @@ import numpy as np
 from torch import Generator
 from torch.utils.data import DataLoader
 
+from causal_lm.config import ConfigError
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler, Start
@@ -18,23 +19,16 @@ from causal_lm.signals import held_back, leave_to_parent
 log = logging.getLogger(__name__)
 
 CRC_CHUNKS, CRC_TOKENS = 16, 2**16  # what a fingerprint reads, however many tokens there are
+TEST_KEYS = "data.test_share=0.05, data.test_path, or data.source.test_documents=1000"
 CHECKED_WINDOWS = 10_000  # most windows of a split with prompts that are checked for targets
 
 
 class DataModule(L.LightningDataModule):
     """LightningDataModule that cuts, orders and batches the documents of a source.
 
-    Args:
-        source: a :class:`causal_lm.data.documents.Source`, or a callable that makes one from
-            ``source_options``, such as ``path``.
-        batch_size: windows (documents, or pieces of long ones) per micro-batch and rank.
-        max_length: tokens per row, BOS and EOS included; longer documents are cut into windows.
-        layout: ``padded``: one window per row. ``bucketed``: the same, with windows of similar
-            length in a batch. ``packed``: several windows per row of up to ``max_length`` tokens.
-        padding_side: ``right`` or ``left``.
-        pad_is_eos: write EOS where a row has no token, as for models without a PAD token.
-        shuffle: draw a new training order each epoch, from ``seed``.
-        num_workers: processes that collate; 0 (the fastest for short rows) collates in this one.
+    ``source`` is a :class:`causal_lm.data.documents.Source`, or a callable that makes one from
+    ``source_options``, such as ``path``; ``shuffle`` draws a new training order each epoch, from
+    ``seed``. ``configs/data/_base.yaml`` explains the other arguments.
 
     Raises TypeError where ``source_options`` are given and ``source`` is not a callable.
     """
@@ -63,18 +57,26 @@ class DataModule(L.LightningDataModule):
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
             self.train_windows = self._windows("train", self.corpus.train)
             self.val_windows = self._windows("val", self.corpus.val)
+            test = self.corpus.test  # None or empty: there is no such split
+            self.test_windows = self._windows("test", test) if test else None
             self.order = [self.seed, self.shuffle, *document_fingerprint(self.train_windows)]
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
-        self.start = Start()  # of a run that does not resume
+        self.start = Start() if stage == "fit" else self.start  # of a run that does not resume
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_windows, self._sampler())
+        return self._loader()
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_windows, self._sampler(train=False))
+        return self._loader(self.val_windows)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Raises ConfigError where the corpus has no test split."""
+        if self.test_windows is None:
+            raise ConfigError(f"there is no document to test on: set {TEST_KEYS}")
+        return self._loader(self.test_windows)
 
     def save_position(self, unfinished: int) -> dict[str, Any]:
         """Where training is in its documents, without the last micro-batches that are unfinished,
@@ -112,10 +114,8 @@ class DataModule(L.LightningDataModule):
             masks = [windows[i].loss_mask for i in range(0, len(windows), step)]
             empty = sum(not mask[1:].any() for mask in masks if mask is not None) / len(masks)
             if empty:
-                log.warning(
-                    f"{split}: {empty:.1%} of the windows hold a prompt and no target: raise "
-                    f"data.max_length={self.max_length}, or shorten the prompts"
-                )
+                todo = f"raise data.max_length={self.max_length}, or shorten the prompts"
+                log.warning(f"{split}: {empty:.1%} of the windows have a prompt alone: {todo}")
         return windows
 
     def _batches_done(self) -> int:
@@ -124,8 +124,9 @@ class DataModule(L.LightningDataModule):
         loop: Any = self.trainer.fit_loop.epoch_loop if self.trainer else None
         return loop.batch_progress.total.started if loop else 0  # not one that was only fetched
 
-    def _sampler(self, train: bool = True) -> DocumentSampler:
-        windows = self.train_windows if train else self.val_windows
+    def _sampler(self, held_out: Documents | None = None) -> DocumentSampler:
+        """Of the training windows, or of those of another split, in their order."""
+        train, windows = held_out is None, held_out or self.train_windows
         position: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
         return DocumentSampler(
             len(windows), shuffle=train and self.shuffle, seed=self.seed, **position,
@@ -135,16 +136,16 @@ class DataModule(L.LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
         )  # fmt: skip
 
-    def _loader(self, windows: Documents, sampler: DocumentSampler) -> DataLoader[Batch]:
+    def _loader(self, held_out: Documents | None = None) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
         collate = Collate(
             tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
             row_length=self.max_length if self.layout == "packed" else None,
         )  # fmt: skip
         return Loader(
-            windows,  # the collator turns documents into a Batch
+            held_out or self.train_windows,  # the collator turns documents into a Batch
             batch_size=self.batch_size,
-            sampler=sampler,
+            sampler=self._sampler(held_out),
             collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=leave_to_parent,

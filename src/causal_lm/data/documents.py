@@ -157,12 +157,13 @@ class Language(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a source loads: documents ``BOS … EOS`` of both splits, and their tokenizer."""
+    """What a source loads: documents ``BOS … EOS`` of each split, and their tokenizer."""
 
     train: Documents
     val: Documents
     tokenizer: Tokenizer
     language: Language | None = None
+    test: Documents | None = None
 
 
 class Source(Protocol):

@@ -19,7 +19,7 @@ from causal_lm.data.documents import Documents, FileArray
 
 log = logging.getLogger(__name__)
 
-SPLITS, KINDS = ("train", "val"), ("tokens", "offsets", "mask")
+SPLITS, KINDS = ("train", "val", "test"), ("tokens", "offsets", "mask")
 ABOUT = "about.json"  # plain data about a corpus, among it the dtype of its tokens
 CHECKSUMS = "checksums"  # key of ABOUT, see :func:`checksums`
 CHECKED_BLOCKS, BLOCK_BYTES = 256, 1 << 16  # of a file, that its checksum covers at most
@@ -82,16 +82,17 @@ class TokenizedChunk(NamedTuple):
     ids: np.ndarray  # (N,) of the smallest unsigned dtype
     lengths: np.ndarray  # (D,) tokens of each document
     loss_mask: np.ndarray | None  # (N,) bool, False at tokens of a prompt; None: without prompts
-    is_val: np.ndarray  # (D,) bool, which documents are held out for validation
+    splits: np.ndarray  # (D,) index in SPLITS of each document
     ends_mid_document: bool  # the last document goes on in the next chunk
-    hashes: list[bytes]  # (D,) of each document's text, or none at all
+    hashes: list[bytes]  # (D,) of each document's text
+    separate: int | None  # split of data that are held out as a whole; None: of other data
     characters: int  # of the text
     unknown: Counter[str]  # characters or words that the vocabulary lacks, with their number
 
 
 def write_corpus(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[int]:
-    """Write both splits, chunk by chunk, and return the number of documents of each."""
-    documents, tokens_written = [0, 0], [0, 0]
+    """Write the splits, chunk by chunk, and return the number of documents of each."""
+    documents, tokens_written = [0] * len(SPLITS), [0] * len(SPLITS)
     with contextlib.ExitStack() as stack:
         tokens, offsets, masks = (
             [stack.enter_context((folder / f"{split}.{kind}").open("wb")) for split in SPLITS]
@@ -100,18 +101,18 @@ def write_corpus(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> 
         for file in offsets:
             file.write(np.zeros(1, np.int64).tobytes())
         for chunk in chunks:
-            for val in np.unique(chunk.is_val).astype(int):  # the splits that the chunk has
-                in_split = chunk.is_val == val
+            for split in np.unique(chunk.splits).tolist():  # those that the chunk has
+                in_split = chunk.splits == split
                 chosen = np.repeat(in_split, chunk.lengths)
-                tokens[val].write(chunk.ids[chosen].astype(dtype).tobytes())
+                tokens[split].write(chunk.ids[chosen].astype(dtype).tobytes())
                 if chunk.loss_mask is not None:
-                    masks[val].write(chunk.loss_mask[chosen].tobytes())
-                ends = tokens_written[val] + chunk.lengths[in_split].cumsum()
-                tokens_written[val] = int(ends[-1])
+                    masks[split].write(chunk.loss_mask[chosen].tobytes())
+                ends = tokens_written[split] + chunk.lengths[in_split].cumsum()
+                tokens_written[split] = int(ends[-1])
                 if in_split[-1] and chunk.ends_mid_document:
                     ends = ends[:-1]
-                documents[val] += len(ends)
-                offsets[val].write(ends.astype(np.int64).tobytes())
+                documents[split] += len(ends)
+                offsets[split].write(ends.astype(np.int64).tobytes())
     return documents
 
 
@@ -151,7 +152,7 @@ def find_damage(folder: Path) -> str:
         written, found = about.pop(CHECKSUMS), checksums(folder, about)
         if wrong := [name for name in found if written[name] != found[name]]:
             return f"{wrong[0]} is not as it was written"
-        for split, documents in zip(SPLITS, read_corpus(folder)[:2], strict=True):
+        for split, documents in zip(SPLITS, read_corpus(folder)[0], strict=True):
             offsets, starts = documents.offsets, range(0, len(documents), CHECKED_OFFSETS)
             rises = all((offsets[i : i + CHECKED_OFFSETS + 1].diff() > 0).all() for i in starts)
             if not rises or [*offsets[:1], *offsets[-1:]] != [0, len(documents.tokens)]:
@@ -161,12 +162,12 @@ def find_damage(folder: Path) -> str:
         return f"{ABOUT}, or a file that it needs, cannot be read: {error}"
 
 
-def read_corpus(folder: Path) -> tuple[Documents, Documents, dict[str, Any]]:
-    """The training documents, the validation documents, and the data of :data:`ABOUT`."""
+def read_corpus(folder: Path) -> tuple[list[Documents], dict[str, Any]]:
+    """The documents of each of :data:`SPLITS`, and the data of :data:`ABOUT`."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     kinds = tuple(zip(KINDS, (about["dtype"], "int64", "bool"), strict=True))
     splits = []
     for split in SPLITS:
         tokens, offsets, mask = (FileArray(folder / f"{split}.{k}", dtype) for k, dtype in kinds)
         splits.append(Documents(tokens, offsets, mask if len(mask) else None))
-    return splits[0], splits[1], about
+    return splits, about

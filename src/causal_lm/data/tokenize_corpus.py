@@ -13,6 +13,9 @@ from causal_lm.data.token_cache import TokenizedChunk
 from causal_lm.data.tokenizers import TextTokenizer, from_state
 from causal_lm.signals import leave_to_parent
 
+HeldOut = tuple[float, float]  # fractions for validation and testing, by a hash of each document
+TRAIN, VAL, TEST = (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)  # all of them for one split
+
 Segments = tuple[str, ...]  # a document's text: one segment, or a prompt and what follows it
 DocumentPart = tuple[Segments, bool]  # a document, or a part of it, and whether it is the last
 
@@ -22,23 +25,24 @@ class Chunk(NamedTuple):
 
     documents: list[Segments]
     ends_mid_document: bool  # the last document goes on in the next chunk
-    val_fraction: float  # of the documents, by the hash of each text; 0 or 1: none or all
-    first_is_val: bool | None  # whether a first document that began in the chunk before is held out
+    held_out: HeldOut
+    first_split: int | None  # of a first document that began in the chunk before
 
     def hashes(self) -> list[bytes]:
         return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
 
-    def val_mask(self) -> list[bool]:
-        """Which documents are held out for validation."""
-        if self.val_fraction in (0, 1):
-            return [bool(self.val_fraction)] * len(self.documents)
-        limit = int(self.val_fraction * 2**64).to_bytes(8, "big")
-        mask = [digest < limit for digest in self.hashes()]
-        return mask if self.first_is_val is None else [self.first_is_val, *mask[1:]]
+    def splits(self, hashes: list[bytes]) -> list[int]:
+        """The index in ``token_cache.SPLITS`` of each document, by its hash."""
+        val, test = self.held_out
+        if max(val, test) in (0, 1):
+            return [int(val + 2 * test)] * len(hashes)
+        ends = [int(end * 2**64).to_bytes(8, "big") for end in (val, val + test)]
+        splits = [1 if digest < ends[0] else 2 * (digest < ends[1]) for digest in hashes]
+        return splits if self.first_split is None else [self.first_split, *splits[1:]]
 
 
 def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
-    documents, starts_mid_document = len(chunk.documents), chunk.first_is_val is not None
+    documents, starts_mid_document = len(chunk.documents), chunk.first_split is not None
     texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
     lengths = sizes.reshape(documents, -1).sum(axis=1)
@@ -56,10 +60,11 @@ def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
     if len(texts) > documents:  # every document has a prompt, which is no target
         loss_mask = np.ones(len(ids), bool)
         loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
-    is_val = np.array(chunk.val_mask())
-    hashes = chunk.hashes() if chunk.val_fraction in (0, 1) else []  # else equal texts are together
+    hashes = chunk.hashes()
+    splits = np.array(chunk.splits(hashes))
     return TokenizedChunk(
-        ids, lengths, loss_mask, is_val, chunk.ends_mid_document, hashes,
+        ids, lengths, loss_mask, splits, chunk.ends_mid_document, hashes,
+        int(splits[0]) if max(chunk.held_out) == 1 else None,
         sum(map(len, texts)), tokenizer.unknown(texts),
     )  # fmt: skip
 

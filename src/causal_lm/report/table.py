@@ -38,6 +38,9 @@ def run_table(summary: dict[str, Any]) -> str:
         ["validation loss, by the training objective", number(s["val/loss_as_trained"]), "–"],
         ["true validation loss", number(s["val/loss"]), number(s["val/ppl"])],
     ]
+    if s.get("test/loss") is not None:
+        step = f"true test loss, of the weights at step {s['test/step']}"
+        rows.append([step, number(s["test/loss"]), number(s["test/ppl"])])
     if s["floor/loss"] is not None:
         rows.append(["entropy floor of the data", number(s["floor/loss"]), number(s["floor/ppl"])])
     samples = [f"PAD or EOS {percent(s['sample/pad_eos_share'])}",
@@ -89,7 +92,7 @@ def verdict(summary: dict[str, Any]) -> Verdict:
     return Verdict("correct", f"correct: reported {trained:.3f}, true {loss}.")
 
 
-def _common_cells(s: dict[str, Any]) -> list[str]:
+def common_cells(s: dict[str, Any]) -> list[str]:
     """Reported loss, true loss, × floor, legal transitions, PAD or EOS, preflight."""
     audited = "clean" if s.get("preflight/audited") else "not audited"
     return [
@@ -107,14 +110,6 @@ def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
         if s.get("val/loss") is None:
             cells = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - 2)]
         else:
-            cells = [*_common_cells(s), f"{s['seconds/total']:.0f}"]
+            cells = [*common_cells(s), f"{s['seconds/total']:.0f}"]
         rows.append([s["name"], *cells])
     return table(rows)
-
-
-def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """One row per run, for a Markdown page."""
-    head = ["preset", "reported, nats", "true, nats", "× floor's perplexity",
-            "legal transitions", "PAD or EOS generated", "preflight"]  # fmt: skip
-    rows = [[f"`{s['experiment']}`", *_common_cells(s)] for s in summaries]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

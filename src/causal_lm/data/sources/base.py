@@ -17,7 +17,7 @@ from tqdm import tqdm
 from causal_lm.data import token_cache
 from causal_lm.data.documents import Corpus
 from causal_lm.data.subwords import SubwordTokenizer
-from causal_lm.data.tokenize_corpus import Chunk, DocumentPart, Segments, tokenize_chunks
+from causal_lm.data.tokenize_corpus import Chunk, DocumentPart, HeldOut, Segments, tokenize_chunks
 from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 
 log = logging.getLogger(__name__)
@@ -26,21 +26,22 @@ CHUNK_CHARACTERS = 1 << 20  # characters that are tokenized at a time
 BPE_TRAINING_BYTES = 16 << 20  # of a BPE's training text, spread evenly over the training documents
 SINGLE_PROCESS_BYTES = 16 << 20  # below which one process tokenizes: starting more takes a second
 EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks some
-FORMAT = 3  # version of the cached files and of how text is cut; older caches are not read
+FORMAT = 4  # version of the cached files and of how text is cut; older caches are not read
 
 
 @dataclass(kw_only=True)
 class TextSource(abc.ABC):
     """A source of text documents that are tokenized once and cached on disk. A hash of its text
-    decides whether a document is in training or validation, so that equal ones are on one side."""
+    decides in which split a document is, so that equal ones are in the same."""
 
     val_share: float = 0.05  # fraction of documents held out, where there is no validation data
+    test_share: float = 0.0  # the same for testing; 0: there is no test split
     tokenizer: str | TextTokenizer = "bytes"  # or bpe, a path of a tokenizer.json, an object
     vocab_size: int = 2048  # ids of a bpe, PAD, BOS and EOS included
     special_tokens: Mapping[str, str | None] | None = None  # names in a tokenizer.json, by role
     cache_dir: str | None = None  # folder of the tokens; None: token_cache.default_folder()
     num_proc: int | None = None  # processes that tokenize; None: one per core
-    max_overlap: float = 0.5  # fraction of separate validation documents that may be in training
+    max_overlap: float = 0.5  # fraction of separate held out documents that may be elsewhere, too
 
     def __post_init__(self) -> None:
         self.num_proc = self.num_proc or os.cpu_count() or 1
@@ -51,10 +52,14 @@ class TextSource(abc.ABC):
         """Plain data that identifies the texts and how they are read (part of the cache key)."""
 
     @abc.abstractmethod
-    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
-        """All documents in a fixed order, in groups (documents, is_val; None: the hash of each
-        decides), held out ones first, if it is to be found which of them are also in training.
+    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], HeldOut]]:
+        """All documents in a fixed order, in groups (documents, what of them is held out): first
+        those for testing, then those for validation, as an overlap is found with later ones.
         A document is (segments, True), or (part, False) … (last part, True)."""
+
+    def held_out(self, val_data: Any = None, test_data: Any = None) -> HeldOut:
+        """The fractions to hold out of the other documents: none for a split with its own data."""
+        return 0.0 if val_data else self.val_share, 0.0 if test_data else self.test_share
 
     @abc.abstractmethod
     def size(self) -> int:
@@ -62,41 +67,40 @@ class TextSource(abc.ABC):
 
     def load(self) -> Corpus:
         """Tokenize the documents, or read the tokens from the cache. Raises ValueError where a
-        split holds no document, or more than ``max_overlap`` of validation is in training."""
+        split holds no document, or shares more than ``max_overlap`` of them with another."""
         is_bpe = self.tokenizer == "bpe"  # trained only if its tokens are not cached
         tokenizer_key = self.vocab_size if is_bpe else self._given_tokenizer.state()
-        key = [FORMAT, type(self).__name__, self.identity(), self.val_share, tokenizer_key]
+        key = [FORMAT, type(self).__name__, self.identity(), self.held_out(), tokenizer_key]
         cache = Path(self.cache_dir or token_cache.default_folder()).expanduser()
         folder, started = cache / token_cache.fingerprint(key), time.perf_counter()
         token_cache.build_once(folder, self._build, token_cache.find_damage)
-        train, val, about = token_cache.read_corpus(folder)
+        (train, val, test), about = token_cache.read_corpus(folder)
         log.info(f"{about['summary']}; kept in {folder} ({time.perf_counter() - started:.1f} s)")
-        if about["overlap"]:
-            message = f"{about['overlap']:.1%} of the validation documents are also in training"
-            if about["overlap"] > self.max_overlap:
+        for split, overlap in about["overlap"].items():
+            message = f"{overlap:.1%} of the {split} documents are also in another split"
+            if overlap > self.max_overlap:
                 raise ValueError(f"{message}: more than data.max_overlap={self.max_overlap}")
             log.warning(message)
         if about["unknown"]:
             examples = ", ".join(f"{unit!r} ({n:,})" for unit, n in about["unknown"])
             log.warning(f"the tokenizer's vocabulary lacks {examples}; set another data.tokenizer")
-        return Corpus(train, val, from_state(about["tokenizer"]))
+        return Corpus(train, val, from_state(about["tokenizer"]), test=test)
 
     def chunks(self) -> Iterator[Chunk]:
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
-        for parts, is_val in self.parts():
+        for parts, held_out in self.parts():
             documents: list[Segments] = []
-            size, first_is_val = 0, None
-            fraction = self.val_share if is_val is None else float(is_val)
+            size, first_split = 0, None
             for segments, complete in parts:
                 documents.append(segments)
                 size += len(segments[-1])
                 if size >= CHUNK_CHARACTERS or not complete:
-                    chunk = Chunk(documents, not complete, fraction, first_is_val)
-                    first_is_val = None if complete else chunk.val_mask()[-1]
+                    chunk = Chunk(documents, not complete, held_out, first_split)
+                    first_split = None if complete else chunk.splits(chunk.hashes())[-1]
                     yield chunk
                     documents, size = [], 0
             if documents:
-                yield Chunk(documents, False, fraction, first_is_val)
+                yield Chunk(documents, False, held_out, first_split)
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:
@@ -113,28 +117,31 @@ class TextSource(abc.ABC):
         # Sending text to another process costs more than encoding it as bytes.
         single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
         processes = 1 if single else self.num_proc or 1
-        val_hashes, shared, unknown = set[bytes](), set[bytes](), Counter[str]()
+        separate = {1: set[bytes](), 2: set[bytes]()}  # hashes of held out data, by split
+        shared, unknown = {1: set[bytes](), 2: set[bytes]()}, Counter[str]()
         self.skipped.clear()
 
         def observed() -> Iterator[token_cache.TokenizedChunk]:
             for chunk in tokenize_chunks(self.chunks(), state, processes):
                 bar.update(chunk.characters)
                 unknown.update(chunk.unknown)
-                if chunk.is_val[0]:
-                    val_hashes.update(chunk.hashes)
-                else:
-                    shared.update(val_hashes.intersection(chunk.hashes))
+                for split, hashes in separate.items():
+                    if chunk.separate == split:
+                        hashes.update(chunk.hashes)
+                    else:
+                        shared[split].update(hashes.intersection(chunk.hashes))
                 yield chunk
 
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-            train, val = token_cache.write_corpus(folder, observed(), dtype)
-        summary = f"{train:,} documents for training, {val:,} for validation"
+            train, val, test = token_cache.write_corpus(folder, observed(), dtype)
+        summary = f"{train:,} documents for training, {val:,} for validation, {test:,} for testing"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
             hint = "set data.val_path, another data.val_share, or a smaller data.unit"
-            raise ValueError(f"{summary}: both splits need a document; {hint} (line, paragraph)")
+            raise ValueError(f"{summary}: both first need a document; {hint} (line, paragraph)")
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
-                 "overlap": len(shared) / max(len(val_hashes), 1),
+                 "overlap": {token_cache.SPLITS[split]: len(found) / len(separate[split])
+                             for split, found in shared.items() if found},
                  "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
         token_cache.write_about(folder, about)
 
@@ -145,7 +152,7 @@ class TextSource(abc.ABC):
         def texts() -> Iterator[list[str]]:
             for n, chunk in enumerate(self.chunks()):
                 if int((n + 1) * fraction) > int(n * fraction):
-                    pairs = zip(chunk.documents, chunk.val_mask(), strict=True)
-                    yield [text for document, val in pairs if not val for text in document]
+                    pairs = zip(chunk.documents, chunk.splits(chunk.hashes()), strict=True)
+                    yield [text for document, split in pairs if not split for text in document]
 
         return SubwordTokenizer.train(texts(), self.vocab_size)

@@ -11,7 +11,7 @@ from typing import Any
 
 from causal_lm.data import token_cache
 from causal_lm.data.sources.base import TextSource
-from causal_lm.data.tokenize_corpus import DocumentPart
+from causal_lm.data.tokenize_corpus import DocumentPart, HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -63,5 +63,5 @@ class Docstrings(TextSource):
     def size(self) -> int:
         return sum(map(len, self.texts))
 
-    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
-        yield (((text,), True) for text in self.texts), None
+    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], HeldOut]]:
+        yield (((text,), True) for text in self.texts), self.held_out()

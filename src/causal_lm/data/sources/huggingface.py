@@ -10,7 +10,7 @@ from causal_lm.data.documents import Corpus
 from causal_lm.data.sources.file_io import text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
 from causal_lm.data.token_cache import file_identity
-from causal_lm.data.tokenize_corpus import DocumentPart
+from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut
 
 BATCH_ROWS = 256  # rows that are taken from a data set's memory map at a time
 
@@ -28,19 +28,23 @@ class HuggingFaceDataset(FileReader):
     split: str = "train"
     val_split: str | None = None  # split to validate on; None: val_share of the documents
     val_path: str | None = None  # another data set to validate on: its val_split, or else split
+    test_split: str | None = None  # the same for testing
+    test_path: str | None = None
 
     TXT_UNIT = "line"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.splits: list[tuple[str, str, bool | None]] = [(self.path, self.split, None)]
-        """Path, split, and whether it is held out (None: some of its documents are)."""
-        if self.val_split or self.val_path:
-            val = (self.val_path or self.path, self.val_split or self.split, True)
-            self.splits = [val, (self.path, self.split, False)]
-        if self.val_split and not self.val_path and _local(self.path).is_file():
-            what = f"{self.path} is a file and has no splits; set data.val_path"
-            raise ValueError(f"data.val_split={self.val_split}: {what}")
+        val, test = (self.val_split, self.val_path), (self.test_split, self.test_path)
+        self.splits: list[tuple[str, str, HeldOut]] = []
+        """Path, split, and what of it is held out."""
+        for name, (split, path), held_out in (("test", test, TEST), ("val", val, VAL)):
+            if split or path:
+                self.splits.append((path or self.path, split or self.split, held_out))
+            if split and not path and _local(self.path).is_file():
+                what = f"{self.path} is a file and has no splits; set data.{name}_path"
+                raise ValueError(f"data.{name}_split={split}: {what}")
+        self.splits.append((self.path, self.split, self.held_out(any(val), any(test))))
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Corpus:
@@ -67,13 +71,13 @@ class HuggingFaceDataset(FileReader):
             total += text_size(local) if local.is_file() else self._dataset(path, split).data.nbytes
         return total
 
-    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], bool | None]]:
-        for path, split, val in self.splits:
+    def parts(self) -> Iterator[tuple[Iterable[DocumentPart], HeldOut]]:
+        for path, split, held_out in self.splits:
             if _local(path).is_file():
-                yield self.documents(_local(path)), val
+                yield self.documents(_local(path)), held_out
             else:
                 batches = self._dataset(path, split).with_format("arrow").iter(BATCH_ROWS)
-                yield self.records(arrow_rows(f"{path} (split {split})", batches)), val
+                yield self.records(arrow_rows(f"{path} (split {split})", batches)), held_out
 
     def _dataset(self, path: str, split: str) -> Any:
         """A split, cached: its columns ``fields``, or all columns where one of these is missing."""

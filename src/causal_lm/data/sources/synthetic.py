@@ -79,21 +79,22 @@ class SyntheticLanguage:
     train_documents: int
     val_documents: int  # drawn by a generator of their own
     seed: int
+    test_documents: int = 0  # the same; 0: there is no test split
     copies: int = 1  # how often the symbol sequence of each document is repeated
     copies_after: int = 0  # number of unrepeated training documents that come first
 
     def load(self) -> Corpus:
-        sizes = (self.train_documents, self.val_documents)
-        generators = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(2)]
+        sizes = (self.train_documents, self.val_documents, self.test_documents)
+        generators = [torch.Generator().manual_seed(self.seed + 1 + i) for i in range(3)]
         tokenizer, language = SymbolTokenizer(self.symbols), self._language(copies=1)
         if self.copies == 1:
-            train, val = map(language.sample, sizes, generators)
-            return Corpus(train, val, tokenizer, language)
+            train, val, test = map(language.sample, sizes, generators)
+            return Corpus(train, val, tokenizer, language, test)
         plain = language.sample(self.copies_after, generators[0])
-        train, val = map(self._sample_repeated, sizes, generators)
+        train, val, test = map(self._sample_repeated, sizes, generators)
         tokens = torch.cat([plain.tokens[:], train.tokens[:]])
         offsets = torch.cat([plain.offsets[:-1], train.offsets[:] + len(plain.tokens)])
-        return Corpus(Documents(tokens, offsets), val, tokenizer)
+        return Corpus(Documents(tokens, offsets), val, tokenizer, test=test)
 
     def _language(self, copies: int) -> MarkovLanguage:
         longest = (self.max_length - 2) // copies
