@@ -129,6 +129,8 @@ def job(cfg: DictConfig) -> float:
     warnings.filterwarnings("ignore", module="lightning")
     try:
         validate(cfg)  # the user's own main configuration may lack ValidateConfig
+        if OmegaConf.select(cfg, "extras.print_config") and is_rank_zero():
+            print(OmegaConf.to_yaml(cfg, resolve=True))
         if is_sweep and cfg.trainer.devices != 1:
             loss = _run_in_subprocess(hydra_cfg, directory)["val/loss"]
         else:

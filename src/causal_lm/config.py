@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ UNRESOLVED = object()  # a value that depends on the node ``hydra``, before the 
 RENAMED = {  # old name -> new name, of keys and of a checkpoint file; for one more version
     "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
     "steady.ckpt": "stable.ckpt",
+}  # fmt: skip
+ADDED_GROUPS = ("callbacks", "logger", "debug", "hparams_search")  # their default is no option
+LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an extra of that name
+    "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",
+    "TrackioLogger": "trackio", "CometLogger": "comet_ml",
 }  # fmt: skip
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -98,8 +104,16 @@ def new_name(name: str) -> str:
 
 
 def rename_overrides(overrides: Iterable[str]) -> list[str]:
-    """The same overrides with the new names of their keys."""
-    return [re.sub("[^+~=]+", lambda key: new_name(key[0]), word, count=1) for word in overrides]
+    """The same overrides with the new names of their keys, and ``+callbacks=…`` without its plus,
+    which Hydra refuses. Raises :class:`ConfigError` where one of :data:`ADDED_GROUPS` is repeated,
+    as Hydra would silently use the last one."""
+    plus = rf"^\+(?=({'|'.join(ADDED_GROUPS)})=)"
+    words = [re.sub(plus, "", word) for word in overrides]
+    for group in ADDED_GROUPS:
+        options = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
+        if len(options) > 1:
+            raise ConfigError(f"{group} is given twice: write '{group}=[{','.join(options)}]'")
+    return [re.sub("[^+~=]+", lambda key: new_name(key[0]), word, count=1) for word in words]
 
 
 def rename_file(path: str | Path) -> Path:
@@ -129,16 +143,22 @@ def _explain(error: Exception) -> str:
         wrong = f"{error.override!r} cannot be read: write key=value, as in experiment=fix"
         quote = "quote a value that holds =, spaces or brackets"
         return f"{wrong}; {quote}, as in 'ckpt_path=\"a=b/last.ckpt\"'"
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        options = [name for name in error.options if not name.startswith("_")]
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [name for name in error.options or () if not name.startswith("_")]
+        if not options:
+            return f"there is no group {group!r}; valid groups: {', '.join(group_names())}"
         guess = _did_you_mean(option, options)
         return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
     if isinstance(cause, errors.ConfigKeyError | errors.ConfigAttributeError):
         parent = cause.parent_node
         siblings = list(parent) if isinstance(parent, DictConfig) else []
         root: Any = OmegaConf.to_container(parent._get_root(), resolve=False) if siblings else {}
-        return unknown_key(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
+        key = str(cause.full_key)
+        message = unknown_key(key, siblings, [name for name, _ in leaves(root)])
+        if key.startswith("trainer."):
+            message += f"; any other argument of lightning.Trainer is added: +{key}=…"
+        return message
     if isinstance(cause, errors.OmegaConfBaseException):
         error = cause
     if isinstance(error, errors.OmegaConfBaseException) and error.full_key:
@@ -146,15 +166,22 @@ def _explain(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def group_names() -> list[str]:
+    """The groups of which the command line can choose an option."""
+    return sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and p.name != "hydra")
+
+
 def unknown_key(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
     """The message for an unknown key: the likely one, and the valid keys in its place."""
     parent, _, last = key.rpartition(".")
-    guess = _did_you_mean(last, siblings, f"{parent}." if parent else "")
+    groups = [] if parent else group_names()
+    guess = _did_you_mean(last, [*siblings, *groups], f"{parent}." if parent else "")
     same = [other for other in others if other.endswith(f".{last}")]  # in another group
     if same and not guess:
         guess = f"; did you mean {same[0]!r}?"
-    names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra"))
-    return f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
+    names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra", *groups))
+    message = f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
+    return f"{message}; valid groups: {', '.join(groups)}" if groups else message
 
 
 def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
@@ -179,6 +206,8 @@ def validate(cfg: DictConfig) -> None:
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
+    _check_additions(values)
+    _check_additions(values)
     ours = _values_to_check(values)
     check_values(ours)
     _check_combinations(ours)
@@ -210,7 +239,7 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
     foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")} - {"trainer"}
-    groups = sorted({key.partition(".")[0].rstrip("*") for key in RULES})
+    groups = sorted({"logger", *(key.partition(".")[0].rstrip("*") for key in RULES)} - {""})
     ours = {}
     for key, value in values.items():
         group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
@@ -225,12 +254,30 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
         elif group not in groups:  # the user's own, unless it is a misspelled one of ours
             if _did_you_mean(group, groups):
                 raise ConfigError(unknown_key(group, groups))
-        elif group == "callbacks" and parent != "callbacks.checkpoint":
-            continue  # the user's own, which are checked when they are built
+        elif group in ("callbacks", "logger") and parent != "callbacks.checkpoint":
+            continue  # they are checked when they are built
         elif not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
             raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
     return ours
+
+
+def _check_additions(values: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` for a callback or logger that names no class, or whose package is
+    not installed."""
+    for key, value in values.items():
+        node = ".".join(key.split(".")[:2])
+        if not node.startswith(("callbacks.", "logger.")) or node == "callbacks.checkpoint":
+            continue
+        target = values.get(f"{node}._target_")
+        if target is None and value is not None:
+            choose = f"choose it with {node.replace('.', '=')}, or name a class there"
+            raise ConfigError(f"{node} has no _target_: {choose}")
+        if package := LOGGER_PACKAGES.get(str(target).rpartition(".")[2]):
+            found = find_spec(package)
+            if found is None or found.origin is None:  # no origin: a folder of that name
+                install = f"pip install -e '.[{package.removesuffix('_ml')}]'"
+                raise ConfigError(f"{node} needs {package}, which is not installed: {install}")
 
 
 def check_values(values: Mapping[str, Any]) -> None:

@@ -61,6 +61,8 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     """
     with RunDir(directory) as run_dir:
         cfg = cfg.copy()
+        if "paths" in cfg and OmegaConf.is_interpolation(cfg.paths, "output_dir"):
+            cfg.paths.output_dir = str(directory)  # also where no Hydra job says it
         if cfg.ckpt_path == "auto":
             earlier = run_dir.finished_summary(cfg.trainer.max_steps)
             cfg.ckpt_path = run_dir.latest_checkpoint()
