@@ -137,13 +137,25 @@ def job(cfg: DictConfig) -> float:
             from causal_lm.fit import run  # loads torch and lightning
 
             loss = run(cfg, directory)["val/loss"]
+        _finish_experiments(0)
         return math.nan if loss is None else loss  # None: stopped before the first evaluation
     except Exception as error:
         log.debug("the run failed", exc_info=True)
+        _finish_experiments(1)
         if not is_sweep:
             raise _BypassHydraError from error
         log.error(f"error: {describe(error)}")
         return math.nan
+
+
+def _finish_experiments(exit_code: int) -> None:
+    """End what the loggers began, so that the next job of a sweep begins an experiment of its own;
+    neither package is imported for that."""
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish(exit_code)
+    if trackio := sys.modules.get("trackio"):
+        with contextlib.suppress(RuntimeError):  # nothing was begun
+            trackio.finish()
 
 
 def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from causal_lm import build
 from causal_lm.callbacks import checkpoint
 from causal_lm.callbacks.checkpoint import CheckpointMetadata, EvalCheckpoint, StepCheckpoint
 from causal_lm.callbacks.gradient_report import GradientReport
+from causal_lm.callbacks.loggers import RunFiles
 from causal_lm.callbacks.preflight import make_preflight
 from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.run_statistics import RunStatistics
@@ -119,7 +120,9 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stable = EvalCheckpoint(run_dir.checkpoints / "stable.ckpt", "writing/repetition_spread")
     options = OmegaConf.select(cfg, "callbacks.checkpoint") or {}
     stop.checkpoint = last = StepCheckpoint(run_dir.checkpoints / "last.ckpt", **options)
+    to_loggers = RunFiles(run_dir.path, metadata.config, preflight)
     callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last]
+    callbacks.append(to_loggers)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
@@ -157,6 +160,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         summary |= checkpoint.figures(best, stable)
         stop.at_once = True  # the checkpoints are written
         summary |= final_samples(module, corpus, run_dir.path, **final)
+        to_loggers.send(trainer, "final_samples", "samples.txt")
     ratio = summary["val/ppl_over_floor"]
     if ratio is not None and ratio < LEAKS_BELOW:
         below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"
