@@ -127,6 +127,7 @@ def job(cfg: DictConfig) -> float:
     is_sweep, directory = hydra_cfg.mode == RunMode.MULTIRUN, Path(hydra_cfg.runtime.output_dir)
     # Silence Lightning's advice on workers and existing checkpoint folders.
     warnings.filterwarnings("ignore", module="lightning")
+    exit_code = 1
     try:
         validate(cfg)  # the user's own main configuration may lack ValidateConfig
         if OmegaConf.select(cfg, "extras.print_config") and is_rank_zero():
@@ -137,25 +138,17 @@ def job(cfg: DictConfig) -> float:
             from causal_lm.fit import run  # loads torch and lightning
 
             loss = run(cfg, directory)["val/loss"]
-        _finish_experiments(0)
+        exit_code = 0
         return math.nan if loss is None else loss  # None: stopped before the first evaluation
     except Exception as error:
         log.debug("the run failed", exc_info=True)
-        _finish_experiments(1)
         if not is_sweep:
             raise _BypassHydraError from error
         log.error(f"error: {describe(error)}")
         return math.nan
-
-
-def _finish_experiments(exit_code: int) -> None:
-    """End what the loggers began, so that the next job of a sweep begins an experiment of its own;
-    neither package is imported for that."""
-    if wandb := sys.modules.get("wandb"):
-        wandb.finish(exit_code)
-    if trackio := sys.modules.get("trackio"):
-        with contextlib.suppress(RuntimeError):  # nothing was begun
-            trackio.finish()
+    finally:
+        if wandb := sys.modules.get("wandb"):  # the next job of a sweep begins a run of its own
+            wandb.finish(exit_code)
 
 
 def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:

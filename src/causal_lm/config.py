@@ -26,6 +26,7 @@ from causal_lm.schema import RULES, is_float16, rule_of
 log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+GROUPS = sorted(path.name for path in CONFIG_DIR.glob("*/") if path.name != "hydra")
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
 SIMILAR = 0.75  # of difflib: from here on, a key is suggested in place of an unknown one
 
@@ -147,18 +148,14 @@ def _explain(error: Exception) -> str:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [name for name in error.options or () if not name.startswith("_")]
         if not options:
-            return f"there is no group {group!r}; valid groups: {', '.join(group_names())}"
+            return f"there is no group {group!r}; valid groups: {', '.join(GROUPS)}"
         guess = _did_you_mean(option, options)
         return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
     if isinstance(cause, errors.ConfigKeyError | errors.ConfigAttributeError):
         parent = cause.parent_node
         siblings = list(parent) if isinstance(parent, DictConfig) else []
         root: Any = OmegaConf.to_container(parent._get_root(), resolve=False) if siblings else {}
-        key = str(cause.full_key)
-        message = unknown_key(key, siblings, [name for name, _ in leaves(root)])
-        if key.startswith("trainer."):
-            message += f"; any other argument of lightning.Trainer is added: +{key}=…"
-        return message
+        return unknown_key(str(cause.full_key), siblings, [key for key, _ in leaves(root)])
     if isinstance(cause, errors.OmegaConfBaseException):
         error = cause
     if isinstance(error, errors.OmegaConfBaseException) and error.full_key:
@@ -166,22 +163,18 @@ def _explain(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def group_names() -> list[str]:
-    """The groups of which the command line can choose an option."""
-    return sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and p.name != "hydra")
-
-
 def unknown_key(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
     """The message for an unknown key: the likely one, and the valid keys in its place."""
     parent, _, last = key.rpartition(".")
-    groups = [] if parent else group_names()
+    groups = [] if parent else GROUPS
     guess = _did_you_mean(last, [*siblings, *groups], f"{parent}." if parent else "")
     same = [other for other in others if other.endswith(f".{last}")]  # in another group
     if same and not guess:
         guess = f"; did you mean {same[0]!r}?"
     names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra", *groups))
     message = f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
-    return f"{message}; valid groups: {', '.join(groups)}" if groups else message
+    more = f"; other arguments of lightning.Trainer are added: +{key}=…" * (parent == "trainer")
+    return f"{message}; valid groups: {', '.join(groups)}" if groups else message + more
 
 
 def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
@@ -206,8 +199,6 @@ def validate(cfg: DictConfig) -> None:
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
-    _check_additions(values)
-    _check_additions(values)
     ours = _values_to_check(values)
     check_values(ours)
     _check_combinations(ours)
@@ -245,6 +236,10 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
         group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
         owner = max((t for t in targets if key.startswith(f"{t}.")), key=len, default="")
         has_rule = owner not in foreign and (rule_of(key) or parent in RULES)
+        package = LOGGER_PACKAGES.get(str(value).rpartition(".")[2])
+        if package and not getattr(find_spec(package), "origin", None):  # no package, or a folder
+            install = f"pip install -e '.[{package.removesuffix('_ml')}]'"
+            raise ConfigError(f"{key}={value} needs {package}, which is not installed: {install}")
         if value is not UNRESOLVED and (has_rule or name in HYDRA_KEYS):
             ours[key] = value
         elif value is UNRESOLVED or owner in foreign or group == "trainer":
@@ -255,29 +250,12 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
             if _did_you_mean(group, groups):
                 raise ConfigError(unknown_key(group, groups))
         elif group in ("callbacks", "logger") and parent != "callbacks.checkpoint":
-            continue  # they are checked when they are built
+            if not owner and "." in parent:  # others are checked when they are built
+                raise ConfigError(f"{parent} has no _target_: choose {parent.replace('.', '=')}")
         elif not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
             raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
     return ours
-
-
-def _check_additions(values: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` for a callback or logger that names no class, or whose package is
-    not installed."""
-    for key, value in values.items():
-        node = ".".join(key.split(".")[:2])
-        if not node.startswith(("callbacks.", "logger.")) or node == "callbacks.checkpoint":
-            continue
-        target = values.get(f"{node}._target_")
-        if target is None and value is not None:
-            choose = f"choose it with {node.replace('.', '=')}, or name a class there"
-            raise ConfigError(f"{node} has no _target_: {choose}")
-        if package := LOGGER_PACKAGES.get(str(target).rpartition(".")[2]):
-            found = find_spec(package)
-            if found is None or found.origin is None:  # no origin: a folder of that name
-                install = f"pip install -e '.[{package.removesuffix('_ml')}]'"
-                raise ConfigError(f"{node} needs {package}, which is not installed: {install}")
 
 
 def check_values(values: Mapping[str, Any]) -> None:

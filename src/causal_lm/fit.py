@@ -120,9 +120,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stable = EvalCheckpoint(run_dir.checkpoints / "stable.ckpt", "writing/repetition_spread")
     options = OmegaConf.select(cfg, "callbacks.checkpoint") or {}
     stop.checkpoint = last = StepCheckpoint(run_dir.checkpoints / "last.ckpt", **options)
-    to_loggers = RunFiles(run_dir.path, metadata.config, preflight)
-    callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last]
-    callbacks.append(to_loggers)
+    files = RunFiles(run_dir.path, metadata.config)
+    callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last, files]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
@@ -160,7 +159,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
         summary |= checkpoint.figures(best, stable)
         stop.at_once = True  # the checkpoints are written
         summary |= final_samples(module, corpus, run_dir.path, **final)
-        to_loggers.send(trainer, "final_samples", "samples.txt")
+        files.send(trainer)
     ratio = summary["val/ppl_over_floor"]
     if ratio is not None and ratio < LEAKS_BELOW:
         below = f"the validation perplexity is {ratio:.3f}× that of the entropy floor"

@@ -1,140 +1,95 @@
-"""What loggers get besides metrics: hyperparameters, samples, the preflight page; and trackio's."""
+"""What loggers get besides metrics, and a logger for trackio."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import (
-    CometLogger,
-    Logger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
+from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
 
 from causal_lm import extras
-from causal_lm.callbacks.preflight import Preflight
-from causal_lm.metrics_csv import MetricsCSV
 from causal_lm.report.files import sample_files
 
 
 class RunFiles(L.Callback):
-    """Sends the loggers the configuration at the start of the fit, and files of the run as they are
-    written: ``preflight.html`` after the preflight, the samples after each evaluation.
+    """Sends the loggers the configuration, ``preflight.html`` and the samples of a run.
 
     Args:
         directory: of the run.
         config: plain values, the hyperparameters.
-        preflight: the callback of the run, which comes before this one.
     """
 
-    def __init__(self, directory: Path, config: Any, preflight: Preflight) -> None:
-        self.directory, self.config, self.preflight = directory, config, preflight
-        self.sent, self.with_table = set[Path](), list[Logger]()
+    def __init__(self, directory: Path, config: Any) -> None:
+        self.directory, self.config, self.sent = directory, config, set[Path]()
 
     def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
-        for logger in _others(trainer):
-            logger.log_hyperparams(self.config)
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if not self.sent and self.preflight.report:
-            self.send(trainer, "preflight", "preflight.html", self.preflight.report.summary())
-
-    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
-        self.on_train_batch_start(trainer)  # a fault may have ended the run
+        for logger in trainer.loggers:
+            # TensorBoard's table of hyperparameters names a metric; it has no value yet.
+            is_table = isinstance(logger, loggers.TensorBoardLogger)
+            metrics: Any = {"metrics": {"val/loss": {}}} if is_table else {}
+            logger.log_hyperparams(self.config, **metrics)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        for entry in sample_files(self.directory)[-1:]:
-            self.send(trainer, "samples", str(entry[1]))
-        loss, step = trainer.callback_metrics.get("val/loss"), trainer.global_step - 1
-        for logger in _others(trainer) if loss is not None else ():
-            if isinstance(logger, TensorBoardLogger) and logger not in self.with_table:
-                self.with_table.append(logger)  # of hyperparameters, which needs a metric
-                logger.log_hyperparams(self.config, {"val/loss": float(loss)}, step)
+        self.send(trainer)
 
-    def send(self, trainer: L.Trainer, name: str, file: str, text: str = "") -> None:
-        """Send a file of the run once; ``text`` stands in where a logger cannot show the file."""
-        path = self.directory / file
-        if path in self.sent or not trainer.is_global_zero or not path.exists():
-            return
-        self.sent.add(path)
-        for logger in _others(trainer):
-            send_file(logger, name, path, text, trainer.global_step)
-            logger.save()
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        self.send(trainer)  # the preflight may have ended the run
 
-
-def _others(trainer: L.Trainer) -> list[Any]:
-    """The loggers besides ``metrics.csv``, whose directory has all files."""
-    return [logger for logger in trainer.loggers if not isinstance(logger, MetricsCSV)]
+    def send(self, trainer: L.Trainer) -> None:
+        """Send the files that were written since the last call."""
+        names = {path: "samples" for _, path in sample_files(self.directory)[-1:]}
+        names[self.directory / "preflight.html"] = "preflight"
+        names[self.directory / "samples.txt"] = "final_samples"
+        for path in names if trainer.is_global_zero else ():
+            if path.exists() and path not in self.sent:
+                self.sent.add(path)
+                for logger in trainer.loggers:
+                    send_file(logger, names[path], path, trainer.global_step)
+                    logger.save()
 
 
-def send_file(logger: Any, name: str, path: Path, text: str, step: int) -> None:
-    """Send a text or an HTML page by the logger's own way; one without any gets nothing.
-
-    A logger of your own gets it if it has a method ``log_file(name, path, step)``.
-    """
-    text = text or path.read_text(encoding="utf-8")
+def send_file(logger: Any, name: str, path: Path, step: int) -> None:
+    """Send a text or an HTML page by the logger's own way; one of your own gets it if it has a
+    method ``log_file(name, path, step)``."""
+    text, is_page = path.read_text(encoding="utf-8"), path.suffix == ".html"
     match logger:
-        case TensorBoardLogger():
-            logger.experiment.add_text(name, f"```\n{text}\n```", step)
-        case WandbLogger() if path.suffix == ".html":
-            html = extras.load("wandb", "wandb").Html(path.read_text(encoding="utf-8"))
-            logger.log_metrics({name: html}, step)
-        case WandbLogger():
-            logger.log_text(name, ["step", "text"], [[str(step), text]], step=step)
-        case MLFlowLogger():
+        case loggers.TensorBoardLogger():  # it shows no pages
+            shown = path.with_suffix(".json").read_text(encoding="utf-8") if is_page else text
+            logger.experiment.add_text(name, f"```\n{shown}\n```", step)
+        case loggers.WandbLogger():
+            wandb = extras.load("wandb", "wandb")
+            value = wandb.Html(text) if is_page else wandb.Table(["text"], [[text]])
+            logger.log_metrics({name: value}, step)
+        case loggers.MLFlowLogger():
             logger.experiment.log_artifact(logger.run_id, str(path), name)
-        case CometLogger():
-            logger.experiment.log_asset(str(path), path.name, step=step)
+        case TrackioLogger() if is_page:
+            logger.experiment.log_artifact(str(path), name, "report")
+        case TrackioLogger():
+            markdown = extras.load("trackio", "trackio").Markdown(f"```\n{text}\n```")
+            logger.log_metrics({name: markdown}, step)
         case _ if hasattr(logger, "log_file"):
             logger.log_file(name, path, step)
 
 
-class TrackioLogger(Logger):
-    """Logs to `trackio <https://huggingface.co/docs/trackio>`_, on this machine unless told
-    otherwise.
+class TrackioLogger(loggers.Logger):
+    """Logs to `trackio <https://huggingface.co/docs/trackio>`_; ``options`` of ``trackio.init``."""
 
-    Args:
-        project: the name under which ``trackio show`` lists the run.
-        options: of ``trackio.init``, such as ``name``, ``group`` or ``space_id``.
-    """
+    name = version = "trackio"
 
-    def __init__(self, project: str, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.trackio: Any = extras.load("trackio", "trackio")
-        self.project, self.options = project, {"embed": False} | options
-        self._run: Any = None
+        self.options = options
 
-    @property
-    @rank_zero_experiment
+    @cached_property
     def experiment(self) -> Any:
-        """The run of trackio, which begins with the first call."""
-        self._run = self._run or self.trackio.init(self.project, **self.options)
-        return self._run
-
-    @property
-    def name(self) -> str:
-        return self.project
-
-    @property
-    def version(self) -> str | None:
-        return self._run and self._run.name
+        """The run of trackio, which begins when something is first logged."""
+        return extras.load("trackio", "trackio").init(**self.options)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.experiment.config |= self.trackio.utils.to_json_safe(params)
+        self.experiment.config.update(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.experiment.log(dict(metrics), step=step)
-
-    @rank_zero_only
-    def log_file(self, name: str, path: Path, step: int) -> None:
-        """A page as an artifact; a text as Markdown, at its step."""
-        if path.suffix == ".html":
-            self.experiment.log_artifact(str(path), name=name, type="report")
-        else:
-            text = f"```\n{path.read_text(encoding='utf-8')}\n```"
-            self.experiment.log({name: self.trackio.Markdown(text)}, step=step)
+        self.experiment.log(metrics, step=step)
