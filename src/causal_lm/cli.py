@@ -113,7 +113,8 @@ class ValidateConfig(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = config.hydra.overrides
         axes = OmegaConf.select(config, "hydra.sweeper.params") or {}
-        overrides = [*given.hydra, *given.task, *(f"{key}={axis}" for key, axis in axes.items())]
+        # The command line comes last, as it overrides the sweeper's own axes.
+        overrides = [*(f"{key}={axis}" for key, axis in axes.items()), *given.hydra, *given.task]
         with _bypass_hydra():
             validate_sweep(overrides, config.hydra.job.config_name)
 
