@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import json
 import re
 import shlex
 import shutil
@@ -11,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from causal_lm import config
+from causal_lm.fit import run
 from support import ROOT, command
 from support.runs import SHORT, short_run
 
@@ -155,11 +155,19 @@ def test_callbacks_of_lightning_act(tmp_path, caplog):
 @pytest.mark.parametrize("name", DEBUG)
 def test_a_debug_option_runs(name, tmp_path):
     words = [word for word in SHORT if not word.startswith(("trainer.max", "trainer.val"))]
-    done = command("train.py", *words, f"debug={name}", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = run(config.load([*words, f"debug={name}"]), tmp_path)
     steps = {"fast_dev_run": 1, "limit": 20, "overfit": 200, "profiler": 50}
     assert (summary["status"], summary["steps"]) == ("finished", steps[name])
     assert (tmp_path / "fit-profile.txt").exists() == (name == "profiler")
     if name == "overfit":
         assert summary["train/loss"] < summary["floor/loss"] < summary["val/loss"]
+
+
+@pytest.mark.slow
+def test_a_job_of_two_ranks_does_not_repeat_the_search(tmp_path):
+    words = ["hparams_search=grid", "optimizer.lr=1e-3", "optimizer.weight_decay=0.0"]
+    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    done = command("train.py", *SHORT, *words, *ranks, f"hydra.sweep.dir={tmp_path}", timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["0_fix"]
+    assert done.stdout.count("run    train/loss") == 1
