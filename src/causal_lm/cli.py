@@ -160,8 +160,8 @@ def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
     """
     command = [sys.executable, sys.argv[0], f"--config-name={hydra_cfg.job.config_name}"]
     sources = hydra_cfg.runtime.config_sources
-    command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
     command.append("hydra.mode=RUN")  # a configuration may say MULTIRUN
+    command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
     command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{directory}'"]
     claim_directory(directory, ignored=HYDRA_FILES)
     path = directory / "summary.json"

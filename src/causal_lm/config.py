@@ -26,7 +26,6 @@ from causal_lm.schema import RULES, is_float16, rule_of
 log = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-GROUPS = sorted(path.name for path in CONFIG_DIR.glob("*/") if path.name != "hydra")
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
 SIMILAR = 0.75  # of difflib: from here on, a key is suggested in place of an unknown one
 
@@ -45,6 +44,7 @@ RENAMED = {  # old name -> new name, of keys and of a checkpoint file; for one m
     "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
     "steady.ckpt": "stable.ckpt",
 }  # fmt: skip
+GROUPS = sorted(path.name for path in CONFIG_DIR.glob("*/") if path.name != "hydra")
 ADDED_GROUPS = ("callbacks", "logger", "debug", "hparams_search")  # their default is no option
 LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an extra of that name
     "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",

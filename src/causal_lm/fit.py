@@ -107,8 +107,7 @@ def _run_with_summary(cfg: DictConfig, run_dir: RunDir) -> dict[str, Any]:
 
 def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAfterStep) -> None:
     """Fill ``summary`` as the run proceeds, so that a failed run keeps what is known."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips
-    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     data, corpus, module = build.prepare(cfg)
     metadata, step = _prepare(cfg, run_dir, corpus, module)
     summary["steps"] = step

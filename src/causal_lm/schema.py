@@ -81,7 +81,7 @@ STRATEGY = matching(
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (STRING, "experiment data.split data.field paths.log_dir paths.output_dir"),
     (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
-        data.val_split data.prompt_field model.init_from paths.*"""),
+        data.val_split data.prompt_field model.init_from"""),
     (BOOLEAN, """data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
         model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
@@ -146,7 +146,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
             "bf16"), "trainer.precision"),
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
     (one_of(None), "trainer.check_val_every_n_epoch"),
-    (ANY, "model.config.* model.decoder.*"),
+    (ANY, "model.config.* model.decoder.* paths.*"),
     (matching(r"\w+(\.\w+)+", "the dotted name of a class or function"), "*._target_"),
     (BOOLEAN, "*._partial_"),
     (STRATEGY, "trainer.strategy"),
