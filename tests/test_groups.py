@@ -137,9 +137,8 @@ def test_a_search_runs_every_combination(tmp_path):
     assert done.stdout.count("print_config: true") == 4
 
 
-@pytest.mark.slow
+@pytest.mark.extras
 def test_callbacks_of_lightning_act(tmp_path, caplog):
-    pytest.importorskip("psutil")
     names = ["model_summary", "ema", "learning_rate_monitor", "device_stats"]
     with caplog.at_level("INFO"):
         summary = short_run(tmp_path, f"callbacks=[{','.join(names)}]", "data.batch_size=8")
