@@ -55,6 +55,10 @@ REFUSED = [  # an override, and what the error must name: the key, the value, th
     ("optimizer.lr=${nope}", "optimizer.lr", "'nope'"),
     ("data=_base", "data.source"),
     ("experiment=fix,bug", "experiment=fix,bug", "--multirun"),
+    ("logger=tensorbord", "logger=tensorbord", "mean 'tensorboard'", "wandb"),
+    ("callback=early_stopping", "'callback'", "mean 'callbacks'", "valid groups"),
+    ("trainer.max_epoch=3", "'trainer.max_epoch'", "mean 'trainer.max_epochs'"),
+    ("tags=[a]", "'tags'", "mean 'extras.tags'", "valid groups"),
 ]
 
 

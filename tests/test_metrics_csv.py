@@ -203,8 +203,3 @@ def test_a_logger_of_ones_own_is_added_to_ours(tmp_path):
         (int(row["step"]), float(row["train/loss"])) for row in ours if row["train/loss"]
     ]
     assert len(ours) >= 4
-
-
-def test_hyperparameters_are_written(tmp_path):
-    MetricsCSV(tmp_path, 0).log_hyperparams({"width": 16})
-    assert (tmp_path / "hparams.yaml").read_text() == "width: 16\n"

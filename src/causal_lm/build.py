@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 import math
 import os
 import pkgutil
@@ -163,6 +164,8 @@ def make_trainer(
     cfg: DictConfig, callbacks: Iterable[Any], logger: Iterable[Any] = (), **more: Any
 ) -> L.Trainer:
     """Lightning's Trainer with these callbacks and loggers, and those of the configuration."""
+    # Lightning's tips stay out of the log, but not the table of callbacks=model_summary.
+    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
     for group in (cfg, cfg.trainer):
         callbacks = [*callbacks, *instantiate_all(group.get("callbacks"))]
         node = group.get("logger")

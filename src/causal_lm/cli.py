@@ -113,7 +113,8 @@ class ValidateConfig(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         given = config.hydra.overrides
         axes = OmegaConf.select(config, "hydra.sweeper.params") or {}
-        overrides = [*given.hydra, *given.task, *(f"{key}={axis}" for key, axis in axes.items())]
+        # The command line comes last, as it overrides the sweeper's own axes.
+        overrides = [*(f"{key}={axis}" for key, axis in axes.items()), *given.hydra, *given.task]
         with _bypass_hydra():
             validate_sweep(overrides, config.hydra.job.config_name)
 
@@ -127,14 +128,18 @@ def job(cfg: DictConfig) -> float:
     is_sweep, directory = hydra_cfg.mode == RunMode.MULTIRUN, Path(hydra_cfg.runtime.output_dir)
     # Silence Lightning's advice on workers and existing checkpoint folders.
     warnings.filterwarnings("ignore", module="lightning")
+    exit_code = 1
     try:
         validate(cfg)  # the user's own main configuration may lack ValidateConfig
+        if OmegaConf.select(cfg, "extras.print_config") and is_rank_zero():
+            print(OmegaConf.to_yaml(cfg, resolve=True))
         if is_sweep and cfg.trainer.devices != 1:
             loss = _run_in_subprocess(hydra_cfg, directory)["val/loss"]
         else:
             from causal_lm.fit import run  # loads torch and lightning
 
             loss = run(cfg, directory)["val/loss"]
+        exit_code = 0
         return math.nan if loss is None else loss  # None: stopped before the first evaluation
     except Exception as error:
         log.debug("the run failed", exc_info=True)
@@ -142,6 +147,9 @@ def job(cfg: DictConfig) -> float:
             raise _BypassHydraError from error
         log.error(f"error: {describe(error)}")
         return math.nan
+    finally:
+        if wandb := sys.modules.get("wandb"):  # the next job of a sweep begins a run of its own
+            wandb.finish(exit_code)
 
 
 def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
@@ -152,6 +160,7 @@ def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
     """
     command = [sys.executable, sys.argv[0], f"--config-name={hydra_cfg.job.config_name}"]
     sources = hydra_cfg.runtime.config_sources
+    command.append("hydra.mode=RUN")  # a configuration may say MULTIRUN
     command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
     command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{directory}'"]
     claim_directory(directory, ignored=HYDRA_FILES)

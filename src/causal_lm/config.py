@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ UNRESOLVED = object()  # a value that depends on the node ``hydra``, before the 
 RENAMED = {  # old name -> new name, of keys and of a checkpoint file; for one more version
     "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
     "steady.ckpt": "stable.ckpt",
+}  # fmt: skip
+GROUPS = sorted(path.name for path in CONFIG_DIR.glob("*/") if path.name != "hydra")
+ADDED_GROUPS = ("callbacks", "logger", "debug", "hparams_search")  # their default is no option
+LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an extra of that name
+    "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",
+    "TrackioLogger": "trackio", "CometLogger": "comet_ml",
 }  # fmt: skip
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -98,8 +105,16 @@ def new_name(name: str) -> str:
 
 
 def rename_overrides(overrides: Iterable[str]) -> list[str]:
-    """The same overrides with the new names of their keys."""
-    return [re.sub("[^+~=]+", lambda key: new_name(key[0]), word, count=1) for word in overrides]
+    """The same overrides with the new names of their keys, and ``+callbacks=…`` without its plus,
+    which Hydra refuses. Raises :class:`ConfigError` where one of :data:`ADDED_GROUPS` is repeated,
+    as Hydra would silently use the last one."""
+    plus = rf"^\+(?=({'|'.join(ADDED_GROUPS)})=)"
+    words = [re.sub(plus, "", word) for word in overrides]
+    for group in ADDED_GROUPS:
+        options = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
+        if len(options) > 1:
+            raise ConfigError(f"{group} is given twice: write '{group}=[{','.join(options)}]'")
+    return [re.sub("[^+~=]+", lambda key: new_name(key[0]), word, count=1) for word in words]
 
 
 def rename_file(path: str | Path) -> Path:
@@ -129,9 +144,11 @@ def _explain(error: Exception) -> str:
         wrong = f"{error.override!r} cannot be read: write key=value, as in experiment=fix"
         quote = "quote a value that holds =, spaces or brackets"
         return f"{wrong}; {quote}, as in 'ckpt_path=\"a=b/last.ckpt\"'"
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        options = [name for name in error.options if not name.startswith("_")]
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [name for name in error.options or () if not name.startswith("_")]
+        if not options:
+            return f"there is no group {group!r}; valid groups: {', '.join(GROUPS)}"
         guess = _did_you_mean(option, options)
         return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
     if isinstance(cause, errors.ConfigKeyError | errors.ConfigAttributeError):
@@ -149,12 +166,15 @@ def _explain(error: Exception) -> str:
 def unknown_key(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -> str:
     """The message for an unknown key: the likely one, and the valid keys in its place."""
     parent, _, last = key.rpartition(".")
-    guess = _did_you_mean(last, siblings, f"{parent}." if parent else "")
+    groups = [] if parent else GROUPS
+    guess = _did_you_mean(last, [*siblings, *groups], f"{parent}." if parent else "")
     same = [other for other in others if other.endswith(f".{last}")]  # in another group
     if same and not guess:
         guess = f"; did you mean {same[0]!r}?"
-    names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra"))
-    return f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
+    names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra", *groups))
+    message = f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
+    more = f"; other arguments of lightning.Trainer are added: +{key}=…" * (parent == "trainer")
+    return f"{message}; valid groups: {', '.join(groups)}" if groups else message + more
 
 
 def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
@@ -210,12 +230,16 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     targets = {k.removesuffix("._target_"): v for k, v in values.items() if k.endswith("._target_")}
     foreign = {k for k, v in targets.items() if not str(v).startswith("causal_lm.")} - {"trainer"}
-    groups = sorted({key.partition(".")[0].rstrip("*") for key in RULES})
+    groups = sorted({"logger", *(key.partition(".")[0].rstrip("*") for key in RULES)} - {""})
     ours = {}
     for key, value in values.items():
         group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
         owner = max((t for t in targets if key.startswith(f"{t}.")), key=len, default="")
         has_rule = owner not in foreign and (rule_of(key) or parent in RULES)
+        package = LOGGER_PACKAGES.get(str(value).rpartition(".")[2])
+        if package and not getattr(find_spec(package), "origin", None):  # no package, or a folder
+            install = f"pip install -e '.[{package.removesuffix('_ml')}]'"
+            raise ConfigError(f"{key}={value} needs {package}, which is not installed: {install}")
         if value is not UNRESOLVED and (has_rule or name in HYDRA_KEYS):
             ours[key] = value
         elif value is UNRESOLVED or owner in foreign or group == "trainer":
@@ -225,8 +249,9 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
         elif group not in groups:  # the user's own, unless it is a misspelled one of ours
             if _did_you_mean(group, groups):
                 raise ConfigError(unknown_key(group, groups))
-        elif group == "callbacks" and parent != "callbacks.checkpoint":
-            continue  # the user's own, which are checked when they are built
+        elif group in ("callbacks", "logger") and parent != "callbacks.checkpoint":
+            if not owner and "." in parent:  # others are checked when they are built
+                raise ConfigError(f"{parent} has no _target_: choose {parent.replace('.', '=')}")
         elif not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
             raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))

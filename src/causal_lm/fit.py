@@ -14,6 +14,7 @@ from causal_lm import build
 from causal_lm.callbacks import checkpoint
 from causal_lm.callbacks.checkpoint import CheckpointMetadata, EvalCheckpoint, StepCheckpoint
 from causal_lm.callbacks.gradient_report import GradientReport
+from causal_lm.callbacks.loggers import RunFiles
 from causal_lm.callbacks.preflight import make_preflight
 from causal_lm.callbacks.progress import StepBar
 from causal_lm.callbacks.run_statistics import RunStatistics
@@ -60,6 +61,8 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     """
     with RunDir(directory) as run_dir:
         cfg = cfg.copy()
+        if "paths" in cfg and OmegaConf.is_interpolation(cfg.paths, "output_dir"):
+            cfg.paths.output_dir = str(directory)  # also where no Hydra job says it
         if cfg.ckpt_path == "auto":
             earlier = run_dir.finished_summary(cfg)
             cfg.ckpt_path = run_dir.latest_checkpoint()
@@ -120,7 +123,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stable = EvalCheckpoint(run_dir.checkpoints / "stable.ckpt", "writing/repetition_spread")
     options = OmegaConf.select(cfg, "callbacks.checkpoint") or {}
     stop.checkpoint = last = StepCheckpoint(run_dir.checkpoints / "last.ckpt", **options)
-    callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last]
+    files = RunFiles(run_dir.path, metadata.config)
+    callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last, files]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
@@ -159,6 +163,7 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     if trainer.is_global_zero:
         summary |= checkpoint.figures(best, stable)
         summary |= final_samples(module, corpus, run_dir.path, **final)
+        files.send(trainer)
     if cfg.get("test"):
         saved = read_checkpoint(best.path if best.lowest < math.inf else last.path)
         module.load_state_dict(saved["state_dict"])

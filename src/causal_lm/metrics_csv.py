@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.logger import _convert_params
-from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -41,7 +39,7 @@ class MetricsCSV(Logger, L.Callback):
     def __init__(self, directory: Path, step: int, keep_steps: int = 100_000) -> None:
         super().__init__()
         self.path = directory / "metrics.csv"
-        self.step, self.keep_steps, self.hparams = step, keep_steps, dict[str, Any]()
+        self.step, self.keep_steps = step, keep_steps
         self.columns: list[str] = []
         self.earlier: dict[str, float] = {}
         """The last value of each column, from the rows that a continued run found."""
@@ -105,11 +103,8 @@ class MetricsCSV(Logger, L.Callback):
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         self._count(step)
 
-    @rank_zero_only
-    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Write the hyperparameters of a module that saves some to ``hparams.yaml``."""
-        self.hparams |= _convert_params(params)
-        save_hparams_to_yaml(self.path.with_name("hparams.yaml"), self.hparams)
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, as ``config.yaml`` is beside the file."""
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

@@ -79,13 +79,13 @@ STRATEGY = matching(
 )
 
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
-    (STRING, "experiment data.split data.field"),
+    (STRING, "experiment data.split data.field paths.log_dir paths.output_dir"),
     (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
         data.val_split data.test_path data.test_split data.prompt_field model.init_from"""),
     (BOOLEAN, """test data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
         model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
-        trainer.inference_mode trainer.sync_batchnorm
+        trainer.inference_mode trainer.sync_batchnorm extras.print_config
         pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
     (integer(-1), "trainer.num_sanity_val_steps"),
@@ -146,7 +146,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64,
             "bf16", "auto"), "trainer.precision"),
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
-    (ANY, "model.config.* model.decoder.*"),
+    (ANY, "model.config.* model.decoder.* paths.*"),
     (matching(r"\w+(\.\w+)+", "the dotted name of a class or function"), "*._target_"),
     (BOOLEAN, "*._partial_"),
     (STRATEGY, "trainer.strategy"),
@@ -155,6 +155,8 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (Rule(lambda v: isinstance(v, list) and len(v) == 2 and all(map(FRACTION.accepts, v)),
           "two numbers in [0, 1), such as [0.9,0.95]"), "optimizer.betas"),
     (either(integer(2), one_of(0)), "samples.per_prompt"),
+    (Rule(lambda v: isinstance(v, list) and all(map(STRING.accepts, v)),
+          "a list of words, such as [baseline,small]"), "extras.tags"),
     (or_auto(either(integer(1, 1024), one_of(-1))), "trainer.devices"),
     (optional(matching("[0-9]{1,4}(:[0-9]{2}){3}",
                        "days:hours:minutes:seconds, as in '00:01:30:00'")), "trainer.max_time"),

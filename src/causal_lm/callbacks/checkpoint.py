@@ -68,7 +68,7 @@ class CheckpointMetadata(L.Callback):
         before |= leaves(saved[TOKENIZER], "tokenizer.")
         here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
         found: dict[str, list[str]] = {FREE: [], KEPT: []}
-        keys = (before.keys() | here.keys()) - {"ckpt_path"}
+        keys = (before.keys() | here.keys()) - {"ckpt_path", "paths.output_dir"}
         for key in sorted(keys, key=lambda key: (key.count("."), key)):  # seed before data.seed
             if before.get(key) == here.get(key):
                 continue
