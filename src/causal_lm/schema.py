@@ -106,7 +106,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (integer(1, 10**7), "data.source.train_documents data.source.val_documents"),  # in memory
     (optional(integer(1, 1024)), "data.num_proc"),
     (optional(integer(1)), """gradients.report_every samples.patience samples*.top_k
-        callbacks.checkpoint.every_n_steps"""),
+        model.lora.r callbacks.checkpoint.every_n_steps"""),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
     (integer(2, 62), "data.source.symbols"),
@@ -117,7 +117,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (real(low=0, high=100), "optimizer.weight_decay samples*.temperature"),
     (real(low=1, high=1e9), "data.source.mean model.rope_theta"),
     (real(above=0, high=1), "model.norm_eps scheduler.peak_decay scheduler.drop"),
-    (real(above=0, high=1000), "optimizer.muon_lr"),
+    (real(above=0, high=1000), "optimizer.muon_lr model.lora.alpha"),
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val callbacks.checkpoint.every_minutes"),
     (either(integer(0), FRACTION_OR_ONE),
@@ -128,7 +128,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
     (either(BOOLEAN, integer(0)), "trainer.fast_dev_run"),
     (or_auto(real(above=0, high=1000)), "optimizer.lr"),
-    (FRACTION, """model.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
+    (FRACTION, """model.dropout model.lora.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
         scheduler.decay_share"""),
     (optional(or_auto(FILE)), "ckpt_path"),
     (optional(FOLDER), "samples.embedder"),
@@ -146,7 +146,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
             "bf16"), "trainer.precision"),
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
     (one_of(None), "trainer.check_val_every_n_epoch"),
-    (ANY, "model.config.* model.decoder.*"),
+    (ANY, "model.config.* model.decoder.* model.lora.target_modules"),
     (matching(r"\w+(\.\w+)+", "the dotted name of a class or function"), "*._target_"),
     (BOOLEAN, "*._partial_"),
     (STRATEGY, "trainer.strategy"),

@@ -5,7 +5,9 @@ documents are run to test whether the model applies the mask; one that does not 
 of one document, padded on the right.
 """
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,9 +69,13 @@ class ExternalModel(BaseCausalModel):
 class TransformersModel(ExternalModel):
     """A causal language model of ``transformers``; :func:`huggingface` makes one."""
 
-    def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any]) -> None:
+    def __init__(
+        self, net: Any, vocab_size: int, standalone: dict[str, Any], peft_model: Any = None
+    ) -> None:
         self.forward_parameters = frozenset(inspect.signature(net.forward).parameters)
         self.standalone, self.head_is_plain = standalone, has_plain_head(net)
+        # The PeftModel around ``net``; in a list, so that its weights are not registered twice.
+        self.peft_models = [peft_model] if peft_model else []
         super().__init__(net, vocab_size, getattr(net.config, "max_position_embeddings", None))
 
     @property
@@ -104,6 +110,11 @@ class TransformersModel(ExternalModel):
     def standalone_config(self) -> dict[str, Any]:
         return self.standalone
 
+    def to_transformers(self) -> Any:
+        """The model of transformers; where it has adapters, a copy with these merged into it."""
+        merged = [copy.deepcopy(model).merge_and_unload() for model in self.peft_models]
+        return merged[0] if merged else self.net
+
 
 @torch.no_grad()
 def has_plain_head(net: Any) -> bool:
@@ -117,31 +128,53 @@ def has_plain_head(net: Any) -> bool:
     return torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or soft-cap them
 
 
+def add_lora(
+    net: Any, r: int, alpha: float = 16.0, dropout: float = 0.0,
+    target_modules: str | list[str] | None = None,
+) -> Any:  # fmt: skip
+    """Freeze ``net`` and put trainable adapters of rank ``r`` into it: a ``PeftModel``, around it.
+
+    The output of each of the ``target_modules`` (None: those that peft chooses for this kind of
+    model) gets ``alpha / r * B A x`` added; B begins at zero (https://arxiv.org/abs/2106.09685).
+    """
+    peft = extras.load("peft", "peft")
+    options = {"lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=r, **options)
+    with warnings.catch_warnings(action="ignore"):  # of what peft itself calls and sets
+        return peft.get_peft_model(net, config)
+
+
 def huggingface(
-    vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None
-) -> TransformersModel:
+    vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> TransformersModel:  # fmt: skip
     """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
     ``config`` has ``model_type`` and other keys of a new model's configuration; ``init_from`` is
-    the folder, or the name on the hub, of a pretrained one. Raises ModuleNotFoundError without the
-    extra, ValueError unless one of the two is given and the vocabulary is the tokenizer's.
+    the folder, or the name on the hub, of a pretrained one; ``lora`` has arguments of
+    :func:`add_lora`, where an ``r`` of None adds nothing. Code of a repository is never run. Raises
+    ModuleNotFoundError without the extra, ValueError unless one of ``config`` and ``init_from`` is
+    given and the vocabulary is the tokenizer's.
     """
     library = extras.load("transformers", "huggingface")
+    library.utils.logging.disable_progress_bar()  # log files have no use for progress bars
     if (config is None) == (init_from is None):
         raise ValueError("give either model.config, of a new model, or model.init_from")
     if config is not None:
         kind = library.AutoConfig.for_model(**({"vocab_size": vocab_size} | dict(config)))
-        net = library.AutoModelForCausalLM.from_config(kind)
+        net = library.AutoModelForCausalLM.from_config(kind, trust_remote_code=False)
         source, standalone = "model.config", dict[str, Any]()
     else:
-        net = library.AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+        options = {"dtype": torch.float32, "trust_remote_code": False}
+        net = library.AutoModelForCausalLM.from_pretrained(init_from, **options)
         source = f"model.init_from={init_from}"
         standalone = {"init_from": None, "config": net.config.to_dict()}
     size = net.get_input_embeddings().num_embeddings
     if not vocab_size <= size <= MAX_PADDED_VOCABULARY * vocab_size:
         ours = f"the tokenizer of this run has {vocab_size}: a pretrained model needs its own"
         raise ValueError(f"{source} has a vocabulary of {size} tokens, but {ours}")
-    return TransformersModel(net, vocab_size, standalone)
+    peft_model = add_lora(net, **lora) if lora and lora.get("r") else None
+    return TransformersModel(net, vocab_size, standalone, peft_model)
 
 
 class XTransformers(ExternalModel):
