@@ -128,8 +128,8 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
     (either(BOOLEAN, integer(0)), "trainer.fast_dev_run"),
     (or_auto(real(above=0, high=1000)), "optimizer.lr"),
-    (FRACTION, """model.dropout model.lora.dropout optimizer.muon_momentum optimizer.momentum scheduler.warmup_cap
-        scheduler.decay_share"""),
+    (FRACTION, """model.dropout model.lora.dropout optimizer.muon_momentum optimizer.momentum
+        scheduler.warmup_cap scheduler.decay_share"""),
     (optional(or_auto(FILE)), "ckpt_path"),
     (optional(FOLDER), "samples.embedder"),
     (one_of("padded", "bucketed", "packed"), "data.layout"),

@@ -129,9 +129,9 @@ def export(
 ) -> Path:
     """Write ``model``, trained on rows of up to ``max_length`` tokens, and ``tokenizer`` into a new
     ``folder``, completely or not at all. Of a model with LoRA adapters these alone are written, as
-    peft does, or with ``merge`` the whole model. Raises FileExistsError where the folder is not empty,
-    ModuleNotFoundError without the extra ``huggingface``, and ValueError where the model or the
-    tokenizer has no counterpart in transformers."""
+    peft does, or with ``merge`` the whole model. Raises FileExistsError where the folder is not
+    empty, ModuleNotFoundError without the extra ``huggingface``, and ValueError where the model or
+    the tokenizer has no counterpart in transformers."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
