@@ -66,7 +66,14 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
     ignored = on & batch.has_target & (label == IGNORE)
     wrong = on & ~pad & ~expected
     found = [_first(ctx, r, wrong, "shift", mode + "{} is trained on")] if wrong.any() else []
-    for hit, text in ((pad, _PAD_COUNTS), (ignored, "{} is trained though its label is -100:")):
+    context = torch.zeros_like(on)  # a mask may be of tokens as targets, or of positions
+    if isinstance(mask := batch.raw.get("loss_mask"), Tensor) and mask.dtype == torch.bool:
+        context = on & batch.has_target & ~(mask | shift_left(mask, False))
+    for hit, text in (
+        (pad, _PAD_COUNTS),
+        (ignored, "{} is trained though its label is -100:"),
+        (context, "{} is trained though `loss_mask` is False for it and its target:"),
+    ):
         if bool(hit.any()):
             return [*found, _first(ctx, r, hit, "pad", mode + text)]
     return found + _without_target(ctx, r, mode)

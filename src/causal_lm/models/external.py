@@ -19,6 +19,7 @@ from causal_lm.masks import AttentionMask
 from causal_lm.models.base import BaseCausalModel, Mask
 
 MAX_PADDED_VOCABULARY = 1.02  # largest embedding, relative to the tokenizer: many are padded
+LORA_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours -> those of LoraConfig
 CACHE = ("past_key_values", "cache")  # argument that takes a cache: the older name, that of 5.24
 
 
@@ -69,13 +70,11 @@ class ExternalModel(BaseCausalModel):
 class TransformersModel(ExternalModel):
     """A causal language model of ``transformers``; :func:`huggingface` makes one."""
 
-    def __init__(
-        self, net: Any, vocab_size: int, standalone: dict[str, Any], peft_model: Any = None
-    ) -> None:
+    peft_models: tuple[Any, ...] = ()  # the PeftModel around ``net``; not registered as a module
+
+    def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any]) -> None:
         self.forward_parameters = frozenset(inspect.signature(net.forward).parameters)
         self.standalone, self.head_is_plain = standalone, has_plain_head(net)
-        # The PeftModel around ``net``; in a list, so that its weights are not registered twice.
-        self.peft_models = [peft_model] if peft_model else []
         super().__init__(net, vocab_size, getattr(net.config, "max_position_embeddings", None))
 
     @property
@@ -128,22 +127,6 @@ def has_plain_head(net: Any) -> bool:
     return torch.allclose(head(hidden), net(input_ids=ids).logits)  # some scale or soft-cap them
 
 
-def add_lora(
-    net: Any, r: int, alpha: float = 16.0, dropout: float = 0.0,
-    target_modules: str | list[str] | None = None,
-) -> Any:  # fmt: skip
-    """Freeze ``net`` and put trainable adapters of rank ``r`` into it: a ``PeftModel``, around it.
-
-    The output of each of the ``target_modules`` (None: those that peft chooses for this kind of
-    model) gets ``alpha / r * B A x`` added; B begins at zero (https://arxiv.org/abs/2106.09685).
-    """
-    peft = extras.load("peft", "peft")
-    options = {"lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=r, **options)
-    with warnings.catch_warnings(action="ignore"):  # of what peft itself calls and sets
-        return peft.get_peft_model(net, config)
-
-
 def huggingface(
     vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -151,10 +134,10 @@ def huggingface(
     """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
     ``config`` has ``model_type`` and other keys of a new model's configuration; ``init_from`` is
-    the folder, or the name on the hub, of a pretrained one; ``lora`` has arguments of
-    :func:`add_lora`, where an ``r`` of None adds nothing. Code of a repository is never run. Raises
-    ModuleNotFoundError without the extra, ValueError unless one of ``config`` and ``init_from`` is
-    given and the vocabulary is the tokenizer's.
+    the folder, or the name on the hub, of a pretrained one, whose own code is never run. ``lora``
+    has arguments of peft's ``LoraConfig``: adapters, which are trained alone, unless ``r`` is None
+    (https://arxiv.org/abs/2106.09685). Raises ModuleNotFoundError without the extra, ValueError
+    unless one of ``config`` and ``init_from`` is given and the vocabulary is the tokenizer's.
     """
     library = extras.load("transformers", "huggingface")
     library.utils.logging.disable_progress_bar()  # log files have no use for progress bars
@@ -173,8 +156,16 @@ def huggingface(
     if not vocab_size <= size <= MAX_PADDED_VOCABULARY * vocab_size:
         ours = f"the tokenizer of this run has {vocab_size}: a pretrained model needs its own"
         raise ValueError(f"{source} has a vocabulary of {size} tokens, but {ours}")
-    peft_model = add_lora(net, **lora) if lora and lora.get("r") else None
-    return TransformersModel(net, vocab_size, standalone, peft_model)
+    peft_models: tuple[Any, ...] = ()
+    if lora and lora.get("r"):
+        peft = extras.load("peft", "peft")
+        options = {LORA_NAMES.get(name, name): value for name, value in lora.items()}
+        with warnings.catch_warnings(action="ignore"):  # of what peft itself calls and sets
+            adapters = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+            peft_models = (peft.get_peft_model(net, adapters),)
+    model = TransformersModel(net, vocab_size, standalone)
+    model.peft_models = peft_models
+    return model
 
 
 class XTransformers(ExternalModel):
