@@ -41,10 +41,11 @@ def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
     """The tokens of a chunk: BOS begins each document, EOS ends each learned segment."""
     texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
-    counts = np.array([len(segments) for segments in chunk.documents])
-    stops, index = counts.cumsum(), np.arange(len(texts))
-    is_first = np.isin(index, stops - counts)
-    is_learned = (np.repeat(stops, counts) - index) % 2 == 1  # the last, and each second before
+    counts = np.fromiter(map(len, chunk.documents), np.int64)
+    stops, is_first = counts.cumsum(), np.zeros(len(texts), bool)
+    is_first[stops - counts] = True
+    # The last segment is learned, and each second before it.
+    is_learned = (np.repeat(stops, counts) - np.arange(len(texts))) % 2 == 1
     has_bos, has_eos = is_first.copy(), is_learned.copy()  # a continued document: at its two ends
     has_bos[0] &= chunk.first_is_val is None
     has_eos[-1] &= not chunk.ends_mid_document
@@ -55,7 +56,7 @@ def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
     is_text = np.ones(len(ids), bool)
     is_text[begins] = is_text[eos] = False
     ids[begins], ids[eos], ids[is_text] = tokenizer.bos_id, tokenizer.eos_id, text_ids
-    lengths, loss_mask = np.add.reduceat(sizes, np.flatnonzero(is_first)), None
+    lengths, loss_mask = np.add.reduceat(sizes, stops - counts), None
     if not is_learned.all():
         loss_mask = np.repeat(is_learned, sizes)
         loss_mask[begins] = True  # as in documents without context
