@@ -1,12 +1,12 @@
 """Chats, lists of messages, as context and learned text in turn: only the assistant is learned."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from causal_lm.data.tokenize_corpus import Segments
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is a string, without half surrogate pairs (JSON can spell these)."""
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
@@ -22,13 +22,12 @@ def segments_of(messages: Sequence[Any]) -> Segments:
     segments, context = list[str](), ""
     for message in messages:
         values = message if isinstance(message, dict) else {}
-        role, content = values.get("role"), values.get("content")
+        role, content = (values.get(key) for key in ("role", "content"))
         if not is_text(role) or not is_text(content):
             raise ValueError(f"a message needs texts as role and content, not {message!r:.40}")
         context += f"{role}:\n"
         if role == "assistant":
-            segments += [context, content]
-            context = ""
+            segments, context = [*segments, context, content], ""
         else:
             context += f"{content}\n"
     if not segments:

@@ -5,7 +5,6 @@ documents are run to test whether the model applies the mask; one that does not 
 of one document, padded on the right.
 """
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -70,11 +69,10 @@ class ExternalModel(BaseCausalModel):
 class TransformersModel(ExternalModel):
     """A causal language model of ``transformers``; :func:`huggingface` makes one."""
 
-    peft_models: tuple[Any, ...] = ()  # the PeftModel around ``net``; not registered as a module
-
-    def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any]) -> None:
+    def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any], peft=()) -> None:
         self.forward_parameters = frozenset(inspect.signature(net.forward).parameters)
         self.standalone, self.head_is_plain = standalone, has_plain_head(net)
+        self.peft_models = peft  # the PeftModel around ``net``, which has the same weights
         super().__init__(net, vocab_size, getattr(net.config, "max_position_embeddings", None))
 
     @property
@@ -108,11 +106,6 @@ class TransformersModel(ExternalModel):
 
     def standalone_config(self) -> dict[str, Any]:
         return self.standalone
-
-    def to_transformers(self) -> Any:
-        """The model of transformers; where it has adapters, a copy with these merged into it."""
-        merged = [copy.deepcopy(model).merge_and_unload() for model in self.peft_models]
-        return merged[0] if merged else self.net
 
 
 @torch.no_grad()
@@ -149,23 +142,22 @@ def huggingface(
         source, standalone = "model.config", dict[str, Any]()
     else:
         options = {"dtype": torch.float32, "trust_remote_code": False}
-        net = library.AutoModelForCausalLM.from_pretrained(init_from, **options)
         source = f"model.init_from={init_from}"
+        with extras.reading(f"{source} cannot be loaded (code of a repository is never run)"):
+            net = library.AutoModelForCausalLM.from_pretrained(init_from, **options)
         standalone = {"init_from": None, "config": net.config.to_dict()}
     size = net.get_input_embeddings().num_embeddings
     if not vocab_size <= size <= MAX_PADDED_VOCABULARY * vocab_size:
         ours = f"the tokenizer of this run has {vocab_size}: a pretrained model needs its own"
         raise ValueError(f"{source} has a vocabulary of {size} tokens, but {ours}")
-    peft_models: tuple[Any, ...] = ()
+    peft_models = []
     if lora and lora.get("r"):
         peft = extras.load("peft", "peft")
         options = {LORA_NAMES.get(name, name): value for name, value in lora.items()}
         with warnings.catch_warnings(action="ignore"):  # of what peft itself calls and sets
             adapters = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-            peft_models = (peft.get_peft_model(net, adapters),)
-    model = TransformersModel(net, vocab_size, standalone)
-    model.peft_models = peft_models
-    return model
+            peft_models = [peft.get_peft_model(net, adapters)]
+    return TransformersModel(net, vocab_size, standalone, peft_models)
 
 
 class XTransformers(ExternalModel):

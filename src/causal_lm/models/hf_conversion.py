@@ -4,6 +4,7 @@
 same logits and the same token ids. :func:`read_weights` reads a Llama from such a folder.
 """
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,13 +152,16 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
     """Write weights and configuration with ``save_pretrained``.
 
     Any model may have a method ``to_transformers()``, which returns a ``PreTrainedModel`` with the
-    same logits, as those of transformers have. Our decoder, told by its ``sizes``, is written as a
-    Llama.
+    same logits. Without one, our decoder (told by its ``sizes``) is written as a Llama, and a model
+    of transformers (the attribute ``net``) as it is, with adapters merged into a copy.
     """
     if hasattr(model, "to_transformers"):
         net = model.to_transformers()
     elif LLAMA_KEYS.keys() | LLAMA_OPTIONS.keys() <= getattr(model, "sizes", {}).keys():
         net = _to_llama(model.state_dict(), model.sizes, max_length)
+    elif hasattr(getattr(model, "net", None), "save_pretrained"):
+        adapted = getattr(model, "peft_models", None)
+        net = copy.deepcopy(adapted[0]).merge_and_unload() if adapted else model.net
     else:
         problem = f"a {type(model).__name__} has no counterpart in transformers"
         todo = "export model=llama or model=huggingface, or give the class a to_transformers()"

@@ -131,8 +131,8 @@ class TextSource(abc.ABC):
         summary = f"{train:,} documents for training, {val:,} for validation"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
-            hint = "set data.val_path, another data.val_share, or a smaller data.unit"
-            raise ValueError(f"{summary}: both splits need a document; {hint} (line, paragraph)")
+            hint = "set data.val_path or another data.val_share, or give more or smaller documents"
+            raise ValueError(f"{summary}: both splits need a document; {hint}")
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
                  "overlap": len(shared) / max(len(val_hashes), 1),
                  "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
