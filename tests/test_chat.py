@@ -179,8 +179,8 @@ def test_adapters_learn_chats_end_to_end(tmp_path):
     huggingface(trained.vocab_size, sizes).net.save_pretrained(tmp_path / "base")
     data_keys = ["data=text", f"data.path={data}", "data.field=messages", "data.max_length=96"]
     cfg = config.load([
-        *data_keys, f"data.tokenizer={tokenizer}", "model=pretrained",
-        f"model.init_from={tmp_path / 'base'}", "model.lora.r=4", "optimizer.lr=0.01",
+        *data_keys, f"data.tokenizer={tokenizer}", "experiment=finetune",
+        f"model.init_from={tmp_path / 'base'}",
         "trainer=cpu", "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=2",
         "samples.count=0", "samples.self_check.count=1", "trainer.enable_progress_bar=false",
     ])  # fmt: skip
@@ -189,6 +189,7 @@ def test_adapters_learn_chats_end_to_end(tmp_path):
     last = tmp_path / "run/checkpoints/last.ckpt"
     figures = evaluate(str(last), data_keys)
     assert figures["loss"] == pytest.approx(summary["val/loss"], rel=1e-5)
-    module, restored, _ = restore(last)
+    module, restored, saved = restore(last)
+    assert saved["model"]["lora"]["r"] == 8 and saved["optimizer"]["lr"] == 2e-4
     prompt = torch.tensor([[restored.bos_id, *restored.encode("user:\n1+1?\nassistant:\n")]])
     assert generation.sample(module, prompt, 60).shape == (1, 60)
