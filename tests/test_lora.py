@@ -116,7 +116,7 @@ def test_adapters_and_the_merged_model_are_exported(base, trained, tmp_path):
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapters")
     torch.testing.assert_close(logits(adapted), expected, rtol=1e-5, atol=1e-5)
     settings = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(base)
+    assert settings["base_model_name_or_path"] == str(base) and settings["task_type"] == "CAUSAL_LM"
     assert not (tmp_path / "adapters/model.safetensors").exists()
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(merged).__name__ == "LlamaForCausalLM"

@@ -1,6 +1,5 @@
 """Chats, lists of messages, as context and learned text in turn: only the assistant is learned."""
 
-from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from causal_lm.data.tokenize_corpus import Segments
@@ -11,7 +10,7 @@ def is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
-def segments_of(messages: Sequence[Any]) -> Segments:
+def segments_of(messages: list[Any]) -> Segments:
     """A chat through the last turn of the assistant; EOS is put behind each of its turns.
 
     Raises ValueError where a message has no text as role or content, or none is the assistant's.
@@ -25,11 +24,10 @@ def segments_of(messages: Sequence[Any]) -> Segments:
         role, content = (values.get(key) for key in ("role", "content"))
         if not is_text(role) or not is_text(content):
             raise ValueError(f"a message needs texts as role and content, not {message!r:.40}")
-        context += f"{role}:\n"
         if role == "assistant":
-            segments, context = [*segments, context, content], ""
+            segments, context = [*segments, f"{context}{role}:\n", content], ""
         else:
-            context += f"{content}\n"
+            context += f"{role}:\n{content}\n"
     if not segments:
         raise ValueError("no message has the role assistant")
     return tuple(segments)

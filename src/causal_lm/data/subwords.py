@@ -217,15 +217,15 @@ def _byte_of_character() -> dict[str, int]:
 def _spelling(settings: dict[str, Any]) -> dict[int, bytes] | None:
     """The bytes of each id, none for special tokens; None where text may lack a spelling."""
     vocab, byte_of = settings["model"]["vocab"], _byte_of_character()
+    is_byte_level = _is_byte_level(settings)
 
     def spell(token: str) -> bytes:
-        if _is_byte_level(settings) and all(c in byte_of for c in token):
+        if is_byte_level and all(c in byte_of for c in token):
             return bytes(byte_of[c] for c in token)
-        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # of ByteFallback
-            return bytes.fromhex(token[3:5])
-        return token.replace("▁", " ").encode()
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
+        return bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
 
-    if not _is_byte_level(settings) and '"ByteFallback"' not in dumps(settings["decoder"]):
+    if not is_byte_level and '"ByteFallback"' not in dumps(settings["decoder"]):
         return None
     pairs = vocab.items() if isinstance(vocab, dict) else ((t, i) for i, (t, _) in enumerate(vocab))
     bytes_of = {i: spell(token) for token, i in pairs}

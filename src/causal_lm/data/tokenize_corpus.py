@@ -38,13 +38,12 @@ class Chunk(NamedTuple):
 
 
 def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
-    """The tokens of a chunk: BOS begins each document, EOS ends each learned segment."""
+    """BOS before each document, EOS after each learned segment: the last, each second before it."""
     texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
     counts = np.fromiter(map(len, chunk.documents), np.int64)
     stops, is_first = counts.cumsum(), np.zeros(len(texts), bool)
     is_first[stops - counts] = True
-    # The last segment is learned, and each second before it.
     is_learned = (np.repeat(stops, counts) - np.arange(len(texts))) % 2 == 1
     has_bos, has_eos = is_first.copy(), is_learned.copy()  # a continued document: at its two ends
     has_bos[0] &= chunk.first_is_val is None

@@ -18,7 +18,6 @@ from causal_lm.masks import AttentionMask
 from causal_lm.models.base import BaseCausalModel, Mask
 
 MAX_PADDED_VOCABULARY = 1.02  # largest embedding, relative to the tokenizer: many are padded
-LORA_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours -> those of LoraConfig
 CACHE = ("past_key_values", "cache")  # argument that takes a cache: the older name, that of 5.24
 
 
@@ -127,10 +126,10 @@ def huggingface(
     """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
     ``config`` has ``model_type`` and other keys of a new model's configuration; ``init_from`` is
-    the folder, or the name on the hub, of a pretrained one, whose own code is never run. ``lora``
-    has arguments of peft's ``LoraConfig``: adapters, which are trained alone, unless ``r`` is None
-    (https://arxiv.org/abs/2106.09685). Raises ModuleNotFoundError without the extra, ValueError
-    unless one of ``config`` and ``init_from`` is given and the vocabulary is the tokenizer's.
+    the folder, or the name on the hub, of a pretrained one, whose own code is never run. ``lora``,
+    unless its ``r`` is None, adds adapters, which are trained alone (arguments of ``LoraConfig``).
+    Raises ModuleNotFoundError without the extra, ValueError unless one of the two is given and the
+    vocabulary is the tokenizer's.
     """
     library = extras.load("transformers", "huggingface")
     library.utils.logging.disable_progress_bar()  # log files have no use for progress bars
@@ -153,10 +152,10 @@ def huggingface(
     peft_models = []
     if lora and lora.get("r"):
         peft = extras.load("peft", "peft")
-        options = {LORA_NAMES.get(name, name): value for name, value in lora.items()}
+        names = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+        options = {names.get(k, k): v for k, v in lora.items()} | {"task_type": "CAUSAL_LM"}
         with warnings.catch_warnings(action="ignore"):  # of what peft itself calls and sets
-            adapters = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-            peft_models = [peft.get_peft_model(net, adapters)]
+            peft_models = [peft.get_peft_model(net, peft.LoraConfig(**options))]
     return TransformersModel(net, vocab_size, standalone, peft_models)
 
 

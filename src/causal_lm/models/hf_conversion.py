@@ -125,9 +125,7 @@ def _yaml(value: Any) -> str:
     return str(value).lower()
 
 
-def export(
-    model: Any, tokenizer: Tokenizer, max_length: int, folder: Path, merge: bool = False
-) -> Path:
+def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path, merge=False) -> Path:
     """Write ``model``, trained on rows of up to ``max_length`` tokens, and ``tokenizer`` into a new
     ``folder``, completely or not at all. Of a model with LoRA adapters these alone are written, as
     peft does, or with ``merge`` the whole model. Raises FileExistsError where the folder is not

@@ -108,14 +108,12 @@ class FileReader(TextSource):
         for where, record in rows:
             try:
                 segments = self._segments(record if isinstance(record, dict) else {})
+                yield from self._not_blank([segments], "records")
             except ValueError as error:
                 self._reject("records without a text", f"{where}: {error}")
-            else:
-                yield from self._not_blank([segments], "records")
 
     def _segments(self, record: dict[str, Any]) -> Segments:
-        """The text of a record, after its prompt, or its chat. Raises ValueError where it has none,
-        or where other records have the other of the two."""
+        """A record's text, after its prompt, or its chat; ValueError for none, or for a mixture."""
         values: list[Any] = [record.get(field) for field in self.fields]
         if is_chat := len(values) == 1 and isinstance(values[0], list):
             values = [*segments_of(values[0])]
