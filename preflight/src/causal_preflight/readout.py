@@ -65,7 +65,8 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
     pad[:, -1] = batch.has_pad & (r.target[:, -1] == (batch.pad_id or 0))
     pad &= on & ~eos
     ignored = on & batch.has_target & (label == IGNORE)
-    if isinstance(mask := batch.raw.get("loss_mask"), Tensor) and mask.dtype == torch.bool:
+    mask = batch.raw.get("loss_mask")
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == on.shape:
         # Of tokens as targets, or of positions: flagged is what neither reading counts.
         ignored |= on & batch.has_target & ~(mask | shift_left(mask, False))
     wrong = on & ~pad & ~expected
