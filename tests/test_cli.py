@@ -5,10 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
+from causal_lm import cli
+from causal_lm.report.sweep import SweepTable
 from support import ROOT, command
 from support.runs import SHORT, short_run
 
@@ -55,6 +60,35 @@ def test_a_sweep_ends_in_a_table_and_a_failure_does_not_stop_it(tmp_path):
     assert "1_bug  failed" in table.replace("     ", " ")
     assert "pitfalls.unshifted_labels" in (tmp_path / "1_bug" / "train.log").read_text()
     assert "Traceback" not in done.stderr
+
+
+def test_a_job_of_a_sweep_gets_its_directory_whatever_its_name(tmp_path, monkeypatch):
+    """The command of a job on two devices, as Hydra reads it."""
+    directory, commands = tmp_path / "it's a [b]=é" / "0_fix", []
+
+    def run(command, check, cwd):
+        commands.append((command, cwd))
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    job, overrides = SimpleNamespace(config_name="train"), SimpleNamespace(task=["seed=1"])
+    runtime = SimpleNamespace(config_sources=[], cwd="/where/it/was/typed")
+    directory.mkdir(parents=True)
+    with pytest.raises(ValueError, match="exit code 1"):
+        cli._run_in_subprocess(
+            SimpleNamespace(job=job, overrides=overrides, runtime=runtime), directory
+        )
+    ((command, cwd),) = commands
+    (override,) = OverridesParser.create().parse_overrides(command[-1:])
+    assert (override.get_key_element(), override.value()) == ("hydra.run.dir", str(directory))
+    assert cwd == runtime.cwd and command[-2] == "seed=1"
+
+
+def test_a_sweep_with_a_job_that_wrote_no_summary_fails(tmp_path):
+    (tmp_path / "0_fix").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert stop.value.code == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

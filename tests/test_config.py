@@ -52,6 +52,7 @@ REFUSED = [  # an override, and what the error must name: the key, the value, th
     ("+optimizer.lr=1", "optimizer.lr"),
     ("ckpt_path=nowhere.ckpt", "ckpt_path", "nowhere.ckpt"),
     ("ckpt_path=/tmp/lr=1/last.ckpt", "lr=1/last.ckpt", "quote"),
+    ("data.path=日本/é.txt", "日本", "beyond ASCII"),
     ("optimizer.lr=${nope}", "optimizer.lr", "'nope'"),
     ("data=_base", "data.source"),
     ("experiment=fix,bug", "experiment=fix,bug", "--multirun"),

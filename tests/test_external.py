@@ -1,6 +1,7 @@
 """Other libraries' models: what is refused, and what is said without the library."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -125,6 +126,18 @@ def test_from_a_folder(tmp_path):
         huggingface(259, init_from=str(tmp_path))
     with pytest.raises(ValueError, match=r"either model\.config.* or model\.init_from"):
         huggingface(V)
+
+
+@pytest.mark.extras
+def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
+    """Without being told so, transformers asks at the terminal, and runs it after a "y"."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"model\.init_from=.* never run"):
+        huggingface(V, init_from=str(tmp_path))
+    assert not (tmp_path / "it_ran").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -16,7 +17,7 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.data.sampler import DocumentSampler
 from causal_lm.module import CausalLM
 from causal_lm.nonfinite import NonFiniteGuard
-from support import ROOT, command, make_batch, make_model
+from support import ROOT, command, make_batch, make_model, make_module
 from support.breaking import BAD, GOOD, module_that_breaks, state
 
 
@@ -52,6 +53,15 @@ def test_a_run_stops_and_says_where(at, accumulate, words):
     fit(before, [GOOD, GOOD], accumulate)
     for one, other in zip(state(module), state(before), strict=True):
         assert torch.equal(one, other)  # the weights are those before the step
+
+
+def test_a_step_without_a_target_is_counted_as_skipped():
+    nothing = replace(GOOD, loss_mask=torch.zeros_like(GOOD.input_ids, dtype=torch.bool))
+    module = make_module()
+    before = state(module)
+    trainer = fit(module, [nothing, nothing])
+    assert RunStatistics().figures(trainer)["train/skipped"] == module.guard.skipped == 2
+    assert all(torch.equal(a, b) for a, b in zip(state(module), before, strict=True))
 
 
 @pytest.mark.parametrize("at", ["forward", "backward"])

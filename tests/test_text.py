@@ -309,8 +309,9 @@ def test_of_one_long_document_the_last_part_is_held_out(content, tmp_path, monke
 def test_an_empty_split_names_the_keys_to_change(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}')
-    with pytest.raises(ValueError, match=r"data\.val_path"):
+    with pytest.raises(ValueError, match=r"data\.val_path") as error:
         source(path, tmp_path, val_share=0.5).load()
+    assert "data.unit" not in str(error.value)  # a record cannot be cut
 
 
 def test_validation_files_that_repeat_the_training_files_are_refused(lines, tmp_path, caplog):

@@ -227,6 +227,49 @@ def test_added_tokens_that_are_text_have_their_bytes():
     assert int(tokenizer.token_bytes()[ids].sum()) == len("a  ∂b".encode())
 
 
+SCHEMES = ["prepended", "always", "first", "never", "byte level"]
+
+
+def with_prefix_space(scheme: str, **changes) -> str:
+    """The JSON of a tokenizer with ByteFallback, as Llama's, or of one like GPT-2's; both put a
+    space before each text, but for the scheme ``never``."""
+    if scheme == "byte level":
+        pre = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+        return gpt2(pre_tokenizer=pre | {"use_regex": True}, **changes)
+    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc", "▁a"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    options = {"unk_token": "<unk>", "byte_fallback": True}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("▁", "a")], **options))
+    if scheme == "prepended":
+        steps = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+        library.normalizer = tokenizers.normalizers.Sequence(list(steps))
+    else:
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    library.decoder = tokenizers.decoders.ByteFallback()
+    library.add_special_tokens(SPECIAL)
+    return json.dumps(json.loads(library.to_str()) | changes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(st.text("abcé漢 \n\u0301ﬁ-"))
+def test_bytes_are_those_of_the_text(scheme, text):
+    """The tokens of a document have the bytes of its text, with no space that was put before it."""
+    tokenizer = SubwordTokenizer.resolve(with_prefix_space(scheme), {"bos": "<s>"})
+    sizes, text = tokenizer.token_bytes(), text.lstrip(" ")  # such tokenizers drop one there
+    document = [*tokenizer.encode(text), tokenizer.eos_id]
+    assert int(sizes[document].sum()) == len(text.encode()) or not text
+    assert int(sizes.min()) == (0 if scheme == "never" else -1)
+    assert not tokenizer.unknown([text])
+
+
+@pytest.mark.parametrize("kind", ["NFKC", "Lowercase"])
+def test_of_a_tokenizer_that_changes_the_text_no_bytes_are_known(kind):
+    for scheme in ("never", "byte level"):
+        plain = SubwordTokenizer.resolve(with_prefix_space(scheme), {})
+        changed = SubwordTokenizer.resolve(with_prefix_space(scheme, normalizer={"type": kind}), {})
+        assert plain.token_bytes() is not None and changed.token_bytes() is None
+
+
 @pytest.mark.parametrize("name", ["bpe", "gpt2"])
 def test_documents_of_subwords(name, tmp_path):
     """PAD = BOS = EOS = one id: documents are told apart by where they end, and come back."""

@@ -162,11 +162,12 @@ def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
     sources = hydra_cfg.runtime.config_sources
     command.append("hydra.mode=RUN")  # a configuration may say MULTIRUN
     command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
-    command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{directory}'"]
+    quoted = str(directory).replace("'", "\\'")
+    command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{quoted}'"]
     claim_directory(directory, ignored=HYDRA_FILES)
     path = directory / "summary.json"
     path.unlink(missing_ok=True)
-    code = subprocess.run(command, check=False).returncode
+    code = subprocess.run(command, check=False, cwd=hydra_cfg.runtime.cwd).returncode
     ended = f"the job ended with exit code {code}"
     if not path.exists():
         raise ValueError(f"{ended} before it could write {path}")

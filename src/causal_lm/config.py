@@ -142,7 +142,7 @@ def _explain(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         wrong = f"{error.override!r} cannot be read: write key=value, as in experiment=fix"
-        quote = "quote a value that holds =, spaces or brackets"
+        quote = "quote a value that holds =, brackets, or characters beyond ASCII"
         return f"{wrong}; {quote}, as in 'ckpt_path=\"a=b/last.ckpt\"'"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, option = str(error.missing_cfg_file).rpartition("/")

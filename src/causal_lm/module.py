@@ -107,7 +107,7 @@ class CausalLM(L.LightningModule):
             ranks, scale = self.trainer.world_size, self.fp16_grad_scale
             divide_gradients(self.parameters(), denominator, ranks, scale)
             return
-        self.step_loss = None
+        self.step_loss, self.guard.skipped = None, self.guard.skipped + 1
         if self.trainer.is_global_zero:
             log.warning(f"step {self.trainer.global_step} is skipped: no position has a target")
         optimizer.zero_grad(set_to_none=True)  # without gradients there is no weight decay either

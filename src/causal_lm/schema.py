@@ -106,7 +106,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (integer(1, 10**7), "data.source.train_documents data.source.val_documents"),  # in memory
     (optional(integer(1, 1024)), "data.num_proc"),
     (optional(integer(1)), """gradients.report_every samples.patience samples*.top_k
-        callbacks.checkpoint.every_n_steps trainer.check_val_every_n_epoch"""),
+        model.lora.r callbacks.checkpoint.every_n_steps trainer.check_val_every_n_epoch"""),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
     (integer(2, 62), "data.source.symbols"),
@@ -117,7 +117,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (real(low=0, high=100), "optimizer.weight_decay samples*.temperature"),
     (real(low=1, high=1e9), "data.source.mean model.rope_theta"),
     (real(above=0, high=1), "model.norm_eps scheduler.peak_decay scheduler.drop"),
-    (real(above=0, high=1000), "optimizer.muon_lr"),
+    (real(above=0, high=1000), "optimizer.muon_lr model.lora.alpha"),
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val callbacks.checkpoint.every_minutes"),
     (either(integer(0), FRACTION_OR_ONE),
@@ -129,8 +129,8 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
     (either(BOOLEAN, integer(0)), "trainer.fast_dev_run"),
     (or_auto(real(above=0, high=1000)), "optimizer.lr"),
-    (FRACTION, """data.test_share model.dropout optimizer.muon_momentum optimizer.momentum
-        scheduler.warmup_cap scheduler.decay_share"""),
+    (FRACTION, """data.test_share model.dropout model.lora.dropout optimizer.muon_momentum
+        optimizer.momentum scheduler.warmup_cap scheduler.decay_share"""),
     (optional(or_auto(FILE)), "ckpt_path"),
     (optional(FOLDER), "samples.embedder"),
     (one_of("padded", "bucketed", "packed"), "data.layout"),
@@ -146,7 +146,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64,
             "bf16", "auto"), "trainer.precision"),
     (one_of("norm"), "trainer.gradient_clip_algorithm"),
-    (ANY, "model.config.* model.decoder.* paths.*"),
+    (ANY, "model.config.* model.decoder.* model.lora.target_modules paths.*"),
     (matching(r"\w+(\.\w+)+", "the dotted name of a class or function"), "*._target_"),
     (BOOLEAN, "*._partial_"),
     (STRATEGY, "trainer.strategy"),

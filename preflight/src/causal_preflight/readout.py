@@ -12,6 +12,7 @@ from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding, UnexaminableError, require
 
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
+_IGNORED = "{} is trained though its label is -100, or its `loss_mask` is False:"
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
 
 
@@ -64,9 +65,13 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
     pad[:, -1] = batch.has_pad & (r.target[:, -1] == (batch.pad_id or 0))
     pad &= on & ~eos
     ignored = on & batch.has_target & (label == IGNORE)
+    mask = batch.raw.get("loss_mask")
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == on.shape:
+        # Of tokens as targets, or of positions: flagged is what neither reading counts.
+        ignored |= on & batch.has_target & ~(mask | shift_left(mask, False))
     wrong = on & ~pad & ~expected
     found = [_first(ctx, r, wrong, "shift", mode + "{} is trained on")] if wrong.any() else []
-    for hit, text in ((pad, _PAD_COUNTS), (ignored, "{} is trained though its label is -100:")):
+    for hit, text in ((pad, _PAD_COUNTS), (ignored, _IGNORED)):
         if bool(hit.any()):
             return [*found, _first(ctx, r, hit, "pad", mode + text)]
     return found + _without_target(ctx, r, mode)

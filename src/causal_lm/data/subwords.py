@@ -35,6 +35,7 @@ WORD = re.compile(
 )
 """Splits a text at a subset of GPT-2's split points, so that words can be cached. A word with a
 non-ASCII character extends to the next space (``re`` has no ``\\p{L}``); the library splits it."""
+PROBE = "İİﬁ e\u0301  x\n漢①\u3000"  # has characters that tokenizers change
 MAX_CACHED_WORDS = 300_000  # words whose ids are remembered
 
 
@@ -54,7 +55,7 @@ class SubwordTokenizer:
             ids = f"pad={pad}, bos={bos}, eos={eos}"
             raise ValueError(f"{ids}: not all are below the vocabulary of {self.vocab_size} ids")
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
-        self._bytes_of_token = _spelling(settings)
+        self._bytes_of_token, self._is_byte_level = _spelling(settings), _is_byte_level(settings)
         model = settings["model"]
         spellings = set((self._bytes_of_token or {}).values())
         self._has_all_bytes = all(bytes([byte]) in spellings for byte in range(256))
@@ -147,14 +148,18 @@ class SubwordTokenizer:
         return found
 
     def decode(self, ids: Iterable[int]) -> str:
-        if self._bytes_of_token is None:
+        if self._bytes_of_token is None or not self._is_byte_level:
             return self.backend.decode(list(ids), skip_special_tokens=True)
         return b"".join(self._bytes_of_token.get(i, b"") for i in ids).decode(errors="replace")
 
     def token_bytes(self) -> Tensor | None:
-        if self._bytes_of_token is None:
+        if (bytes_of := self._bytes_of_token) is None:
             return None
-        return torch.tensor([len(self._bytes_of_token.get(i, b"")) for i in range(self.vocab_size)])
+        sizes = torch.tensor([len(bytes_of.get(i, b"")) for i in range(self.vocab_size)])
+        # A space that is put before each text is none of its bytes: the EOS behind it takes it off.
+        added = int(sizes[self.encode(PROBE)].sum()) - len(PROBE.encode())
+        sizes[self.eos_id] -= added
+        return sizes if added in (0, 1) else None  # None: the tokenizer changes some characters
 
     def state(self) -> dict[str, Any]:
         ids = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}
@@ -210,14 +215,20 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _spelling(settings: dict[str, Any]) -> dict[int, bytes] | None:
-    """The bytes of each id, none for special tokens; None where tokens are not bytes."""
-    if not _is_byte_level(settings):
+    """The bytes of each id, none for special tokens; None where text may lack a spelling."""
+    vocab, byte_of = settings["model"]["vocab"], _byte_of_character()
+    is_byte_level = _is_byte_level(settings)
+
+    def spell(token: str) -> bytes:
+        if is_byte_level and all(c in byte_of for c in token):
+            return bytes(byte_of[c] for c in token)
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
+        return bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
+
+    if not is_byte_level and '"ByteFallback"' not in dumps(settings["decoder"]):
         return None
-    byte_of = _byte_of_character()
-    bytes_of = {
-        i: bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
-        for token, i in settings["model"]["vocab"].items()
-    }
+    pairs = vocab.items() if isinstance(vocab, dict) else ((t, i) for i, (t, _) in enumerate(vocab))
+    bytes_of = {i: spell(token) for token, i in pairs}
     for token in settings["added_tokens"]:
         bytes_of[token["id"]] = b"" if token["special"] else token["content"].encode()
     return bytes_of

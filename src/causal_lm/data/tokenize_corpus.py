@@ -16,7 +16,7 @@ from causal_lm.signals import leave_to_parent
 HeldOut = tuple[float, float]  # fractions for validation and testing, by a hash of each document
 TRAIN, VAL, TEST = (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)  # all of them for one split
 
-Segments = tuple[str, ...]  # a document's text: one segment, or a prompt and what follows it
+Segments = tuple[str, ...]  # a document's text: what is learned, or context and that in turn
 DocumentPart = tuple[Segments, bool]  # a document, or a part of it, and whether it is the last
 
 
@@ -42,24 +42,27 @@ class Chunk(NamedTuple):
 
 
 def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
-    documents, starts_mid_document = len(chunk.documents), chunk.first_split is not None
+    """BOS before each document, EOS after each learned segment: the last, each second before it."""
     texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
-    lengths = sizes.reshape(documents, -1).sum(axis=1)
-    lengths += 2  # BOS and EOS, which a continued document has at its two ends only
-    lengths[0] -= starts_mid_document
-    lengths[-1] -= chunk.ends_mid_document
-    ends = lengths.cumsum()
-    begins = (ends - lengths)[starts_mid_document:]
-    stops = ends[: documents - chunk.ends_mid_document] - 1
+    counts = np.fromiter(map(len, chunk.documents), np.int64)
+    stops, is_first = counts.cumsum(), np.zeros(len(texts), bool)
+    is_first[stops - counts] = True
+    is_learned = (np.repeat(stops, counts) - np.arange(len(texts))) % 2 == 1
+    has_bos, has_eos = is_first.copy(), is_learned.copy()  # a continued document: at its two ends
+    has_bos[0] &= chunk.first_split is None
+    has_eos[-1] &= not chunk.ends_mid_document
+    sizes = sizes + has_bos + has_eos
+    ends = sizes.cumsum()
+    begins, eos = (ends - sizes)[has_bos], ends[has_eos] - 1
     ids = np.empty(ends[-1], text_ids.dtype)
     is_text = np.ones(len(ids), bool)
-    is_text[begins] = is_text[stops] = False
-    ids[begins], ids[stops], ids[is_text] = tokenizer.bos_id, tokenizer.eos_id, text_ids
-    loss_mask = None
-    if len(texts) > documents:  # every document has a prompt, which is no target
-        loss_mask = np.ones(len(ids), bool)
-        loss_mask[is_text] = np.repeat(np.tile([False, True], documents), sizes)
+    is_text[begins] = is_text[eos] = False
+    ids[begins], ids[eos], ids[is_text] = tokenizer.bos_id, tokenizer.eos_id, text_ids
+    lengths, loss_mask = np.add.reduceat(sizes, stops - counts), None
+    if not is_learned.all():
+        loss_mask = np.repeat(is_learned, sizes)
+        loss_mask[begins] = True  # as in documents without context
     hashes = chunk.hashes()
     splits = np.array(chunk.splits(hashes))
     return TokenizedChunk(

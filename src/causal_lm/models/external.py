@@ -6,6 +6,7 @@ of one document, padded on the right.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,9 +68,10 @@ class ExternalModel(BaseCausalModel):
 class TransformersModel(ExternalModel):
     """A causal language model of ``transformers``; :func:`huggingface` makes one."""
 
-    def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any]) -> None:
+    def __init__(self, net: Any, vocab_size: int, standalone: dict[str, Any], peft=()) -> None:
         self.forward_parameters = frozenset(inspect.signature(net.forward).parameters)
         self.standalone, self.head_is_plain = standalone, has_plain_head(net)
+        self.peft_models = peft  # the PeftModel around ``net``, which has the same weights
         super().__init__(net, vocab_size, getattr(net.config, "max_position_embeddings", None))
 
     @property
@@ -118,30 +120,43 @@ def has_plain_head(net: Any) -> bool:
 
 
 def huggingface(
-    vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None
-) -> TransformersModel:
+    vocab_size: int, config: Mapping[str, Any] | None = None, init_from: str | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> TransformersModel:  # fmt: skip
     """Any causal language model of ``transformers``, for a tokenizer of ``vocab_size`` tokens.
 
     ``config`` has ``model_type`` and other keys of a new model's configuration; ``init_from`` is
-    the folder, or the name on the hub, of a pretrained one. Raises ModuleNotFoundError without the
-    extra, ValueError unless one of the two is given and the vocabulary is the tokenizer's.
+    the folder, or the name on the hub, of a pretrained one, whose own code is never run. ``lora``,
+    unless its ``r`` is None, adds adapters, which are trained alone (arguments of ``LoraConfig``).
+    Raises ModuleNotFoundError without the extra, ValueError unless one of the two is given and the
+    vocabulary is the tokenizer's.
     """
     library = extras.load("transformers", "huggingface")
+    library.utils.logging.disable_progress_bar()  # log files have no use for progress bars
     if (config is None) == (init_from is None):
         raise ValueError("give either model.config, of a new model, or model.init_from")
     if config is not None:
         kind = library.AutoConfig.for_model(**({"vocab_size": vocab_size} | dict(config)))
-        net = library.AutoModelForCausalLM.from_config(kind)
+        net = library.AutoModelForCausalLM.from_config(kind, trust_remote_code=False)
         source, standalone = "model.config", dict[str, Any]()
     else:
-        net = library.AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+        options = {"dtype": torch.float32, "trust_remote_code": False}
         source = f"model.init_from={init_from}"
+        with extras.reading(f"{source} cannot be loaded (code of a repository is never run)"):
+            net = library.AutoModelForCausalLM.from_pretrained(init_from, **options)
         standalone = {"init_from": None, "config": net.config.to_dict()}
     size = net.get_input_embeddings().num_embeddings
     if not vocab_size <= size <= MAX_PADDED_VOCABULARY * vocab_size:
         ours = f"the tokenizer of this run has {vocab_size}: a pretrained model needs its own"
         raise ValueError(f"{source} has a vocabulary of {size} tokens, but {ours}")
-    return TransformersModel(net, vocab_size, standalone)
+    peft_models = []
+    if lora and lora.get("r"):
+        peft = extras.load("peft", "peft")
+        names = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+        options = {names.get(k, k): v for k, v in lora.items()} | {"task_type": "CAUSAL_LM"}
+        with warnings.catch_warnings(action="ignore"):  # of what peft itself calls and sets
+            peft_models = [peft.get_peft_model(net, peft.LoraConfig(**options))]
+    return TransformersModel(net, vocab_size, standalone, peft_models)
 
 
 class XTransformers(ExternalModel):

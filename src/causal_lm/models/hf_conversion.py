@@ -4,6 +4,7 @@
 same logits and the same token ids. :func:`read_weights` reads a Llama from such a folder.
 """
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,18 +125,22 @@ def _yaml(value: Any) -> str:
     return str(value).lower()
 
 
-def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> Path:
+def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path, merge=False) -> Path:
     """Write ``model``, trained on rows of up to ``max_length`` tokens, and ``tokenizer`` into a new
-    ``folder``, completely or not at all. Raises FileExistsError where the folder is not empty,
-    ModuleNotFoundError without the extra ``huggingface``, and ValueError where the model or the
-    tokenizer has no counterpart in transformers."""
+    ``folder``, completely or not at all. Of a model with LoRA adapters these alone are written, as
+    peft does, or with ``merge`` the whole model. Raises FileExistsError where the folder is not
+    empty, ModuleNotFoundError without the extra ``huggingface``, and ValueError where the model or
+    the tokenizer has no counterpart in transformers."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         written = Path(temporary) / "written"
         written.mkdir()
-        write_model(model, tokenizer, max_length, written)
+        if (adapted := getattr(model, "peft_models", None)) and not merge:
+            adapted[0].save_pretrained(written, save_embedding_layers=False)
+        else:
+            write_model(model, tokenizer, max_length, written)
         write_tokenizer(tokenizer, max_length, written)
         written.replace(folder)  # an empty folder is replaced
     return folder
@@ -146,14 +151,15 @@ def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path)
 
     Any model may have a method ``to_transformers()``, which returns a ``PreTrainedModel`` with the
     same logits. Without one, our decoder (told by its ``sizes``) is written as a Llama, and a model
-    of transformers (the attribute ``net``) as it is.
+    of transformers (the attribute ``net``) as it is, with adapters merged into a copy.
     """
     if hasattr(model, "to_transformers"):
         net = model.to_transformers()
     elif LLAMA_KEYS.keys() | LLAMA_OPTIONS.keys() <= getattr(model, "sizes", {}).keys():
         net = _to_llama(model.state_dict(), model.sizes, max_length)
     elif hasattr(getattr(model, "net", None), "save_pretrained"):
-        net = model.net
+        adapted = getattr(model, "peft_models", None)
+        net = copy.deepcopy(adapted[0]).merge_and_unload() if adapted else model.net
     else:
         problem = f"a {type(model).__name__} has no counterpart in transformers"
         todo = "export model=llama or model=huggingface, or give the class a to_transformers()"

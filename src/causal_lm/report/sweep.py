@@ -24,7 +24,8 @@ class SweepTable(Callback):
             sys.exit(f"error: {error}")
         if summaries:
             print(f"\n{sweep_table(summaries)}\n\nwritten below {folder}")
-        if any(s["status"] == "failed" for s in summaries):
+        unwritten = [job for job in folder.glob("[0-9]*/") if not (job / "summary.json").exists()]
+        if unwritten or any(s["status"] == "failed" for s in summaries):
             sys.exit(1)
 
 

@@ -137,8 +137,8 @@ class TextSource(abc.ABC):
         summary = f"{train:,} documents for training, {val:,} for validation, {test:,} for testing"
         summary += "".join(f"; skipped {n:,} {kind}" for kind, n in sorted(self.skipped.items()))
         if not train or not val:
-            hint = "set data.val_path, another data.val_share, or a smaller data.unit"
-            raise ValueError(f"{summary}: both first need a document; {hint} (line, paragraph)")
+            hint = "set data.val_path or another data.val_share, or give more or smaller documents"
+            raise ValueError(f"{summary}: both first need a document; {hint}")
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
                  "overlap": {token_cache.SPLITS[split]: len(found) / len(separate[split])
                              for split, found in shared.items() if found},

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from hydra.utils import to_absolute_path
+
 from causal_lm import extras
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ def find_files(pattern: str, key: str, any_format: bool = False) -> list[Path]:
     In a folder or a glob, hidden files and (unless ``any_format``) files of other formats are left
     out, with a warning. Raises FileNotFoundError where no file is left.
     """
-    root = Path(pattern).expanduser()
+    root = local_path(pattern)
     if root.is_file():
         return [root]
     is_folder = root.is_dir()
@@ -46,6 +48,11 @@ def find_files(pattern: str, key: str, any_format: bool = False) -> list[Path]:
     if skipped:
         log.warning(f"{key}={pattern}: {len(found):,} files are read; not read: {skipped}")
     return found
+
+
+def local_path(path: str) -> Path:
+    """Relative ones are of where the command was typed, under ``hydra.job.chdir`` too."""
+    return Path(to_absolute_path(str(Path(path).expanduser())))
 
 
 def known_format(path: Path) -> str | None:

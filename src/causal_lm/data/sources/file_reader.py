@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
+from causal_lm.data.chat import is_text, segments_of
 from causal_lm.data.sources import file_io
 from causal_lm.data.sources.base import TextSource
 from causal_lm.data.tokenize_corpus import DocumentPart, Segments
@@ -29,7 +30,7 @@ class FileReader(TextSource):
 
     format: str | None = None  # of FORMATS; None: by suffix, txt if that is unknown
     unit: str | None = None  # file, line or paragraph of txt, record of another format
-    field: str = "text"  # key or column of a record's text
+    field: str = "text"  # key or column of a record's text, or of its chat (a list of messages)
     prompt_field: str | None = None  # the same of a prompt, which precedes it and is no target
     on_error: str = "raise"  # or skip
 
@@ -39,6 +40,7 @@ class FileReader(TextSource):
         super().__post_init__()
         if self.format not in (None, *file_io.FORMATS):
             raise ValueError(f"data.format={self.format} is none of {', '.join(file_io.FORMATS)}")
+        self.has_chats: bool | None = None  # not texts, as the first record says
         self.fields = [self.prompt_field, self.field] if self.prompt_field else [self.field]
 
     def identity(self) -> dict[str, Any]:
@@ -104,14 +106,25 @@ class FileReader(TextSource):
     def records(self, rows: Iterable[tuple[str, Any]]) -> Iterator[DocumentPart]:
         """The documents of records, each given as (where it is, the record)."""
         for where, record in rows:
-            values = record if isinstance(record, dict) else {}
-            key = next((f for f in self.fields if not _is_text(values.get(f))), None)
-            if key is None:
-                yield from self._not_blank([tuple(values[f] for f in self.fields)], "records")
-            else:
-                keys = f"the record has {', '.join(values) or 'no keys'}"
-                found = f"it is {values[key]!r:.40}" if key in values else keys
-                self._reject("records without a text", f"{where}: no text at key {key!r}; {found}")
+            try:
+                segments = self._segments(record if isinstance(record, dict) else {})
+                yield from self._not_blank([segments], "records")
+            except ValueError as error:
+                self._reject("records without a text", f"{where}: {error}")
+
+    def _segments(self, record: dict[str, Any]) -> Segments:
+        """A record's text, after its prompt, or its chat; ValueError for none, or for a mixture."""
+        values: list[Any] = [record.get(field) for field in self.fields]
+        if is_chat := len(values) == 1 and isinstance(values[0], list):
+            values = [*segments_of(values[0])]
+        elif wrong := [f for f in self.fields if not is_text(record.get(f))]:
+            keys = f"the record has {', '.join(record) or 'no keys'}"
+            found = f"it is {record[wrong[0]]!r:.40}" if wrong[0] in record else keys
+            raise ValueError(f"no text at key {wrong[0]!r}; {found}")
+        if self.has_chats not in (None, is_chat):
+            raise ValueError(f"texts and chats are mixed at key {self.field!r}")
+        self.has_chats = is_chat
+        return tuple(values)
 
     def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[DocumentPart]:
         for segments in documents:
@@ -193,11 +206,6 @@ def _where(error: UnicodeDecodeError, first_line: int) -> str:
     """The line and the byte of a decoding error in bytes that begin in ``first_line``."""
     line = first_line + error.object.count(b"\n", 0, error.start)
     return f"line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is a string, without half surrogate pairs (JSON can spell these)."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _raw_lines(path: Path) -> RawUnits:

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
 from causal_lm.data.documents import Corpus
-from causal_lm.data.sources.file_io import text_size
+from causal_lm.data.sources.file_io import local_path, text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
 from causal_lm.data.token_cache import file_identity
 from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut
@@ -41,7 +40,7 @@ class HuggingFaceDataset(FileReader):
         for name, (split, path), held_out in (("test", test, TEST), ("val", val, VAL)):
             if split or path:
                 self.splits.append((path or self.path, split or self.split, held_out))
-            if split and not path and _local(self.path).is_file():
+            if split and not path and local_path(self.path).is_file():
                 what = f"{self.path} is a file and has no splits; set data.{name}_path"
                 raise ValueError(f"data.{name}_split={split}: {what}")
         self.splits.append((self.path, self.split, self.held_out(any(val), any(test))))
@@ -56,7 +55,7 @@ class HuggingFaceDataset(FileReader):
     def identity(self) -> dict[str, Any]:
         identities = []
         for path, split, _ in self.splits:
-            local = _local(path)
+            local = local_path(path)
             if local.is_file():
                 self.check(local)
             # Local data is not loaded: its files identify it.
@@ -67,14 +66,14 @@ class HuggingFaceDataset(FileReader):
     def size(self) -> int:
         total = 0
         for path, split, _ in self.splits:
-            local = _local(path)
+            local = local_path(path)
             total += text_size(local) if local.is_file() else self._dataset(path, split).data.nbytes
         return total
 
     def parts(self) -> Iterator[tuple[Iterable[DocumentPart], HeldOut]]:
         for path, split, held_out in self.splits:
-            if _local(path).is_file():
-                yield self.documents(_local(path)), held_out
+            if local_path(path).is_file():
+                yield self.documents(local_path(path)), held_out
             else:
                 batches = self._dataset(path, split).with_format("arrow").iter(BATCH_ROWS)
                 yield self.records(arrow_rows(f"{path} (split {split})", batches)), held_out
@@ -83,7 +82,7 @@ class HuggingFaceDataset(FileReader):
         """A split, cached: its columns ``fields``, or all columns where one of these is missing."""
         if (path, split) in self._loaded:
             return self._loaded[path, split]
-        datasets, local = extras.load("datasets", "huggingface"), _local(path)
+        datasets, local = extras.load("datasets", "huggingface"), local_path(path)
         with extras.reading(f"data.path={path} (split {split})"):
             if (local / "dataset_dict.json").exists():
                 found = datasets.load_from_disk(str(local))[split]
@@ -95,7 +94,3 @@ class HuggingFaceDataset(FileReader):
             found = found.select_columns(self.fields)
         self._loaded[path, split] = found
         return found
-
-
-def _local(path: str) -> Path:
-    return Path(path).expanduser()

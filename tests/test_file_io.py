@@ -1,0 +1,27 @@
+"""Where files are looked for."""
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from causal_lm.data.sources import file_io
+from causal_lm.data.sources.huggingface import HuggingFaceDataset
+from causal_lm.data.sources.text_files import TextFiles
+
+
+@pytest.mark.parametrize("kind", [TextFiles, HuggingFaceDataset])
+def test_under_hydra_job_chdir_a_path_is_of_where_the_command_was_typed(
+    kind, tmp_path, monkeypatch
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(20)))
+    monkeypatch.chdir(tmp_path / "run")
+    source = kind(path="a.jsonl", val_share=0.3, num_proc=1, cache_dir=str(tmp_path / "cache"))
+    if kind is TextFiles:
+        with pytest.raises(FileNotFoundError, match=r"data\.path=a\.jsonl"):
+            source.load()
+    cfg = OmegaConf.create({"hydra": {"runtime": {"cwd": str(tmp_path)}}})
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    corpus = source.load()
+    assert len(corpus.train) + len(corpus.val) == 20
+    assert file_io.find_files(str(tmp_path / "*.jsonl"), "data.path") == [tmp_path / "a.jsonl"]
