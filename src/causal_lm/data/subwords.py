@@ -5,6 +5,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,13 @@ class SubwordTokenizer:
     which may be one (GPT-2). Text never produces a special token: ``<eos>`` is encoded as ordinary
     tokens. Raises ValueError where a special token is also part of ordinary text."""
 
-    def __init__(self, json: str, pad: int, bos: int, eos: int) -> None:
+    def __init__(
+        self, json: str, pad: int, bos: int, eos: int, chat_template: str | None = None
+    ) -> None:
         self.json, self.pad_id, self.bos_id, self.eos_id = json, pad, bos, eos
-        settings = loads(json)
+        self.chat_template, settings = chat_template, loads(json)  # in Jinja, as of transformers
+        added = settings["added_tokens"]
+        self.special_tokens = {token["id"]: token["content"] for token in added if token["special"]}
         self.backend = _backend(dumps(_hide_special_tokens(settings)))
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -84,21 +89,27 @@ class SubwordTokenizer:
     def from_file(cls, path: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
         """Read a ``tokenizer.json``, or raise ValueError; ``names`` as in :meth:`resolve`."""
         with extras.reading(f"{path} cannot be read as a tokenizer.json"):
-            return cls.resolve(Path(path).read_text(encoding="utf-8"), names)
+            beside = _transformers_settings(Path(path).parent)
+            return cls.resolve(Path(path).read_text(encoding="utf-8"), names, beside)
 
     @classmethod
-    def resolve(cls, text: str, names: Mapping[str, str | None]) -> "SubwordTokenizer":
+    def resolve(
+        cls, text: str, names: Mapping[str, str | None], beside: Mapping[str, Any] | None = None
+    ) -> "SubwordTokenizer":
         """Find the ids of PAD, BOS and EOS in a tokenizer's JSON.
 
         ``names`` are of the roles ``pad``, ``bos`` and ``eos``. A name that the vocabulary lacks is
-        added to it. A role without a name takes the first of its usual names that is in the
-        vocabulary; otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
+        added to it. A role without a name takes that of ``beside`` (``eos_token`` and others
+        of a tokenizer_config.json) or the first of its usual names that is in the vocabulary;
+        otherwise EOS is added as ``<eos>``, and BOS and PAD share EOS's id.
         Raises ValueError for an empty vocabulary, or a special token that is part of ordinary text.
         """
-        backend = _backend(text)
-        ids: dict[str, int] = {}
+        backend, beside = _backend(text), beside or {}
+        ids: dict[str, Any] = {}
         for role, usual_names in USUAL_NAMES.items():
-            usual = next((n for n in usual_names if backend.token_to_id(n) is not None), None)
+            own = beside.get(f"{role}_token") or ""
+            likely = (own["content"] if isinstance(own, dict) else own, *usual_names)
+            usual = next((n for n in likely if backend.token_to_id(n) is not None), None)
             name = names.get(role) or usual or ("<eos>" if role == "eos" else None)
             if name is None:
                 ids[role] = ids["eos"]
@@ -111,7 +122,8 @@ class SubwordTokenizer:
         settings = loads(backend.to_str())
         for token in settings["added_tokens"]:  # some were added before, but not as special ones
             token["special"] |= token["id"] in ids.values()
-        return cls(dumps(settings, ensure_ascii=False), **ids)
+        template = beside.get("chat_template")
+        return cls(dumps(settings, ensure_ascii=False), **ids, chat_template=template)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -133,6 +145,21 @@ class SubwordTokenizer:
         cached.update(zip(new, self._encode(new), strict=True))
         self._cached_words = cached
         return [b"".join([cached[word] for word in words]) for words in split]
+
+    @cached_property
+    def _with_special_tokens(self) -> Any:
+        """The library's tokenizer, which finds special tokens in a text."""
+        return _backend(self.json)
+
+    def encode_rendered(self, segments: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of what the chat template wrote, special tokens among them, and which of them are
+        learned: those of each second segment."""
+        encoding = self._with_special_tokens.encode("".join(segments), add_special_tokens=False)
+        starts, stops = np.array(encoding.offsets).T
+        edges, learned = np.cumsum([*map(len, segments)]), np.zeros(len(starts), bool)
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            learned |= (stops > start) & (starts < stop)
+        return np.array(encoding.ids, self._dtype), learned
 
     def unknown(self, texts: Sequence[str]) -> Counter[str]:
         """Characters (words, for a WordLevel model) that are encoded as nothing or as <unk>."""
@@ -163,7 +190,19 @@ class SubwordTokenizer:
 
     def state(self) -> dict[str, Any]:
         ids = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}
-        return {"name": "subwords", "json": self.json} | ids
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        return {"name": "subwords", "json": self.json} | ids | template
+
+
+def _transformers_settings(folder: Path) -> dict[str, Any]:
+    """What transformers keeps beside a ``tokenizer.json``: special tokens and the chat template."""
+    config, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    found = loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if template.is_file():
+        found["chat_template"] = template.read_text(encoding="utf-8")
+    elif isinstance(named := found.get("chat_template"), list):
+        found["chat_template"] = {t["name"]: t["template"] for t in named}.get("default")
+    return found
 
 
 def _backend(json: str) -> Any:

@@ -20,6 +20,10 @@ Segments = tuple[str, ...]  # a document's text: what is learned, or context and
 DocumentPart = tuple[Segments, bool]  # a document, or a part of it, and whether it is the last
 
 
+class Rendered(Segments):
+    """Segments that a tokenizer's own chat template wrote: their special tokens are meant."""
+
+
 class Chunk(NamedTuple):
     """Some documents; the first and the last may be parts of a long one."""
 
@@ -44,6 +48,25 @@ class Chunk(NamedTuple):
 def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
     """BOS before each document, EOS after each learned segment: the last, each second before it."""
     texts = [text for segments in chunk.documents for text in segments]
+    is_rendered = isinstance(chunk.documents[0], Rendered)
+    ids, lengths, loss_mask = (_encode_rendered if is_rendered else _encode)(chunk, tokenizer)
+    hashes = chunk.hashes()
+    splits = np.array(chunk.splits(hashes))
+    return TokenizedChunk(
+        ids, lengths, loss_mask, splits, chunk.ends_mid_document, hashes,
+        int(splits[0]) if max(chunk.held_out) == 1 else None,
+        sum(map(len, texts)), tokenizer.unknown(texts),
+    )  # fmt: skip
+
+
+def _encode_rendered(chunk: Chunk, tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    encoded = [tokenizer.encode_rendered(segments) for segments in chunk.documents]
+    ids, masks = zip(*encoded, strict=True)
+    return np.concatenate(ids), np.array([*map(len, masks)]), np.concatenate(masks)
+
+
+def _encode(chunk: Chunk, tokenizer: TextTokenizer) -> tuple[np.ndarray, np.ndarray, Any]:
+    texts = [text for segments in chunk.documents for text in segments]
     text_ids, sizes = tokenizer.encode_batch(texts)
     counts = np.fromiter(map(len, chunk.documents), np.int64)
     stops, is_first = counts.cumsum(), np.zeros(len(texts), bool)
@@ -63,13 +86,7 @@ def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
     if not is_learned.all():
         loss_mask = np.repeat(is_learned, sizes)
         loss_mask[begins] = True  # as in documents without context
-    hashes = chunk.hashes()
-    splits = np.array(chunk.splits(hashes))
-    return TokenizedChunk(
-        ids, lengths, loss_mask, splits, chunk.ends_mid_document, hashes,
-        int(splits[0]) if max(chunk.held_out) == 1 else None,
-        sum(map(len, texts)), tokenizer.unknown(texts),
-    )  # fmt: skip
+    return ids, lengths, loss_mask
 
 
 def tokenize_chunks(

@@ -179,8 +179,10 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     fast.post_processor = library.processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
     )
-    # Split: "<eos>" in a text is five characters.
-    options = {"split_special_tokens": True, "clean_up_tokenization_spaces": False} | tokens
+    template = getattr(tokenizer, "chat_template", None)
+    # Split: "<eos>" in a text is five characters; but a chat template writes special tokens.
+    options = {"split_special_tokens": template is None, "chat_template": template} | tokens
+    options["clean_up_tokenization_spaces"] = False
     make = _transformers().PreTrainedTokenizerFast
     make(tokenizer_object=fast, model_max_length=max_length, **options).save_pretrained(folder)
 

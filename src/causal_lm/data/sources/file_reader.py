@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import extras
-from causal_lm.data.chat import is_text, segments_of
+from causal_lm.data.chat import ChatTemplate, is_text, segments_of
 from causal_lm.data.sources import file_io
 from causal_lm.data.sources.base import TextSource
 from causal_lm.data.tokenize_corpus import DocumentPart, Segments
@@ -115,8 +116,9 @@ class FileReader(TextSource):
     def _segments(self, record: dict[str, Any]) -> Segments:
         """A record's text, after its prompt, or its chat; ValueError for none, or for a mixture."""
         values: list[Any] = [record.get(field) for field in self.fields]
+        segments = tuple(values)
         if is_chat := len(values) == 1 and isinstance(values[0], list):
-            values = [*segments_of(values[0])]
+            segments = segments_of(values[0], self._chat_template)
         elif wrong := [f for f in self.fields if not is_text(record.get(f))]:
             keys = f"the record has {', '.join(record) or 'no keys'}"
             found = f"it is {record[wrong[0]]!r:.40}" if wrong[0] in record else keys
@@ -124,7 +126,12 @@ class FileReader(TextSource):
         if self.has_chats not in (None, is_chat):
             raise ValueError(f"texts and chats are mixed at key {self.field!r}")
         self.has_chats = is_chat
-        return tuple(values)
+        return segments
+
+    @functools.cached_property
+    def _chat_template(self) -> ChatTemplate | None:
+        tokenizer = None if self.tokenizer == "bpe" else self._given_tokenizer
+        return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
     def _not_blank(self, documents: Iterable[Segments], units: str) -> Iterator[DocumentPart]:
         for segments in documents:
