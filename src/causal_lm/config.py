@@ -24,7 +24,9 @@ from causal_lm.schema import RULES, is_float16, rule_of
 
 log = logging.getLogger(__name__)
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+PACKAGE = Path(__file__).resolve().parent
+# A wheel has configs/ inside the package, a checkout at its top level.
+CONFIG_DIR = next(d for d in (PACKAGE / "configs", PACKAGE.parents[1] / "configs") if d.is_dir())
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
 SIMILAR = 0.75  # of difflib: from here on, a key is suggested in place of an unknown one
 

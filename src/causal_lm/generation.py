@@ -73,6 +73,19 @@ def sample_in_batches(
     return torch.cat([sample(module, part, length, **options).cpu() for part in parts])
 
 
+def generate_text(
+    module: Any, tokenizer: Any, prompt: str = "", *, length: int, count: int = 1,
+    temperature: float = 0.8, top_k: int = 50, seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """``count`` texts that continue ``prompt`` to EOS, or to ``length`` tokens in all, BOS counted.
+    ``module`` and ``tokenizer`` are of :func:`causal_lm.build.restore`; raises as :func:`sample`.
+    """
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]]).expand(count, -1)
+    options = {"temperature": temperature, "top_k": top_k}
+    rows = sample_in_batches(module, ids, length, seed=seed, batch_size=count, **options)
+    return [tokenizer.decode(through_eos(row, tokenizer.eos_id)) for row in rows.tolist()]
+
+
 def through_eos(row: list[int], eos_id: int) -> list[int]:
     """The tokens up to and including the first EOS after the first token (BOS may equal EOS)."""
     return row[: row.index(eos_id, 1) + 1] if eos_id in row[1:] else row
