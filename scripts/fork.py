@@ -29,7 +29,7 @@ class Part(NamedTuple):
     """What can be left out: patterns of its files, and how other files name it."""
 
     files: str
-    words: str  # regular expression of names and strings in Python
+    words: str  # regular expression of names, and of strings with ' before them, in Python
     key: str = ""  # in YAML, TOML and the schema
 
 
@@ -38,14 +38,14 @@ PARTS = {
         "src/*/pitfalls.py configs/pitfalls/* docs/pitfalls.md tests/test_pitfalls.py",
         "(?i:pitfall)", "pitfalls",
     ),
-    "gru": Part("src/*/models/gru.py configs/model/gru.yaml", r"^gru$|model=gru|models\.gru"),
+    "gru": Part("src/*/models/gru.py configs/model/gru.yaml", r"^'gru$|model=gru|models\.gru"),
     "x_transformers": Part(
         "configs/model/x_transformers.yaml", "XTransformers|x[-_]transformers", "x-transformers"
     ),
-    "examples": Part("examples/* docs/extending.md tests/test_examples.py", "^examples"),
+    "examples": Part("examples/* docs/extending.md tests/test_examples.py", "^'examples"),
     "benchmarks": Part(
         "scripts/benchmark.py scripts/memory.py scripts/nanogpt_baseline.py tests/test_memory.py"
-        " tests/test_small_text.py", "scripts/(benchmark|memory)|^benchmark$|nanogpt",
+        " tests/test_small_text.py", "scripts/(benchmark|memory)|^'benchmark$|nanogpt",
     ),
     "crashtest": Part("scripts/crashtest.py tests/test_crash.py", "crashtest"),
 }  # fmt: skip
@@ -142,7 +142,7 @@ def write_files(new: Path, name: str, parts: list[Part]) -> None:
     own = {p for p in paths if matches(p, OWN) and not matches(p, INHERITED)}
     stems = [Path(p).stem for p in of_parts if p.startswith("configs/experiment/")]
     names = "|".join(map(re.escape, stems)) or NOTHING
-    words = [part.words for part in parts] + [f"(?<![a-z])({names})(?![a-z])"]
+    words = [part.words for part in parts] + [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]
     pages = [re.escape(Path(p).name) for p in own | of_parts if p.endswith(".md")]
     pages += [re.escape(p) for p in own | of_parts if p.startswith(("scripts/", ".ci/"))]
     in_code, in_tests = "|".join(words), "|".join([*words, *pages])
@@ -163,7 +163,7 @@ def write_files(new: Path, name: str, parts: list[Part]) -> None:
         if path.endswith(".py") and not path.startswith("preflight/"):
             is_test = path.startswith("tests/")
             text = prune.prune(text, re.compile(in_tests if is_test else in_code), is_test)
-            text = re.sub(rf"(: see| \(see| \(|: )\s*docs/({'|'.join(pages) or NOTHING})\)?", "", text)
+            text = re.sub(rf"(: see | \(see | \()docs/({'|'.join(pages)})\)?", "", text)
             if not text and is_test:
                 continue
         target.write_text(rename(text, name), "utf-8")

@@ -115,8 +115,10 @@ class _Pruner:
                     texts = [name]
                 case ast.Attribute(attr=name) | ast.FunctionDef(name=name):
                     texts = [name]
-                case ast.keyword(arg=str(name)) | ast.Constant(value=str(name)):
+                case ast.keyword(arg=str(name)):
                     texts = [name]
+                case ast.Constant(value=str(text)):
+                    texts = [f"'{text}"]
                 case ast.ImportFrom(module=module, names=aliases):
                     texts = [f"{module}.{alias.name}" for alias in aliases]
             if any(map(self.words.search, texts)) and not _is_docstring_of(node, inner):
