@@ -22,6 +22,7 @@ import prune
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = ROOT / "scripts" / "fork_templates"  # with the old name, as all else
 MAX_LINE = 100
+DESCRIPTION = 'description = "Causal language models with PyTorch Lightning and Hydra."'
 NOTHING = "(?!)"  # matches no text
 
 
@@ -67,7 +68,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        fork(args.name, args.dest, [part for part in args.without.split(",") if part])
+        fork(
+            args.name, args.dest, [part.strip() for part in args.without.split(",") if part.strip()]
+        )
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -86,7 +89,7 @@ def fork(name: str, dest: Path, without: Iterable[str] = ()) -> None:
         raise ValueError(f"there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise FileExistsError(f"{dest} is not an empty folder: choose a new one")
-    ruff = [sys.executable, "-m", "ruff"]
+    ruff, check = [sys.executable, "-m", "ruff"], ["check", "-q", "--no-cache"]
     run([*ruff, "--version"], ROOT, "ruff is needed: pip install -e '.[dev]'")
     dest = dest.absolute()
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +97,10 @@ def fork(name: str, dest: Path, without: Iterable[str] = ()) -> None:
     shutil.rmtree(new, ignore_errors=True)
     try:
         write_files(new, name, [PARTS[part] for part in without])
-        run([*ruff, "check", "-q", "--fix", "--ignore=E501", "."], new, "the fork is not clean")
-        run([*ruff, "format", "-q", "."], new, "the fork cannot be formatted")
+        run([*ruff, *check, "--fix", "--ignore=E501", "."], new, "the fork is not clean")
+        run([*ruff, "format", "-q", "--no-cache", "."], new, "the fork cannot be formatted")
         allow_long_lines(new)
-        run([*ruff, "check", "-q", "."], new, "the fork is not clean")
+        run([*ruff, *check, "."], new, "the fork is not clean")
         commit(new, name)
         new.replace(dest)
     finally:
@@ -129,54 +132,66 @@ def matches(path: str, patterns: str) -> bool:
     return any(fnmatch(path, pattern) for pattern in patterns.split())
 
 
-def write_files(new: Path, name: str, parts: list[Part]) -> None:
-    """Write the tracked files that stay, without what names the others, under the new name."""
-    tracked = run(["git", "ls-files", "-z"], ROOT, "clone the repository first").split("\0")
-    paths = [path for path in tracked if path and (ROOT / path).is_file()]
-    keys = "|".join(part.key for part in parts if part.key) or NOTHING
-    of_parts = {path for path in paths for part in parts if matches(path, part.files)}
-    of_parts |= {  # configurations that set a key of a part, such as presets
-        path for path in paths if fnmatch(path, "configs/*/*.yaml")
-        and re.search(f"^({keys}):", (ROOT / path).read_text("utf-8"), re.MULTILINE)
-    }  # fmt: skip
-    own = {p for p in paths if matches(p, OWN) and not matches(p, INHERITED)}
-    stems = [Path(p).stem for p in of_parts if p.startswith("configs/experiment/")]
-    names = "|".join(map(re.escape, stems)) or NOTHING
-    words = [part.words for part in parts] + [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]
-    pages = [re.escape(Path(p).name) for p in own | of_parts if p.endswith(".md")]
-    pages += [re.escape(p) for p in own | of_parts if p.startswith(("scripts/", ".ci/"))]
-    in_code, in_tests = "|".join(words), "|".join([*words, *pages])
-    for path in paths:
-        if path in own | of_parts:
-            continue
-        target = new / rename(path, name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            text = (ROOT / path).read_text("utf-8")
-        except UnicodeDecodeError:
-            shutil.copy(ROOT / path, target)
-            continue
-        if path.endswith((".yaml", ".yml", ".toml")):
-            text = re.sub(rf"^ *(- )?(optional )?({keys})( =|:).*\n", "", text, flags=re.MULTILINE)
+class Selection:
+    """Which tracked files a fork without ``parts`` has, and how their text changes."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        tracked = run(["git", "ls-files", "-z"], ROOT, "clone the repository first").split("\0")
+        paths = [path for path in tracked if path and (ROOT / path).is_file()]
+        self.keys = "|".join(part.key for part in parts if part.key) or NOTHING
+        self.left_out = {path for path in paths for part in parts if matches(path, part.files)}
+        self.left_out |= {path for path in paths if self._sets_a_key(path)}  # such as presets
+        own = {path for path in paths if matches(path, OWN) and not matches(path, INHERITED)}
+        gone = own | self.left_out
+        self.kept = [path for path in paths if path not in gone]
+        self.pages = "|".join(re.escape(Path(p).name) for p in gone if p.endswith(".md"))
+        presets = [Path(p).stem for p in gone if p.startswith("configs/experiment/")]
+        names = "|".join(map(re.escape, presets)) or NOTHING
+        words = [part.words for part in parts] + [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]
+        self.words_of_code = re.compile("|".join(words))
+        commands = [re.escape(p) for p in gone if p.startswith(("scripts/", ".ci/"))]
+        self.words_of_tests = re.compile("|".join([*words, self.pages, *commands]))
+
+    def _sets_a_key(self, path: str) -> bool:
+        text = (ROOT / path).read_text("utf-8") if fnmatch(path, "configs/*/*.yaml") else ""
+        return bool(re.search(f"^({self.keys}):", text, re.MULTILINE))
+
+    def edit(self, path: str, text: str) -> str:
+        """The text of a file without what names a part or a page that is left out."""
+        if path.endswith((".py", ".yaml")):
+            reference = rf"(: see | \((see |measured in )?)docs/({self.pages})\)?"
+            text = re.sub(reference, "", text)
+        if path.endswith((".yaml", ".toml")):
+            line = rf"^ *(- )?(optional )?({self.keys})( =|:).*\n"
+            text = re.sub(line, "", text, flags=re.MULTILINE)
         if path.endswith("/schema.py"):
-            text = re.sub(rf"\s+({keys})\.\*", "", text)
+            text = re.sub(rf"\s+({self.keys})\.\*", "", text)
         if path.endswith(".py") and not path.startswith("preflight/"):
             is_test = path.startswith("tests/")
-            text = prune.prune(text, re.compile(in_tests if is_test else in_code), is_test)
-            text = re.sub(rf"(: see | \(see | \()docs/({'|'.join(pages)})\)?", "", text)
-            if not text and is_test:
-                continue
-        target.write_text(rename(text, name), "utf-8")
-        shutil.copymode(ROOT / path, target)
-    for template in TEMPLATES.rglob("*.*"):
-        if template.is_file():
-            target = new / template.relative_to(TEMPLATES)
+            words = self.words_of_tests if is_test else self.words_of_code
+            text = prune.prune(text, words, is_test)
+        return text
+
+
+def write_files(new: Path, name: str, parts: list[Part]) -> None:
+    """Write the files that stay, and the templates, under the new name."""
+    selection = Selection(parts)
+    sources = {path: ROOT / path for path in selection.kept}
+    templates = [path for path in TEMPLATES.rglob("*") if path.is_file()]
+    sources |= {str(path.relative_to(TEMPLATES)): path for path in templates}
+    for path, source in sources.items():
+        text = selection.edit(path, source.read_text("utf-8"))
+        if source in templates:  # a line that names a file which is left out goes with it
+            lines = text.splitlines(keepends=True)
+            text = "".join(x for x in lines if not any(p in x for p in selection.left_out))
+        if path == "pyproject.toml":
+            text = re.sub("^version = .*", 'version = "0.1.0"', text, flags=re.MULTILINE)
+            text = re.sub("^description = .*", DESCRIPTION, text, flags=re.MULTILINE)
+        if text or not path.startswith("tests/"):
+            target = new / rename(path, name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(rename(template.read_text("utf-8"), name), "utf-8")
-    file = new / "pyproject.toml"
-    text = re.sub("^version = .*", 'version = "0.1.0"', file.read_text("utf-8"), flags=re.MULTILINE)
-    what = 'description = "Causal language models with PyTorch Lightning and Hydra."'
-    file.write_text(re.sub("^description = .*", what, text, flags=re.MULTILINE), "utf-8")
+            target.write_text(rename(text, name), "utf-8")
+            shutil.copymode(source, target)
 
 
 def rename(text: str, name: str) -> str:

@@ -12,8 +12,8 @@ from support import ROOT, command, load_script
 from support.runs import SHORT
 
 pytest.importorskip("ruff", reason="the fork is formatted by it")
-sys.path.append(str(ROOT / "scripts"))  # where fork.py finds prune.py
-fork, pruning = load_script("fork"), load_script("prune")
+pruning = sys.modules["prune"] = load_script("prune")  # which fork.py imports from beside it
+fork = load_script("fork")
 OLD = re.compile("causal[-_]lm", re.IGNORECASE)
 
 
