@@ -33,8 +33,8 @@ def main() -> None:
     if length > limit:
         raise ValueError(f"--length {length} is above data.max_length={limit} of the training run")
     texts = generate_text(
-        module, tokenizer, args.prompt, length=length, count=args.count,
-        temperature=args.temperature, top_k=args.top_k, seed=args.seed,
+        module, tokenizer, args.prompt, length, count=args.count, seed=args.seed,
+        temperature=args.temperature, top_k=args.top_k,
     )  # fmt: skip
     for number, text in enumerate(texts, start=1):
         print(f"--- {number}\n{printable(text)}")

@@ -170,7 +170,7 @@ def test_five_lines_of_python_load_a_checkpoint_and_write_text(tmp_path, monkeyp
     exec(code, names)
     written = capsys.readouterr().out.splitlines()
     assert len(written) == 3 and all(line.startswith("ab") for line in written)
-    again = generate_text(names["module"], names["tokenizer"], "ab", length=32, count=3)
+    again = generate_text(names["module"], names["tokenizer"], "ab", 32, count=3, temperature=0.8)
     assert written == again
-    greedy = generate_text(names["module"], names["tokenizer"], length=5, temperature=0)
+    greedy = generate_text(names["module"], names["tokenizer"], "", 5, temperature=0)
     assert len(greedy) == 1

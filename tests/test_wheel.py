@@ -97,8 +97,6 @@ def test_evaluate_and_generate(run, checkpoint):
     assert figures["loss"] == pytest.approx(summary["val/loss"], rel=1e-5)
     texts = run("causal-lm-generate", checkpoint, "--count=3", "--prompt=abc")
     assert texts.count("--- ") == 3 and texts.count("abc") >= 3
-    same = run("python", "-m", "causal_lm", "generate", checkpoint, "--count=3", "--prompt=abc")
-    assert same == texts
     assert run("causal-lm-generate", "--help").startswith("usage: causal-lm-generate ")
     run("causal-lm-generate", "nothing.ckpt", exit_code=1)
 

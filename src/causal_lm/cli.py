@@ -150,8 +150,7 @@ def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
     Lightning starts the other ranks by repeating the command line; in a sweep, each rank would run
     the whole sweep, and the ranks would train different configurations.
     """
-    module = sys.modules["__main__"].__spec__  # None, unless it was started as python -m MODULE
-    start = ["-m", module.name] if module else [sys.argv[0]]
+    start = ["-m", spec.name] if (spec := sys.modules["__main__"].__spec__) else [sys.argv[0]]
     command = [sys.executable, *start, f"--config-name={hydra_cfg.job.config_name}"]
     sources = hydra_cfg.runtime.config_sources
     command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
