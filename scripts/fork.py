@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -46,7 +47,7 @@ PARTS = {
     "examples": Part("examples/* docs/extending.md tests/test_examples.py", "^'examples"),
     "benchmarks": Part(
         "scripts/benchmark.py scripts/memory.py scripts/nanogpt_baseline.py tests/test_memory.py"
-        " tests/test_small_text.py", "scripts/(benchmark|memory)|^'benchmark$|nanogpt",
+        " tests/test_small_text.py", "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline",
     ),
     "crashtest": Part("scripts/crashtest.py tests/test_crash.py", "crashtest"),
 }  # fmt: skip
@@ -67,10 +68,9 @@ def main() -> None:
         "--without", default="", metavar="PART,…", help=f"leave out some of: {', '.join(PARTS)}"
     )
     args = parser.parse_args()
+    without = [part.strip() for part in args.without.split(",") if part.strip()]
     try:
-        fork(
-            args.name, args.dest, [part.strip() for part in args.without.split(",") if part.strip()]
-        )
+        fork(args.name, args.dest, without)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -93,9 +93,8 @@ def fork(name: str, dest: Path, without: Iterable[str] = ()) -> None:
     run([*ruff, "--version"], ROOT, "ruff is needed: pip install -e '.[dev]'")
     dest = dest.absolute()
     dest.parent.mkdir(parents=True, exist_ok=True)
-    new = dest.with_name(f".{dest.name}.unfinished")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as folder:
+        new = Path(folder) / "new"
         write_files(new, name, [PARTS[part] for part in without])
         run([*ruff, *check, "--fix", "--ignore=E501", "."], new, "the fork is not clean")
         run([*ruff, "format", "-q", "--no-cache", "."], new, "the fork cannot be formatted")
@@ -103,8 +102,6 @@ def fork(name: str, dest: Path, without: Iterable[str] = ()) -> None:
         run([*ruff, *check, "."], new, "the fork is not clean")
         commit(new, name)
         new.replace(dest)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def check_name(name: str) -> None:
@@ -205,13 +202,15 @@ def rename(text: str, name: str) -> str:
 
 
 def allow_long_lines(new: Path) -> None:
-    """Where the new name makes lines too long that no formatter breaks, raise ruff's limit."""
-    longest = max(
-        len(line) for path in new.rglob("*.py") for line in path.read_text("utf-8").splitlines()
-    )
-    if longest > MAX_LINE:
+    """Exempt from ruff's limit the files in which a new name makes lines that are not broken."""
+    names = [
+        path.relative_to(new).as_posix() for path in sorted(new.rglob("*.py"))
+        if any(len(line) > MAX_LINE for line in path.read_text("utf-8").splitlines())
+    ]  # fmt: skip
+    if names:
+        rules = "".join(f'"{name}" = ["E501"]\n' for name in names)
+        limit = f"[tool.ruff.lint.per-file-ignores]\n{rules}\n[tool.mypy]"
         file = new / "pyproject.toml"
-        limit = f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {longest}\n\n[tool.mypy]"
         file.write_text(file.read_text("utf-8").replace("[tool.mypy]", limit), "utf-8")
 
 
@@ -221,12 +220,8 @@ def commit(new: Path, name: str) -> None:
     for key, value in (("user.name", name), ("user.email", f"{name}@localhost")):
         if subprocess.run(["git", "config", key], capture_output=True).returncode:
             git += ["-c", f"{key}={value}"]
-    for words in (
-        ["init", "-q", "-b", "main"],
-        ["add", "-A"],
-        ["commit", "-q", "-m", f"{name} 0.1.0"],
-    ):
-        run([*git, *words], new, "git cannot make the repository")
+    for words in ("init -q -b main", "add -A", f"commit -q -m {name}"):
+        run([*git, *words.split()], new, "git cannot make the repository")
 
 
 if __name__ == "__main__":
