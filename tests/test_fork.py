@@ -11,7 +11,6 @@ import pytest
 from support import ROOT, command, load_script
 from support.runs import SHORT
 
-pytest.importorskip("ruff", reason="the fork is formatted by it")
 pruning = sys.modules["prune"] = load_script("prune")  # which fork.py imports from beside it
 fork = load_script("fork")
 OLD = re.compile('(?i:causal[-_]lm)(?<!task_type="CAUSAL_LM)')  # but for the argument of peft
@@ -163,6 +162,7 @@ def inside(dest: Path, *args: str, code: int = 0) -> str:
 @pytest.fixture(scope="module", params=["", "pitfalls", ",".join(fork.PARTS)], ids=len)
 def made(request, tmp_path_factory):
     """(folder, parts that were left out) of a fork; its name makes lines longer, or reorders."""
+    pytest.importorskip("ruff", reason="it formats a fork")
     name = "night-owl-of-the-north" if request.param == "pitfalls" else "nightingale"
     dest = tmp_path_factory.mktemp("forks") / name
     done = command("scripts/fork.py", name, str(dest), "--without", request.param)
