@@ -152,7 +152,7 @@ def inside(dest: Path, *args: str, code: int = 0) -> str:
     """Run Python in a fork, whose packages alone are on the path; returns what it printed."""
     path = [dest / "src", dest / "preflight" / "src", dest / "tests", dest / "preflight" / "tests"]
     done = subprocess.run(
-        [sys.executable, *args], cwd=dest, capture_output=True, text=True, timeout=900,
+        [sys.executable, *args], cwd=dest, capture_output=True, text=True, timeout=1800,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
     )  # fmt: skip
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
