@@ -5,8 +5,6 @@ python scripts/generate.py runs/…/checkpoints/last.ckpt --prompt "Return the "
 
 import argparse
 
-import torch
-
 from causal_lm import cli
 
 
@@ -25,8 +23,8 @@ def main() -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
 
-    from causal_lm import generation
     from causal_lm.build import restore
+    from causal_lm.generation import generate_text
     from causal_lm.report.samples import printable
 
     module, tokenizer, config = restore(args.checkpoint, args.trust)
@@ -34,13 +32,11 @@ def main() -> None:
     length = limit if args.length is None else args.length
     if length > limit:
         raise ValueError(f"--length {length} is above data.max_length={limit} of the training run")
-    prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(args.prompt)]])
-    rows = generation.sample(
-        module, prompt.expand(args.count, -1), length, temperature=args.temperature,
-        top_k=args.top_k, generator=torch.Generator().manual_seed(args.seed),
+    texts = generate_text(
+        module, tokenizer, args.prompt, length, count=args.count, seed=args.seed,
+        temperature=args.temperature, top_k=args.top_k,
     )  # fmt: skip
-    for number, row in enumerate(rows.tolist(), start=1):
-        text = tokenizer.decode(generation.through_eos(row, tokenizer.eos_id))
+    for number, text in enumerate(texts, start=1):
         print(f"--- {number}\n{printable(text)}")
 
 

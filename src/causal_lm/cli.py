@@ -158,7 +158,8 @@ def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
     Lightning starts the other ranks by repeating the command line; in a sweep, each rank would run
     the whole sweep, and the ranks would train different configurations.
     """
-    command = [sys.executable, sys.argv[0], f"--config-name={hydra_cfg.job.config_name}"]
+    start = ["-m", spec.name] if (spec := sys.modules["__main__"].__spec__) else [sys.argv[0]]
+    command = [sys.executable, *start, f"--config-name={hydra_cfg.job.config_name}"]
     sources = hydra_cfg.runtime.config_sources
     command.append("hydra.mode=RUN")  # a configuration may say MULTIRUN
     command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]

@@ -1,7 +1,7 @@
 """Compose and validate the configuration of a run; every error is one line that names the key.
 
-``configs/`` has the keys and their defaults, ``schema.py`` the values that are valid. Imports
-neither torch nor lightning, so that a misspelled key is reported at once.
+``configs/`` (in a wheel: inside the package) has the keys and defaults, ``schema.py`` the valid
+values. Imports neither torch nor lightning, so that a misspelled key is reported at once.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from causal_lm.schema import RULES, is_float16, rule_of
 
 log = logging.getLogger(__name__)
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_DIR = next(d for p in Path(__file__).resolve().parents if (d := p / "configs").is_dir())
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
 SIMILAR = 0.75  # of difflib: from here on, a key is suggested in place of an unknown one
 

@@ -19,8 +19,7 @@ def filter_top_k(logits: Tensor, k: int | None) -> Tensor:
     """Set all but the ``k`` largest logits (B, V) of each row to -inf; ties with the k-th stay."""
     if k is None or k >= logits.shape[-1]:
         return logits
-    kth_largest = logits.topk(k, dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < kth_largest, float("-inf"))
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[:, -1:], -torch.inf)
 
 
 @torch.inference_mode()
@@ -71,6 +70,16 @@ def sample_in_batches(
     options["generator"] = torch.Generator().manual_seed(seed)
     parts = prompts.to(module.device).split(batch_size)
     return torch.cat([sample(module, part, length, **options).cpu() for part in parts])
+
+
+def generate_text(
+    module: Any, tokenizer: Any, prompt: str, length: int, *, count=1, seed=0, **options: Any
+) -> list[str]:
+    """``count`` texts that continue ``prompt`` to EOS, or to ``length`` tokens in all, BOS counted;
+    ``options`` are of :func:`sample`. Module and tokenizer: :func:`causal_lm.build.restore`."""
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]]).expand(count, -1)
+    rows = sample_in_batches(module, ids, length, seed=seed, batch_size=count, **options)
+    return [tokenizer.decode(through_eos(row, tokenizer.eos_id)) for row in rows.tolist()]
 
 
 def through_eos(row: list[int], eos_id: int) -> list[int]:

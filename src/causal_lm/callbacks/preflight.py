@@ -35,8 +35,8 @@ class Preflight(lightning.Preflight):
 
 def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None) -> Preflight:
     """The callback of a configured run; a fault that a pitfall makes names the pitfall's key."""
-    remedies, pitfalls = dict(WHERE_TO_LOOK), cfg.get("pitfalls") or {}
-    if switched_on := [name for name, on in pitfalls.items() if on]:
+    remedies = dict(WHERE_TO_LOOK)
+    if switched_on := [name for name, on in (cfg.get("pitfalls") or {}).items() if on]:
         from causal_lm.pitfalls import PITFALLS
 
         remedies |= {PITFALLS[name].label: f"pitfalls.{name}" for name in switched_on}
