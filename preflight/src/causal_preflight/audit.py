@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from causal_preflight import html_page, padding, position, readout, visibility
+from causal_preflight import html_page, padding, position, readout, targets, visibility
 from causal_preflight.batch import AuditBatch
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
@@ -23,7 +23,8 @@ _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
 PROBES: tuple[Probe, ...] = (
-    padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
+    padding.finite, targets.soft, readout.alignment, targets.dropped, readout.ending,
+    readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
     padding.embedding, padding.extension, position.order, position.alone, position.length,
     position.packed, position.decoding, html_page.pictures,
@@ -116,12 +117,12 @@ def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]
         report.sampled.append(f"loss: the first {most} of {rows} rows")
         batch, rows = batch.rows(list(range(most))), most
     part = batch
-    if rows > _ROWS:
+    if rows > _ROWS and not batch.stale:
         by_length = batch.real.sum(1).argsort(stable=True).tolist()
         index = [by_length[round(i * (rows - 1) / (_ROWS - 1))] for i in range(_ROWS)]
         part = batch.rows(index)
         report.sampled.append(f"visibility: rows {', '.join(map(str, index))} of {rows}")
-    if width > _COLS:
+    if width > _COLS and not batch.stale:
         start = width - _COLS if bool(batch.left_pad.any()) else 0
         part = part.cols(start, start + _COLS)
         report.sampled.append(f"visibility: columns {start} to {start + _COLS - 1} of {width}")
