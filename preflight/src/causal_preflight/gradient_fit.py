@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 2**22  # values fitted at a time
+EXACT = 1e-5  # residual below which the loss is a cross-entropy in float32
 
 
 def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -59,3 +60,8 @@ def _fit_target(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor
     deviation = g - a * p + u
     w = -deviation.gather(-1, y[..., None])[..., 0]
     return y, w, u[..., 0], (deviation * others).pow(2).mean(-1)
+
+
+def is_distribution(z: Tensor) -> bool:
+    """Whether these, (..., V), are probabilities rather than logits."""
+    return bool((z >= 0).all()) and bool(((z.sum(-1) - 1).abs() < 1e-2).all())

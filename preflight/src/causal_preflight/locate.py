@@ -16,6 +16,7 @@ from causal_preflight.batch import IGNORE, AuditBatch
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
 """Permutation that takes logits to (b, t, V), and back; () for flat logits (n, V)."""
+_NODES = 30  # of the graph that makes the logits, from its end
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
 
 
@@ -137,6 +138,22 @@ def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
         if equal > best:
             best, hit = equal, torch.where(inside, slots[:, cols], -1)
     return hit
+
+
+def first_column(logits: Tensor, width: int) -> int | None:
+    """The first of `width` columns of hidden states that logits are made of; None if not sliced."""
+    nodes: list[Any] = [logits.grad_fn]
+    start = 0
+    for node in nodes:  # breadth first
+        if node is not None and len(nodes) < _NODES:
+            nodes += [n for n, _ in node.next_functions if n not in nodes]
+        if node is not None and node.name() == "SliceBackward0" and node._saved_dim == 1:
+            size, begin = node._saved_self_sym_sizes[1], node._saved_start
+            begin -= 2**64 if begin >= 2**63 else 0  # negative numbers are saved unsigned
+            start += begin if begin >= 0 else max(0, size + begin)
+            if size == width:
+                return start
+    return None
 
 
 def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Tensor]:

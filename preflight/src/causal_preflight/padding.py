@@ -87,6 +87,9 @@ def extension(ctx: Context) -> list[Finding]:
         before, after = r.weight[r.trained], s.weight[longer.slot >= 0][r.trained.flatten()]
         if not len(before):
             continue
+        if bool((after == 0).any()):  # of a model that makes the logits of the last columns alone?
+            made = ctx.model.observe(longer).made[longer.slot >= 0][r.trained.flatten()]
+            require(made.all(), "with PAD added, the loss is that of other positions")
         examined, change = True, (after / before - 1).abs()
         if float(change.max()) > max(2e-3, 3 * r.residual):
             most = change.argmax()

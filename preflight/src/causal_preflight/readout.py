@@ -8,10 +8,12 @@ from torch import Tensor
 
 from causal_preflight.batch import IGNORE, AuditBatch, shift_left
 from causal_preflight.context import Context, Move
+from causal_preflight.gradient_fit import is_distribution
 from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding, UnexaminableError, require
 
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
+_UNREAD = 0.1  # residual from which weights cannot be read
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
 
 
@@ -20,6 +22,10 @@ def alignment(ctx: Context) -> list[Finding]:
     found: dict[str, Finding] = {}
     counts = any(bool(ctx.readout(train).trained.any()) for train in (True, False))
     require(counts, "no position of the batch is trained on a target")
+    if "soft targets" in ctx.explained:  # examined already
+        return []
+    r = ctx.readout(True)
+    require(r.residual < _UNREAD or offset_of(ctx.full, r) == 1, "no single target at a position")
     for train in (True, False):
         for f in _alignment(ctx, ctx.readout(train), "" if train else "in eval mode: "):
             found.setdefault(f.label, f)
@@ -53,7 +59,8 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
         return _shifted(ctx, r, k, mode)
     label, is_next = batch.label_of_next, r.target == shift_left(batch.ids, -1)
     eos = _closing_eos(batch, r)
-    expected = batch.has_target & (is_next | (r.target == label)) | eos
+    pair = batch.has_target | shift_left(batch.opening_eos, False)
+    expected = pair & (is_next | (r.target == label)) | eos
     if batch.labels is not None and batch.labels_shifted:
         # The label beyond the row is expected, except from a `roll` or from flattened rows.
         last, first = batch.labels[:, -1], batch.ids[:, 0]
@@ -151,7 +158,7 @@ def ending(ctx: Context) -> list[Finding]:
             if bool(ends.any()):
                 return never_ends("no document in the batch ends in EOS", ends)
         ends = eos
-    is_target = batch.has_target.roll(1, 1)  # has_target is False in the last column
+    is_target = batch.has_target.roll(1, 1) | batch.opening_eos  # False in the last column
     counted, ends = r.trained.roll(1, 1) & is_target, ends & is_target
     require(ends.any(), "no document is seen to end in this batch")
     require(offset_of(batch, r) == 1, "the targets are not the next tokens")
@@ -171,12 +178,21 @@ def reduction(ctx: Context) -> list[Finding]:
     Accepted are the token mean (all 1/N), the sum (all one constant, whatever the batch) and the
     mean over rows, or documents, of means.
     """
-    require("pad target" not in ctx.explained, "PAD is trained, and changes every weight")
+    require("pad target" not in ctx.explained, "wrong targets count, which changes every weight")
     r, batch = ctx.readout(True), ctx.full
     on = r.trained
     require(bool(on.any()) and r.loss == r.loss, "no finite, counted position")
-    tol = max(2e-3, 3 * r.residual)
+    if is_distribution(ctx.base.logits[ctx.base.made]):
+        sums_up = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad)[on].all())
+        require(sums_up, "the model returns probabilities, of which the loss takes the logarithm")
+        seen = "the model returns probabilities (a softmax) where the loss expects logits"
+        return [ctx.finding("reduction", seen, "logits", Move(float("nan")))]
+    one_each = r.residual < _UNREAD and "soft targets" not in ctx.explained
+    require(one_each, "no single target at a position")
+    tol = max(2e-2 if r.scaled else 2e-3, 3 * r.residual)
     w = r.weight[on]
+    if _near(r.onehot_weight[on], 1 / len(w), tol):
+        return []  # a term beside a token mean, as an entropy, may look like uniform targets
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
     if _mean_of_means(r, batch.doc, tol):
@@ -231,6 +247,8 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
     if _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
         return []  # a sum with a factor
+    if r.scaled and _near(cut_w.sum(), w.sum(), tol):
+        return []  # the factor of scaled logits is not known with label smoothing
     others = "something other than the counted targets, or twice"
     by, total = "all slots of the batch, PAD included" if slots else others, float(w.sum())
     seen = f"the loss is divided by {by}: {len(w)} counted tokens weigh {float(w.mean()):.4g} "

@@ -10,6 +10,8 @@ ALIASES = {"norm": "reduction"}  # earlier words, still understood in `Report.fa
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
     "pad targets": "give PAD targets the label -100 by mask or length; drop them before the mean",
+    "dropped": "count every real target whose label is not -100: check what the loss slices",
+    "logits": "return logits: cross_entropy applies the softmax itself",
     "eos": "end each document in EOS and count it; tell PAD by mask or length, not by a shared id",
     "divide": "sum the token losses and divide once, by the targets of all micro-batches and ranks",
     "clamp": "clamp each count that divides to at least 1, or skip rows without targets",
@@ -30,6 +32,7 @@ REMEDIES = {
 
 PLAIN_WORDS = {  # probe -> what it checks
     "finite": "finite numbers", "alignment": "next-token targets", "labels": "next-token targets",
+    "soft": "next-token targets", "dropped": "next-token targets",
     "ending": "EOS", "reduction": "token weights", "emptied": "rows without targets",
     "cross_row": "rows apart", "future": "causal mask", "documents": "documents apart",
     "context": "sight of earlier tokens", "embedding": "PAD hidden", "extension": "PAD added",
@@ -86,6 +89,7 @@ class Report:
     """The outcome of one preflight.
 
     `skipped`: probe -> why it could not be examined. `sampled`: what was examined in part only.
+    `remarks`: what is no fault, but should be known.
     `passed`: probes that ran and found nothing. `pictures`: plain lists for `to_html`. `forwards`:
     runs of the loss.
     """
@@ -97,6 +101,7 @@ class Report:
     pictures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     forwards: int = 0
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def faults(self) -> Faults:
@@ -153,7 +158,8 @@ class Report:
         skipped = dict.fromkeys(PLAIN_WORDS.get(x, x) for x in self.skipped)
         skipped = {word: None for word in skipped if word not in passed}
         lists = ("checked", passed), ("skipped", skipped)
-        return self._text([(head, ", ".join(words)) for head, words in lists if words])
+        notes = [("noted", note) for note in self.remarks]
+        return self._text(notes + [(head, ", ".join(words)) for head, words in lists if words])
 
     def _text(self, notes: list[tuple[str, str]]) -> str:
         lines, cells = [f"preflight: {self.verdict}"], list[tuple[str, str]]()
@@ -167,4 +173,5 @@ class Report:
         """What was examined, what was not, and what in part only."""
         notes = [("checked", ", ".join(self.passed))] if self.passed else []
         notes += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
+        notes += [("noted", note) for note in self.remarks]
         return notes + [("sampled", note) for note in self.sampled]
