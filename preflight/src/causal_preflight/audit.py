@@ -12,13 +12,15 @@ from torch import nn
 from causal_preflight import html_page, padding, position, readout, visibility
 from causal_preflight.batch import AuditBatch
 from causal_preflight.context import Context, Probe
-from causal_preflight.instrumented_model import InstrumentedModel, LossFn
+from causal_preflight.fused_loss import FusedLossModel
+from causal_preflight.instrumented_model import LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
 from causal_preflight.sandbox import Sandbox, preserved_random_states
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
+_FITS = 0.3  # residual below which the logits are taken to be those of the loss
 _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
@@ -65,7 +67,7 @@ def preflight(
         raise ValueError(f"{why}enlarge the embedding or check the tokenizer")
     report = Report()
     full, work = _sampled(parsed, report)
-    instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
+    instrumented = FusedLossModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
     # Hooks and new shapes would compile it anew each time.
     dynamo = "torch._dynamo" in sys.modules
@@ -74,7 +76,7 @@ def preflight(
         report.sampled.append("model: it was run without torch.compile")
     with preserved_random_states(), eager:
         try:
-            _find_logits(ctx)
+            _find_logits(ctx, instrumented)
             for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
@@ -87,9 +89,8 @@ def preflight(
     return report
 
 
-def _find_logits(ctx: Context) -> None:
+def _find_logits(ctx: Context, model: FusedLossModel) -> None:
     """Find the logits on a few rows, or on all of them where the loss fails on a few."""
-    model = ctx.model
     for part in (ctx.work, ctx.full):
         try:
             model.discover(part)
@@ -102,9 +103,14 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
-        ctx.readout(True)
+        r = ctx.readout(True)
+        visible = r.residual < _FITS and bool(r.trained.any())
     except RuntimeError:  # none, or their positions are unknown
-        model.logits_module = None
+        visible, model.logits_module = False, None
+    if not visible and model.find_head(ctx.work):
+        ctx._readouts.clear()
+        ctx.report.sampled.append("logits: the loss is fused; rebuilt from the head's weights")
+    elif model.logits_module is None:
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 
