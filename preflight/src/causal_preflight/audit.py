@@ -12,15 +12,15 @@ from torch import nn
 from causal_preflight import html_page, padding, position, readout, visibility
 from causal_preflight.batch import AuditBatch
 from causal_preflight.context import Context, Probe
-from causal_preflight.fused_loss import FusedLossModel
-from causal_preflight.instrumented_model import LossFn
+from causal_preflight.fused_loss import rebuild_logits
+from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
 from causal_preflight.sandbox import Sandbox, preserved_random_states
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
-_FITS = 0.3  # residual below which the logits are taken to be those of the loss
+_FITS, _FUSED = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
 _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
@@ -67,7 +67,7 @@ def preflight(
         raise ValueError(f"{why}enlarge the embedding or check the tokenizer")
     report = Report()
     full, work = _sampled(parsed, report)
-    instrumented = FusedLossModel(model, loss_fn, Sandbox(model), seed, rebuild)
+    instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
     ctx = Context(instrumented, full, work, seed, report)
     # Hooks and new shapes would compile it anew each time.
     dynamo = "torch._dynamo" in sys.modules
@@ -76,8 +76,8 @@ def preflight(
         report.sampled.append("model: it was run without torch.compile")
     with preserved_random_states(), eager:
         try:
-            _find_logits(ctx, instrumented)
-            for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
+            _find_logits(ctx)
+            for probe in PROBES if instrumented.logits_module is not None else ():
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
@@ -89,8 +89,9 @@ def preflight(
     return report
 
 
-def _find_logits(ctx: Context, model: FusedLossModel) -> None:
+def _find_logits(ctx: Context) -> None:
     """Find the logits on a few rows, or on all of them where the loss fails on a few."""
+    model = ctx.model
     for part in (ctx.work, ctx.full):
         try:
             model.discover(part)
@@ -104,14 +105,17 @@ def _find_logits(ctx: Context, model: FusedLossModel) -> None:
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
         r = ctx.readout(True)
-        visible = r.residual < _FITS and bool(r.trained.any())
+        residual = r.residual if bool(r.trained.any()) else 1.0
     except RuntimeError:  # none, or their positions are unknown
-        visible, model.logits_module = False, None
-    if not visible and model.find_head(ctx.work):
+        residual, model.logits_module = 1.0, None
+    fused = rebuild_logits(model, ctx.work, min(_FUSED, residual / 2)) if residual > _FITS else None
+    if fused is not None:
+        model.discover(ctx.work)
         ctx._readouts.clear()
-        ctx.report.sampled.append("logits: the loss is fused; rebuilt from the head's weights")
+        ctx.explained |= {"inexact weights"} if fused > _FITS else set()
+        ctx.report.sampled.append("logits: the loss is fused; rebuilt from hidden states and head")
     elif model.logits_module is None:
-        ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
+        ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"
 
 
 def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:

@@ -1,117 +1,116 @@
-"""Audit a loss that hands out no logits: rebuild them from hidden states and the head's weights.
+"""Make the logits visible that a fused loss keeps to itself (Liger, chunks, cut-cross-entropy).
 
-Fused linear cross-entropies (Liger, cut-cross-entropy, chunks under checkpointing) take the last
-hidden states h and the weights W of the head. With h = 0 all logits are equal but for a bias, and
-a target y of weight w leaves the gradient w (sum_v p_v W_v - W_y) at h: its direction names y.
+Such a loss is given the last hidden states h and the weights W of the head. With h = 0 a target y
+of weight w leaves the gradient w (sum_v p_v W_v - W_y) at h: its direction names y, its size w.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causal_preflight import gradient_fit, locate
+from causal_preflight import locate
 from causal_preflight.batch import AuditBatch
-from causal_preflight.instrumented_model import InstrumentedModel, Observation, Readout
+from causal_preflight.instrumented_model import InstrumentedModel, loss_of_model
 
-_TRIED = 6  # hidden states tried, the last one first
-_FITS = 0.8  # twice the residual below which hidden states and head belong together
-_CHUNK = 2**22  # values fitted at a time
+_TRIED = 6  # outputs of modules that are tried as hidden states, the last one first
+_SURE = 0.01  # residual below which no others are tried
 
 
-@dataclass(eq=False)
-class FusedLossModel(InstrumentedModel):
-    """An InstrumentedModel; without logits, `weight` (V, D) and `bias` (V,) or None make them."""
+class RebuiltHead(nn.Module):
+    """Makes logits of the hidden states that a module puts out, and the loss of these logits.
 
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    `residual` is the fraction of the last run's gradient that targets do not explain.
+    """
 
-    def find_head(self, batch: AuditBatch) -> bool:
-        """Find the hidden states and the head that a fused loss is given; False: there are none."""
-        before, best = (self.logits_module, self.path, self.layout, self.replaceable), _FITS
-        found: tuple[Any, ...] = (*before, None, None)
-        top, hidden = int(batch.ids.max()), self._hidden(batch)
-        for module, path, layout, width in islice(reversed(hidden), _TRIED):
-            for weight, bias in self._heads(top, width):
-                self._use(module, path, layout, True, weight, bias)
-                with suppress(RuntimeError):
-                    r = self.readout(batch, True)
-                    if r.residual < 0.5 * best and self.replaceable and bool(r.trained.any()):
-                        found = (module, path, layout, True, weight, bias)
-                        best = max(r.residual, 1e-3)
-        self._use(*found)
-        return self.weight is not None
+    residual = 1.0
 
-    def _use(self, *found: Any) -> None:
-        self.logits_module, self.path, self.layout, self.replaceable = found[:4]
-        self.weight, self.bias = found[4:]
+    def __init__(self, audited: InstrumentedModel, *given: Any) -> None:
+        super().__init__()
+        # Loss, module, path of its output, weight, bias: in a tuple, as they stay the model's own.
+        self.given = given
+        self.sandbox, self.seed = audited.sandbox, audited.seed
 
-    def _hidden(self, batch: AuditBatch) -> list[tuple[nn.Module, locate.KeyPath, Any, int]]:
-        """Outputs of modules (b, t, D) or (n, D) in the order of calls, with their widths."""
-        found: dict[int, tuple[nn.Module, locate.KeyPath, Any, int, Tensor]] = {}
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        *_, weight, bias = self.given
+        return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            for path, t in locate.iter_tensors(output, 2):
-                usable = t.requires_grad and t.ndim in (2, 3)
-                fits = locate.layouts(t.shape, batch.ids.shape, 1) if usable else []
-                if fits and fits[0] in ((), (0, 1, 2)):
-                    found.setdefault(id(t), (module, path, fits[0], t.shape[-1], t))
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        """The loss as a sum of w * nll over the rebuilt logits, and of what does not need them."""
+        logits, states = list[Tensor](), list[Tensor]()
 
-        self.run(batch, True, [m.register_forward_hook(after) for m in self.sandbox.modules])
-        return [hit[:4] for hit in found.values()]
+        def zero(hidden: Tensor) -> Tensor:
+            states.append(torch.zeros_like(hidden).requires_grad_())
+            return states[-1]
 
-    def _heads(self, top: int, width: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Matrices (V, width) with V above the largest id, and their biases; the last one first."""
-        for module in reversed(self.sandbox.modules):
-            for p in module.parameters(recurse=False):
-                if p.ndim == 2 and p.shape[1] == width and len(p) > top:
-                    yield p, getattr(module, "bias", None)
-
-    def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
-        """Run the loss and keep the logits, rebuilt where the loss makes them."""
-        seen = super().observe(batch, train)
-        if self.weight is None:
-            return seen
-        bias = None if self.bias is None else self.bias.detach().float()
-        return replace(seen, logits=F.linear(seen.logits, self.weight.detach().float(), bias))
-
-    def readout(self, batch: AuditBatch, train: bool = False) -> Readout:
-        """As for visible logits. A loss that is not the sum of the terms found is a residual."""
-        r = super().readout(batch, train)
-        if self.weight is not None and self.replaceable and bool((r.weight != 0).any()):
-            nll = -self._at_zero().log()[r.target]
-            expected = float((nll * r.weight).sum())
-            r.residual = max(r.residual, min(1.0, abs(r.loss / expected - 1)))
-        return r
-
-    def stand_in(self, width: int) -> Tensor:
-        """Zero in place of hidden states."""
-        return super().stand_in(width) if self.weight is None else torch.zeros(width)
-
-    def fit(self, logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
-        """`gradient_fit.fit` of the logits, from the gradient (b, t, D) of hidden states 0."""
-        if self.weight is None:
-            return gradient_fit.fit(logits, grad)
-        w = self.weight.detach().double()
-        by_target = self._at_zero() @ w - w
-        norm, parts, rest = by_target.norm(dim=1), list[Tensor](), 0.0
-        flat = grad.reshape(-1, grad.shape[-1]).double().nan_to_num(0.0, 0.0, 0.0)
-        for g in flat.split(max(1, _CHUNK // len(w))):
+        at_zero = self._run(model, batch, zero)
+        if at_zero.requires_grad:
+            at_zero.backward()  # not autograd.grad, which checkpointing may refuse
+        model.zero_grad()
+        self.sandbox.rewind(self.seed, model.training)
+        self._run(model, batch, lambda hidden: logits.append(self(hidden)))
+        weight, const = self.given[3].detach().float(), at_zero.detach()
+        log_p = self.forward(torch.zeros_like(weight[0])).detach().log_softmax(-1)
+        by_target = log_p.exp() @ weight - weight
+        norm, pairs, nll, total = by_target.norm(dim=1), list[tuple[Tensor, Tensor]](), 0.0, 0.0
+        for g in (torch.zeros_like(s) if s.grad is None else s.grad.float() for s in states):
             along = g @ by_target.T / norm
             y = along.abs().argmax(-1)
-            size = along.gather(1, y[:, None])[:, 0] / norm[y]
-            rest += float((g - size[:, None] * by_target[y]).pow(2).sum())
-            parts.append(torch.stack([y.double(), size, size, g.abs().amax(1), 0 * size]))
-        target, *values = torch.cat(parts, 1).view(5, *grad.shape[:-1])
-        return target.long(), torch.stack(values), (rest / float(flat.pow(2).sum() or 1)) ** 0.5
+            w = along.gather(-1, y[..., None]) / norm[y][..., None]
+            self.residual = float((g - w * by_target[y]).norm() / g.norm())
+            pairs.append((y, w[..., 0]))
+            nll, total = nll - float((w[..., 0] * log_p[y]).sum()), total + float(w.sum())
+        # If a mean is of logits that are scaled on their way, all weights are wrong by one factor.
+        scale = float(const) / nll if nll and abs(float(const) / nll * total - 1) < 1e-3 else 1.0
+        loss = const - scale * nll
+        for z, (y, w) in zip(logits, pairs, strict=True):
+            on = w != 0
+            loss = loss + scale * (w[on] * F.cross_entropy(z[on], y[on], reduction="none")).sum()
+        return loss
 
-    def _at_zero(self) -> Tensor:
-        """(V,) probabilities of the hidden state 0."""
-        assert self.weight is not None
-        z = torch.zeros(len(self.weight)) if self.bias is None else self.bias.detach()
-        return z.to(self.weight.device).double().softmax(0)
+    def _run(self, model: Any, batch: Any, edit: Callable[[Tensor], Tensor | None]) -> Tensor:
+        loss_fn, module, path, *_ = self.given
+
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            new = edit(locate.get_path(output, path))
+            return None if new is None else locate.set_path(output, path, new)
+
+        with module.register_forward_hook(after):
+            return loss_fn(model, batch)
+
+
+def rebuild_logits(model: InstrumentedModel, batch: AuditBatch, limit: float) -> float | None:
+    """Replace the loss by one with visible logits; the residual of the fit, None if above `limit`.
+
+    Any matrix with more rows than the largest id may be the head, any output the hidden states.
+    """
+    seen, modules = dict[int, tuple[nn.Module, Any, Tensor]](), list(model.sandbox.modules)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        for path, t in locate.iter_tensors(output, 2):
+            if t.requires_grad and t.ndim in (2, 3):
+                seen.setdefault(id(t), (module, path, t))
+
+    model.run(batch, True, [m.register_forward_hook(after) for m in modules])
+    heads, before, found = list[tuple[Tensor, Any]](), model.loss_fn, None
+    for m in reversed(modules):
+        matrices = [p for p in m.parameters(recurse=False) if p.ndim == 2]
+        for w in (w for p in matrices for w in (p, p.T) if len(w) > int(batch.ids.max())):
+            bias = getattr(m, "bias", None)
+            heads.append((w, bias if isinstance(bias, Tensor) and len(bias) == len(w) else None))
+    for module, path, t in list(seen.values())[: -_TRIED - 1 : -1]:
+        for weight, bias in heads if limit > _SURE else ():
+            if weight.shape[1] == t.shape[-1]:
+                rebuilt = RebuiltHead(model, before or loss_of_model, module, path, weight, bias)
+                model.loss_fn = rebuilt.loss
+                with suppress(RuntimeError):
+                    model.run(batch, True)
+                if rebuilt.residual < limit:
+                    limit, found = rebuilt.residual, rebuilt
+    model.loss_fn = found.loss if found else before
+    model.sandbox.modules += [found] if found else []
+    return found.residual if found else None

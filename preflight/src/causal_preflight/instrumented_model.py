@@ -78,27 +78,19 @@ class InstrumentedModel:
     replaceable: bool = True
     dtype: torch.dtype = torch.float32
 
-    def run(
-        self, batch: AuditBatch, train: bool = False, hooks: Iterable[Any] = (), back: bool = False
-    ) -> Tensor:
-        """The loss with its graph, always from the same state and seed; `hooks` are removed.
-
-        `back` runs its backward pass before: checkpointing calls the modules once more in it.
-        """
+    def run(self, batch: AuditBatch, train: bool = False, hooks: Iterable[Any] = ()) -> Tensor:
+        """The loss with its graph, always from the same state and seed; `hooks` are removed."""
         raw = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.raw.items()}
         self.forwards += 1
         try:
             self.sandbox.rewind(self.seed, train)
             with torch.enable_grad():
-                loss = (self.loss_fn or _loss_of_model)(self.module, self.rebuild(raw))
-                if not isinstance(loss, Tensor) or loss.numel() != 1:
-                    raise ValueError("loss_fn must return the scalar training loss as a tensor")
-                if back and loss.requires_grad:
-                    loss.backward()
-                    loss = loss.detach()
+                loss = (self.loss_fn or loss_of_model)(self.module, self.rebuild(raw))
         finally:
             for hook in hooks:
                 hook.remove()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError("loss_fn must return the scalar training loss as a tensor")
         return loss
 
     def grads(self, loss: Tensor, tensors: list[Any]) -> list[Tensor | None]:
@@ -169,15 +161,16 @@ class InstrumentedModel:
 
         def replace(t: Tensor) -> Tensor:
             if self.replaceable:
+                gen = torch.Generator().manual_seed(0)  # fixed: independent of the audit's seed
                 wide = locate.to_btv(t.detach().float(), self.layout)
-                noise = self.stand_in(wide.shape[-1]).to(wide.device)
+                noise = torch.randn(wide.shape[-1], generator=gen).to(wide.device)
                 z = torch.where(torch.isneginf(wide), wide, noise)
                 t = (z.permute(self.layout) if self.layout else z[0]).clone().requires_grad_()
             elif t.requires_grad:
                 t.retain_grad()
             return t
 
-        loss, placed = self._catch(batch, train, replace, back=True)
+        loss, placed = self._catch(batch, train, replace)
         grads = self.grads(loss, [leaf for _, leaf in placed])
         if self.replaceable and all(g is None for g in grads):
             self.replaceable = False
@@ -189,7 +182,7 @@ class InstrumentedModel:
         for (slots, leaf), g in zip(placed, grads, strict=True):
             if g is None:
                 continue
-            y, new, rest = self.fit(*(locate.to_btv(x, self.layout) for x in (leaf.detach(), g)))
+            y, new, rest = fit(*(locate.to_btv(x, self.layout) for x in (leaf.detach(), g)))
             keep = slots >= 0
             slots, y, new = slots[keep], y[keep], new[:, keep].to(exact)
             stronger = new[0].abs() >= values[0, slots].abs()
@@ -199,17 +192,8 @@ class InstrumentedModel:
         target, values = target.view(ids.shape), values.view(4, *ids.shape)
         return Readout(float(loss.detach()), residual, len(placed), target, *values)
 
-    def stand_in(self, width: int) -> Tensor:
-        """(width,) in place of the logits of every position."""
-        gen = torch.Generator().manual_seed(0)  # fixed: independent of the audit's seed
-        return torch.randn(width, generator=gen)
-
-    def fit(self, logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Targets and weights, as `gradient_fit.fit` gives them."""
-        return fit(logits, grad)
-
     def _catch(
-        self, batch: AuditBatch, train: bool, edit: Callable[[Tensor], Tensor], back: bool = False
+        self, batch: AuditBatch, train: bool, edit: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The loss; and the slots of each piece of logits, with the piece as `edit` passes it."""
         if self.logits_module is None or self.input_module is None:
@@ -225,13 +209,11 @@ class InstrumentedModel:
             if not calls or not isinstance(t, Tensor):
                 return None
             new = edit(t)
-            if torch._C._current_graph_task_id() < 0:  # else checkpointing calls it once more
-                calls[-1][1].append(new)
+            calls[-1][1].append(new)
             return None if new is t else locate.set_path(output, self.path, new)
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
-        hooks.append(self.logits_module.register_forward_hook(after))
-        loss = self.run(batch, train, hooks, back)
+        loss = self.run(batch, train, [*hooks, self.logits_module.register_forward_hook(after)])
         placed: list[tuple[Tensor, Tensor]] = []
         for slots, pieces in calls:
             shapes = [locate.to_btv(t, self.layout).shape for t in pieces]
@@ -241,7 +223,7 @@ class InstrumentedModel:
         return loss, placed
 
 
-def _loss_of_model(model: Any, batch: Any) -> Tensor:
+def loss_of_model(model: Any, batch: Any) -> Tensor:
     loss = locate.get_path(model(**batch), ("loss",)) if isinstance(batch, dict) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the model returns no `.loss`: pass loss_fn(model, batch)")
