@@ -17,6 +17,7 @@ from causal_preflight.batch import AuditBatch
 from causal_preflight.instrumented_model import InstrumentedModel, loss_of_model
 
 _TRIED = 6  # outputs of modules that are tried as hidden states, the last one first
+_NARROW = 8  # width below which a gradient fits the row of some target by chance
 _SURE = 0.01  # residual below which no others are tried
 
 
@@ -92,7 +93,7 @@ def rebuild_logits(model: InstrumentedModel, batch: AuditBatch, limit: float) ->
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         for path, t in locate.iter_tensors(output, 2):
-            if t.requires_grad and t.ndim in (2, 3):
+            if t.requires_grad and t.ndim in (2, 3) and t.shape[-1] >= _NARROW:
                 seen.setdefault(id(t), (module, path, t))
 
     model.run(batch, True, [m.register_forward_hook(after) for m in modules])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from causal_preflight import Report, preflight, to_html
+from causal_preflight.batch import IGNORE
 from causal_preflight.parse_batch import named_tensors
+from causal_preflight.readout import NO_TARGET
 
 try:
     import lightning as L
@@ -24,6 +26,7 @@ except ImportError as missing:
     ) from missing
 
 log = logging.getLogger(__name__)
+_TRIED = 10  # batches without a target that are passed over
 
 
 class PreflightError(ValueError):
@@ -31,7 +34,7 @@ class PreflightError(ValueError):
 
 
 class Preflight(L.Callback):
-    """Audit a LightningModule by its own `training_step`, on the first batch of the fit.
+    """Audit a LightningModule by its own `training_step`, on the first batch that has a target.
 
     Use: `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])`.
 
@@ -67,7 +70,12 @@ class Preflight(L.Callback):
         if self.on_fault == "off" or self.report is not None:
             return
         report = self.audit(trainer, pl_module, batch) if trainer.is_global_zero else Report()
-        self.report = report = trainer.strategy.broadcast(report)
+        report = trainer.strategy.broadcast(report)
+        if NO_TARGET in report.skipped.values() and not report.findings and batch_idx < _TRIED:
+            if trainer.is_global_zero:
+                _announce(f"preflight: batch {batch_idx} has no target; trying the next", False)
+            return
+        self.report = report
         if trainer.is_global_zero:
             pairs = f"trained pairs: {trained_pairs(report, self.name)}"
             _announce(f"{pairs}\n{report.summary()}", report.clean)
@@ -95,8 +103,12 @@ class Preflight(L.Callback):
                 return getattr(module, "accumulated_loss", mean_of_steps)(*micro_batches)
 
         parted = trainer.accumulate_grad_batches * trainer.world_size > 1
+        keys = {k: self.options[k] for k in ("input_key", "labels_key")}
         with _without_effects(trainer, module) as losses:
             try:
+                labels = named_tensors(batch, **keys)[0].get("labels")
+                if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
+                    return Report(skipped={"preflight": NO_TARGET})
                 return audit_batch(module, batch, loss_of, parted=parted, **self.options)
             except ValueError as error:  # the first training step raises the model's own error
                 return Report(skipped={"preflight": str(error)})

@@ -11,6 +11,7 @@ from causal_preflight.context import Context, Move
 from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding, UnexaminableError, require
 
+NO_TARGET = "no position of the batch is trained on a target"
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
 
@@ -19,7 +20,7 @@ def alignment(ctx: Context) -> list[Finding]:
     """Every counted position must be trained on the next token of its document, none on PAD."""
     found: dict[str, Finding] = {}
     counts = any(bool(ctx.readout(train).trained.any()) for train in (True, False))
-    require(counts, "no position of the batch is trained on a target")
+    require(counts, NO_TARGET)
     for train in (True, False):
         for f in _alignment(ctx, ctx.readout(train), "" if train else "in eval mode: "):
             found.setdefault(f.label, f)
