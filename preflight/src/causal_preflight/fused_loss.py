@@ -65,8 +65,9 @@ class RebuiltHead(nn.Module):
             self.residual = float((g - w * by_target[y]).norm() / g.norm())
             pairs.append((y, w[..., 0]))
             nll, total = nll - float((w[..., 0] * log_p[y]).sum()), total + float(w.sum())
-        # If a mean is of logits that are scaled on their way, all weights are wrong by one factor.
-        scale = float(const) / nll if nll and abs(float(const) / nll * total - 1) < 1e-3 else 1.0
+        # A mean, of logits that are scaled on their way or of smoothed labels: its weights are 1.
+        mean = nll and abs(float(const) / nll * total - 1) < 0.02 and abs(total - 1) > 1e-3
+        scale = 1 / total if mean else 1.0
         loss = const - scale * nll
         for z, (y, w) in zip(logits, pairs, strict=True):
             on = w != 0
