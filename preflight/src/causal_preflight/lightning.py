@@ -192,8 +192,6 @@ def audit_batch(
 ) -> Report:  # fmt: skip
     """`preflight` with a loss that takes the batch alone, or two micro-batches of it.
 
-    A method `whole_logits()` of the model, a context in which its loss uses whole logits, is used.
-
     Args:
         batch: any kind that `preflight` understands.
         loss_of: gets a batch of the same type, with edited tensors, and returns the scalar loss.
@@ -214,8 +212,7 @@ def audit_batch(
 
         return loss_of(*map(part, range(0, rows, size)))
 
-    with getattr(model, "whole_logits", nullcontext)():
-        report = preflight(model, batch, loss, **options)
+    report = preflight(model, batch, loss, **options)
     if parted and total == 1:
         report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
     return report

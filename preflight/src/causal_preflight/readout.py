@@ -181,16 +181,16 @@ def _weighting(ctx: Context) -> str | None:
     r, rows = ctx.readout(True), len(ctx.full.ids)
     w, y = r.weight[r.trained], r.target[r.trained]
     for name, v in ctx.full.raw.items():
-        if not isinstance(v, Tensor) or v.ndim not in (1, 2) or len(v) != rows:
+        if not (isinstance(v, Tensor) and v.is_floating_point() and v.ndim in (1, 2)):
             continue
-        if not v.is_floating_point() or bool(((v == 0) | (v == 1)).all()):
-            continue  # a mask
+        if len(v) != rows or bool(((v == 0) | (v == 1)).all()):  # a mask
+            continue
         ones = ctx.model.readout(ctx.full.with_tensor(name, torch.ones_like(v)), True)
         if not _near(ones.weight[r.trained], w, 1e-3):
             return f"the batch weighs the targets by `{name}`; these weights are not judged"
     groups = [w[y == token] for token in y.unique() if int((y == token).sum()) > 1]
-    uniform = _near(w, w.mean(), 1e-2) or len(groups) < 3
-    if not uniform and all(_near(g, g.mean(), 1e-3) for g in groups):
+    by_target = len(groups) > 2 and all(_near(g, g.mean(), 1e-3) for g in groups)
+    if by_target and not _near(w, w.mean(), 1e-2):
         return "the weights depend on the target alone (focal loss, class weights); not judged"
     return None
 
