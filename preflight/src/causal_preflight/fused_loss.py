@@ -47,12 +47,12 @@ class RebuiltHead(nn.Module):
             states.append(torch.zeros_like(hidden).requires_grad_())
             return states[-1]
 
+        self._run(model, batch, lambda hidden: logits.append(self(hidden)))
+        self.sandbox.rewind(self.seed, model.training)
         const = self._run(model, batch, zero)
         if const.requires_grad:
             const.backward()  # not autograd.grad, which checkpointing may refuse
         model.zero_grad()
-        self.sandbox.rewind(self.seed, model.training)
-        self._run(model, batch, lambda hidden: logits.append(self(hidden)))
         weight, const = self.given[3].detach().float(), const.detach()
         log_p = self.forward(torch.zeros_like(weight[0])).detach().log_softmax(-1)
         by_target = log_p.exp() @ weight - weight

@@ -134,9 +134,9 @@ class InstrumentedModel:
             z, g = (locate.to_btv(x, layout).flatten(0, 1)[few] for x in (t.detach(), g))
             # Without a gradient (NaN loss, no target), the last tensor of the right shape is taken.
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
-            residual = _NO_GRADIENT if blank else fit(z[None], g[None])[2]
+            residual = _NO_GRADIENT if blank else max(1e-5, fit(z[None], g[None])[2])
             if residual < 0.5 * best or (blank and best >= _NO_GRADIENT):
-                best = max(residual, 1e-5)
+                best = residual
                 self.logits_module, self.path, self.layout = module, path, layout
 
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:

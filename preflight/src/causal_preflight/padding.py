@@ -84,7 +84,7 @@ def extension(ctx: Context) -> list[Finding]:
             label = "pad" if move.size == float("inf") else "position"
             return [ctx.finding(label, "{where} when PAD is added", "length", move)]
         examined = True
-    if ctx.explained & {"pad target", "shift"}:
+    if ctx.explained & {"pad target", "shift", "inexact weights"}:
         require(examined, "another fault moves logits and weights already")
         return []
     for train in (True, False):

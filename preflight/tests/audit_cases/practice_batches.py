@@ -165,6 +165,23 @@ BATCHES.pair("divided afterwards, fused", run(Summed, padded, call),
              reduction=run(Summed, padded, call, by="slots"))  # fmt: skip
 
 
+def micro(model: Any, batch: Batch, by_token: bool = True) -> Tensor:
+    """Two rows at a time through a model that makes its own loss."""
+    parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in range(0, len(batch["labels"]), 2)]
+    counts = torch.tensor([int((p["labels"][:, model.ahead :] != -100).sum()) for p in parts])
+    weights = counts / counts.sum() if by_token else torch.ones(len(parts)) / len(parts)
+    return (torch.stack([model(**part) for part in parts]) * weights).sum()
+
+
+BATCHES.pair(
+    "micro-batches, fused",
+    case(Fused, padded, micro),
+    causal=run_open(Fused, batch=padded, loss=micro),
+    shift=case(lambda: Fused(0), padded, micro),
+    reduction=case(Fused, padded, lambda m, b: micro(m, b, False)),
+)
+
+
 class SmoothFused(Fused):
     """The fused loss smooths its labels."""
 
