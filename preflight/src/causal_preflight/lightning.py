@@ -103,12 +103,8 @@ class Preflight(L.Callback):
                 return getattr(module, "accumulated_loss", mean_of_steps)(*micro_batches)
 
         parted = trainer.accumulate_grad_batches * trainer.world_size > 1
-        keys = {k: self.options[k] for k in ("input_key", "labels_key")}
         with _without_effects(trainer, module) as losses:
             try:
-                labels = named_tensors(batch, **keys)[0].get("labels")
-                if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
-                    return Report(skipped={"preflight": NO_TARGET})
                 return audit_batch(module, batch, loss_of, parted=parted, **self.options)
             except ValueError as error:  # the first training step raises the model's own error
                 return Report(skipped={"preflight": str(error)})
@@ -199,7 +195,10 @@ def audit_batch(
         options: those of `preflight`.
     """
     keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
-    total = len(named_tensors(batch, **keys)[0]["input_ids"])
+    found = named_tensors(batch, **keys)[0]
+    labels, total = found.get("labels"), len(found["input_ids"])
+    if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
+        return Report(skipped={"preflight": NO_TARGET})
 
     def loss(_: nn.Module, edited: Any) -> Tensor:
         raw, rebuild = named_tensors(edited, **keys)
