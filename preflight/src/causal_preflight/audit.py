@@ -12,6 +12,7 @@ from torch import nn
 from causal_preflight import html_page, padding, position, readout, targets, visibility
 from causal_preflight.batch import AuditBatch
 from causal_preflight.context import Context, Probe
+from causal_preflight.fused_loss import rebuild_logits
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
@@ -19,6 +20,7 @@ from causal_preflight.sandbox import Sandbox, preserved_random_states
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
+_FITS, _FUSED = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
 _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
@@ -76,7 +78,7 @@ def preflight(
     with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
-            for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
+            for probe in PROBES if instrumented.logits_module is not None else ():
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
@@ -103,10 +105,18 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
-        ctx.readout(True)
+        r = ctx.readout(True)
+        residual = r.residual if bool(r.trained.any()) else 1.0
     except RuntimeError:  # none, or their positions are unknown
-        model.logits_module = None
-        ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
+        residual, model.logits_module = 1.0, None
+    fused = rebuild_logits(model, ctx.work, min(_FUSED, residual / 2)) if residual > _FITS else None
+    if fused is not None:
+        model.discover(ctx.work)
+        ctx._readouts.clear()
+        ctx.explained |= {"inexact weights"} if fused > _FITS else set()
+        ctx.report.sampled.append("logits: the loss is fused; rebuilt from hidden states and head")
+    elif model.logits_module is None:
+        ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"
 
 
 def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:

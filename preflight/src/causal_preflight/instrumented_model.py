@@ -88,7 +88,7 @@ class InstrumentedModel:
         try:
             self.sandbox.rewind(self.seed, train)
             with torch.enable_grad():
-                loss = (self.loss_fn or _loss_of_model)(self.module, self.rebuild(raw))
+                loss = (self.loss_fn or loss_of_model)(self.module, self.rebuild(raw))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -139,9 +139,9 @@ class InstrumentedModel:
             z, g = (locate.to_btv(x, layout).flatten(0, 1)[few] for x in (t.detach(), g))
             # Without a gradient (NaN loss, no target), the last tensor of the right shape is taken.
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
-            residual = _NO_GRADIENT if blank else fit(z[None], g[None])[2]
+            residual = _NO_GRADIENT if blank else max(1e-5, fit(z[None], g[None])[2])
             if residual < 0.5 * best or (blank and best >= _NO_GRADIENT):
-                best = max(residual, 1e-5)
+                best = residual
                 self.logits_module, self.path, self.layout = module, path, layout
             elif (self.logits_module is None and t is last and not blank
                   and bool((g.sum(-1).abs() <= 1e-4 * g.abs().sum(-1)).all())):  # fmt: skip
@@ -253,7 +253,7 @@ class InstrumentedModel:
         return loss, placed
 
 
-def _loss_of_model(model: Any, batch: Any) -> Tensor:
+def loss_of_model(model: Any, batch: Any) -> Tensor:
     loss = locate.get_path(model(**batch), ("loss",)) if isinstance(batch, dict) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the model returns no `.loss`: pass loss_fn(model, batch)")

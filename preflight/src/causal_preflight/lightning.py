@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from causal_preflight import Report, preflight, to_html
+from causal_preflight.batch import IGNORE
 from causal_preflight.parse_batch import named_tensors
+from causal_preflight.readout import NO_TARGET
 
 try:
     import lightning as L
@@ -24,6 +26,7 @@ except ImportError as missing:
     ) from missing
 
 log = logging.getLogger(__name__)
+_TRIED = 10  # batches without a target that are passed over
 
 
 class PreflightError(ValueError):
@@ -31,7 +34,7 @@ class PreflightError(ValueError):
 
 
 class Preflight(L.Callback):
-    """Audit a LightningModule by its own `training_step`, on the first batch of the fit.
+    """Audit a LightningModule by its own `training_step`, on the first batch that has a target.
 
     Use: `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])`.
 
@@ -67,7 +70,12 @@ class Preflight(L.Callback):
         if self.on_fault == "off" or self.report is not None:
             return
         report = self.audit(trainer, pl_module, batch) if trainer.is_global_zero else Report()
-        self.report = report = trainer.strategy.broadcast(report)
+        report = trainer.strategy.broadcast(report)
+        if NO_TARGET in report.skipped.values() and not report.findings and batch_idx < _TRIED:
+            if trainer.is_global_zero:
+                _announce(f"preflight: batch {batch_idx} has no target; trying the next", False)
+            return
+        self.report = report
         if trainer.is_global_zero:
             pairs = f"trained pairs: {trained_pairs(report, self.name)}"
             _announce(f"{pairs}\n{report.summary()}", report.clean)
@@ -180,8 +188,6 @@ def audit_batch(
 ) -> Report:  # fmt: skip
     """`preflight` with a loss that takes the batch alone, or two micro-batches of it.
 
-    A method `whole_logits()` of the model, a context in which its loss uses whole logits, is used.
-
     Args:
         batch: any kind that `preflight` understands.
         loss_of: gets a batch of the same type, with edited tensors, and returns the scalar loss.
@@ -189,7 +195,10 @@ def audit_batch(
         options: those of `preflight`.
     """
     keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
-    total = len(named_tensors(batch, **keys)[0]["input_ids"])
+    found = named_tensors(batch, **keys)[0]
+    labels, total = found.get("labels"), len(found["input_ids"])
+    if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
+        return Report(skipped={"preflight": NO_TARGET})
 
     def loss(_: nn.Module, edited: Any) -> Tensor:
         raw, rebuild = named_tensors(edited, **keys)
@@ -202,8 +211,7 @@ def audit_batch(
 
         return loss_of(*map(part, range(0, rows, size)))
 
-    with getattr(model, "whole_logits", nullcontext)():
-        report = preflight(model, batch, loss, **options)
+    report = preflight(model, batch, loss, **options)
     if parted and total == 1:
         report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
     return report

@@ -12,6 +12,7 @@ from causal_preflight.gradient_fit import is_distribution
 from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding, UnexaminableError, require
 
+NO_TARGET = "no position of the batch is trained on a target"
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
 _UNREAD = 0.1  # residual from which weights cannot be read
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
@@ -21,7 +22,7 @@ def alignment(ctx: Context) -> list[Finding]:
     """Every counted position must be trained on the next token of its document, none on PAD."""
     found: dict[str, Finding] = {}
     counts = any(bool(ctx.readout(train).trained.any()) for train in (True, False))
-    require(counts, "no position of the batch is trained on a target")
+    require(counts, NO_TARGET)
     if "soft targets" in ctx.explained:  # examined already
         return []
     r = ctx.readout(True)
@@ -173,7 +174,36 @@ def ending(ctx: Context) -> list[Finding]:
 
 
 def reduction(ctx: Context) -> list[Finding]:
-    """The token weights must be those of a mean or a sum; if unclear, a second batch decides.
+    """The token weights must be those of a mean or a sum, or of a weighting by intent (a note)."""
+    require("inexact weights" not in ctx.explained, "the loss is fused: weights are known nearly")
+    found = _reduction(ctx)
+    if found and (note := _weighting(ctx)):
+        ctx.report.sampled.append(f"reduction: {note}")
+        return []
+    return found
+
+
+def _weighting(ctx: Context) -> str | None:
+    """A tensor of the batch that weighs the targets; or weights by target (focal, of classes)."""
+    r, rows = ctx.readout(True), len(ctx.full.ids)
+    w, y = r.weight[r.trained], r.target[r.trained]
+    for name, v in ctx.full.raw.items():
+        if not (isinstance(v, Tensor) and v.is_floating_point() and v.ndim in (1, 2)):
+            continue
+        if len(v) != rows or bool(((v == 0) | (v == 1)).all()):  # a mask
+            continue
+        ones = ctx.model.readout(ctx.full.with_tensor(name, torch.ones_like(v)), True)
+        if not _near(ones.weight[r.trained], w, 1e-3):
+            return f"the batch weighs the targets by `{name}`; these weights are not judged"
+    groups = [w[y == token] for token in y.unique() if int((y == token).sum()) > 1]
+    by_target = len(groups) > 2 and all(_near(g, g.mean(), 1e-3) for g in groups)
+    if by_target and not _near(w, w.mean(), 1e-2):
+        return "the weights depend on the target alone (focal loss, class weights); not judged"
+    return None
+
+
+def _reduction(ctx: Context) -> list[Finding]:
+    """Read the reduction off the weights; if unclear, a second batch decides.
 
     Accepted are the token mean (all 1/N), the sum (all one constant, whatever the batch) and the
     mean over rows, or documents, of means.
@@ -272,47 +302,3 @@ def emptied(ctx: Context) -> list[Finding]:
             seen = f"the loss is {loss} once row {{row}} holds no target"
             return [ctx.finding("reduction", seen, "clamp", Move(loss, int(batch.slot[0, 0])))]
     return []
-
-
-def labels(ctx: Context) -> list[Finding]:
-    """For a loss without visible logits: perturb labels, and see what the loss depends on.
-
-    A label changed from a to b changes the loss by w (z_b - z_a). If that moves with the input at
-    the label's own position, the logits have seen their target; if not with the one before, shifted
-    twice.
-    """
-    batch, given = ctx.work, ctx.work.labels
-    if given is None:
-        raise UnexaminableError("no logits were found and the batch has no labels to perturb")
-    places = batch.has_target & batch.swappable & shift_left(batch.swappable, False)
-    index = places.nonzero()
-    require(len(index) > 2, "rows too short to perturb labels")
-    b, t = index[len(index) // 2].tolist()  # its target is the token at t + 1
-
-    def loss(edited: AuditBatch, labels: Tensor) -> float:
-        return float(ctx.model.run(edited.with_tensor("labels", labels)).detach())
-
-    def difference(*swapped: int) -> float:
-        """Loss with one label minus loss with another, with these inputs of row b swapped."""
-        where, edits = torch.zeros_like(batch.real), (given.clone(), given.clone())
-        where[b, list(swapped)] = True
-        for edit, token in zip(edits, batch.ordinary[:2], strict=True):
-            edit[b, t + 1 - batch.labels_shifted] = token
-        this, that = (loss(batch.swap(where, ctx.seed), edit) for edit in edits)
-        return this - that
-
-    with ctx.weights(True):
-        before, after = loss(batch, given), loss(batch, given.masked_fill(~batch.real, IGNORE))
-        if abs(before - after) > 1e-5 * abs(before):
-            seen = f"the loss goes from {before:.4g} to {after:.4g} once the labels at PAD are -100"
-            return [ctx.finding("pad", seen, "pad targets", Move(abs(before - after)))]
-        plain, own, previous = difference(), difference(t + 1), difference(t)
-    require(plain != 0.0, "the loss does not depend on the labels of the batch")
-    if abs(own - plain) > 1e-3 * abs(plain):
-        what = "depends on that token as input"
-    elif abs(previous - plain) <= 1e-3 * abs(plain):
-        what = "does not depend on the token before it"
-    else:
-        return []
-    seen = f"row {{row}}: the loss on the token after position {{t}} {what}"
-    return [ctx.finding("shift", seen, "targets", Move(abs(plain), int(batch.slot[b, t])))]

@@ -31,7 +31,7 @@ REMEDIES = {
 
 
 PLAIN_WORDS = {  # probe -> what it checks
-    "finite": "finite numbers", "alignment": "next-token targets", "labels": "next-token targets",
+    "finite": "finite numbers", "alignment": "next-token targets",
     "soft": "next-token targets", "dropped": "next-token targets",
     "ending": "EOS", "reduction": "token weights", "emptied": "rows without targets",
     "cross_row": "rows apart", "future": "causal mask", "documents": "documents apart",
@@ -111,7 +111,7 @@ class Report:
     @property
     def audited(self) -> bool:
         """Whether the targets could be determined; without them no other result is meaningful."""
-        return bool(self.findings or {"alignment", "labels"} & set(self.passed))
+        return bool(self.findings or "alignment" in self.passed)
 
     @property
     def clean(self) -> bool:
@@ -122,7 +122,7 @@ class Report:
     def verdict(self) -> str:
         """One line: the faults, or that there are none, or that nothing could be examined."""
         if not self.audited:
-            why = (self.skipped.get(k) for k in ("preflight", "labels", "alignment"))
+            why = (self.skipped.get(k) for k in ("preflight", "logits", "alignment"))
             return f"NOT AUDITED: {next(filter(None, why), 'nothing could be examined')}"
         faults = ", ".join(self.faults.in_order())
         cost = f"({self.forwards} forward passes, {self.seconds:.1f} s)"

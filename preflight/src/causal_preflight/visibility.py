@@ -187,6 +187,7 @@ def context(ctx: Context) -> list[Finding]:
     A model whose logits depend on their own token only may be meant so (a bigram): it is a
     fault only if a part of its weights, as queries and keys, can have no effect.
     """
+    require(ctx.counted(ctx.work).any(), NONE_COUNTS)
     require("finite" not in ctx.explained, "the logits are not finite")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
     with ctx.weights(True):

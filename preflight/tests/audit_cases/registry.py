@@ -54,3 +54,17 @@ def add_right(name: str, build: Callable[[int], Setup]) -> Callable[[int], Setup
 def add(label: str, twin: Callable[[int], Setup], name: str, build: Callable[[int], Setup]) -> None:
     build.__name__ = name
     faulty(label, twin)(build)
+
+
+class Cases:
+    """A collection of its own: right set-ups by name, and faulty ones with their label."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, Callable[[int], Setup]] = {}
+        self.faulty: dict[str, tuple[str, Callable[[int], Setup]]] = {}
+
+    def pair(self, name: str, right: Callable[[int], Setup], **faulty: Any) -> None:
+        """A right set-up; and each `label_detail=build` that is one edit away from it."""
+        self.right[name] = right
+        for key, build in faulty.items():
+            self.faulty[f"{name}: {key}"] = (key.partition("_")[0], build)
