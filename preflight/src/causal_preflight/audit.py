@@ -75,7 +75,7 @@ def preflight(
     with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
-            for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
+            for probe in PROBES if instrumented.sites else (readout.labels,):
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
@@ -102,9 +102,9 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
-        ctx.readout(True)
+        ctx.readout(True), ctx.readout(False)
     except RuntimeError:  # none, or their positions are unknown
-        model.logits_module = None
+        model.sites.clear()
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 

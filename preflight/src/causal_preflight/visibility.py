@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from causal_preflight.batch import AuditBatch, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
+from causal_preflight.heads import offset_of
 from causal_preflight.locate import EmbeddingNoise
-from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding, UnexaminableError, require
 
 _UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
@@ -216,14 +216,14 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
 
     If the next one does not, the position after it is tried: it may begin a block of attention.
     """
-    base = ctx.observe(batch, rescaled=True).logits
+    base = ctx.observe(batch, rescaled=True).main
     bound = ctx.bound(base, batch.real) * 0.05
     finite = torch.isfinite(base).any(-1)
     ok = batch.swappable & batch.has_target & finite
     ok[:, :-1] &= finite[:, 1:]
 
     def reach(where: Tensor, seed: int) -> Tensor:
-        return moved(ctx.model.observe(batch.swap(where, seed)).logits, base) > bound
+        return moved(ctx.model.observe(batch.swap(where, seed)).main, base) > bound
 
     tried = own = unmoved = older = last = 0
     for i in range(3):
@@ -253,13 +253,13 @@ def _hidden_special(ctx: Context) -> list[Finding]:
     A mask made by comparing ids would show the token that is swapped in for it; so noise is added
     to its embedding.
     """
-    work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).logits
+    work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).main
     bound = ctx.bound(base, work.real) * 0.05
     same = shift_left(work.doc.flip(1), -1).flip(1) == work.doc  # as the token before
 
     def unseen(part: Tensor, later: int) -> Tensor:
         with EmbeddingNoise(work, part, ctx.seed) as noise:
-            change = moved(ctx.model.observe(work).logits, base)
+            change = moved(ctx.model.observe(work).main, base)
         return part & (change.roll(-later, 1) <= bound) & (noise.hits > 0)
 
     for token in work.special.tolist():
@@ -292,7 +292,7 @@ def _dead_weights(ctx: Context) -> bool:
 
     Draws of weights differ in the expert that a token is sent to; parameters may share a matrix.
     """
-    params, tokens = ctx.model.sandbox.params, ctx.base.logits.shape[-1]
+    params, tokens = ctx.model.sandbox.params, ctx.base.widths[0]
     used: dict[int, Tensor] = {}
     for draw in range(6):
         with ctx.model.sandbox.rescaled_weights(ctx.seed + draw, add_noise=draw > 0):

@@ -1,0 +1,312 @@
+"""Set-ups with several heads: multi-token prediction, deep supervision, auxiliary heads."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parts import Batch, Tiny, V, ce, feed, left, packed, padded, token_mean
+from .registry import Setup, add, add_right, case
+
+
+def ahead(batch: Batch, k: int) -> Tensor:
+    """(B, T): the token k further on in the same document, -100 where there is none."""
+    ids = batch["input_ids"]
+    doc = batch.get("document_ids", batch.get("attention_mask", torch.ones_like(ids)) - 1)
+    out = torch.full_like(ids, -100)
+    for t in range(max(0, -k), ids.shape[1] - max(0, k)):
+        keep = (doc[:, t] == doc[:, t + k]) & (doc[:, t] >= 0)
+        out[:, t] = torch.where(keep, batch.get("labels", ids)[:, t + k], -100)
+    return out
+
+
+def multi(*offsets: int, weights: tuple[float, ...] = (1.0, 0.3, 0.1)) -> Any:
+    """Loss of a model that returns a sequence of logits, each trained on its own offset."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        out = feed(model, batch)
+        out = out.unbind(2) if isinstance(out, Tensor) else out
+        pairs = zip(weights, out, offsets, strict=False)
+        return torch.stack([w * ce(z, ahead(batch, k)) for w, z, k in pairs]).sum()
+
+    return loss
+
+
+class Trunk(Tiny):
+    """Tiny without its head: `hidden` gives the states of the last layer, or of every layer."""
+
+    def hidden(self, input_ids: Tensor, **given: Any) -> list[Tensor]:
+        states: list[Tensor] = []
+        hook = self.final.register_forward_pre_hook(lambda _, a: states.append(a[0]))
+        hooks = [hook, *(m.register_forward_pre_hook(lambda _, a: states.append(a[0]))
+                         for m in list(self.ln)[1:])]  # fmt: skip
+        super().forward(input_ids, **given)
+        for h in hooks:
+            h.remove()
+        return [self.final(x) for x in states]
+
+
+class Medusa(Trunk):
+    """Heads of one residual block each beside the head of the model."""
+
+    def __init__(self, extra: int = 2, **kw: Any) -> None:
+        super().__init__(**kw)
+        self.blocks = nn.ModuleList(nn.Linear(self.d, self.d) for _ in range(extra))
+        self.heads_ = nn.ModuleList(nn.Linear(self.d, V) for _ in range(extra))
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        x = self.hidden(input_ids, **given)[-1]
+        pairs = zip(self.blocks, self.heads_, strict=True)
+        return [self.head(x), *(head(x + F.silu(block(x))) for block, head in pairs)]
+
+
+class Stacked(Medusa):
+    """A block per head, one unembedding for all of them at once: (B, T, k, V)."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        x = self.hidden(input_ids, **given)[-1]
+        return self.head(torch.stack([x, *(x + F.silu(b(x)) for b in self.blocks)], 2))
+
+
+class Frozen(Medusa):
+    """Only the further heads are trained."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        with torch.no_grad():
+            x = self.hidden(input_ids, **given)[-1]
+        pairs = zip(self.blocks, self.heads_, strict=True)
+        return [head(x + F.silu(block(x))) for block, head in pairs]
+
+
+class Deepseek(Trunk):
+    """Each further head reads the embedding of one more token, and shares the unembedding."""
+
+    step, depth, train_only = 1, 1, False
+
+    def __init__(self, **kw: Any) -> None:
+        super().__init__(**kw)
+        self.join = nn.ModuleList(nn.Linear(2 * self.d, self.d) for _ in range(self.depth))
+        self.mtp = nn.ModuleList(nn.Linear(self.d, 3 * self.d) for _ in range(self.depth))
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        x = self.hidden(input_ids, **given)[-1]
+        out = [self.head(x)]
+        see = self.visible(input_ids, given.get("attention_mask"), given.get("document_ids"))
+        for i in range(self.depth if self.training or not self.train_only else 0):
+            coming = self.tok(input_ids.roll(-(i + 1) * self.step, 1))
+            x = self.join[i](torch.cat([x, coming], -1))
+            q, k, v = (self.split(z) for z in self.mtp[i](x).chunk(3, -1))
+            x = x + self.merge(self.weights(q @ k.transpose(-1, -2), self.opened(see)) @ v)
+            out.append(self.head(self.final(x)))
+        return out
+
+    def opened(self, see: Tensor) -> Tensor:
+        return see
+
+
+class Chain(Deepseek):
+    depth = 2
+
+
+class TrainOnly(Deepseek):
+    train_only = True
+
+
+class TwoOn(Deepseek):
+    """Reads the token after the next one: its own target."""
+
+    step = 2
+
+
+class OpenBlock(Deepseek):
+    """The block of the further head has no causal mask."""
+
+    def opened(self, see: Tensor) -> Tensor:
+        return torch.ones_like(see)
+
+
+class OpenTrainOnly(OpenBlock):
+    train_only = True
+
+
+class OneMore(Deepseek):
+    """The mask of the further head is open to the token after its own."""
+
+    def opened(self, see: Tensor) -> Tensor:
+        return see | torch.ones_like(see).tril(1)
+
+
+class Sliced(Deepseek):
+    """One column less: the states of t with the embedding of t + 1."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        x = self.hidden(input_ids, **given)[-1]
+        y = self.join[0](torch.cat([x[:, :-1], self.tok(input_ids[:, 1:])], -1))
+        z = F.pad(self.head(self.final(y)), (0, 0, 0, 1))
+        return [self.head(x), z]
+
+
+class Deep(Trunk):
+    """The same head on the states of every layer."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        return [self.head(x) for x in reversed(self.hidden(input_ids, **given))]
+
+
+class DeepOpen(Deep):
+    """The head of the first layer pools over the row."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        last, *first = self.hidden(input_ids, **given)[::-1]
+        return [self.head(last), *(self.head(x + x.mean(1, keepdim=True)) for x in first)]
+
+
+class Beside(Medusa):
+    """A model with another head of some width, whose output comes second."""
+
+    def __init__(self, width: int, pool: bool = False) -> None:
+        super().__init__(extra=0)
+        self.other, self.pool = nn.Linear(self.d, width), pool
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        x = self.hidden(input_ids, **given)[-1]
+        return [self.head(x), self.other(x[:, -1] if self.pool else x)]
+
+
+def beside(term: Callable[[Tensor, Tensor, Batch], Tensor], k: int = 1) -> Any:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        z, other = feed(model, batch)
+        return ce(z, ahead(batch, k)) + 0.5 * term(other, z, batch)
+
+    return loss
+
+
+def value(other: Tensor, z: Tensor, batch: Batch) -> Tensor:
+    keep = batch["attention_mask"].bool()
+    return (other[..., 0][keep] - batch["input_ids"][keep] / V).pow(2).mean()
+
+
+def classes(other: Tensor, z: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(other, batch["input_ids"][:, 3])
+
+
+def tags(other: Tensor, z: Tensor, batch: Batch) -> Tensor:
+    """A class of 31 for each token, which is no token."""
+    tag = (batch["input_ids"] * 7 + 3) % 31
+    return ce(other, tag.masked_fill(batch["attention_mask"] == 0, -100))
+
+
+def student(other: Tensor, z: Tensor, batch: Batch) -> Tensor:
+    keep = batch["attention_mask"].bool()
+    p = z.detach()[keep].softmax(-1)
+    return F.kl_div(other[keep].log_softmax(-1), p, reduction="batchmean")
+
+
+class Loss(Deepseek):
+    """Computes the weighted loss itself and returns it only."""
+
+    second = 2
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **k: Any) -> Any:
+        z, y = super().forward(input_ids, **k)
+        batch = {"input_ids": input_ids, "labels": labels, **k}
+        loss = ce(z, ahead(batch, 1)) + 0.3 * ce(y, ahead(batch, self.second))
+        return type("Output", (), {"loss": loss})()
+
+
+class LossLate(Loss):
+    second = 3
+
+
+def r_drop(model: nn.Module, batch: Batch) -> Tensor:
+    """Two passes with other dropout, both trained."""
+    return (token_mean(model, batch) + token_mean(model, batch)) / 2
+
+
+def on_pad(model: nn.Module, batch: Batch) -> Tensor:
+    z, y = feed(model, batch)[:2]
+    return ce(z, ahead(batch, 1)) + 0.3 * ce(y[:, :-2], batch["input_ids"][:, 2:])
+
+
+def wrapped(model: nn.Module, batch: Batch, cut: int = 0) -> Tensor:
+    z, y = feed(model, batch)[:2]
+    t = batch["input_ids"].roll(-2, 1)
+    if cut:
+        t[:, -cut:] = -100
+    return ce(z, ahead(batch, 1)) + 0.3 * ce(y, t)
+
+
+def stream(seed: int) -> Batch:
+    """No PAD and no labels."""
+    gen = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(3, V, (4, 14), generator=gen)}
+
+
+def right(name: str, make: Any, loss: Any, batch: Any = padded) -> Any:
+    return add_right(f"heads_{name}", case(make, batch, loss))
+
+
+def wrong(label: str, twin: Any, name: str, make: Any, loss: Any, batch: Any = padded) -> None:
+    add(label, twin, f"heads_{name}", case(make, batch, loss))
+
+
+MEAN = (1 / 3, 1 / 3, 1 / 3)
+EVEN = (1.0, 1.0)
+
+medusa = right("medusa", Medusa, multi(1, 2, 3))
+medusa_mean = right("medusa_mean", Medusa, multi(1, 2, 3, weights=MEAN))
+medusa_left = right("medusa_left", Medusa, multi(1, 2, 3), left)
+medusa_packed = right("medusa_packed", Medusa, multi(1, 2, 3), packed)
+wrong("shift", medusa, "medusa_unshifted", Medusa, multi(1, 0, 1))
+wrong("shift", medusa, "medusa_last_late", Medusa, multi(1, 2, 4))
+wrong("shift", medusa, "medusa_main_unshifted", Medusa, multi(0, 2, 3))
+wrong("shift", medusa_mean, "medusa_all_late", Medusa, multi(2, 3, 4, weights=MEAN))
+wrong("shift", medusa_mean, "medusa_all_early", Medusa, multi(0, 1, 2, weights=MEAN))
+wrong("shift", medusa_packed, "medusa_across_documents", Medusa, on_pad, packed)
+wrong("pad", medusa, "medusa_on_pad", Medusa, on_pad)
+
+frozen = right("medusa_frozen", Frozen, multi(2, 3))
+wrong("shift", frozen, "medusa_frozen_late", Frozen, multi(3, 4))
+
+stacked = right("stacked", Stacked, multi(1, 2, 3, weights=MEAN))
+wrong("shift", stacked, "stacked_unshifted", Stacked, multi(0, 1, 2, weights=MEAN))
+wrong("shift", stacked, "stacked_gap", Stacked, multi(1, 2, 4, weights=MEAN))
+
+deepseek = right("deepseek", Deepseek, multi(1, 2))
+deepseek_even = right("deepseek_even", Deepseek, multi(1, 2, weights=EVEN))
+deepseek_packed = right("deepseek_packed", Deepseek, multi(1, 2), packed)
+deepseek_left = right("deepseek_left", Deepseek, multi(1, 2), left)
+deepseek_stream = right("deepseek_stream", Deepseek, lambda m, b: wrapped(m, b, 2), stream)
+chain = right("chain", Chain, multi(1, 2, 3))
+sliced = right("sliced", Sliced, multi(1, 2))
+train_only = right("train_only", TrainOnly, multi(1, 2))
+inside = right("loss_inside", Loss, None)
+wrong("shift", deepseek, "deepseek_copies", Deepseek, multi(1, 1))
+wrong("shift", deepseek_even, "deepseek_copies_even", Deepseek, multi(1, 1, weights=EVEN))
+wrong("shift", deepseek, "deepseek_late", Deepseek, multi(1, 3))
+wrong("shift", deepseek, "deepseek_main_unshifted", Deepseek, multi(0, 2))
+wrong("shift", deepseek, "deepseek_main_late", Deepseek, multi(2, 2))
+wrong("shift", deepseek_stream, "deepseek_wraps", Deepseek, wrapped, stream)
+wrong("shift", chain, "chain_copies", Chain, multi(1, 2, 2))
+wrong("shift", train_only, "train_only_late", TrainOnly, multi(1, 3))
+wrong("shift", inside, "loss_inside_late", LossLate, None)
+wrong("causal", deepseek, "deepseek_two_on", TwoOn, multi(1, 2))
+wrong("causal", deepseek, "deepseek_open", OpenBlock, multi(1, 2))
+wrong("causal", deepseek, "deepseek_one_more", OneMore, multi(1, 2))
+wrong("causal", train_only, "train_only_open", OpenTrainOnly, multi(1, 2))
+
+deep = right("deep_supervision", Deep, multi(1, 1))
+deep_even = right("deep_supervision_even", Deep, multi(1, 1, weights=(0.5, 0.5)))
+wrong("shift", deep, "deep_first_unshifted", Deep, multi(1, 0))
+wrong("shift", deep_even, "deep_all_late", Deep, multi(2, 2, weights=(0.5, 0.5)))
+wrong("causal", deep, "deep_pooled", DeepOpen, multi(1, 1))
+
+right("value", lambda: Beside(1), beside(value))
+right("classifier", lambda: Beside(31, pool=True), beside(classes))
+tagger = right("tagger", lambda: Beside(31), beside(tags))
+distilled = right("student", lambda: Beside(V), beside(student))
+right("r_drop", lambda: Tiny(dropout=0.2), r_drop)
+wrong("shift", tagger, "tagger_unshifted", lambda: Beside(31), beside(tags, 0))
+wrong("shift", distilled, "student_unshifted", lambda: Beside(V), beside(student, 0))
