@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from causal_preflight.batch import AuditBatch
+from causal_preflight.batch import AuditBatch, shift_left
 
 _TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
 Key = TypeVar("Key")
@@ -135,6 +134,22 @@ def arrange(batch: AuditBatch, found: Mapping[Key, Readout], frozen: bool) -> di
         k = offsets[h] or 0
         right = first <= k <= last
         ahead = k - 1 if right else 0
-        counts = found[h].moved(ahead).trained & right
+        counts = found[h].moved(ahead).trained & right & (batch.doc.roll(ahead, 1) == batch.doc)
         heads[h] = Head(ahead, 0 if h == main else ahead, counts)
     return heads
+
+
+def trained_too_near(heads: list[Head], seen: list[Tensor], late: Tensor) -> bool:
+    """Whether each head whose logits are `seen` to move with `late` tokens lacks a shift.
+
+    Such a head reads a few coming tokens and no more, and is trained as far ahead as another head:
+    on a token that it reads. All are (B, T) bool, one of `seen` for each head.
+    """
+    near = late
+    for _ in heads[1:]:
+        near = near | shift_left(near, False)
+    moves = [h.ahead for h in heads]
+    hits = [(i, m) for i, m in enumerate(seen) if bool(m.any())]
+    return bool(hits) and all(
+        i and moves.count(moves[i]) > 1 and not bool((m & ~near).any()) for i, m in hits
+    )

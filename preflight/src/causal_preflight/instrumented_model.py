@@ -152,13 +152,12 @@ class InstrumentedModel:
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, pieces = self._catch(batch, train, lambda t, _: t)
-        (rows, width), size, wide = batch.ids.shape, batch.ids.numel(), list[Tensor]()
-        real_slot = batch.slot.clamp_min(0)
+        shape, size, seen = batch.ids.shape, batch.ids.numel(), list[tuple[Tensor, Tensor]]()
         for key, head in self.heads.items():
             mine = [p for p in pieces if p.head == key]
-            if not mine and wide:
+            require(mine or seen, "the logits were not seen in this run")
+            if not mine:
                 continue  # a further head that is used in the other mode only
-            require(mine, "the logits were not seen in this run")
             vocab = mine[0].of(mine[0].whole).shape[-1]
             logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
             made = torch.zeros(size, dtype=torch.bool, device=logits.device)
@@ -166,16 +165,15 @@ class InstrumentedModel:
                 keep = p.slots >= 0
                 made[p.slots[keep]] = True
                 logits[p.slots[keep]] = p.of(p.whole.detach())[keep].float()
-            logits, made = logits.view(rows, width, -1), made.view(rows, width)
-            if wide:
-                counts = head.counts.flatten()[real_slot] & (batch.slot >= 0) & made.roll(head.move, 1)
-                counts[:, : head.move] = False
-                logits = torch.where(counts[..., None], logits.roll(head.move, 1), 0.0)
-            else:
-                main_made = made
-            wide.append(logits)
-        widths = [z.shape[-1] for z in wide]
-        return Observation(float(loss.detach()), torch.cat(wide, -1), main_made, widths)
+            logits, made = logits.view(*shape, -1), made.view(shape)
+            if seen:  # else the main head
+                logits, made = (x.roll(head.move, 1) for x in (logits, made))
+                made[:, : head.move] = False
+                made &= head.counts.flatten()[batch.slot] & (batch.slot >= 0)
+                logits = logits.masked_fill(~made[..., None], 0.0)
+            seen.append((logits, made))
+        wide, widths = torch.cat([z for z, _ in seen], -1), [z.shape[-1] for z, _ in seen]
+        return Observation(float(loss.detach()), wide, seen[0][1], widths)
 
     def readout(self, batch: AuditBatch, train: bool = False) -> Readout:
         """Run the loss and read targets and weights off d loss / d logits.
@@ -238,7 +236,7 @@ class InstrumentedModel:
 
         def after(site: Site, module: nn.Module, args: Any, output: Any) -> Any:
             t = locate.get_path(output, site.path)
-            if not calls or not isinstance(t, Tensor):
+            if not calls or not isinstance(t, Tensor) or t.ndim != (len(site.layout) or 2):
                 return None
             new = edit(t, site.layout)
             calls[-1][1][site].append(new)

@@ -9,6 +9,7 @@ LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
 ALIASES = {"norm": "reduction"}  # earlier words, still understood in `Report.faults`
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
+    "heads": "train a head that reads k more tokens on the token k + 1 ahead; shift for each head",
     "pad targets": "give PAD targets the label -100 by mask or length; drop them before the mean",
     "eos": "end each document in EOS and count it; tell PAD by mask or length, not by a shared id",
     "divide": "sum the token losses and divide once, by the targets of all micro-batches and ranks",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from causal_preflight.batch import AuditBatch, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
-from causal_preflight.heads import offset_of
+from causal_preflight.heads import offset_of, trained_too_near
 from causal_preflight.locate import EmbeddingNoise
 from causal_preflight.report import Finding, UnexaminableError, require
 
@@ -111,7 +111,22 @@ def future(ctx: Context) -> list[Finding]:
     row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
     seen = "{where}, though its target counts, when later tokens are swapped, such as token "
     seen += f"{int(ctx.full.ids[row, t])} at position {t}"
-    return leak_finding(ctx, leak, "future", "causal", seen, "mask future")
+    label, remedy = ("causal", "mask future")
+    if len(ctx.model.heads) > 1 and _trained_too_near(ctx, leak[0]):
+        label, remedy = "shift", "heads"
+    return leak_finding(ctx, leak, "future", label, seen, remedy)
+
+
+def _trained_too_near(ctx: Context, s: Setting) -> bool:
+    """Whether the targets of further heads are at fault, and not their mask (see `heads`)."""
+    late = s.batch.real & (s.batch.real.long().cumsum(1) * 2 > s.batch.real.sum(1, keepdim=True))
+    watch = ctx.counted(s.batch) & ~late
+    with ctx.weights(s.rescaled):
+        base = ctx.observe(s.batch, s.train, s.rescaled)
+        pair = (z.split(base.widths, -1) for z in (_swapped(ctx, s, late), base.logits))
+    bound = ctx.bound(base.logits, watch)
+    seen = [watch & (moved(new, old) > bound) for new, old in zip(*pair, strict=True)]
+    return trained_too_near([*ctx.model.heads.values()], seen, late)
 
 
 def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:

@@ -213,7 +213,7 @@ class Loss(Deepseek):
         z, y = super().forward(input_ids, **k)
         batch = {"input_ids": input_ids, "labels": labels, **k}
         loss = ce(z, ahead(batch, 1)) + 0.3 * ce(y, ahead(batch, self.second))
-        return type("Output", (), {"loss": loss})()
+        return {"loss": loss}
 
 
 class LossLate(Loss):
@@ -228,6 +228,12 @@ def r_drop(model: nn.Module, batch: Batch) -> Tensor:
 def on_pad(model: nn.Module, batch: Batch) -> Tensor:
     z, y = feed(model, batch)[:2]
     return ce(z, ahead(batch, 1)) + 0.3 * ce(y[:, :-2], batch["input_ids"][:, 2:])
+
+
+def across(model: nn.Module, batch: Batch) -> Tensor:
+    z, y = feed(model, batch)[:2]
+    t = batch["input_ids"].masked_fill(batch["document_ids"] < 0, -100)
+    return ce(z, ahead(batch, 1)) + 0.3 * ce(y[:, :-2], t[:, 2:])
 
 
 def wrapped(model: nn.Module, batch: Batch, cut: int = 0) -> Tensor:
@@ -264,7 +270,7 @@ wrong("shift", medusa, "medusa_last_late", Medusa, multi(1, 2, 4))
 wrong("shift", medusa, "medusa_main_unshifted", Medusa, multi(0, 2, 3))
 wrong("shift", medusa_mean, "medusa_all_late", Medusa, multi(2, 3, 4, weights=MEAN))
 wrong("shift", medusa_mean, "medusa_all_early", Medusa, multi(0, 1, 2, weights=MEAN))
-wrong("shift", medusa_packed, "medusa_across_documents", Medusa, on_pad, packed)
+wrong("shift", medusa_packed, "medusa_across_documents", Medusa, across, packed)
 wrong("pad", medusa, "medusa_on_pad", Medusa, on_pad)
 
 frozen = right("medusa_frozen", Frozen, multi(2, 3))
