@@ -113,11 +113,12 @@ def offset_of(batch: AuditBatch, r: Readout, most: int = 4) -> int | None:
 
 
 def arrange(batch: AuditBatch, found: Mapping[Key, Readout], frozen: bool) -> dict[Key, Head]:
-    """The heads that are trained on tokens, the main one first.
+    """The heads that are trained on tokens, the main one first; `found` is in the order of calls.
 
     The main one is trained on the next token, with the largest weight. Right are offsets 1, 2, 3,
-    ... without a gap, each any number of times (deep supervision); over a `frozen` model 2, 3, ...
-    as well (Medusa, arXiv:2401.10774). A head with any other offset is not moved.
+    ... without a gap, each once; that of the main head is also right before it, and where there is
+    no other (deep supervision). Over a `frozen` model they may begin at 2 (Medusa,
+    arXiv:2401.10774). A wrong head does not count, and is moved so that it shows.
     """
     offsets = {h: offset_of(batch, r, 4 + len(found)) for h, r in found.items()}
     known = set(offsets.values())
@@ -126,30 +127,31 @@ def arrange(batch: AuditBatch, found: Mapping[Key, Readout], frozen: bool) -> di
 
     def rank(h: Key) -> tuple[bool, bool, float]:
         k = offsets[h]
-        return k == first, k is not None, float(found[h].weight.abs().sum())
+        return k == first, k is not None, round(float(found[h].weight.abs().sum()), 4)
 
-    main = max(found, key=rank)
-    heads: dict[Key, Head] = {}
-    for h in (main, *(h for h, k in offsets.items() if h != main and k is not None)):
-        k = offsets[h] or 0
-        right = first <= k <= last
-        ahead = k - 1 if right else 0
+    main = max(reversed(found), key=rank)
+    heads, taken, order = dict[Key, Head](), set[int | None](), list(found)
+    for h in (main, *(h for h in order if h != main and offsets[h] is not None)):
+        k, before = offsets[h] or 0, order.index(h) < order.index(main)
+        again = k in taken and last > first and not (k == first and before)
+        right = first <= k <= last and not again
+        ahead = k - 1 + again if first <= k <= last else 0
         counts = found[h].moved(ahead).trained & right & (batch.doc.roll(ahead, 1) == batch.doc)
         heads[h] = Head(ahead, 0 if h == main else ahead, counts)
+        taken.add(k)
     return heads
 
 
 def trained_too_near(heads: list[Head], seen: list[Tensor], late: Tensor) -> bool:
     """Whether each head whose logits are `seen` to move with `late` tokens lacks a shift.
 
-    Such a head reads a few coming tokens and no more, and is trained as far ahead as another head:
-    on a token that it reads. All are (B, T) bool, one of `seen` for each head.
+    Such a head reads a few coming tokens and no more, and is trained as far ahead as another head,
+    which does not read them. All are (B, T) bool, one of `seen` for each head.
     """
     near = late
     for _ in heads[1:]:
         near = near | shift_left(near, False)
-    moves = [h.ahead for h in heads]
-    hits = [(i, m) for i, m in enumerate(seen) if bool(m.any())]
-    return bool(hits) and all(
-        i and moves.count(moves[i]) > 1 and not bool((m & ~near).any()) for i, m in hits
-    )
+    moves = [bool(m.any()) for m in seen]
+    blind = {h.ahead for h, hit in zip(heads, moves, strict=True) if not hit}
+    few = not any(bool((m & ~near).any()) for m in seen)
+    return few and all(h.ahead in blind for h, hit in zip(heads, moves, strict=True) if hit)

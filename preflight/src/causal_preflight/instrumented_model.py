@@ -231,7 +231,10 @@ class InstrumentedModel:
         used, calls = set[int](), list[tuple[Tensor, dict[Site, list[Tensor]]]]()
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if (slots := locate.slots_of_call((args, kwargs), batch, used)) is not None:
+            slots = locate.slots_of_call((args, kwargs), batch, used)
+            # A further head may look up the coming tokens: the same pass of the model goes on.
+            again = calls and isinstance(module, nn.Embedding) and slots is not None
+            if slots is not None and not (again and torch.isin(slots, calls[-1][0]).any()):
                 calls.append((slots, {site: [] for site in self.sites}))
 
         def after(site: Site, module: nn.Module, args: Any, output: Any) -> Any:
@@ -257,7 +260,9 @@ class InstrumentedModel:
                     count = len(locate.stacked(whole, site.layout))
                     placed += [Piece((site, i, call), where, whole) for i in range(count)]
         if not placed:
-            raise RuntimeError("the logits were not seen in this run, or their positions are unknown")
+            raise RuntimeError(
+                "the logits were not seen in this run, or their positions are unknown"
+            )
         return loss, placed
 
 

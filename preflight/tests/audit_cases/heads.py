@@ -1,6 +1,7 @@
 """Set-ups with several heads: multi-token prediction, deep supervision, auxiliary heads."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -163,6 +164,49 @@ class DeepOpen(Deep):
         return [self.head(last), *(self.head(x + x.mean(1, keepdim=True)) for x in first)]
 
 
+class Mixed(Deepseek):
+    """Heads on every layer, and one that reads a token more."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        first = self.head(self.hidden(input_ids, **given)[0])
+        return [first, *super().forward(input_ids, **given)]
+
+
+class Functional(Deepseek):
+    """The embedding is the head; logits are entries of an object."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        self.head = nn.Identity()
+        z, *more = super().forward(input_ids, **given)
+        table = self.tok.weight.T
+        return SimpleNamespace(logits=z @ table, mtp_logits=[y @ table for y in more])
+
+
+class TimeFirst(Medusa):
+    """Logits (T, B, V)."""
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        x = self.hidden(input_ids, **given)[-1].transpose(0, 1)
+        pairs = zip(self.blocks, self.heads_, strict=True)
+        return [self.head(x), *(head(x + F.silu(block(x))) for block, head in pairs)]
+
+
+class NextRow(Deepseek):
+    """The further head reads the row above as well."""
+
+    def merge(self, z: Tensor) -> Tensor:
+        out = super().merge(z)
+        self.calls = getattr(self, "calls", 0) + 1
+        return out + out.roll(1, 0) if self.calls % 3 == 0 else out
+
+
+class SeesDocuments(Deepseek):
+    """The further head attends over the edges of documents."""
+
+    def opened(self, see: Tensor) -> Tensor:
+        return torch.ones_like(see).tril()
+
+
 class Beside(Medusa):
     """A model with another head of some width, whose output comes second."""
 
@@ -202,6 +246,68 @@ def student(other: Tensor, z: Tensor, batch: Batch) -> Tensor:
     keep = batch["attention_mask"].bool()
     p = z.detach()[keep].softmax(-1)
     return F.kl_div(other[keep].log_softmax(-1), p, reduction="batchmean")
+
+
+def composed(model: Any, batch: Batch, k: int = 2) -> Tensor:
+    """The parts of the model, put together in the loss: the embedding is called first."""
+    ids = batch["input_ids"]
+    x = model.tok(ids) + model.pos(torch.arange(ids.shape[1]))
+    see = model.visible(ids, batch.get("attention_mask"), None)
+    for i in range(2):
+        x = x + model.out[i](model.attend(model.ln[i](x), i, see))
+        x = x + model.mlp[i](x)
+    y = model.join[0](torch.cat([x, model.tok(ids.roll(-1, 1))], -1))
+    z, y = model.head(model.final(x)), model.head(model.final(y))
+    return ce(z, ahead(batch, 1)) + 0.3 * ce(y, ahead(batch, k))
+
+
+def chunked(model: Any, batch: Batch, *offsets: int) -> Tensor:
+    """Each head is applied to five positions at a time."""
+    head, model.head = model.head, nn.Identity()
+    states = feed(model, batch)
+    model.head = head
+    total = []
+    for x, k in zip(states, offsets, strict=True):
+        t = ahead(batch, k)
+        pairs = zip(x.split(5, 1), t.split(5, 1), strict=True)
+        total += [ce(head(h), c, reduction="sum") / (t != -100).sum() for h, c in pairs]
+    return torch.stack(total).sum()
+
+
+def one_by_one(model: nn.Module, batch: Batch, *offsets: int) -> Tensor:
+    """A backward pass for each head, to hold the logits of one at a time (Gloeckle et al.)."""
+    losses = [ce(z, ahead(batch, k)) for z, k in zip(feed(model, batch), offsets, strict=True)]
+    for loss in losses:
+        loss.backward(retain_graph=True)
+    return torch.stack(losses).sum().detach()
+
+
+def from_object(*offsets: int) -> Any:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        out = feed(model, batch)
+        heads = zip((out.logits, *out.mtp_logits), offsets, strict=True)
+        return torch.stack([ce(z, ahead(batch, k)) for z, k in heads]).mean()
+
+    return loss
+
+
+def time_first(*offsets: int) -> Any:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        heads = zip(feed(model, batch), offsets, strict=True)
+        return torch.stack([ce(z.transpose(0, 1), ahead(batch, k)) for z, k in heads]).sum()
+
+    return loss
+
+
+def shifted_labels(model: nn.Module, batch: Batch, k: int = 1) -> Tensor:
+    """Labels that are shifted already, as of nanoGPT; those of the next head once more."""
+    z, y = feed(model, batch)
+    return ce(z, batch["labels"]) + 0.3 * ce(y[:, :-k], batch["labels"][:, k:])
+
+
+def next_tokens(seed: int) -> Batch:
+    ids = stream(seed)["input_ids"]
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
 
 class Loss(Deepseek):
@@ -302,6 +408,27 @@ wrong("causal", deepseek, "deepseek_two_on", TwoOn, multi(1, 2))
 wrong("causal", deepseek, "deepseek_open", OpenBlock, multi(1, 2))
 wrong("causal", deepseek, "deepseek_one_more", OneMore, multi(1, 2))
 wrong("causal", train_only, "train_only_open", OpenTrainOnly, multi(1, 2))
+
+wrong("shift", medusa, "medusa_first_again", Medusa, multi(1, 1, 2))
+wrong("shift", medusa, "medusa_last_again", Medusa, multi(1, 2, 2))
+
+documents = right("documents", Deepseek, multi(1, 2), packed)
+wrong("causal", deepseek, "next_row", NextRow, multi(1, 2))
+wrong("causal", documents, "sees_documents", SeesDocuments, multi(1, 2), packed)
+wrong("pad", deepseek_left, "sees_pad", SeesDocuments, multi(1, 2), left)
+right("mixed", Mixed, multi(1, 1, 2, weights=(0.3, 1.0, 0.3)))
+functional = right("functional", Functional, from_object(1, 2))
+wrong("shift", functional, "functional_late", Functional, from_object(1, 3))
+first = right("time_first", TimeFirst, time_first(1, 2, 3))
+wrong("shift", first, "time_first_late", TimeFirst, time_first(1, 2, 4))
+parts = right("composed", Deepseek, composed, stream)
+wrong("shift", parts, "composed_late", Deepseek, lambda m, b: composed(m, b, 3), stream)
+chunks = right("chunked", Deepseek, lambda m, b: chunked(m, b, 1, 2))
+wrong("shift", chunks, "chunked_late", Deepseek, lambda m, b: chunked(m, b, 1, 3))
+one = right("one_by_one", Medusa, lambda m, b: one_by_one(m, b, 1, 2, 3))
+wrong("shift", one, "one_by_one_unshifted", Medusa, lambda m, b: one_by_one(m, b, 1, 2, 0))
+labels = right("shifted_labels", Deepseek, shifted_labels, next_tokens)
+wrong("shift", labels, "labels_late", Deepseek, lambda m, b: shifted_labels(m, b, 2), next_tokens)
 
 deep = right("deep_supervision", Deep, multi(1, 1))
 deep_even = right("deep_supervision_even", Deep, multi(1, 1, weights=(0.5, 0.5)))
