@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from causal_preflight import html_page, padding, position, readout, visibility
+from causal_preflight import heads, html_page, padding, position, readout, visibility
 from causal_preflight.batch import AuditBatch
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
@@ -26,7 +26,7 @@ PROBES: tuple[Probe, ...] = (
     padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
     padding.embedding, padding.extension, position.order, position.alone, position.length,
-    position.packed, position.decoding, html_page.pictures,
+    position.packed, position.decoding, heads.further_heads, html_page.pictures,
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def preflight(
     with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
-            for probe in PROBES if instrumented.sites else (readout.labels,):
+            for probe in PROBES if instrumented.head is not None else (readout.labels,):
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
@@ -102,9 +102,9 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     try:
-        ctx.readout(True), ctx.readout(False)
+        heads.arrange(ctx)
     except RuntimeError:  # none, or their positions are unknown
-        model.sites.clear()
+        model.head = None
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 

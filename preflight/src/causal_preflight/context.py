@@ -75,9 +75,7 @@ class Context:
 
     def counted(self, batch: AuditBatch) -> Tensor:
         """(B, T) bool: real positions with a target, in either mode."""
-        trained = [self.readout(train).trained for train in (True, False)]
-        trained += [head.counts for head in self.model.heads.values()]
-        hit = torch.stack(trained).any(0) & self.full.real
+        hit = (self.readout(False).trained | self.readout(True).trained) & self.full.real
         return hit.flatten()[batch.slot] & batch.real & (batch.slot >= 0)
 
     def weights(self, rescaled: bool) -> AbstractContextManager[None]:

@@ -1,157 +1,99 @@
-"""Several heads on one batch: what each is trained on, and which of them is the main one.
+"""Several heads: what each is trained on, which is the main one, and probes of the others.
 
 A head of multi-token prediction (Gloeckle et al., arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437)
-is trained on token t + k. Once its logits are moved by k - 1 columns, the rules for the next token
-hold for it as well: its target follows, and it may see no token after its own position.
+is trained on token t + k. Once its logits are placed k - 1 columns later, the rules for the next
+token hold for it as well: its target follows, and it may see no token after its own place.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TypeVar
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 
-from torch import Tensor
+from causal_preflight import padding, readout, visibility
+from causal_preflight.context import Context, Probe
+from causal_preflight.instrumented_model import Head, Readout
+from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
-from causal_preflight.batch import AuditBatch, shift_left
+_PROBES = (
+    readout.alignment, visibility.cross_row, visibility.future, visibility.documents,
+    padding.embedding,
+)  # fmt: skip
 
-_TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
-Key = TypeVar("Key")
 
+def arrange(ctx: Context) -> None:
+    """Read every head once, and look at the main one: the next token, the largest weight.
 
-@dataclass
-class Observation:
-    """Loss of one run, its logits in float32 (B, T, V), and where there are any: `made` (B, T).
+    Right are offsets 1, 2, 3, ... without a gap, each once; that of the main head is also right
+    before it, and where there is no other (deep supervision). Over a frozen model they may begin
+    at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
 
-    The logits of further heads lie beside those of the main one, along the vocabulary (`widths`):
-    moved to the position before their target, and 0 where they are not trained.
+    Raises:
+        RuntimeError: there are no logits, or their positions are unknown.
     """
-
-    loss: float
-    logits: Tensor
-    made: Tensor
-    widths: list[int]
-
-    @property
-    def main(self) -> Tensor:
-        """Logits of the main head alone."""
-        return self.logits[..., : self.widths[0]]
-
-
-@dataclass
-class Readout:
-    """What the loss trained, per position (B, T): see `gradient_fit.fit`. 0 where nothing.
-
-    `pieces` counts the pieces of logits that it used: several calls, or a head applied in chunks.
-    `extra` holds the same for further heads, in columns that are moved by `ahead`.
-    """
-
-    loss: float
-    residual: float
-    pieces: int
-    target: Tensor
-    weight: Tensor
-    onehot_weight: Tensor
-    max_abs_grad: Tensor
-    grad_sum: Tensor
-    ahead: int = 0
-    number: int = 0
-    extra: list["Readout"] = field(default_factory=list)
-
-    @cached_property
-    def trained(self) -> Tensor:
-        """(B, T) bool: positions that the loss trains on a target."""
-        weight = self.weight.abs()
-        least = _TRAINED * weight.max().clamp_min(1e-300)
-        return weight.minimum(self.onehot_weight.abs()) > least
-
-    @property
-    def heads(self) -> list["Readout"]:
-        """This one, of the main head, and those of further heads."""
-        return [self, *self.extra]
-
-    @property
-    def name(self) -> str:
-        """What a message begins with."""
-        where = f", its columns moved by {self.ahead}" if self.ahead else ""
-        return f"head {self.number}{where}: " if self.number else ""
-
-    def moved(self, ahead: int) -> "Readout":
-        """Every column moved to the right; as it is if a target would leave the row."""
-        if not ahead or bool(self.trained[:, -ahead:].any()):
-            return self
-        names = ("target", "weight", "onehot_weight", "max_abs_grad", "grad_sum")
-        columns = {name: getattr(self, name).roll(ahead, 1) for name in names}
-        for name, x in columns.items():
-            x[:, :ahead] = -1 if name == "target" else 0
-        return replace(self, ahead=ahead, **columns)
-
-
-@dataclass(frozen=True)
-class Head:
-    """By how many columns a head's readout and its logits are moved, and where they then count."""
-
-    ahead: int
-    move: int
-    counts: Tensor
-
-
-def offset_of(batch: AuditBatch, r: Readout, most: int = 4) -> int | None:
-    """The k <= `most` for which t is mostly trained on token t + k; None where no k fits."""
-    on, width = r.trained, batch.ids.shape[1]
-    scores: dict[int, float] = {}
-    for k in range(-2, min(most + 1, width)):
-        inside = on.clone()  # positions for which the row holds a token t + k
-        inside[:, : max(0, -k)] = False
-        inside[:, width - max(0, k) :] = False
-        if bool(inside.any()):
-            hits = float((batch.ids.roll(-k, 1) == r.target)[inside].float().mean())
-            scores[k] = hits * min(1.0, float(inside.sum() / on.sum()) + 0.25)
-    best = max(scores, key=lambda k: scores[k], default=0)
-    if scores.get(1, 0.0) >= 0.9 * scores.get(best, 1.0):
-        best = 1
-    return best if scores.get(best, 0.0) >= 0.5 else None
-
-
-def arrange(batch: AuditBatch, found: Mapping[Key, Readout], frozen: bool) -> dict[Key, Head]:
-    """The heads that are trained on tokens, the main one first; `found` is in the order of calls.
-
-    The main one is trained on the next token, with the largest weight. Right are offsets 1, 2, 3,
-    ... without a gap, each once; that of the main head is also right before it, and where there is
-    no other (deep supervision). Over a `frozen` model they may begin at 2 (Medusa,
-    arXiv:2401.10774). A wrong head does not count, and is moved so that it shows.
-    """
-    offsets = {h: offset_of(batch, r, 4 + len(found)) for h, r in found.items()}
-    known = set(offsets.values())
-    first = 2 if frozen and {2, 3} <= known and 1 not in known else 1
-    last = next(k for k in range(first, len(found) + 3) if k not in known) - 1
-
-    def rank(h: Key) -> tuple[bool, bool, float]:
-        k = offsets[h]
-        return k == first, k is not None, round(float(found[h].weight.abs().sum()), 4)
-
-    main = max(reversed(found), key=rank)
-    heads, taken, order = dict[Key, Head](), set[int | None](), list(found)
-    for h in (main, *(h for h in order if h != main and offsets[h] is not None)):
-        k, before = offsets[h] or 0, order.index(h) < order.index(main)
-        again = k in taken and last > first and not (k == first and before)
-        right = first <= k <= last and not again
+    model, read = ctx.model, list[tuple[Head, Readout, int | None]]()
+    for head in model.heads:
+        number, model.count = 0, 1
+        while number < model.count:
+            model.head = replace(head, number=number)
+            with suppress(RuntimeError):  # as for a classifier of rows
+                r = model.readout(ctx.full, True)
+                read.append((model.head, r, readout.offset_of(ctx.full, r, 8)))
+            number += 1
+    read = [hit for hit in read if bool(hit[1].trained.any())] or read[-1:]
+    if not read:
+        raise RuntimeError("no logits whose positions are known")
+    known = {k for _, _, k in read}
+    first = 2 if model.frozen and {2, 3} <= known and 1 not in known else 1
+    last = next(k for k in range(first, len(read) + 3) if k not in known) - 1
+    rank = [(k == first, k is not None, round(float(r.weight.abs().sum()), 4)) for _, r, k in read]
+    main, taken = (
+        max(range(len(read)), key=lambda i: (rank[i], i if last > first else -i)),
+        set[int](),
+    )
+    heads = list[Head]()
+    for i in (main, *(i for i in range(len(read)) if i != main and rank[i][1])):
+        head, r, k = read[i][0], read[i][1], read[i][2] or 0
+        again = k in taken and last > first and not (k == first and i < main)
         ahead = k - 1 + again if first <= k <= last else 0
-        counts = found[h].moved(ahead).trained & right & (batch.doc.roll(ahead, 1) == batch.doc)
-        heads[h] = Head(ahead, 0 if h == main else ahead, counts)
+        leaves_row = bool(r.trained[:, r.trained.shape[1] - ahead :].any())
+        heads.append(replace(head, ahead=0 if leaves_row else ahead))
         taken.add(k)
-    return heads
+    if len(heads) < len(read):
+        ctx.report.sampled.append(f"heads: {len(heads)} of {len(read)} are trained on next tokens")
+    model.head, *model.heads = heads
+    if not model.head.ahead:
+        ctx._readouts[True] = read[main][1]
 
 
-def trained_too_near(heads: list[Head], seen: list[Tensor], late: Tensor) -> bool:
-    """Whether each head whose logits are `seen` to move with `late` tokens lacks a shift.
+def further_heads(ctx: Context) -> list[Finding]:
+    """A further head must be trained on its own offset, and see no token beyond its own place."""
+    model, main, found = ctx.model, ctx.model.head, dict[str, Finding]()
+    require(model.heads, "there is one head")
+    model.always_train = True  # some are made in training only
+    try:
+        for number, head in enumerate(model.heads, 2):
+            # What another fault moves already is not examined again.
+            seen = _examine(ctx, head, _PROBES[: 1 if ctx.explained else None])
+            same = [h for h in (main, *model.heads) if h and h.ahead == head.ahead]
+            if [f.label for f in seen] == ["causal"] and len(same) > 1:
+                # One that reads a few coming tokens, and no more, has the targets of another one.
+                far = replace(head, ahead=head.ahead + len(model.heads))
+                if not _examine(ctx, far, [visibility.future]):
+                    seen = [replace(seen[0], label="shift", remedy=REMEDIES["heads"])]
+            for f in seen:
+                found.setdefault(f.label, replace(f, seen=f"head {number}: {f.seen}"))
+    finally:
+        model.head, model.always_train = main, False
+    return list(found.values())
 
-    Such a head reads a few coming tokens and no more, and is trained as far ahead as another head,
-    which does not read them. All are (B, T) bool, one of `seen` for each head.
-    """
-    near = late
-    for _ in heads[1:]:
-        near = near | shift_left(near, False)
-    moves = [bool(m.any()) for m in seen]
-    blind = {h.ahead for h, hit in zip(heads, moves, strict=True) if not hit}
-    few = not any(bool((m & ~near).any()) for m in seen)
-    return few and all(h.ahead in blind for h, hit in zip(heads, moves, strict=True) if hit)
+
+def _examine(ctx: Context, head: Head, probes: Iterable[Probe]) -> list[Finding]:
+    """What the first of the probes that finds anything in this head finds."""
+    ctx.model.head = head
+    own = replace(ctx, report=Report(), explained=set(), _readouts={}, _observed={})
+    own._readouts[False] = own.readout(True)
+    for probe in probes:
+        with suppress(UnexaminableError):
+            if seen := probe(own):
+                return seen
+    return []

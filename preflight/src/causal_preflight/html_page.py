@@ -44,7 +44,7 @@ def _map(ctx: Context) -> dict[str, Any]:
     n = row.ids.shape[1]
     one = torch.eye(n + 1, dtype=torch.bool, device=row.ids.device)[:, :n]
     with ctx.weights(True):
-        logits = ctx.model.observe(row.rows([0] * (n + 1)).swap(one, ctx.seed)).main
+        logits = ctx.model.observe(row.rows([0] * (n + 1)).swap(one, ctx.seed)).logits
     effect = moved(logits[:n], logits[n:].expand(n, -1, -1)).T
     top = effect[torch.isfinite(effect)].max().clamp_min(1e-12)
     b, start = divmod(int(row.slot[0, 0]), ctx.full.ids.shape[1])

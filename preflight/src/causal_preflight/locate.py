@@ -4,7 +4,7 @@ A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from causal_preflight.batch import IGNORE, AuditBatch
 
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
-"""Permutation that takes logits to (b, t, V), or stacked heads to (k, b, t, V); () for (n, V)."""
+"""Permutation that takes logits to (b, t, V), stacked heads to (k, b, t, V); () for flat (n, V)."""
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
 
 
@@ -60,11 +60,10 @@ def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
     b, t = ids
     if len(shape) == 2:
         return [()] if shape[1] >= vocab and shape[0] <= b * t else []
-    if len(shape) == 4:  # the heads of multi-token prediction, stacked
+    if len(shape) == 4:  # stacked heads
         orders = (2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3)
-        sizes = [[shape[i] for i in order] for order in orders]
-        good = [k < 17 and (rows, cols) in ((b, t), (b, t - 1)) for k, rows, cols, _ in sizes]
-        return [order for order, ok in zip(orders, good, strict=True) if ok and shape[3] >= vocab]
+        sizes = {order: (shape[order[1]], shape[order[2]], shape[3] >= vocab) for order in orders}
+        return [order for order, size in sizes.items() if size in ((b, t, True), (b, t - 1, True))]
     fits = {
         (0, 1, 2): shape[0] == b,
         (0, 2, 1): shape[0] == b and shape[2] in (t, t - 1),
@@ -74,31 +73,25 @@ def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
 
 
 def to_btv(t: Tensor, layout: Layout) -> Tensor:
-    """Any layout -> (b, t, V), or (1, n, V) for flat logits, or (k, b, t, V) for stacked ones."""
+    """Any layout -> (b, t, V), (1, n, V) for flat logits, (k, b, t, V) for stacked heads."""
     return t.permute(layout) if layout else t[None]
 
 
-def from_btv(t: Tensor, layout: Layout) -> Tensor:
-    """The way back from `to_btv`."""
-    return t.permute(sorted(range(len(layout)), key=layout.__getitem__)) if layout else t[0]
-
-
-def stacked(t: Tensor, layout: Layout) -> Tensor:
-    """(k, b, t, V): the logits of k heads, k = 1 but where the layout stacks them."""
-    t = to_btv(t, layout)
-    return t if t.ndim == 4 else t[None]
+def parts(shape: torch.Size, layout: Layout) -> list[Callable[[Tensor], Tensor]]:
+    """What takes a tensor, or its gradient, to the logits (b, t, V) of each head that it stacks."""
+    if len(shape) < 4:
+        return [lambda t: to_btv(t, layout)]
+    return [lambda t, i=i: to_btv(t, layout)[i] for i in range(shape[layout[0]])]  # type: ignore[misc]
 
 
 def made_of(t: Tensor, source: Tensor) -> bool:
     """Whether a tensor was computed from another one, by its graph."""
-    goal, todo, seen = (source.grad_fn, source.output_nr), [(t.grad_fn, t.output_nr)], set[Any]()
+    todo, seen = [(t.grad_fn, t.output_nr)], set[Any]()
     while todo:
-        if (edge := todo.pop()) == goal:
-            return True
-        if edge not in seen and edge[0] is not None:
+        if (edge := todo.pop()) not in seen and edge[0] is not None:
             seen.add(edge)
             todo += edge[0].next_functions
-    return False
+    return (source.grad_fn, source.output_nr) in seen
 
 
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
@@ -186,23 +179,6 @@ def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Te
     if slots.shape[1] < total:
         raise RuntimeError("the positions of the logits are unknown")
     return list(slots[:, :total].split(widths, 1))
-
-
-def place_heads(
-    slots: Tensor, shapes: list[torch.Size], batch: AuditBatch
-) -> list[tuple[int, Tensor]]:
-    """The number of the head, and the slots, of each piece that one call of the model gave.
-
-    Pieces are chunks of one head as long as they fit beside each other; else a head was called
-    several times.
-    """
-    flat = len(slots) > 1 and all(s[0] == 1 for s in shapes)
-    room, calls = slots.numel() if flat else slots.shape[1], list[list[torch.Size]]()
-    for shape in shapes:
-        if not calls or sum(s[1] for s in calls[-1]) + shape[1] > room:
-            calls.append([])
-        calls[-1].append(shape)
-    return [(i, where) for i, c in enumerate(calls) for where in place(slots, c, batch)]
 
 
 class EmbeddingNoise(TorchFunctionMode):

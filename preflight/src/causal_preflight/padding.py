@@ -95,7 +95,8 @@ def extension(ctx: Context) -> list[Finding]:
             return [ctx.finding("reduction", seen, "divide", Move(float(change[most])))]
         drift = abs(s.loss - r.loss) / max(1e-9, abs(r.loss))
         # A NaN drift is no finding.
-        if not (drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.model.replaceable):
+        head = ctx.model.head
+        if not (drift > max(2e-6, 0.1 * ctx.tolerance) and head and head.replaceable):
             continue
         ctx.model.seed += 1  # does dropout reach the loss by another way than the logits?
         reseeded = ctx.model.readout(base, train).loss if train else r.loss

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from causal_preflight.batch import IGNORE, AuditBatch, shift_left
 from causal_preflight.context import Context, Move
-from causal_preflight.heads import Readout, offset_of
+from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding, UnexaminableError, require
 
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
@@ -21,11 +21,27 @@ def alignment(ctx: Context) -> list[Finding]:
     counts = any(bool(ctx.readout(train).trained.any()) for train in (True, False))
     require(counts, "no position of the batch is trained on a target")
     for train in (True, False):
-        for r in ctx.readout(train).heads:
-            for f in _alignment(ctx, r, ("" if train else "in eval mode: ") + r.name):
-                found.setdefault(f.label, f)
+        for f in _alignment(ctx, ctx.readout(train), "" if train else "in eval mode: "):
+            found.setdefault(f.label, f)
     ctx.explained |= {"pad target" if label == "pad" else label for label in found}
     return list(found.values())
+
+
+def offset_of(batch: AuditBatch, r: Readout, most: int = 4) -> int | None:
+    """The k <= `most` for which t is mostly trained on token t + k; None where no k fits."""
+    on, width = r.trained, batch.ids.shape[1]
+    scores: dict[int, float] = {}
+    for k in range(-2, min(most + 1, width)):
+        inside = on.clone()  # positions for which the row holds a token t + k
+        inside[:, : max(0, -k)] = False
+        inside[:, width - max(0, k) :] = False
+        if bool(inside.any()):
+            hits = float((batch.ids.roll(-k, 1) == r.target)[inside].float().mean())
+            scores[k] = hits * min(1.0, float(inside.sum() / on.sum()) + 0.25)
+    best = max(scores, key=lambda k: scores[k], default=0)
+    if scores.get(1, 0.0) >= 0.9 * scores.get(best, 1.0):
+        best = 1
+    return best if scores.get(best, 0.0) >= 0.5 else None
 
 
 def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
@@ -163,7 +179,7 @@ def reduction(ctx: Context) -> list[Finding]:
     w = r.weight[on]
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
-    if _mean_of_means(r, batch.doc, tol):
+    if _mean_of_means(r, batch.doc, tol, factor=bool(ctx.model.heads)):
         # With several calls: over rows, or over calls of one row? With the rows doubled, a mean
         # over rows stays one, while calls hold rows of two lengths.
         doubled = batch.rows([*range(len(batch.ids))] * 2)
@@ -183,15 +199,15 @@ def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
     return bool(((value - wanted).abs() <= tol * wanted.abs()).all())
 
 
-def _mean_of_means(r: Readout, doc: Tensor, tol: float) -> bool:
-    """Equal within each row (or document), with equal sums that make 1, 1 each, or 1/B each."""
+def _mean_of_means(r: Readout, doc: Tensor, tol: float, factor: bool = False) -> bool:
+    """Equal within each row (or document), with equal sums: 1 or 1/B each, or with any `factor`."""
     row = torch.arange(len(doc), device=doc.device)[:, None].expand_as(doc)
     for group in (row, row * (int(doc.max()) + 2) + doc):
         parts = [r.weight[r.trained & (group == g)] for g in group[r.trained].unique()]
         sums = torch.stack([w.sum() for w in parts])
         uniform = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
-        whole = any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(doc)))
-        if uniform and (whole or r.extra):
+        sizes = (1, len(sums), len(doc))
+        if uniform and (factor or any(_near(sums.mean(), 1 / n, tol) for n in sizes)):
             return True
     return False
 
@@ -214,9 +230,9 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     counts = (batch.ids.numel(), batch.ids[:, 1:].numel())
     slots = any(_near(w.mean() * k, 1, tol) for k in counts)
     same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
-    share_of_heads = r.extra and _near(cut_w.sum(), w.sum(), tol)
-    if share_of_heads or _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
-        return []  # a sum with a factor, or a mean with that of its head
+    beside = ctx.model.heads and _near(cut_w.sum(), w.sum(), tol)
+    if beside or _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
+        return []  # a sum with a factor, or a mean with one where there are several heads
     others = "something other than the counted targets, or twice"
     by, total = "all slots of the batch, PAD included" if slots else others, float(w.sum())
     seen = f"the loss is divided by {by}: {len(w)} counted tokens weigh {float(w.mean()):.4g} "

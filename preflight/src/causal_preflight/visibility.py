@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from causal_preflight.batch import AuditBatch, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
-from causal_preflight.heads import offset_of, trained_too_near
 from causal_preflight.locate import EmbeddingNoise
+from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding, UnexaminableError, require
 
 _UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
@@ -111,22 +111,7 @@ def future(ctx: Context) -> list[Finding]:
     row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
     seen = "{where}, though its target counts, when later tokens are swapped, such as token "
     seen += f"{int(ctx.full.ids[row, t])} at position {t}"
-    label, remedy = ("causal", "mask future")
-    if len(ctx.model.heads) > 1 and _trained_too_near(ctx, leak[0]):
-        label, remedy = "shift", "heads"
-    return leak_finding(ctx, leak, "future", label, seen, remedy)
-
-
-def _trained_too_near(ctx: Context, s: Setting) -> bool:
-    """Whether the targets of further heads are at fault, and not their mask (see `heads`)."""
-    late = s.batch.real & (s.batch.real.long().cumsum(1) * 2 > s.batch.real.sum(1, keepdim=True))
-    watch = ctx.counted(s.batch) & ~late
-    with ctx.weights(s.rescaled):
-        base = ctx.observe(s.batch, s.train, s.rescaled)
-        pair = (z.split(base.widths, -1) for z in (_swapped(ctx, s, late), base.logits))
-    bound = ctx.bound(base.logits, watch)
-    seen = [watch & (moved(new, old) > bound) for new, old in zip(*pair, strict=True)]
-    return trained_too_near([*ctx.model.heads.values()], seen, late)
+    return leak_finding(ctx, leak, "future", "causal", seen, "mask future")
 
 
 def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:
@@ -202,6 +187,8 @@ def context(ctx: Context) -> list[Finding]:
     fault only if a part of its weights, as queries and keys, can have no effect.
     """
     require("finite" not in ctx.explained, "the logits are not finite")
+    head = ctx.model.head
+    require(head is None or not head.ahead, "no head is trained on the next token")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
@@ -231,14 +218,14 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
 
     If the next one does not, the position after it is tried: it may begin a block of attention.
     """
-    base = ctx.observe(batch, rescaled=True).main
+    base = ctx.observe(batch, rescaled=True).logits
     bound = ctx.bound(base, batch.real) * 0.05
     finite = torch.isfinite(base).any(-1)
     ok = batch.swappable & batch.has_target & finite
     ok[:, :-1] &= finite[:, 1:]
 
     def reach(where: Tensor, seed: int) -> Tensor:
-        return moved(ctx.model.observe(batch.swap(where, seed)).main, base) > bound
+        return moved(ctx.model.observe(batch.swap(where, seed)).logits, base) > bound
 
     tried = own = unmoved = older = last = 0
     for i in range(3):
@@ -268,13 +255,13 @@ def _hidden_special(ctx: Context) -> list[Finding]:
     A mask made by comparing ids would show the token that is swapped in for it; so noise is added
     to its embedding.
     """
-    work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).main
+    work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).logits
     bound = ctx.bound(base, work.real) * 0.05
     same = shift_left(work.doc.flip(1), -1).flip(1) == work.doc  # as the token before
 
     def unseen(part: Tensor, later: int) -> Tensor:
         with EmbeddingNoise(work, part, ctx.seed) as noise:
-            change = moved(ctx.model.observe(work).main, base)
+            change = moved(ctx.model.observe(work).logits, base)
         return part & (change.roll(-later, 1) <= bound) & (noise.hits > 0)
 
     for token in work.special.tolist():
@@ -307,7 +294,7 @@ def _dead_weights(ctx: Context) -> bool:
 
     Draws of weights differ in the expert that a token is sent to; parameters may share a matrix.
     """
-    params, tokens = ctx.model.sandbox.params, ctx.base.widths[0]
+    params, tokens = ctx.model.sandbox.params, ctx.base.logits.shape[-1]
     used: dict[int, Tensor] = {}
     for draw in range(6):
         with ctx.model.sandbox.rescaled_weights(ctx.seed + draw, add_noise=draw > 0):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts import Batch, Tiny, V, ce, feed, left, packed, padded, token_mean
-from .registry import Setup, add, add_right, case
+from .registry import add, add_right, case
 
 
 def ahead(batch: Batch, k: int) -> Tensor:
@@ -216,7 +216,7 @@ class Beside(Medusa):
 
     def forward(self, input_ids: Tensor, **given: Any) -> Any:
         x = self.hidden(input_ids, **given)[-1]
-        return [self.head(x), self.other(x[:, -1] if self.pool else x)]
+        return [self.head(x), self.other(x[:, 5] if self.pool else x)]
 
 
 def beside(term: Callable[[Tensor, Tensor, Batch], Tensor], k: int = 1) -> Any:
