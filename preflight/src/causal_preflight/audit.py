@@ -75,7 +75,7 @@ def preflight(
     with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
-            for probe in PROBES if instrumented.head is not None else (readout.labels,):
+            for probe in PROBES if instrumented.heads else (readout.labels,):
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
@@ -104,7 +104,7 @@ def _find_logits(ctx: Context) -> None:
     try:
         heads.arrange(ctx)
     except RuntimeError:  # none, or their positions are unknown
-        model.head = None
+        model.heads.clear()
         ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
 
 

@@ -5,7 +5,6 @@ is trained on token t + k. Once its logits are placed k - 1 columns later, the r
 token hold for it as well: its target follows, and it may see no token after its own place.
 """
 
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -14,10 +13,7 @@ from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import Head, Readout
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
-_PROBES = (
-    readout.alignment, visibility.cross_row, visibility.future, visibility.documents,
-    padding.embedding,
-)  # fmt: skip
+_SIGHT = visibility.cross_row, visibility.future, visibility.documents, padding.embedding
 
 
 def arrange(ctx: Context) -> None:
@@ -34,60 +30,57 @@ def arrange(ctx: Context) -> None:
     for head in model.heads:
         number, model.count = 0, 1
         while number < model.count:
-            model.head = replace(head, number=number)
+            model.head = head._replace(number=number)
             with suppress(RuntimeError):  # as for a classifier of rows
                 r = model.readout(ctx.full, True)
                 read.append((model.head, r, readout.offset_of(ctx.full, r, 8)))
             number += 1
-    read = [hit for hit in read if bool(hit[1].trained.any())] or read[-1:]
     if not read:
         raise RuntimeError("no logits whose positions are known")
+    read = [hit for hit in read if bool(hit[1].trained.any())] or read[-1:]
     known = {k for _, _, k in read}
     first = 2 if model.frozen and {2, 3} <= known and 1 not in known else 1
     last = next(k for k in range(first, len(read) + 3) if k not in known) - 1
     rank = [(k == first, k is not None, round(float(r.weight.abs().sum()), 4)) for _, r, k in read]
-    main, taken = (
-        max(range(len(read)), key=lambda i: (rank[i], i if last > first else -i)),
-        set[int](),
-    )
-    heads = list[Head]()
+    main = max(range(len(read)), key=lambda i: (rank[i], i if last > first else -i))
+    heads, taken = list[Head](), set[int]()
     for i in (main, *(i for i in range(len(read)) if i != main and rank[i][1])):
         head, r, k = read[i][0], read[i][1], read[i][2] or 0
         again = k in taken and last > first and not (k == first and i < main)
         ahead = k - 1 + again if first <= k <= last else 0
         leaves_row = bool(r.trained[:, r.trained.shape[1] - ahead :].any())
-        heads.append(replace(head, ahead=0 if leaves_row else ahead))
+        heads.append(head._replace(ahead=0 if leaves_row else ahead))
         taken.add(k)
     if len(heads) < len(read):
         ctx.report.sampled.append(f"heads: {len(heads)} of {len(read)} are trained on next tokens")
-    model.head, *model.heads = heads
+    model.heads, model.head = heads, heads[0]
     if not model.head.ahead:
         ctx._readouts[True] = read[main][1]
 
 
 def further_heads(ctx: Context) -> list[Finding]:
     """A further head must be trained on its own offset, and see no token beyond its own place."""
-    model, main, found = ctx.model, ctx.model.head, dict[str, Finding]()
-    require(model.heads, "there is one head")
+    model, found = ctx.model, dict[str, Finding]()
+    main, *further = model.heads
+    require(further, "there is one head")
     model.always_train = True  # some are made in training only
     try:
-        for number, head in enumerate(model.heads, 2):
+        for number, head in enumerate(further, 2):
             # What another fault moves already is not examined again.
-            seen = _examine(ctx, head, _PROBES[: 1 if ctx.explained else None])
-            same = [h for h in (main, *model.heads) if h and h.ahead == head.ahead]
+            seen = _examine(ctx, head, readout.alignment, *(() if ctx.explained else _SIGHT))
+            same = [h for h in model.heads if h.ahead == head.ahead]
             if [f.label for f in seen] == ["causal"] and len(same) > 1:
                 # One that reads a few coming tokens, and no more, has the targets of another one.
-                far = replace(head, ahead=head.ahead + len(model.heads))
-                if not _examine(ctx, far, [visibility.future]):
+                far = head._replace(ahead=head.ahead + len(further))
+                if not _examine(ctx, far, visibility.future):
                     seen = [replace(seen[0], label="shift", remedy=REMEDIES["heads"])]
-            for f in seen:
-                found.setdefault(f.label, replace(f, seen=f"head {number}: {f.seen}"))
+            found |= {f.label: replace(f, seen=f"head {number}: {f.seen}") for f in seen}
     finally:
         model.head, model.always_train = main, False
     return list(found.values())
 
 
-def _examine(ctx: Context, head: Head, probes: Iterable[Probe]) -> list[Finding]:
+def _examine(ctx: Context, head: Head, *probes: Probe) -> list[Finding]:
     """What the first of the probes that finds anything in this head finds."""
     ctx.model.head = head
     own = replace(ctx, report=Report(), explained=set(), _readouts={}, _observed={})

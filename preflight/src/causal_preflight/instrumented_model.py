@@ -5,9 +5,9 @@ whose gradient looks like that of a cross-entropy. One head is looked at at a ti
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,10 @@ Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 """Slots (b, t); a tensor of logits; what takes it, or its gradient, to those (b, t, V)."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """Where logits come out: which of those that a module makes for the same positions.
+class Head(NamedTuple):
+    """The `number`-th logits that a module makes for the same positions, at `path` of its output.
 
-    They are placed `ahead` columns later; `layout` is that of the tensor at `path` of its output.
-    `replaceable` tells whether the loss is computed from that.
+    They are placed `ahead` columns later. `replaceable`: the loss is computed from that output.
     """
 
     module: nn.Module
@@ -91,8 +89,8 @@ class InstrumentedModel:
     rebuild: Callable[[dict[str, Any]], Any]
     forwards: int = 0
     input_module: nn.Module | None = None
-    head: Head | None = None
     heads: list[Head] = field(default_factory=list)
+    head: Head = field(init=False)
     dtype: torch.dtype = torch.float32
     frozen: bool = False
     always_train: bool = False
@@ -188,8 +186,6 @@ class InstrumentedModel:
         """
 
         head = self.head
-        if head is None:
-            raise RuntimeError("no logits to look at")
 
         def stand_in(t: Tensor) -> Tensor:
             if head.replaceable:
@@ -206,7 +202,7 @@ class InstrumentedModel:
         loss, placed = self._catch(batch, train, stand_in)
         grads = self.grads(loss, [leaf for _, leaf, _ in placed])
         if head.replaceable and all(g is None for g in grads):
-            self.head = replace(head, replaceable=False)
+            self.head = head._replace(replaceable=False)
             return self.readout(batch, train)
         ids = batch.ids
         exact = torch.float32 if ids.device.type == "mps" else torch.float64
@@ -229,9 +225,9 @@ class InstrumentedModel:
         self, batch: AuditBatch, train: bool, edit: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, list[Piece]]:
         """The loss, and the pieces of logits of the head, as `edit` passes them."""
-        head, width = self.head, batch.ids.shape[1]
-        if head is None or self.input_module is None:
-            raise RuntimeError("no logits to look at")
+        head, width, placed = self.head, batch.ids.shape[1], list[Piece]()
+        if self.input_module is None:
+            raise RuntimeError("no module is called with the ids")
         used, calls = set[int](), list[tuple[Tensor, list[Tensor]]]()
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -251,17 +247,19 @@ class InstrumentedModel:
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, head.module.register_forward_hook(after)])
-        placed: list[Piece] = []
         for slots, tensors in calls:
-            pieces = [(t, part) for t in tensors for part in locate.parts(t.shape, head.layout)]
-            shapes = [part(t).shape for t, part in pieces]
-            # Pieces are chunks of a head as long as they fit beside each other, else further heads.
-            flat = len(slots) > 1 and all(s[0] == 1 for s in shapes)
-            room = slots.numel() if flat else slots.shape[1]
-            self.count = max(1, min(len(pieces), -(-sum(s[1] for s in shapes) // room)))
-            mine = slice(*(len(pieces) * (head.number + i) // self.count for i in (0, 1)))
-            where = locate.place(slots, shapes[mine], batch) if pieces[mine] else []
-            for slots, (t, part) in zip(where, pieces[mine], strict=True):
+            pieces = [(t, part) for t in tensors for part in locate.parts(t, head.layout)]
+            room = slots.shape[1] if head.layout else slots.numel()
+            self.count, left, mine = 0, 0, []
+            for t, part in pieces:
+                # Chunks of a head fit beside each other; where they do not, the next head begins.
+                size = part(t).shape[1]
+                self.count, left = (self.count, left) if size <= left else (self.count + 1, room)
+                left -= size
+                mine += [(t, part)] if self.count == head.number + 1 else []
+            shapes = [part(t).shape for t, part in mine]
+            where = locate.place(slots, shapes, batch) if mine else []
+            for slots, (t, part) in zip(where, mine, strict=True):
                 inside = (slots >= 0) & (slots % width < width - head.ahead)
                 placed.append((torch.where(inside, slots + head.ahead, -1), t, part))
         if not placed:

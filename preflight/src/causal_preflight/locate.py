@@ -5,6 +5,7 @@ A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,11 +78,10 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
     return t.permute(layout) if layout else t[None]
 
 
-def parts(shape: torch.Size, layout: Layout) -> list[Callable[[Tensor], Tensor]]:
-    """What takes a tensor, or its gradient, to the logits (b, t, V) of each head that it stacks."""
-    if len(shape) < 4:
-        return [lambda t: to_btv(t, layout)]
-    return [lambda t, i=i: to_btv(t, layout)[i] for i in range(shape[layout[0]])]  # type: ignore[misc]
+def parts(t: Tensor, layout: Layout) -> list[Callable[[Tensor], Tensor]]:
+    """What takes t, or its gradient, to the logits (b, t, V) of each head that it stacks."""
+    heads = range(t.shape[layout[0]]) if t.ndim == 4 else (slice(None),)
+    return [partial(lambda i, x: to_btv(x, layout)[i], i) for i in heads]
 
 
 def made_of(t: Tensor, source: Tensor) -> bool:

@@ -95,8 +95,7 @@ def extension(ctx: Context) -> list[Finding]:
             return [ctx.finding("reduction", seen, "divide", Move(float(change[most])))]
         drift = abs(s.loss - r.loss) / max(1e-9, abs(r.loss))
         # A NaN drift is no finding.
-        head = ctx.model.head
-        if not (drift > max(2e-6, 0.1 * ctx.tolerance) and head and head.replaceable):
+        if not (drift > max(2e-6, 0.1 * ctx.tolerance) and ctx.model.head.replaceable):
             continue
         ctx.model.seed += 1  # does dropout reach the loss by another way than the logits?
         reseeded = ctx.model.readout(base, train).loss if train else r.loss

@@ -179,7 +179,7 @@ def reduction(ctx: Context) -> list[Finding]:
     w = r.weight[on]
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
-    if _mean_of_means(r, batch.doc, tol, factor=bool(ctx.model.heads)):
+    if _mean_of_means(r, batch.doc, tol, factor=len(ctx.model.heads) > 1):
         # With several calls: over rows, or over calls of one row? With the rows doubled, a mean
         # over rows stays one, while calls hold rows of two lengths.
         doubled = batch.rows([*range(len(batch.ids))] * 2)
@@ -230,7 +230,7 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     counts = (batch.ids.numel(), batch.ids[:, 1:].numel())
     slots = any(_near(w.mean() * k, 1, tol) for k in counts)
     same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
-    beside = ctx.model.heads and _near(cut_w.sum(), w.sum(), tol)
+    beside = len(ctx.model.heads) > 1 and _near(cut_w.sum(), w.sum(), tol)
     if beside or _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
         return []  # a sum with a factor, or a mean with one where there are several heads
     others = "something other than the counted targets, or twice"

@@ -187,8 +187,7 @@ def context(ctx: Context) -> list[Finding]:
     fault only if a part of its weights, as queries and keys, can have no effect.
     """
     require("finite" not in ctx.explained, "the logits are not finite")
-    head = ctx.model.head
-    require(head is None or not head.ahead, "no head is trained on the next token")
+    require(not ctx.model.head.ahead, "no head is trained on the next token")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
