@@ -25,8 +25,8 @@ _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 PROBES: tuple[Probe, ...] = (
     padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
-    padding.embedding, padding.extension, position.order, position.alone, position.length,
-    position.packed, position.decoding, heads.further_heads, html_page.pictures,
+    heads.further_heads, padding.embedding, padding.extension, position.order, position.alone,
+    position.length, position.packed, position.decoding, html_page.pictures,
 )  # fmt: skip
 
 

@@ -13,7 +13,10 @@ from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import Head, Readout
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
-_SIGHT = visibility.cross_row, visibility.future, visibility.documents, padding.embedding
+_SIGHT = (
+    visibility.cross_row, visibility.future, visibility.documents, padding.embedding,
+    padding.extension,
+)  # fmt: skip
 
 
 def arrange(ctx: Context) -> None:
@@ -59,7 +62,7 @@ def arrange(ctx: Context) -> None:
 
 
 def further_heads(ctx: Context) -> list[Finding]:
-    """A further head must be trained on its own offset, and see no token beyond its own place."""
+    """A further head must be trained on its own offset, and see nothing beyond its own place."""
     model, found = ctx.model, dict[str, Finding]()
     main, *further = model.heads
     require(further, "there is one head")
@@ -67,7 +70,8 @@ def further_heads(ctx: Context) -> list[Finding]:
     try:
         for number, head in enumerate(further, 2):
             # What another fault moves already is not examined again.
-            seen = _examine(ctx, head, readout.alignment, *(() if ctx.explained else _SIGHT))
+            sight = () if ctx.explained or found else _SIGHT
+            seen = _examine(ctx, head, readout.alignment, *sight)
             same = [h for h in model.heads if h.ahead == head.ahead]
             if [f.label for f in seen] == ["causal"] and len(same) > 1:
                 # One that reads a few coming tokens, and no more, has the targets of another one.
@@ -77,6 +81,7 @@ def further_heads(ctx: Context) -> list[Finding]:
             found |= {f.label: replace(f, seen=f"head {number}: {f.seen}") for f in seen}
     finally:
         model.head, model.always_train = main, False
+    ctx.explained |= {"pad target" if label == "pad" else label for label in found}
     return list(found.values())
 
 
