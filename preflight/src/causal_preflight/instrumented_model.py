@@ -18,10 +18,10 @@ from causal_preflight.gradient_fit import fit
 from causal_preflight.sandbox import Sandbox
 
 _NO_LOGITS = 0.5  # residual of the fit above which a tensor is not logits
+_NO_HEAD = 0.2  # residual above which it is not those of a further head
 _NO_GRADIENT = 0.4  # residual assumed for a tensor without a gradient
 _MAX_FITTED = 2**21  # values fitted per tensor: enough to tell logits from hidden states
 _TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
-_NO_HEAD = 0.2  # likewise for a further head
 LossFn = Callable[[Any, Any], Tensor]
 Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 """Slots (b, t); a tensor of logits; what takes it, or its gradient, to those (b, t, V)."""
@@ -80,6 +80,7 @@ class InstrumentedModel:
 
     `forwards` counts the runs; `dtype` is the lowest precision that a module puts out; `frozen`
     tells whether the embedding gets no gradient; `count`, how many heads the module of `head` has.
+    `head` is looked at, one of `heads`; `always_train` runs it in train mode alone.
     """
 
     module: nn.Module
@@ -226,8 +227,7 @@ class InstrumentedModel:
     ) -> tuple[Tensor, list[Piece]]:
         """The loss, and the pieces of logits of the head, as `edit` passes them."""
         head, width, placed = self.head, batch.ids.shape[1], list[Piece]()
-        if self.input_module is None:
-            raise RuntimeError("no module is called with the ids")
+        assert self.input_module is not None
         used, calls = set[int](), list[tuple[Tensor, list[Tensor]]]()
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
