@@ -66,7 +66,6 @@ def further_heads(ctx: Context) -> list[Finding]:
     model, found = ctx.model, dict[str, Finding]()
     main, *further = model.heads
     require(further, "there is one head")
-    model.always_train = True  # some are made in training only
     try:
         for number, head in enumerate(further, 2):
             # What another fault moves already is not examined again.
@@ -87,10 +86,16 @@ def further_heads(ctx: Context) -> list[Finding]:
 
 def _examine(ctx: Context, head: Head, *probes: Probe) -> list[Finding]:
     """What the first of the probes that finds anything in this head finds."""
-    ctx.model.head = head
+    model = ctx.model
+    model.head, model.always_train = head, False
     own = replace(ctx, report=Report(), explained=set(), _readouts={}, _observed={})
-    own._readouts[False] = own.readout(True)
+    try:
+        own.observe(ctx.work)
+    except RuntimeError:  # made in training only
+        model.always_train = True
     for probe in probes:
+        if model.always_train and probe is padding.extension:
+            continue  # it compares runs of two shapes, which differ in dropout
         with suppress(UnexaminableError):
             if seen := probe(own):
                 return seen
