@@ -35,7 +35,7 @@ PLAIN_WORDS = {  # probe -> what it checks
     "cross_row": "rows apart", "future": "causal mask", "documents": "documents apart",
     "context": "sight of earlier tokens", "embedding": "PAD hidden", "extension": "PAD added",
     "order": "positions", "alone": "positions", "length": "positions", "packed": "positions",
-    "decoding": "decoding with a cache", "further_heads": "further heads",
+    "decoding": "decoding with a cache", "further_heads": "heads",
 }  # fmt: skip
 
 
