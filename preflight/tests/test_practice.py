@@ -48,5 +48,5 @@ def test_faulty_practice_is_named_exactly(name: str, seed: int) -> None:
 def test_weights_of_targets_are_noted_not_called_faults(name: str) -> None:
     report = audit(RIGHT[name], 0)
     assert report.clean and "reduction" in report.passed
-    (note,) = [note for note in report.sampled if note.startswith("reduction: ")]
+    (note,) = [note for note in report.remarks if note.startswith("reduction: ")]
     assert name not in ("token weights", "advantages") or name.replace(" ", "_") in note

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from causal_preflight import html_page, padding, position, readout, targets, visibility
+from causal_preflight import heads, html_page, padding, position, readout, targets, visibility
 from causal_preflight.batch import AuditBatch
 from causal_preflight.context import Context, Probe
 from causal_preflight.fused_loss import rebuild_logits
@@ -28,8 +28,8 @@ PROBES: tuple[Probe, ...] = (
     padding.finite, targets.soft, readout.alignment, targets.dropped, readout.ending,
     readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
-    padding.embedding, padding.extension, position.order, position.alone, position.length,
-    position.packed, position.decoding, html_page.pictures,
+    heads.further_heads, padding.embedding, padding.extension, position.order, position.alone,
+    position.length, position.packed, position.decoding, html_page.pictures,
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def preflight(
     with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
-            for probe in PROBES if instrumented.logits_module is not None else ():
+            for probe in PROBES if instrumented.heads else ():
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
@@ -104,18 +104,14 @@ def _find_logits(ctx: Context) -> None:
         if isinstance(problem, IndexError):
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
-    try:
-        r = ctx.readout(True)
-        residual = r.residual if bool(r.trained.any()) else 1.0
-    except RuntimeError:  # none, or their positions are unknown
-        residual, model.logits_module = 1.0, None
+    residual = heads.arrange(ctx)
     fused = rebuild_logits(model, ctx.work, min(_FUSED, residual / 2)) if residual > _FITS else None
     if fused is not None:
         model.discover(ctx.work)
-        ctx._readouts.clear()
+        heads.arrange(ctx)
         ctx.explained |= {"inexact weights"} if fused > _FITS else set()
-        ctx.report.sampled.append("logits: the loss is fused; rebuilt from hidden states and head")
-    elif model.logits_module is None:
+        ctx.report.remarks.append("the loss is fused: logits are rebuilt of hidden states and head")
+    elif not model.heads:
         ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"
 
 

@@ -34,11 +34,11 @@ def alignment(ctx: Context) -> list[Finding]:
     return list(found.values())
 
 
-def offset_of(batch: AuditBatch, r: Readout) -> int | None:
-    """The k for which position t is mostly trained on token t + k; None where no k fits."""
+def offset_of(batch: AuditBatch, r: Readout, most: int = 4) -> int | None:
+    """The k <= `most` for which t is mostly trained on token t + k; None where no k fits."""
     on, width = r.trained, batch.ids.shape[1]
     scores: dict[int, float] = {}
-    for k in range(-2, min(5, width)):
+    for k in range(-2, min(most + 1, width)):
         inside = on.clone()  # positions for which the row holds a token t + k
         inside[:, : max(0, -k)] = False
         inside[:, width - max(0, k) :] = False
@@ -178,7 +178,7 @@ def reduction(ctx: Context) -> list[Finding]:
     require("inexact weights" not in ctx.explained, "the loss is fused: weights are known nearly")
     found = _reduction(ctx)
     if found and (note := _weighting(ctx)):
-        ctx.report.sampled.append(f"reduction: {note}")
+        ctx.report.remarks.append(f"reduction: {note}")
         return []
     return found
 
@@ -225,7 +225,7 @@ def _reduction(ctx: Context) -> list[Finding]:
         return []  # a term beside a token mean, as an entropy, may look like uniform targets
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
-    if _mean_of_means(r, batch.doc, tol):
+    if _mean_of_means(r, batch.doc, tol, factor=len(ctx.model.heads) > 1):
         # With several calls: over rows, or over calls of one row? With the rows doubled, a mean
         # over rows stays one, while calls hold rows of two lengths.
         doubled = batch.rows([*range(len(batch.ids))] * 2)
@@ -245,14 +245,15 @@ def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
     return bool(((value - wanted).abs() <= tol * wanted.abs()).all())
 
 
-def _mean_of_means(r: Readout, doc: Tensor, tol: float) -> bool:
-    """Equal within each row (or document), with equal sums that make 1, 1 each, or 1/B each."""
+def _mean_of_means(r: Readout, doc: Tensor, tol: float, factor: bool = False) -> bool:
+    """Equal within each row (or document), with equal sums: 1 or 1/B each, or with any `factor`."""
     row = torch.arange(len(doc), device=doc.device)[:, None].expand_as(doc)
     for group in (row, row * (int(doc.max()) + 2) + doc):
         parts = [r.weight[r.trained & (group == g)] for g in group[r.trained].unique()]
         sums = torch.stack([w.sum() for w in parts])
         uniform = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
-        if uniform and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(doc))):
+        sizes = (1, len(sums), len(doc))
+        if uniform and (factor or any(_near(sums.mean(), 1 / n, tol) for n in sizes)):
             return True
     return False
 
@@ -275,10 +276,11 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     counts = (batch.ids.numel(), batch.ids[:, 1:].numel())
     slots = any(_near(w.mean() * k, 1, tol) for k in counts)
     same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
+    several = r.scaled or len(ctx.model.heads) > 1  # then the factor of a mean is not known
+    if several and _near(cut_w.sum(), w.sum(), tol):
+        return []
     if _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
         return []  # a sum with a factor
-    if r.scaled and _near(cut_w.sum(), w.sum(), tol):
-        return []  # the factor of scaled logits is not known with label smoothing
     others = "something other than the counted targets, or twice"
     by, total = "all slots of the batch, PAD included" if slots else others, float(w.sum())
     seen = f"the loss is divided by {by}: {len(w)} counted tokens weigh {float(w.mean()):.4g} "

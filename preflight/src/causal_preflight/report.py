@@ -9,6 +9,7 @@ LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
 ALIASES = {"norm": "reduction"}  # earlier words, still understood in `Report.faults`
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
+    "heads": "train a head that reads k more tokens on the token k + 1 ahead; shift for each head",
     "pad targets": "give PAD targets the label -100 by mask or length; drop them before the mean",
     "dropped": "count every real target whose label is not -100: check what the loss slices",
     "logits": "return logits: cross_entropy applies the softmax itself",
@@ -37,7 +38,7 @@ PLAIN_WORDS = {  # probe -> what it checks
     "cross_row": "rows apart", "future": "causal mask", "documents": "documents apart",
     "context": "sight of earlier tokens", "embedding": "PAD hidden", "extension": "PAD added",
     "order": "positions", "alone": "positions", "length": "positions", "packed": "positions",
-    "decoding": "decoding with a cache",
+    "decoding": "decoding with a cache", "further_heads": "heads",
 }  # fmt: skip
 
 

@@ -32,12 +32,9 @@ def dropped(ctx: Context) -> list[Finding]:
     elif bool((batch.label_of_next != IGNORE)[batch.has_target].all()) and bool(missing.any()):
         missing &= ctx.model.observe(batch).made.long().cumsum(1) > 0
     for name, v in batch.raw.items():
-        masks = [v] if isinstance(v, Tensor) and v.shape == counted.shape else []
-        if isinstance(v, Tensor) and v.shape == counted.shape[:1]:  # of rows, or lengths of prompts
-            at = torch.arange(counted.shape[1], device=v.device)
-            masks = [v[:, None].expand_as(counted), at >= v[:, None]]
-        for weight in [w for m in masks if name not in _OWN for w in (m, shift_left(m, 0))]:
-            missing &= bool(weight[missing].any()) or not bool(weight[counted].all())
+        if name not in _OWN and isinstance(v, Tensor) and v.shape == counted.shape:
+            for mask in (v, shift_left(v, 0)):
+                missing &= bool(mask[missing].any()) or not bool(mask[counted].all())
     if not bool(missing.any()):
         return []
     if not torch.equal(ctx.model.readout(batch, True, -1.0).trained, ctx.readout(True).trained):
@@ -54,7 +51,7 @@ def soft(ctx: Context) -> list[Finding]:
     require(r.residual > _SOFT, "every target is a token")
     seen = f"{r.residual:.0%} of the loss's gradient is not that of one target a position"
     ctx.report.remarks.append(f"{seen} (soft targets?)")
-    k, ahead = offset_of(ctx.full, r), _ahead(ctx) if ctx.model.replaceable else None
+    k, ahead = offset_of(ctx.full, r), _ahead(ctx) if ctx.model.head.replaceable else None
     if ahead is None:
         raise UnexaminableError("no targets that move with a token or with logits of the batch")
     ctx.explained.add("soft targets")
@@ -72,8 +69,7 @@ def _ahead(ctx: Context) -> int | None:
     """How far the soft targets are ahead of the logits (0 is right); None without soft targets.
 
     With logits held fixed, the gradient at a position moves with its targets alone. Those of a
-    teacher that reads the row up to token t move with token t, but not with token t + 1; those
-    stored in the batch, with entries (B, T, ...) whose names hold "logit".
+    teacher that reads the row up to token t move with token t, but not with token t + 1.
     """
     batch, one = ctx.full, torch.zeros_like(ctx.full.real)
     inner = batch.swappable & batch.has_target
@@ -82,22 +78,15 @@ def _ahead(ctx: Context) -> int | None:
         one[b, row.nonzero()[row.sum() // 2 : row.sum() // 2 + 1]] = True
     require(one.any(), "rows too short to move soft targets")
     rows, at = one.nonzero().T
-    edits = [batch, swapped := batch.swap(one, ctx.seed)]
-    for name, v in batch.raw.items():
-        if "logit" in name and isinstance(v, Tensor) and v.shape[:2] == one.shape:
-            noise = torch.linspace(-1, 1, v.shape[-1]).to(v) * one[..., None]
-            edits.append(batch.with_tensor(name, v + noise))
-    base, *others = (ctx.model.gradients(edit, True)[1] for edit in edits)
+    swapped = batch.swap(one, ctx.seed)
+    base, other = (ctx.model.gradients(edit, True)[1] for edit in (batch, swapped))
     two = torch.stack([batch.ids, swapped.ids], -1)[rows, at][:, None].expand(-1, one.shape[1], -1)
-    for other in others:
-        vocab = other[0][2].shape[-1]
-        change = torch.zeros(one.numel(), vocab, device=one.device)
-        for (slots, _, g), (_, _, before) in zip(other, base, strict=True):
-            change.index_add_(0, slots[slots >= 0], (g - before)[slots >= 0].float())
-        change = change.view(*one.shape, vocab)[rows].scatter(-1, two, 0.0)  # not of hard targets
-        size = change.norm(dim=-1)
-        moved = size > _MOVED * size.amax(1, keepdim=True).clamp_min(1e-30)
-        found = set((at - moved.long().argmax(1)).tolist())
-        if bool(moved.any(1).all()) and len(found) == 1:
-            return found.pop()
-    return None
+    vocab = other[0][2].shape[-1]
+    change = torch.zeros(one.numel(), vocab, device=one.device)
+    for (slots, _, g), (_, _, before) in zip(other, base, strict=True):
+        change.index_add_(0, slots[slots >= 0], (g - before)[slots >= 0].float())
+    change = change.view(*one.shape, vocab)[rows].scatter(-1, two, 0.0)  # not of hard targets
+    size = change.norm(dim=-1)
+    moved = size > _MOVED * size.amax(1, keepdim=True).clamp_min(1e-30)
+    found = set((at - moved.long().argmax(1)).tolist())
+    return found.pop() if bool(moved.any(1).all()) and len(found) == 1 else None

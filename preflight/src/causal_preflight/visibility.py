@@ -189,6 +189,7 @@ def context(ctx: Context) -> list[Finding]:
     """
     require(ctx.counted(ctx.work).any(), NONE_COUNTS)
     require("finite" not in ctx.explained, "the logits are not finite")
+    require(not ctx.model.head.ahead, "no head is trained on the next token")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
