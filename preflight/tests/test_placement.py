@@ -69,7 +69,6 @@ def boundaries(value: Tensor, name: str = "cu_seqlens", rows: int = 2) -> dict:
     [
         ([0, 3, 8, 12, 14], [0, 4, 6, 9, 14], [0, 3, 4, 8]),  # PAD left out
         ([0, 3, 8, 12, 14, 16], [0, 4, 6, 8, 11, 16], [0, 3, 4, 8]),  # PAD is a document
-        ([0, 3, 8, 12, 16], [0, 4, 8, 11, 16], [0, 3, 4, 8]),  # PAD is of the last document
         ([3, 5, 4, 2], [4, 2, 3, 5], [3, 1, 4]),
         ([0, 3, 8, 12, 14, 14, 14], [0, 4, 6, 9, 14, 14, 14], [0, 3, 4, 8, 8, 8, 8]),
         ([[3, 5, 0], [4, 2, 0]], [[4, 2, 0], [3, 5, 0]], [[3, 1, 0], [4, 0, 0]]),
@@ -126,8 +125,16 @@ def test_the_first_column_of_a_slice_is_read_off_the_graph() -> None:
     ):  # fmt: skip
         assert first_column(head(part), 14) == start
         assert first_column(head(part.flatten(0, 1)).tanh(), 14) == start
-    assert first_column(head(hidden), 14) is None
-    assert first_column(torch.zeros(3, 2, 9), 14) is None
+    assert first_column(head(hidden), 14) == first_column(torch.zeros(3, 2, 9), 14) == 0
+    both = torch.cat([hidden[:, 1:], hidden[:, :-1]], -1)  # as a head that reads the next token
+    assert first_column(both @ torch.randn(8, 9), 14) == 0
+
+
+def test_positions_that_are_not_chosen_by_a_slice_are_unknown() -> None:
+    hidden = torch.randn(3, 14, 4, requires_grad=True) * 2
+    last = torch.arange(8, 14)
+    for part in (hidden[:, last], hidden.index_select(1, last), hidden.split([8, 6], 1)[1]):
+        assert first_column(part @ torch.randn(4, 9), 14) is None
 
 
 @pytest.mark.parametrize("factor", [1 / 16, 1 / 4, 8.0])

@@ -27,7 +27,8 @@ def arrange(ctx: Context) -> float:
     at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
 
     Returns:
-        The part of the main head's gradient that no target explains: 1 if there is nothing to read.
+        The part of the main head's gradient that no target explains: 1 if there is nothing to read,
+        0 if it sums to 0 at each position, as that of any softmax does, of soft targets too.
     """
     model, read = ctx.model, list[tuple[Head, Readout, int | None]]()
     for head in model.heads:
@@ -60,7 +61,8 @@ def arrange(ctx: Context) -> float:
     model.heads, model.head = heads, heads[0]
     r = read[main][1]
     ctx._readouts = {} if model.head.ahead else {True: r}
-    return r.residual if bool(r.trained.any()) else 1.0
+    softmax = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad).all())
+    return 1.0 if not bool(r.trained.any()) else 0.0 if softmax else r.residual
 
 
 def further_heads(ctx: Context) -> list[Finding]:

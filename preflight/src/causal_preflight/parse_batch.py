@@ -72,7 +72,7 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
     real, pad_id = _real(raw, pad_id, eos_id)
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
     doc = _documents(raw, real)
-    ways = {name: writer(v, doc) for name, v in entries(raw).items()}
+    ways = {name: writer(v, doc) for name, v in entries(raw, doc).items()}
     stale = next((k for k, way in ways.items() if not way and len(raw[k]) != len(ids)), "")
     writers = {k: way for k, way in ways.items() if way}
     return AuditBatch(raw, doc, slots, pad_id, eos_id, writers, stale)

@@ -14,7 +14,8 @@ from causal_preflight.report import Finding, UnexaminableError, require
 
 NO_TARGET = "no position of the batch is trained on a target"
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
-_UNREAD = 0.1  # residual from which weights cannot be read
+SOFT = 0.02  # residual of the fit from which targets may be distributions
+_UNREAD = 0.1  # and from which they cannot be read as tokens
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
 
 
@@ -217,8 +218,7 @@ def _reduction(ctx: Context) -> list[Finding]:
         require(sums_up, "the model returns probabilities, of which the loss takes the logarithm")
         seen = "the model returns probabilities (a softmax) where the loss expects logits"
         return [ctx.finding("reduction", seen, "logits", Move(float("nan")))]
-    one_each = r.residual < _UNREAD and "soft targets" not in ctx.explained
-    require(one_each, "no single target at a position")
+    require(r.residual <= SOFT, "no single target at a position")
     tol = max(2e-2 if r.scaled else 2e-3, 3 * r.residual)
     w = r.weight[on]
     if _near(r.onehot_weight[on], 1 / len(w), tol):

@@ -5,10 +5,9 @@ from torch import Tensor
 
 from causal_preflight.batch import IGNORE, shift_left
 from causal_preflight.context import Context, Move
-from causal_preflight.readout import offset_of
+from causal_preflight.readout import SOFT, offset_of
 from causal_preflight.report import Finding, UnexaminableError, require
 
-_SOFT = 0.02  # residual of the fit from which targets may be distributions
 _MOVED = 0.02  # fraction of the largest move of a row that counts as one
 _OWN = ("input_ids", "labels", "attention_mask", "document_ids", "position_ids")
 
@@ -48,7 +47,7 @@ def dropped(ctx: Context) -> list[Finding]:
 def soft(ctx: Context) -> list[Finding]:
     """Targets that are distributions must be those of the same position, and none may be at PAD."""
     r = ctx.readout(True)
-    require(r.residual > _SOFT, "every target is a token")
+    require(r.residual > SOFT, "every target is a token")
     seen = f"{r.residual:.0%} of the loss's gradient is not that of one target a position"
     ctx.report.remarks.append(f"{seen} (soft targets?)")
     k, ahead = offset_of(ctx.full, r), _ahead(ctx) if ctx.model.head.replaceable else None

@@ -76,14 +76,10 @@ def stored(seed: int) -> Batch:
     return {**b, "teacher_logits": 2 * torch.randn(*b["input_ids"].shape, V, generator=gen)}
 
 
-def of_stored(ahead: int = 0) -> Any:
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        given = {k: v for k, v in batch.items() if k != "teacher_logits"}
-        t = targets(batch)
-        soft = kl(feed(model, given), batch["teacher_logits"].roll(-ahead, 1), _inner(t, ahead))
-        return 0.5 * soft + 0.5 * ce(feed(model, given), t)
-
-    return loss
+def of_stored(model: nn.Module, batch: Batch) -> Tensor:
+    given = {k: v for k, v in batch.items() if k != "teacher_logits"}
+    z, t = feed(model, given), targets(batch)
+    return 0.5 * kl(z, batch["teacher_logits"], t != -100) + 0.5 * ce(z, t)
 
 
 def entropy_bonus(model: nn.Module, batch: Batch) -> Tensor:
@@ -98,7 +94,7 @@ distill_sharp = add_right("distilled_sharp", case(SharpStudent, loss=distilled()
 distill_warm = add_right("distilled_warm", case(SharpStudent, left, distilled(tau=2.0)))
 distill_mix = add_right("distilled_mix", case(Student, loss=distilled(mix=0.5)))
 distill_mix_sharp = add_right("distilled_mix_sharp", case(SharpStudent, loss=distilled(mix=0.3)))
-stored_right = add_right("distilled_stored", case(batch=stored, loss=of_stored()))
+add_right("distilled_stored", case(batch=stored, loss=of_stored))
 add_right("entropy_bonus", case(loss=entropy_bonus))
 for name, twin, make, loss in (
     ("distilled_ahead", distill, Student, distilled(1)),
@@ -109,7 +105,6 @@ for name, twin, make, loss in (
     ("distilled_mix_hard_unshifted", distill_mix, Student, distilled(0, 0.5, hard=0)),
 ):
     add("shift", twin, name, case(make, loss=loss))
-add("shift", stored_right, "distilled_stored_ahead", case(batch=stored, loss=of_stored(1)))
 
 
 # Targets that never count
