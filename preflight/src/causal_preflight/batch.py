@@ -208,6 +208,12 @@ def shift_left(x: Tensor, fill: int | bool) -> Tensor:
     return out
 
 
+def one_a_row(where: Tensor, sixths: int) -> Tensor:
+    """(B, T) bool: of those that are True in each row, the one after so many sixths of them."""
+    rank = where.long().cumsum(1)
+    return where & (rank == 1 + rank[:, -1:] * sixths // 6)
+
+
 def span(hit: Tensor) -> tuple[int, int]:
     """First and one past the last True of a (T,) bool."""
     places = hit.nonzero()[:, 0]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import IGNORE, shift_left
+from causal_preflight.batch import IGNORE, one_a_row, shift_left
 from causal_preflight.context import Context, Move
 from causal_preflight.readout import SOFT, offset_of
 from causal_preflight.report import Finding, UnexaminableError, require
@@ -70,11 +70,10 @@ def _ahead(ctx: Context) -> int | None:
     With logits held fixed, the gradient at a position moves with its targets alone. Those of a
     teacher that reads the row up to token t move with token t, but not with token t + 1.
     """
-    batch, one = ctx.full, torch.zeros_like(ctx.full.real)
+    batch = ctx.full
     inner = batch.swappable & batch.has_target
     inner[:, :2] = inner[:, -3:] = False
-    for b, row in enumerate(inner):  # one token in the middle of each row
-        one[b, row.nonzero()[row.sum() // 2 : row.sum() // 2 + 1]] = True
+    one = one_a_row(inner, 3)
     require(one.any(), "rows too short to move soft targets")
     rows, at = one.nonzero().T
     swapped = batch.swap(one, ctx.seed)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.batch import AuditBatch, shift_left
+from causal_preflight.batch import AuditBatch, one_a_row, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
 from causal_preflight.locate import EmbeddingNoise
 from causal_preflight.readout import offset_of
@@ -230,11 +230,7 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
 
     tried = own = unmoved = older = last = 0
     for i in range(3):
-        one = torch.zeros_like(ok)
-        for b, row in enumerate(ok):
-            places = row.nonzero()[:, 0]
-            if len(places):
-                one[b, places[(len(places) * (2 * i + 1)) // 6]] = True
+        one = one_a_row(ok, 2 * i + 1)
         seen, following = reach(one, ctx.seed + i), one.roll(1, 1)
         unseen = one & ~seen.roll(-1, 1)
         if bool(unseen.any()):

@@ -24,8 +24,21 @@ class Last(Tiny):
         head, self.head = self.head, nn.Identity()
         x = super().forward(*a, **k)
         self.head = head
-        x = x[:, -self.keep - self.omit : x.shape[1] - self.omit]
+        x = self.chosen(x)
         return head(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if self.flat else head(x)
+
+    def chosen(self, x: Tensor) -> Tensor:
+        return x[:, -self.keep - self.omit : x.shape[1] - self.omit]
+
+
+class LastByIndex(Last):
+    def chosen(self, x: Tensor) -> Tensor:
+        return x[:, torch.arange(x.shape[1] - self.keep, x.shape[1])]
+
+
+class LastBySplit(Last):
+    def chosen(self, x: Tensor) -> Tensor:
+        return x.split([x.shape[1] - self.keep, self.keep], 1)[1]
 
 
 class Halves(Tiny):
@@ -42,6 +55,10 @@ class Halves(Tiny):
 class LastOpen(Last):
     def causal(self, t: int) -> Tensor:
         return torch.ones(t, t, dtype=torch.bool)
+
+
+class LastBySplitOpen(LastBySplit, LastOpen):
+    pass
 
 
 def last(model: nn.Module, batch: Batch, ahead: int = 1) -> Tensor:
@@ -110,6 +127,12 @@ for name, twin, make, batch, loss in (
 ):  # fmt: skip
     add("shift", twin, name, case(make, batch, loss))
 add("causal", last_k, "last_k_open", case(LastOpen, full, last))
+by_index = add_right("last_k_index", case(LastByIndex, full, last))
+by_split = add_right("last_k_split", case(LastBySplit, full, last))
+add(
+    "shift", by_index, "last_k_index_unshifted", case(LastByIndex, full, lambda m, b: last(m, b, 0))
+)
+add("causal", by_split, "last_k_split_open", case(LastBySplitOpen, full, last))
 add("pad", last_k_prompt, "last_k_misses_one", case(kept(keep=5), prompted, last))
 
 
