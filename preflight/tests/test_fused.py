@@ -31,5 +31,5 @@ def test_a_right_fused_loss_is_examined_and_clean(name: str) -> None:
 
 @pytest.mark.parametrize("name", names(FUSED.faulty))
 def test_a_fault_in_front_of_a_fused_loss_is_named(name: str) -> None:
-    label, build = FUSED.faulty[name]
+    label, _, build = FUSED.faulty[name]
     assert audit(name, build).faults == {label}

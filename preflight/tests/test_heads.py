@@ -5,7 +5,7 @@ import torch
 
 from audit_cases import RIGHT, Setup
 from audit_cases.head_models import Beside, Deepseek, Medusa
-from audit_cases.heads import RIGHT_HEADS, WRONG_HEADS, beside, multi, tags
+from audit_cases.heads import HEADS, beside, multi, tags
 from audit_cases.parts import padded
 from audit_cases.registry import KNOWN
 from causal_preflight import Report, preflight
@@ -20,13 +20,13 @@ def audit(setup: Setup, seed: int) -> Report:
 
 
 def right(name: str, seed: int) -> None:
-    report = audit(RIGHT_HEADS[name](seed), seed)
+    report = audit(HEADS.right[name](seed), seed)
     assert not report.faults, str(report)
     assert {"alignment", "future"} <= set(report.passed), str(report)
 
 
 def wrong(name: str, seed: int) -> None:
-    label, _, build = WRONG_HEADS[name]
+    label, _, build = HEADS.faulty[name]
     report = audit(build(seed), seed)
     assert report.faults == {label}, str(report)
 
@@ -43,22 +43,22 @@ def test_a_wrong_head_is_named(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", RIGHT_HEADS)
+@pytest.mark.parametrize("name", HEADS.right)
 def test_no_right_head_raises_an_alarm(name: str, seed: int) -> None:
     right(name, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", WRONG_HEADS)
+@pytest.mark.parametrize("name", HEADS.faulty)
 def test_every_wrong_head_is_named(name: str, seed: int) -> None:
     wrong(name, seed)
 
 
 def test_each_wrong_one_has_a_right_twin() -> None:
-    assert {twin for _, twin, _ in WRONG_HEADS.values()} <= set(RIGHT_HEADS)
-    assert {label for label, _, _ in WRONG_HEADS.values()} >= {"shift", "pad", "causal"}
-    assert len(RIGHT_HEADS) >= 20 and len(WRONG_HEADS) >= 30
+    assert {twin for _, twin, _ in HEADS.faulty.values()} <= set(HEADS.right)
+    assert {label for label, _, _ in HEADS.faulty.values()} >= {"shift", "pad", "causal"}
+    assert len(HEADS.right) >= 20 and len(HEADS.faulty) >= 30
 
 
 def test_one_head_costs_no_run_more() -> None:

@@ -39,7 +39,7 @@ def test_right_practice_raises_no_alarm(name: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", FAULTY)
 def test_faulty_practice_is_named_exactly(name: str, seed: int) -> None:
-    label, build = FAULTY[name]
+    label, _, build = FAULTY[name]
     report = audit(build, seed)
     assert report.faults == {label}, str(report)
 

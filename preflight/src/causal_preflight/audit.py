@@ -107,10 +107,10 @@ def _find_logits(ctx: Context) -> None:
     residual = heads.arrange(ctx)
     fused = rebuild_logits(model, ctx.work, min(_FUSED, residual / 2)) if residual > _FITS else None
     if fused is not None:
+        ctx.report.remarks[:] = ["the loss is fused: logits are rebuilt of hidden states and head"]
+        ctx.explained |= {"inexact weights"} if fused > _FITS else set()
         model.discover(ctx.work)
         heads.arrange(ctx)
-        ctx.explained |= {"inexact weights"} if fused > _FITS else set()
-        ctx.report.remarks.append("the loss is fused: logits are rebuilt of hidden states and head")
     elif not model.heads:
         ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"
 

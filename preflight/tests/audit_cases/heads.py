@@ -1,7 +1,6 @@
 """Set-ups with several heads: multi-token prediction, deep supervision, auxiliary heads.
 
-They are a collection of their own, `RIGHT_HEADS` and `WRONG_HEADS`, as the audit of each head
-takes its time.
+They are a collection of their own, as the audit of each head takes its time.
 """
 
 from collections.abc import Callable
@@ -36,20 +35,18 @@ from .head_models import (
     ahead,
 )  # fmt: skip
 from .parts import Batch, Tiny, V, ce, feed, left, packed, padded, token_mean
-from .registry import Setup, case
+from .registry import Cases, Setup, case
 
 Build = Callable[[int], Setup]
-RIGHT_HEADS: dict[str, Build] = {}
-WRONG_HEADS: dict[str, tuple[str, str, Build]] = {}
+HEADS = Cases()
 
 
-def right(name: str, make: Any, loss: Any, batch: Any = padded) -> str:
-    RIGHT_HEADS[name] = case(make, batch, loss)
-    return name
+def right(name: str, make: Any, loss: Any, batch: Any = padded) -> Build:
+    return HEADS.add_right(name, case(make, batch, loss))
 
 
-def wrong(label: str, twin: str, name: str, make: Any, loss: Any, batch: Any = padded) -> None:
-    WRONG_HEADS[name] = label, twin, case(make, batch, loss)
+def wrong(label: str, twin: Build, name: str, make: Any, loss: Any, batch: Any = padded) -> None:
+    HEADS.add(label, twin, name, case(make, batch, loss))
 
 
 def multi(*offsets: int, weights: tuple[float, ...] = (1.0, 0.3, 0.1)) -> Any:

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .collection import Collection
 from .parts import Batch, Tiny, V, ce, feed, full, left, nll, padded, targets, token_mean
-from .registry import case
+from .registry import Cases, case
 from .right import plain, plain_sum, prompt, stream
 
-OBJECTIVES = Collection()
+OBJECTIVES = Cases()
 add, add_right = OBJECTIVES.add, OBJECTIVES.add_right
 
 # Distillation

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .collection import Collection
 from .parts import EOS, PAD, Batch, Tiny, ce, feed, full, left, packed, padded, targets, tokens
-from .registry import case
+from .registry import Cases, case
 from .right import ZeroInit, unshifted
 
-PLACEMENT = Collection()
+PLACEMENT = Cases()
 add, add_right = PLACEMENT.add, PLACEMENT.add_right
 
 
