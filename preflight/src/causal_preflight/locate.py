@@ -74,9 +74,14 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
 
 
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
-    """The slots of the largest part of the batch among the arguments of a call, if there is any."""
+    """The slots of the largest part of the batch among the arguments of a call, if there is any.
+
+    `used` gets the first slot of each row: labels that equal the ids do not count as another call.
+    """
     found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]
-    return max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)
+    best = max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)
+    used.update([] if best is None else best[:, 0].tolist())
+    return best
 
 
 def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
@@ -120,10 +125,7 @@ def _window(t: Tensor, ids: Tensor, slots: Tensor, used: set[int]) -> Tensor | N
             best = overlap, slots[rows, window]
         if not overlap:
             break
-    if best is None:
-        return None
-    used.update(best[1][:, 0].tolist())
-    return best[1]
+    return None if best is None else best[1]
 
 
 def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
