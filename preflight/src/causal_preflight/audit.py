@@ -2,12 +2,13 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from causal_preflight import html_page, padding, position, readout, visibility
 from causal_preflight.batch import AuditBatch
@@ -84,6 +85,35 @@ def preflight(
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
     report.forwards, report.seconds = instrumented.forwards, time.perf_counter() - started
+    return report
+
+
+def audit_batch(
+    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
+    **options: Any,
+) -> Report:  # fmt: skip
+    """`preflight` with `loss_of(batch)`, or `loss_of(half, half)` if `parted`, as the scalar loss.
+
+    A method `whole_logits()` of the model, a context in which its loss uses whole logits, is used.
+    """
+    keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
+    total = len(named_tensors(batch, **keys)[0]["input_ids"])
+
+    def loss(_: nn.Module, edited: Any) -> Tensor:
+        raw, rebuild = named_tensors(edited, **keys)
+        rows = len(raw["input_ids"])
+        size = (rows + 1) // 2 if parted else rows
+
+        def part(start: int) -> Any:
+            cut = {k: v for k, v in raw.items() if isinstance(v, Tensor) and len(v) == rows}
+            return rebuild({**raw, **{k: v[start : start + size] for k, v in cut.items()}})
+
+        return loss_of(*map(part, range(0, rows, size)))
+
+    with getattr(model, "whole_logits", nullcontext)():
+        report = preflight(model, batch, loss, **options)
+    if parted and total == 1:
+        report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
     return report
 
 

@@ -76,7 +76,7 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
     """The slots of the largest part of the batch among the arguments of a call, if there is any.
 
-    `used` gets the first slot of each row: labels that equal the ids do not count as another call.
+    Only these are added to `used`: labels may equal the ids, but are no other call.
     """
     found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]
     best = max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)

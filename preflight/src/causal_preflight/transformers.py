@@ -2,192 +2,129 @@
 
 import copy
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
-from causal_preflight import Report, preflight
+from causal_preflight.audit import audit_batch
 from causal_preflight.batch import IGNORE
-from causal_preflight.parse_batch import named_tensors
-
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-
-
-class PreflightError(ValueError):
-    """The preflight found a fault, and `on_fault` is "error"."""
+from causal_preflight.report import PreflightError, Report
 
 
 class PreflightCallback(TrainerCallback):
-    """Audit the loss of a Trainer on a batch of its first optimizer step.
+    """Audit what `training_step` of a Trainer passes to backward, on a batch of the first step.
 
-    Use: `PreflightCallback().attach(trainer)`, then `trainer.train()`. The loss is the one that
-    `training_step` passes to backward, on a batch of the Trainer's collator, with its own
-    `num_items_in_batch`. With accumulation, the rows of the batch make two micro-batches.
+    Use: `trainer.add_callback(PreflightCallback(trainer))` before `trainer.train()`. Collator,
+    loss, `num_items_in_batch` and accumulation (of two micro-batches) are those of the trainer.
 
     Args:
-        on_fault: "error" stops the run, "warn" reports the faults and goes on.
+        trainer: what is audited.
+        on_fault: "error" raises `PreflightError` on every rank, "warn" reports and goes on.
         options: those of `preflight`; `pad_id` and `eos_id` are the tokenizer's unless given.
-
-    Raises:
-        PreflightError: on every rank, with the evidence and the remedy.
     """
 
-    def __init__(self, on_fault: str = "error", **options: Any) -> None:
+    def __init__(self, trainer: Any, on_fault: str = "error", **options: Any) -> None:
         if on_fault not in ("error", "warn"):
             raise ValueError(f"on_fault must be error or warn, not {on_fault!r}")
-        self.on_fault, self.options = on_fault, options
-        self.trainer: Any = None
-        self.report: Report | None = None
-
-    def attach(self, trainer: Any) -> "PreflightCallback":
-        """Add this callback to the trainer, whose loss it audits."""
-        self.trainer = trainer
-        trainer.add_callback(self)
-        return self
+        self.trainer, self.on_fault, self.report = trainer, on_fault, None
+        tokenizer = getattr(trainer, "processing_class", None)
+        ids = {f"{x}_id": getattr(tokenizer, f"{x}_token_id", None) for x in ("pad", "eos")}
+        self.options: dict[str, Any] = ids | options
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Have batches audited when the Trainer takes them from its data loader, until one is."""
-        if self.trainer is None:
-            raise ValueError("PreflightCallback does not know its trainer: use .attach(trainer)")
-        take, attributes = self.trainer.get_batch_samples, vars(self.trainer)
-        own = {k: v for k, v in attributes.items() if k == "get_batch_samples"}
+        """Look at the batches that the trainer takes, until one of them has been audited."""
+        take = self.trainer.get_batch_samples
 
         def take_and_audit(*args: Any, **kwargs: Any) -> Any:
             samples, count = take(*args, **kwargs)
-            del attributes["get_batch_samples"]
-            attributes.update(own)
-            if not self._audit_step(samples):
-                attributes["get_batch_samples"] = take_and_audit
+            if self.report is None:
+                self._audit_step(samples)
             return samples, count
 
-        if self.report is None:
-            attributes["get_batch_samples"] = take_and_audit
+        self.trainer.get_batch_samples = take_and_audit
 
-    def _audit_step(self, samples: list[Any]) -> bool:
-        """Audit on rank zero and tell every rank; False where no label of the step counts."""
-        key, result = self.options.get("labels_key", "labels"), [self.report, True]
+    def _audit_step(self, samples: list[Any]) -> None:
+        """Audit and print on rank zero, tell every rank, and stop if faults are errors."""
+        report, key = None, self.options.get("labels_key", "labels")
         if self.trainer.is_world_process_zero():
-            usable = [s for s in samples if key not in s or bool((s[key] != IGNORE).any())]
-            none = Report(skipped={"preflight": "no label of this step counts; the next is taken"})
-            result = [self.audit(usable) if usable else none, bool(usable)]
-            if usable or self.report is None:
-                print(result[0].summary(), file=sys.stderr, flush=True)
-        self.report, done = broadcast_object_list(result)
-        if self.report.faults and self.on_fault == "error":
-            what = ". ".join(f"{f.label}: {f.seen}; {f.remedy}" for f in self.report.findings)
-            how = 'To train in spite of it: PreflightCallback("warn")'
-            raise PreflightError(f"preflight found {what}. {how}")
-        return done
+            usable = [b for b in samples if key not in b or bool((b[key] != IGNORE).any())]
+            report = self.audit(usable) if usable else None
+            text = report.summary() if report else "preflight: no label counts; waits for another"
+            print(text, file=sys.stderr, flush=True)
+        self.report = report = broadcast_object_list([report])[0]
+        if report and report.faults and self.on_fault == "error":
+            what = ". ".join(f"{f.label}: {f.seen}; {f.remedy}" for f in report.findings)
+            raise PreflightError(f'preflight found {what}. To go on all the same: on_fault="warn"')
 
     def audit(self, batches: list[Any]) -> Report:
-        """Audit the first of these batches, as one process, with a copy of the trainer."""
-        trainer, args = self.trainer, self.trainer.args
+        """Audit the first batch; if each has one row, all of them, cut to the shortest."""
+        trainer, args, fused = self.trainer, self.trainer.args, set[str]()
         kind = trainer.accelerator.distributed_type.value
-        if kind in _SHARDED or args.n_gpu > 1:
-            why = f"parameters or batches are divided by {kind} or nn.DataParallel"
-            return Report(skipped={"preflight": why})
-        tokenizer = getattr(trainer, "processing_class", None)
-        ids = {f"{x}_id": getattr(tokenizer, f"{x}_token_id", None) for x in ("pad", "eos")}
-        options, batch = {**ids, **self.options}, batches[0]
-        loss = _TrainerLoss(trainer, {k: v for k, v in options.items() if k.endswith("_key")})
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or args.n_gpu > 1:
+            return Report(skipped={"preflight": f"{kind} and nn.DataParallel divide the model"})
+        every, batch = [v for b in batches for v in b.values()], dict(batches[0])
+        if all(isinstance(v, Tensor) and v.ndim == 2 and len(v) == 1 for v in every):
+            width = min(v.shape[1] for v in every)
+            batch = {k: torch.cat([b[k][:, :width] for b in batches]) for k in batch}
+        options = {"parted": args.gradient_accumulation_steps > 1, **self.options}
         try:
-            report = preflight(trainer.model, batch, loss, **options)
+            report = audit_batch(trainer.model, batch, _loss_of(trainer, fused), **options)
         except ValueError as error:  # the first training step raises the trainer's own error
             return Report(skipped={"preflight": str(error)})
-        if loss.unfused:
-            report.sampled.append("loss: the fused head is replaced by logits and a log-softmax")
-        if args.gradient_accumulation_steps > 1 and loss.most_parts < 2:
-            report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
-        if args.world_size > 1:
-            report.skipped["ranks"] = "the loss was audited as that of one process"
+        report.sampled += fused
         return report
 
 
-class _TrainerLoss:
-    """`loss(model, batch)` by `training_step` of a copy of the trainer, without effects on it."""
+def _loss_of(trainer: Any, fused: set[str]) -> Callable[..., Tensor]:
+    """The loss of micro-batches by `training_step` of a copy of the trainer, which stays as it is.
 
-    def __init__(self, trainer: Any, keys: dict[str, str]) -> None:
-        self.keys, self.unfused, self.most_parts = keys, False, 1
-        self.parts = 2 if trainer.args.gradient_accumulation_steps > 1 else 1
-        self.trainer = copy.copy(trainer)
-        data = {k: v for k, v in vars(trainer).items() if not k.endswith("dataset")}
-        vars(self.trainer).update({k: _copied(v) for k, v in data.items()})
-        self.trainer.accelerator = self.accelerator = _OneProcess(trainer.accelerator)
-        self.trainer.args = copy.copy(trainer.args)
-        self.trainer.args.gradient_accumulation_steps = self.parts
-        self.trainer.optimizer = SimpleNamespace(param_groups=trainer.optimizer.param_groups)
-        self.trainer.log = lambda *args, **kwargs: None
+    TRL asks a model for log-probabilities alone: logits give them, and `fused` gets a note.
+    """
+    twin, accelerator, losses = copy.copy(trainer), copy.copy(trainer.accelerator), list[Tensor]()
+    model, args = trainer.model, copy.copy(trainer.args)
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accelerator.backward = lambda loss, **kwargs: losses.append(loss.sum())
+    # As if every rank had this batch.
+    accelerator.gather = lambda value: torch.cat([value.reshape(-1)] * args.world_size)
+    accelerator.gather_for_metrics = accelerator.gather
+    vars(twin).update({k: _copied(v) for k, v in vars(trainer).items() if "dataset" not in k})
+    twin.accelerator, twin.args, twin.log = accelerator, args, lambda *args, **kwargs: None
+    twin.optimizer = SimpleNamespace(param_groups=trainer.optimizer.param_groups)
+    take = partial(type(trainer).get_batch_samples, twin)
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        raw, rebuild = named_tensors(batch, **self.keys)
-        rows = len(raw["input_ids"])
-        size = -(-rows // self.parts)
-        wide = {k: v for k, v in raw.items() if isinstance(v, Tensor) and len(v) == rows}
-        starts = range(0, rows, size)
-        cuts = [rebuild(raw | {k: v[at : at + size] for k, v in wide.items()}) for at in starts]
-        cuts, count = self.trainer.get_batch_samples(iter(cuts), len(cuts), self.trainer.args.device)
-        self.trainer.current_gradient_accumulation_steps = len(cuts)
-        self.most_parts = max(self.most_parts, len(cuts))
-        self.accelerator.losses.clear()
-        head = model.get_base_model() if hasattr(model, "get_base_model") else model
-        forward, patched = head.forward, "forward" in vars(head)
-        vars(model)["train"] = lambda mode=True: model  # the audit runs eval mode as well
-        vars(head)["forward"] = lambda *args, **kwargs: self._whole_logits(forward, *args, **kwargs)
-        try:
-            for cut in cuts:
-                self.trainer.training_step(model, cut, count)
-        finally:
-            del vars(model)["train"], vars(head)["forward"]
-            if patched:
-                vars(head)["forward"] = forward
-        return torch.stack(self.accelerator.losses).sum()
-
-    def _whole_logits(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass; for that of TRL, which returns no logits, the same by whole logits."""
+    def forward(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("fused_lm_head", False):
-            return forward(*args, **kwargs)
-        self.unfused, target = True, kwargs.pop("labels")[:, 1:]
-        kwargs.pop("num_items_in_batch", None)
-        out = forward(*args, **kwargs)
-        nll = F.cross_entropy(
-            out.logits[:, :-1].transpose(1, 2).float(), target, reduction="none", ignore_index=IGNORE
-        )
-        zero, mask = torch.zeros_like(nll), target != IGNORE
-        fields = {"log_probs": -nll, "label_mask": mask, "entropy": zero, "is_top1": zero}
-        return SimpleNamespace(**fields, aux_loss=getattr(out, "aux_loss", None))
+            return plain(*args, **kwargs)
+        fused.add("loss: the fused head of TRL is replaced by one with logits")
+        target, out = kwargs.pop("labels")[:, 1:], plain(*args, **kwargs)
+        nll = F.cross_entropy(out.logits[:, :-1].mT.float(), target, reduction="none")
+        out.log_probs, out.label_mask = -nll[..., None], target != IGNORE  # not (B, T): no logits
+        out.entropy = out.is_top1 = torch.zeros_like(nll)
+        return out
 
+    def loss_of(*parts: Any) -> Tensor:
+        args.gradient_accumulation_steps = twin.current_gradient_accumulation_steps = len(parts)
+        samples, count = take(iter(parts), len(parts), args.device)
+        losses.clear()
+        mode = patch.object(model, "train", lambda *_: model)  # the audit has set it
+        with mode, patch.object(core, "forward", partial(forward, core.forward)):
+            for sample in samples:
+                twin.training_step(model, sample, count)
+        return torch.stack(losses).sum()
 
-class _OneProcess:
-    """The accelerator as that of one process, whose backward pass only keeps the loss."""
-
-    num_processes = 1
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.losses = inner, list[Tensor]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        self.losses.append(loss.sum())
-
-    def gather(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        return value
-
-    gather_for_metrics = reduce = gather
-
-
+    return loss_of
 
 
 def _copied(value: Any) -> Any:
-    """A copy of nested dicts and lists, with the same objects in them."""
+    """A copy of nested dicts and lists with the same objects in them."""
     if isinstance(value, dict):
-        new = copy.copy(value)
-        new.update({k: _copied(v) for k, v in value.items()})
-        return new
+        return value | {k: _copied(v) for k, v in value.items()}
     return [_copied(v) for v in value] if type(value) is list else value
