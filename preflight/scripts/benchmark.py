@@ -118,22 +118,33 @@ def measure_traincheck() -> dict[str, Any]:
         reference = cpu_seconds() - started
         programs = [("plain", None, "RIGHT['plain']")]
         programs += [(name, label, f"FAULTY['{name}'][2]") for label, name in first.items()]
-        runs, seconds = list[Run](), list[float]()
-        for name, label, build in programs:
+        runs, seconds, on_right = list[Run](), list[float](), set[str]()
+        for name, label, build in programs:  # the right one first
             started = cpu_seconds()
             traced = trace(name, build, 1, "--invariants", "invariants.json")
             command("check", "-f", traced, "-i", "invariants.json", "-o", f"{name}_result")
             seconds.append(cpu_seconds() - started)
             twin = "plain" if label else None
             found = violations(work / f"{name}_result")
-            runs.append({"case": name, "label": label, "twin": twin, "found": [found]})
+            on_right = on_right if label else found
+            both = len(found & on_right)
+            seen = [f"{both} invariants that the right run violates"] if both else []
+            seen += sorted(found - on_right)
+            runs.append({"case": name, "label": label, "twin": twin, "found": [seen]})
     figures = {"seconds": round(statistics.median(seconds), 1), "reference": round(reference, 1)}
     return {**figures, "runs": runs}
 
 
-def violations(folder: Path) -> list[str]:
-    """The invariants that a check found violated, as text."""
-    return []
+def violations(folder: Path) -> set[str]:
+    """The invariants that a check found violated, as text, from logs of JSON objects in a row."""
+    found, decoder = set[str](), json.JSONDecoder()
+    for log in folder.rglob("failed.log"):
+        text = log.read_text().strip()
+        while text:
+            violation, end = decoder.raw_decode(text)
+            found.add(violation["invariant"]["text_description"])
+            text = text[end:].strip()
+    return found
 
 
 PROGRAM = """\
@@ -232,16 +243,16 @@ def main() -> None:
     parser.add_argument("command", choices=("measure", "page"))
     parser.add_argument("tool", nargs="?", choices=TOOLS)
     chosen = parser.parse_args()
-    data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
-    if chosen.command == "measure":
-        if chosen.tool is None:
-            parser.error(f"measure needs a tool: {', '.join(TOOLS)}")
-        figures = {"version": version(chosen.tool), **environment(), **TOOLS[chosen.tool]()}
-        data[chosen.tool] = figures
-        data = {tool: data[tool] for tool in TOOLS if tool in data}
-        DATA.write_text(dump(data), encoding="utf-8")
+    if chosen.command == "page":
+        PAGE.write_text(page(json.loads(DATA.read_text(encoding="utf-8"))), encoding="utf-8")
+    elif chosen.tool is None:
+        parser.error(f"measure needs a tool: {', '.join(TOOLS)}")
     else:
-        PAGE.write_text(page(data), encoding="utf-8")
+        figures = {"version": version(chosen.tool), **environment(), **TOOLS[chosen.tool]()}
+        data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
+        data[chosen.tool] = figures
+        text = dump({tool: data[tool] for tool in TOOLS if tool in data})
+        DATA.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

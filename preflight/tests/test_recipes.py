@@ -1,8 +1,5 @@
 """The blocks of docs/recipes.md, run as they stand on right set-ups and on wrong ones."""
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,20 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audit_cases.parts import EOS, PAD, Batch, Tiny, V, full, nll, padded, targets
-from causal_preflight import Report
+from trainer_parts import RECIPES, run_recipe
 
-PAGE = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
-RECIPES = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", PAGE, re.M | re.S))
 extras = pytest.mark.extras
-
-
-def run(recipe: str, **names: Any) -> Report:
-    """Run a block with these names defined; the report, also where its assertion fails."""
-    try:
-        exec(RECIPES[recipe], names)
-    except AssertionError:
-        assert not names["report"].clean
-    return names["report"]
 
 
 def test_every_recipe_is_at_most_twelve_lines() -> None:
@@ -61,7 +47,7 @@ def test_nanogpt(ahead: int, fault: set[str]) -> None:
         x, y = (torch.stack([data[i + k : i + k + 24] for i in starts]) for k in (0, ahead))
         return x, y
 
-    report = run("nanoGPT", model=NanoGPT(), get_batch=get_batch)
+    report = run_recipe("nanoGPT", model=NanoGPT(), get_batch=get_batch)
     assert report.faults == fault, str(report)
     assert report.audited
 
@@ -75,15 +61,15 @@ def test_a_loop_of_ones_own() -> None:
 
     recipe = "A loop of your own, with accumulation"
     names = {"model": Tiny(), "batch": padded(0)}
-    assert run(recipe, summed_loss=summed, **names).clean
-    assert run(recipe, summed_loss=mean, **names).faults == {"reduction"}
+    assert run_recipe(recipe, summed_loss=summed, **names).clean
+    assert run_recipe(recipe, summed_loss=mean, **names).faults == {"reduction"}
 
 
 @pytest.fixture
-def litgpt() -> Iterator[Any]:
+def litgpt() -> Any:
     module = pytest.importorskip("litgpt")
     torch.manual_seed(0)
-    yield module.GPT(
+    return module.GPT(
         module.Config(
             block_size=64, vocab_size=V, padded_vocab_size=V, n_layer=2, n_head=2, n_embd=16,
             rotary_percentage=1.0, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
@@ -94,7 +80,9 @@ def litgpt() -> Iterator[Any]:
 
 @extras
 def test_litgpt_pretraining(litgpt: Any) -> None:
-    report = run("litgpt: pretraining", model=litgpt, train_dataloader=[full(0)["input_ids"]])
+    report = run_recipe(
+        "litgpt: pretraining", model=litgpt, train_dataloader=[full(0)["input_ids"]]
+    )
     assert report.clean and {"alignment", "future"} <= set(report.passed), str(report)
 
 
@@ -119,6 +107,6 @@ def test_litgpt_finetuning(edit: Any, fault: set[str], litgpt: Any) -> None:
         rows.append({"input_ids": ids, "labels": labels, "token_counts": counts})
     batch = get_sft_collate_fn(pad_id=PAD)(rows)
     batch["labels"] = edit(batch["labels"], batch["input_ids"])
-    report = run("litgpt: fine-tuning", model=litgpt, train_dataloader=[batch], eos_id=EOS)
+    report = run_recipe("litgpt: fine-tuning", model=litgpt, train_dataloader=[batch], eos_id=EOS)
     assert report.faults == fault, str(report)
     assert report.audited

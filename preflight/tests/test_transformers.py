@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer_parts import documents, llama, tokenizer
+from trainer_parts import documents, llama, run_recipe, tokenizer
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -133,7 +133,7 @@ def test_an_error_stops_before_the_first_step(tmp_path: Path, capsys: Any) -> No
     run = trainer(tmp_path, collator=shifted)
     before = [p.detach().clone() for p in run.model.parameters()]
     with pytest.raises(PreflightError, match="shift"):
-        audited(run, "error")
+        run_recipe("transformers", trainer=run)
     assert run.state.global_step == 0
     assert all(map(torch.equal, before, run.model.parameters()))
     assert capsys.readouterr().err.count("preflight: FAULTS shift") == 1

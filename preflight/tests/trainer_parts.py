@@ -1,5 +1,7 @@
-"""Small parts that the tests of transformers and TRL share: a tokenizer, a Llama, token ids."""
+"""What the tests of trainers share: a tokenizer, a Llama, documents, the blocks of recipes.md."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +9,17 @@ from torch import nn
 
 WORDS = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(26))]
 PAD, BOS, EOS = 0, 1, 2
+PAGE = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
+RECIPES = dict(re.findall(r"^## (.+?)\n.*?^```python\n(.*?)^```", PAGE, re.M | re.S))
+
+
+def run_recipe(recipe: str, **names: Any) -> Any:
+    """Run a block with these names defined; the report, also where its assertion fails."""
+    try:
+        exec(RECIPES[recipe], names)
+    except AssertionError:
+        assert not names["report"].clean
+    return names.get("report")
 
 
 def tokenizer() -> Any:

@@ -103,12 +103,9 @@ def audit_batch(
         raw, rebuild = named_tensors(edited, **keys)
         rows = len(raw["input_ids"])
         size = (rows + 1) // 2 if parted else rows
-
-        def part(start: int) -> Any:
-            cut = {k: v for k, v in raw.items() if isinstance(v, Tensor) and len(v) == rows}
-            return rebuild({**raw, **{k: v[start : start + size] for k, v in cut.items()}})
-
-        return loss_of(*map(part, range(0, rows, size)))
+        wide = {k: v for k, v in raw.items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)}
+        parts = [{k: v[at : at + size] for k, v in wide.items()} for at in range(0, rows, size)]
+        return loss_of(*(rebuild(raw | part) for part in parts))
 
     with getattr(model, "whole_logits", nullcontext)():
         report = preflight(model, batch, loss, **options)

@@ -74,13 +74,10 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
 
 
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
-    """The slots of the largest part of the batch among the arguments of a call, if there is any.
-
-    Only these are added to `used`: labels may equal the ids, but are no other call.
-    """
+    """The slots of the largest part of the batch among the arguments of a call, if there is any."""
     found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]
     best = max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)
-    used.update([] if best is None else best[:, 0].tolist())
+    used.update([] if best is None else best[:, 0].tolist())  # once: labels may equal the ids
     return best
 
 

@@ -20,15 +20,11 @@ from causal_preflight.report import PreflightError, Report
 
 
 class PreflightCallback(TrainerCallback):
-    """Audit what `training_step` of a Trainer passes to backward, on a batch of the first step.
+    """Audit the loss that a Trainer passes to backward, on a batch of its first optimizer step.
 
-    Use: `trainer.add_callback(PreflightCallback(trainer))` before `trainer.train()`. Collator,
-    loss, `num_items_in_batch` and accumulation (of two micro-batches) are those of the trainer.
-
-    Args:
-        trainer: what is audited.
-        on_fault: "error" raises `PreflightError` on every rank, "warn" reports and goes on.
-        options: those of `preflight`; `pad_id` and `eos_id` are the tokenizer's unless given.
+    Use: `trainer.add_callback(PreflightCallback(trainer))` before `trainer.train()`. `on_fault`:
+    "error" raises `PreflightError` on every rank, "warn" reports and goes on. `options`: those of
+    `preflight`; `pad_id` and `eos_id` are the tokenizer's unless given.
     """
 
     def __init__(self, trainer: Any, on_fault: str = "error", **options: Any) -> None:
@@ -66,17 +62,17 @@ class PreflightCallback(TrainerCallback):
 
     def audit(self, batches: list[Any]) -> Report:
         """Audit the first batch; if each has one row, all of them, cut to the shortest."""
-        trainer, args, fused = self.trainer, self.trainer.args, set[str]()
-        kind = trainer.accelerator.distributed_type.value
+        args, kind = self.trainer.args, self.trainer.accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or args.n_gpu > 1:
             return Report(skipped={"preflight": f"{kind} and nn.DataParallel divide the model"})
-        every, batch = [v for b in batches for v in b.values()], dict(batches[0])
+        every, batch, fused = [v for b in batches for v in b.values()], batches[0], set[str]()
         if all(isinstance(v, Tensor) and v.ndim == 2 and len(v) == 1 for v in every):
             width = min(v.shape[1] for v in every)
             batch = {k: torch.cat([b[k][:, :width] for b in batches]) for k in batch}
         options = {"parted": args.gradient_accumulation_steps > 1, **self.options}
+        loss_of = _loss_of(self.trainer, fused)
         try:
-            report = audit_batch(trainer.model, batch, _loss_of(trainer, fused), **options)
+            report = audit_batch(self.trainer.model, batch, loss_of, **options)
         except ValueError as error:  # the first training step raises the trainer's own error
             return Report(skipped={"preflight": str(error)})
         report.sampled += fused
@@ -90,15 +86,14 @@ def _loss_of(trainer: Any, fused: set[str]) -> Callable[..., Tensor]:
     """
     twin, accelerator, losses = copy.copy(trainer), copy.copy(trainer.accelerator), list[Tensor]()
     model, args = trainer.model, copy.copy(trainer.args)
+    take = type(trainer).get_batch_samples
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     accelerator.backward = lambda loss, **kwargs: losses.append(loss.sum())
-    # As if every rank had this batch.
-    accelerator.gather = lambda value: torch.cat([value.reshape(-1)] * args.world_size)
+    accelerator.gather = lambda x: torch.cat([x.reshape(-1)] * args.world_size)  # all have this one
     accelerator.gather_for_metrics = accelerator.gather
     vars(twin).update({k: _copied(v) for k, v in vars(trainer).items() if "dataset" not in k})
     twin.accelerator, twin.args, twin.log = accelerator, args, lambda *args, **kwargs: None
     twin.optimizer = SimpleNamespace(param_groups=trainer.optimizer.param_groups)
-    take = partial(type(trainer).get_batch_samples, twin)
 
     def forward(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("fused_lm_head", False):
@@ -112,8 +107,8 @@ def _loss_of(trainer: Any, fused: set[str]) -> Callable[..., Tensor]:
 
     def loss_of(*parts: Any) -> Tensor:
         args.gradient_accumulation_steps = twin.current_gradient_accumulation_steps = len(parts)
-        samples, count = take(iter(parts), len(parts), args.device)
         losses.clear()
+        samples, count = take(twin, iter(parts), len(parts), args.device)
         mode = patch.object(model, "train", lambda *_: model)  # the audit has set it
         with mode, patch.object(core, "forward", partial(forward, core.forward)):
             for sample in samples:
