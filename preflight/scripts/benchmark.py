@@ -26,7 +26,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parents[1]
 DATA, PAGE = FOLDER / "docs/benchmark.json", FOLDER / "docs/benchmark.md"
 TEMPLATE = Path(__file__).with_name("benchmark_template.md")
-SEEDS = (0, 1, 2)
+SEEDS = (0,)
 LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
 STEPS = 3  # optimizer steps of a set-up that torch-audit and TrainCheck see
 Run = dict[str, Any]  # "case", "label" and "twin" (None where right), "found" per seed
@@ -57,7 +57,7 @@ def run_torch_audit(setup: Any, seed: int) -> list[str]:
     auditor = autopatch(model.train(), optimizer=optimizer, every_n_steps=1, reporters=[])
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = loss_fn(model, batch)
+        loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
         if loss.requires_grad:  # otherwise the loss has called backward itself
             loss.backward()
         optimizer.step()

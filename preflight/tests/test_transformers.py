@@ -1,5 +1,9 @@
 """The callback of transformers' Trainer, on real Trainers that are right and wrong."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +182,31 @@ def test_other_names_and_ids_are_passed_on(tmp_path: Path) -> None:
         PreflightCallback(trainer(tmp_path), "stop")
     assert PreflightCallback(trainer(tmp_path)).options == {"pad_id": 0, "eos_id": 2}
     assert PreflightCallback(trainer(tmp_path), eos_id=7).options["eos_id"] == 7
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong"])
+def test_two_ranks(kind: str, tmp_path: Path) -> None:
+    """Rank zero audits, both know the result and stop or go on; the weights are as without."""
+
+    def results(audit: str) -> list[dict[str, Any]]:
+        script = Path(__file__).with_name("trainer_ranks.py")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        paths = os.pathsep.join([str(script.parent), str(script.parents[1] / "src")])
+        done = subprocess.run(
+            [*launch, "2", str(script), str(tmp_path), audit, kind], capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": paths}, timeout=300, check=False,
+        )  # fmt: skip
+        lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT")]
+        assert len(lines) == 2, done.stderr[-2000:]
+        assert done.stderr.count("preflight: ") == (audit == "audit")
+        return [json.loads(line.removeprefix("RESULT")) for line in lines]
+
+    found = results("audit")
+    assert {x["rank"] for x in found} == {0, 1} and all(x["ranks"] == 2 for x in found)
+    assert all(x["clean"] == (kind == "right") for x in found)
+    assert all(x["stopped"] == (kind == "wrong") for x in found)
+    if kind == "right":
+        plain = results("none")
+        assert len({x["weights"] for x in [*found, *plain]}) == 1
+    else:
+        assert all(x["faults"] == ["shift"] for x in found)

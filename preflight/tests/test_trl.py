@@ -13,7 +13,7 @@ pytest.importorskip("accelerate")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from causal_preflight.transformers import PreflightCallback  # noqa: E402
+from causal_preflight.transformers import PreflightCallback, _loss_of  # noqa: E402
 
 pytestmark = pytest.mark.extras
 TURN_ENDS = (
@@ -136,3 +136,13 @@ def test_training_and_its_metrics_are_the_same_with_and_without(tmp_path: Path) 
     assert len(logged[0]) == 2
     assert all(a[k] == b[k] for a, b in zip(*logged, strict=True) for k in keys)
     assert runs[0]._total_train_tokens == runs[1]._total_train_tokens > 0
+
+
+def test_the_audited_loss_is_that_of_the_fused_head(tmp_path: Path) -> None:
+    run = audited(tmp_path, COMPLETIONS, audit=False).trainer
+    batch, notes = next(iter(run.get_train_dataloader())), set[str]()
+    run.model.eval()
+    count = (batch["labels"][:, 1:] != -100).sum()
+    own = run.compute_loss(run.model, dict(batch), num_items_in_batch=count)
+    torch.testing.assert_close(_loss_of(run, notes)(batch), own)
+    assert len(notes) == 1
