@@ -2,15 +2,16 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from causal_preflight import heads, html_page, padding, position, readout, targets, visibility
-from causal_preflight.batch import AuditBatch
+from causal_preflight.batch import IGNORE, AuditBatch
 from causal_preflight.context import Context, Probe
 from causal_preflight.fused_loss import rebuild_logits
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
@@ -87,6 +88,31 @@ def preflight(
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
     report.forwards, report.seconds = instrumented.forwards, time.perf_counter() - started
+    return report
+
+
+def audit_batch(
+    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
+    **options: Any,
+) -> Report:  # fmt: skip
+    """`preflight` with the scalar `loss_of(batch)`, or `loss_of(half, half)` if `parted`."""
+    keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
+    found = named_tensors(batch, **keys)[0]
+    labels, total = found.get("labels"), len(found["input_ids"])
+    if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
+        return Report(skipped={"preflight": readout.NO_TARGET})
+
+    def loss(_: nn.Module, edited: Any) -> Tensor:
+        raw, rebuild = named_tensors(edited, **keys)
+        rows = len(raw["input_ids"])
+        size = (rows + 1) // 2 if parted else rows
+        wide = {k: v for k, v in raw.items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)}
+        parts = [{k: v[at : at + size] for k, v in wide.items()} for at in range(0, rows, size)]
+        return loss_of(*(rebuild(raw | part) for part in parts))
+
+    report = preflight(model, batch, loss, **options)
+    if parted and total == 1:
+        report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
     return report
 
 

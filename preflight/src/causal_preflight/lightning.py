@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from causal_preflight import Report, preflight, to_html
-from causal_preflight.batch import IGNORE
-from causal_preflight.parse_batch import named_tensors
+from causal_preflight import Report, to_html
+from causal_preflight.audit import audit_batch
 from causal_preflight.readout import NO_TARGET
+from causal_preflight.report import PreflightError
 
 try:
     import lightning as L
@@ -27,10 +27,6 @@ except ImportError as missing:
 
 log = logging.getLogger(__name__)
 _TRIED = 10  # batches without a target that are passed over
-
-
-class PreflightError(ValueError):
-    """The preflight found a fault, and `on_fault` is "error"."""
 
 
 class Preflight(L.Callback):
@@ -180,41 +176,6 @@ def _step_loss(module: L.LightningModule, batch: Any, losses: list[Tensor]) -> T
     if not isinstance(loss, Tensor):
         raise ValueError("training_step returns no loss, and passes none to self.manual_backward")
     return loss
-
-
-def audit_batch(
-    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
-    **options: Any,
-) -> Report:  # fmt: skip
-    """`preflight` with a loss that takes the batch alone, or two micro-batches of it.
-
-    Args:
-        batch: any kind that `preflight` understands.
-        loss_of: gets a batch of the same type, with edited tensors, and returns the scalar loss.
-        parted: pass two micro-batches of half the rows each to `loss_of` instead.
-        options: those of `preflight`.
-    """
-    keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
-    found = named_tensors(batch, **keys)[0]
-    labels, total = found.get("labels"), len(found["input_ids"])
-    if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
-        return Report(skipped={"preflight": NO_TARGET})
-
-    def loss(_: nn.Module, edited: Any) -> Tensor:
-        raw, rebuild = named_tensors(edited, **keys)
-        rows = len(raw["input_ids"])
-        size = (rows + 1) // 2 if parted else rows
-
-        def part(start: int) -> Any:
-            cut = {k: v for k, v in raw.items() if isinstance(v, Tensor) and len(v) == rows}
-            return rebuild({**raw, **{k: v[start : start + size] for k, v in cut.items()}})
-
-        return loss_of(*map(part, range(0, rows, size)))
-
-    report = preflight(model, batch, loss, **options)
-    if parted and total == 1:
-        report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
-    return report
 
 
 def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> str:

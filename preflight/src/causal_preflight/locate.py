@@ -145,10 +145,7 @@ def _window(t: Tensor, ids: Tensor, slots: Tensor, used: set[int]) -> Tensor | N
             best = overlap, slots[rows, window]
         if not overlap:
             break
-    if best is None:
-        return None
-    used.update(best[1][:, 0].tolist())
-    return best[1]
+    return None if best is None else best[1]
 
 
 def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:

@@ -46,6 +46,10 @@ class UnexaminableError(Exception):
     """A probe cannot examine what it is given; `Report.skipped` gets the reason."""
 
 
+class PreflightError(ValueError):
+    """The preflight found a fault, and `on_fault` is "error"."""
+
+
 def require(condition: object, otherwise: str) -> None:
     """Raise UnexaminableError with the text `otherwise` unless the condition holds."""
     if not condition:
