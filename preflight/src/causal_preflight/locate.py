@@ -97,11 +97,10 @@ def made_of(t: Tensor, source: Tensor) -> bool:
 
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
     """The slots of the largest part of the batch among the arguments of a call, if there is any."""
-    tensors = [(t, set(used)) for _, t in iter_tensors(arguments, 3)]  # labels may equal the ids
-    found = [(hit, now) for t, now in tensors if (hit := locate(t, batch, now)) is not None]
-    slots, now = max(found, key=lambda hit: hit[0].numel(), default=(None, used))
-    used |= now
-    return slots
+    found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]
+    best = max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)
+    used.update([] if best is None else best[:, 0].tolist())  # once: labels may equal the ids
+    return best
 
 
 def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
