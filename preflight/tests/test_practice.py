@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 COLLECTIONS = (ATTENTION, MIXING, LOSSES, BATCHES)
 RIGHT = {name: build for c in COLLECTIONS for name, build in c.right.items()}
 FAULTY = {name: case for c in COLLECTIONS for name, case in c.faulty.items()}
+SLOW = pytest.mark.slow
 NOTED = ("token weights", "token weights over a count", "advantages", "focal", "class weights",
          "weights of rows", "ratio and advantage")  # fmt: skip
 
@@ -44,7 +45,7 @@ def test_faulty_practice_is_named_exactly(name: str, seed: int) -> None:
     assert report.faults == {label}, str(report)
 
 
-@pytest.mark.parametrize("name", NOTED)
+@pytest.mark.parametrize("name", [NOTED[0], *(pytest.param(n, marks=SLOW) for n in NOTED[1:])])
 def test_weights_of_targets_are_noted_not_called_faults(name: str) -> None:
     report = audit(RIGHT[name], 0)
     assert report.clean and "reduction" in report.passed

@@ -21,7 +21,6 @@ from causal_preflight.sandbox import Sandbox, preserved_random_states
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
-_FITS, _FUSED = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
 _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
@@ -130,11 +129,11 @@ def _find_logits(ctx: Context) -> None:
         if isinstance(problem, IndexError):
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
-    residual = heads.arrange(ctx)
-    fused = rebuild_logits(model, ctx.work, min(_FUSED, residual / 2)) if residual > _FITS else None
+    limit = heads.arrange(ctx)
+    fused = rebuild_logits(model, ctx.work, limit) if limit else None
     if fused is not None:
         ctx.report.remarks[:] = ["the loss is fused: logits are rebuilt of hidden states and head"]
-        ctx.explained |= {"inexact weights"} if fused > _FITS else set()
+        ctx.explained |= {"inexact weights"} if fused > heads.FITS else set()
         model.discover(ctx.work)
         heads.arrange(ctx)
     elif not model.heads:

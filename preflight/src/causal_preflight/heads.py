@@ -13,6 +13,7 @@ from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import Head, Readout
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
+FITS, _UNFIT = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
 _SIGHT = (
     visibility.cross_row, visibility.future, visibility.documents, padding.embedding,
     padding.extension,
@@ -27,8 +28,8 @@ def arrange(ctx: Context) -> float:
     at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
 
     Returns:
-        The part of the main head's gradient that no target explains: 1 if there is nothing to read,
-        0 if it sums to 0 at each position, as that of any softmax does, of soft targets too.
+        The part of a gradient that no target may explain if logits rebuilt of a fused loss are to
+        replace those found; 0 where these fit. Those of soft targets sum to 0 at each position.
     """
     model, read = ctx.model, list[tuple[Head, Readout, int | None]]()
     for head in model.heads:
@@ -41,7 +42,7 @@ def arrange(ctx: Context) -> float:
             number += 1
     if not read:
         model.heads = []
-        return 1.0
+        return _UNFIT
     read = [hit for hit in read if bool(hit[1].trained.any())] or read[-1:]
     known = {k for _, _, k in read}
     first = 2 if model.frozen and {2, 3} <= known and 1 not in known else 1
@@ -61,8 +62,10 @@ def arrange(ctx: Context) -> float:
     model.heads, model.head = heads, heads[0]
     r = read[main][1]
     ctx._readouts = {} if model.head.ahead else {True: r}
-    softmax = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad).all())
-    return 1.0 if not bool(r.trained.any()) else 0.0 if softmax else r.residual
+    if not bool(r.trained.any()):
+        return _UNFIT
+    soft = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad).all())
+    return 0.0 if r.residual <= FITS else 0.01 if soft else min(_UNFIT, r.residual / 2)
 
 
 def further_heads(ctx: Context) -> list[Finding]:

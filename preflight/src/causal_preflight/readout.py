@@ -221,8 +221,6 @@ def _reduction(ctx: Context) -> list[Finding]:
     require(r.residual <= SOFT, "no single target at a position")
     tol = max(2e-2 if r.scaled else 2e-3, 3 * r.residual)
     w = r.weight[on]
-    if _near(r.onehot_weight[on], 1 / len(w), tol):
-        return []  # a term beside a token mean, as an entropy, may look like uniform targets
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
     if _mean_of_means(r, batch.doc, tol, factor=len(ctx.model.heads) > 1):
