@@ -221,6 +221,84 @@ def test_manual_optimization_is_audited_and_left_as_it_was(tmp_path, way):
         fit(Manual(2, way), Preflight(pad_id=0, eos_id=2), tmp_path, logger=Memory())
 
 
+class TwoOptimizers(Manual):
+    """A list of optimizers and schedulers, each with losses and parameters of its own."""
+
+    def __init__(self, shift: int, adversary: bool) -> None:
+        super().__init__(shift)
+        self.critic, self.adversary = nn.Linear(16, 1), adversary
+
+    def training_step(self, batch, batch_idx):
+        if not self.adversary:
+            loss = Theirs.training_step(self, batch, batch_idx)["loss"]
+            self.manual_backward(loss)
+        for i, (optimizer, scheduler) in enumerate(
+            zip(self.optimizers(), self.lr_schedulers(), strict=True)
+        ):
+            self.toggle_optimizer(optimizer)
+            if self.adversary:
+                judged = self.critic(self.net[0](batch["input_ids"]))[
+                    batch["input_ids"] != 0
+                ].mean()
+                loss = judged if i else Theirs.training_step(self, batch, batch_idx)["loss"]
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+            optimizer.step()
+            scheduler.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        own, rest = (self.net, self.critic) if self.adversary else (self.net[0], self.net[1])
+        pair = [torch.optim.AdamW(own.parameters()), torch.optim.SGD(rest.parameters(), 0.1, 0.9)]
+        return pair, [torch.optim.lr_scheduler.StepLR(o, 1, 0.9) for o in pair]
+
+
+@pytest.mark.parametrize("adversary", [False, True])
+def test_two_optimizers_are_left_as_they_were(tmp_path, adversary):
+    states = []
+    for on_fault in ("error", "off"):
+        callback, module = Preflight(on_fault, pad_id=0, eos_id=2), TwoOptimizers(1, adversary)
+        trainer = fit(module, callback, tmp_path)
+        optimizers = [o.state_dict() for o in trainer.optimizers]
+        schedulers = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
+        grads = [p.requires_grad for p in module.parameters()]
+        states.append(str([optimizers, schedulers, grads, list(module.state_dict().items())]))
+        assert callback.report is None or callback.report.clean, str(callback.report)
+    assert states[0] == states[1]
+    with pytest.raises(PreflightError, match="shift"):
+        fit(TwoOptimizers(2, adversary), Preflight(pad_id=0, eos_id=2), tmp_path)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_batch_without_a_target_is_passed_over(tmp_path, labeled, capsys, caplog):
+    class Masked(Theirs):
+        def training_step(self, batch, batch_idx):
+            ids, keep = batch["input_ids"], batch["loss_mask"]
+            labels = batch.get("labels", ids).masked_fill(keep == 0, -100)[:, self.shift :]
+            logits = self.net(ids)[:, : -self.shift].mT
+            total = F.cross_entropy(logits, labels, reduction="sum")
+            return total / (labels != -100).sum().clamp_min(1)
+
+    def batches():
+        ids = torch.tensor([[1, 3, 4, 5, 6, 2], [1, 7, 8, 9, 2, 0], [1, 9, 5, 4, 2, 0]])
+        for keep in (0, 0, 1, 1):
+            mask = keep * (ids != 0).long()
+            labels = {"labels": ids.masked_fill(mask == 0, -100)} if labeled else {}
+            yield {"input_ids": ids, "loss_mask": mask, **labels}
+
+    for shift in (1, 2):
+        callback, module = Preflight("warn", pad_id=0, eos_id=2), Masked(shift)
+        trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[callback],
+                            enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
+        trainer.fit(module, DataLoader(list(batches()), batch_size=None))
+        assert trainer.global_step == 4
+        assert callback.report.faults == ({"shift"} if shift == 2 else set()), str(callback.report)
+        assert callback.report.audited
+        heard = capsys.readouterr().err + caplog.text
+        assert heard.count("has no target") == 2
+        caplog.clear()
+
+
 def test_keys_of_the_batch_are_passed_on(tmp_path):
     class Renamed(Theirs):
         def training_step(self, batch, batch_idx):

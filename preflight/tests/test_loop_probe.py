@@ -221,8 +221,8 @@ def test_a_perplexity_slightly_above_is_told_in_figures():
 @pytest.mark.parametrize("manual", [False, True])
 def test_decay_of_norms_and_biases_is_a_note(manual):
     report = watch(gradients.DecayOnAll, manual)
-    assert report.clean and "norm" in report.noted[0]
-    assert not watch(base.Right, manual).noted
+    assert report.clean and "norm" in report.remarks[0]
+    assert not watch(base.Right, manual).remarks
 
 
 def test_several_optimizers():

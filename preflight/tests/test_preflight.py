@@ -242,32 +242,6 @@ def test_any_shape_and_side(rows: int, width: int, seed: int, side: str, hints: 
     assert {"shift", "causal"} <= report.faults, str(report)
 
 
-def test_fused_loss_falls_back_to_labels() -> None:
-    """No logits leave the model: the loss comes out of one function of hidden states."""
-
-    class Fused(Tiny):
-        ahead = 1
-
-        def forward(self, input_ids: Tensor, labels: Tensor, **k: Any) -> Tensor:
-            head, self.head = self.head, nn.Identity()
-            x = super().forward(input_ids, **k)
-            self.head = head
-            z = torch.nn.functional.linear(x, head.weight, head.bias)
-            return ce(z[:, : z.shape[1] - self.ahead], labels[:, self.ahead :])
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return model(**batch)
-
-    raw = {**padded(0), "labels": padded(0)["input_ids"].clone()}
-    for ahead, batch, faults in ((1, padded(0), set()), (0, padded(0), {"shift"}),
-                                 (2, padded(0), {"shift"}), (1, raw, {"pad"})):  # fmt: skip
-        model = Fused()
-        model.ahead = ahead
-        report = preflight(model, batch, loss, **KNOWN)
-        assert report.faults == faults, str(report)
-        assert "labels perturbed" in report.skipped["logits"]
-
-
 def test_a_faint_leak_is_seen_and_rounding_is_not() -> None:
     class Leak(Tiny):
         size = 0.0
@@ -299,7 +273,7 @@ def test_report_prints_and_serialises() -> None:
 
 def test_the_summary_has_plain_words_and_no_reasons() -> None:
     probes = {probe.__name__ for probe in audit.PROBES} - {"pictures"}
-    assert set(PLAIN_WORDS) == probes | {"labels"}
+    assert set(PLAIN_WORDS) == probes
     report = preflight(Open(), padded(0), token_mean, **KNOWN)
     short, full = report.summary(), str(report)
     assert report.verdict in short and all(f.probe in short for f in report.findings)

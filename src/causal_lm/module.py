@@ -2,9 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -144,15 +142,6 @@ class CausalLM(L.LightningModule):
         """The loss of one optimizer step over these micro-batches, a scalar, in nats."""
         nats, denominators = zip(*map(self.loss_terms, micro_batches), strict=True)
         return torch.stack(nats).sum() / torch.stack(denominators).sum().clamp(min=1)
-
-    @contextmanager
-    def whole_logits(self) -> Iterator[None]:
-        """Context: the loss is computed from all logits, so that the preflight can read them."""
-        before, self.loss_config = self.loss_config, replace(self.loss_config, chunk_tokens=None)
-        try:
-            yield
-        finally:
-            self.loss_config = before
 
     # ---- evaluation: always the canonical labels and mask ----
 

@@ -2,16 +2,18 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from causal_preflight import html_page, padding, position, readout, visibility
-from causal_preflight.batch import AuditBatch
+from causal_preflight import heads, html_page, padding, position, readout, targets, visibility
+from causal_preflight.batch import IGNORE, AuditBatch
 from causal_preflight.context import Context, Probe
+from causal_preflight.fused_loss import rebuild_logits
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
@@ -23,10 +25,11 @@ _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
 PROBES: tuple[Probe, ...] = (
-    padding.finite, readout.alignment, readout.ending, readout.reduction, readout.emptied,
+    padding.finite, targets.soft, readout.alignment, targets.dropped, readout.ending,
+    readout.reduction, readout.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
-    padding.embedding, padding.extension, position.order, position.alone, position.length,
-    position.packed, position.decoding, html_page.pictures,
+    heads.further_heads, padding.embedding, padding.extension, position.order, position.alone,
+    position.length, position.packed, position.decoding, html_page.pictures,
 )  # fmt: skip
 
 
@@ -75,7 +78,7 @@ def preflight(
     with preserved_random_states(), eager:
         try:
             _find_logits(ctx)
-            for probe in PROBES if instrumented.logits_module is not None else (readout.labels,):
+            for probe in PROBES if instrumented.heads else ():
                 report.examine(probe.__name__, partial(probe, ctx))
         finally:
             instrumented.sandbox.restore()
@@ -84,6 +87,31 @@ def preflight(
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
     report.forwards, report.seconds = instrumented.forwards, time.perf_counter() - started
+    return report
+
+
+def audit_batch(
+    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
+    **options: Any,
+) -> Report:  # fmt: skip
+    """`preflight` with the scalar `loss_of(batch)`, or `loss_of(half, half)` if `parted`."""
+    keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
+    found = named_tensors(batch, **keys)[0]
+    labels, total = found.get("labels"), len(found["input_ids"])
+    if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
+        return Report(skipped={"preflight": readout.NO_TARGET})
+
+    def loss(_: nn.Module, edited: Any) -> Tensor:
+        raw, rebuild = named_tensors(edited, **keys)
+        rows = len(raw["input_ids"])
+        size = (rows + 1) // 2 if parted else rows
+        wide = {k: v for k, v in raw.items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)}
+        parts = [{k: v[at : at + size] for k, v in wide.items()} for at in range(0, rows, size)]
+        return loss_of(*(rebuild(raw | part) for part in parts))
+
+    report = preflight(model, batch, loss, **options)
+    if parted and total == 1:
+        report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
     return report
 
 
@@ -101,11 +129,15 @@ def _find_logits(ctx: Context) -> None:
         if isinstance(problem, IndexError):
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
-    try:
-        ctx.readout(True)
-    except RuntimeError:  # none, or their positions are unknown
-        model.logits_module = None
-        ctx.report.skipped["logits"] = "no logits between model and loss (fused?): labels perturbed"
+    limit = heads.arrange(ctx)
+    fused = rebuild_logits(model, ctx.work, limit) if limit else None
+    if fused is not None:
+        ctx.report.remarks[:] = ["the loss is fused: logits are rebuilt of hidden states and head"]
+        ctx.explained |= {"inexact weights"} if fused > heads.FITS else set()
+        model.discover(ctx.work)
+        heads.arrange(ctx)
+    elif not model.heads:
+        ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"
 
 
 def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:
@@ -116,12 +148,12 @@ def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]
         report.sampled.append(f"loss: the first {most} of {rows} rows")
         batch, rows = batch.rows(list(range(most))), most
     part = batch
-    if rows > _ROWS:
+    if rows > _ROWS and not batch.stale:
         by_length = batch.real.sum(1).argsort(stable=True).tolist()
         index = [by_length[round(i * (rows - 1) / (_ROWS - 1))] for i in range(_ROWS)]
         part = batch.rows(index)
         report.sampled.append(f"visibility: rows {', '.join(map(str, index))} of {rows}")
-    if width > _COLS:
+    if width > _COLS and not batch.stale:
         start = width - _COLS if bool(batch.left_pad.any()) else 0
         part = part.cols(start, start + _COLS)
         report.sampled.append(f"visibility: columns {start} to {start + _COLS - 1} of {width}")

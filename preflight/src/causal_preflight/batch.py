@@ -4,7 +4,7 @@ Every edit (swap, cut, pad) updates the tensors and what is derived from them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,8 @@ class AuditBatch:
         doc: (B, T) int, number of the document within its row, -1 at PAD.
         slot: (B, T) int, the slot of the user's batch that lies here (row * T + column), or -1.
         pad_id, eos_id: None where unknown.
+        writers: entries of `raw` that an edit makes anew of `doc`, as `cu_seqlens`.
+        stale: the name of an entry that would no longer fit after an edit.
     """
 
     raw: dict[str, Any]
@@ -32,6 +34,8 @@ class AuditBatch:
     slot: Tensor
     pad_id: int | None
     eos_id: int | None
+    writers: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
+    stale: str = ""
 
     @property
     def ids(self) -> Tensor:
@@ -67,6 +71,12 @@ class AuditBatch:
     def has_target(self) -> Tensor:
         """(B, T) bool: a real position followed by a real token of the same document."""
         return self.real & (shift_left(self.doc, -1) == self.doc)
+
+    @cached_property
+    def opening_eos(self) -> Tensor:
+        """(B, T) bool: EOS numbered with the document that it separates from the one before."""
+        before = shift_left(self.doc.flip(1), -1).flip(1)
+        return (self.ids == self.eos_id) & self.real & (before >= 0) & (before != self.doc)
 
     @cached_property
     def labels_shifted(self) -> int:
@@ -121,12 +131,13 @@ class AuditBatch:
 
     def map_tensors(self, edit: Callable[[str, Tensor], Tensor]) -> "AuditBatch":
         """Apply `edit(name, tensor)` to every tensor of shape (B, ...), `doc` and `slot` too."""
+        require(not self.stale, f"`{self.stale}` cannot be kept in step with an edit of the batch")
         rows = len(self.ids)
         tensors = {k: v for k, v in self.raw.items() if isinstance(v, Tensor) and v.ndim}
         edited = {k: edit(k, v) for k, v in tensors.items() if len(v) == rows}
-        return replace(
-            self, raw=self.raw | edited, doc=edit("doc", self.doc), slot=edit("slot", self.slot)
-        )
+        doc = edit("doc", self.doc)
+        edited |= {k: write(doc) for k, write in self.writers.items()}
+        return replace(self, raw=self.raw | edited, doc=doc, slot=edit("slot", self.slot))
 
     def with_tensor(self, name: str, value: Tensor) -> "AuditBatch":
         """The batch with another tensor in `raw`."""
@@ -195,6 +206,12 @@ def shift_left(x: Tensor, fill: int | bool) -> Tensor:
     out = x.roll(-1, 1)
     out[:, -1] = fill
     return out
+
+
+def one_a_row(where: Tensor, sixths: int) -> Tensor:
+    """(B, T) bool: of those that are True in each row, the one after so many sixths of them."""
+    rank = where.long().cumsum(1)
+    return where & (rank == 1 + rank[:, -1:] * sixths // 6)
 
 
 def span(hit: Tensor) -> tuple[int, int]:

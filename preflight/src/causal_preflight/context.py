@@ -74,8 +74,12 @@ class Context:
         return self._observed[train, rescaled]
 
     def counted(self, batch: AuditBatch) -> Tensor:
-        """(B, T) bool: real positions with a target, in either mode."""
+        """(B, T) bool: real positions with a target, in either mode.
+
+        An EOS between two documents may belong to either: it is left out.
+        """
         hit = (self.readout(False).trained | self.readout(True).trained) & self.full.real
+        hit &= ~self.full.opening_eos
         return hit.flatten()[batch.slot] & batch.real & (batch.slot >= 0)
 
     def weights(self, rescaled: bool) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 2**22  # values fitted at a time
+EXACT = 1e-5  # residual below which the loss is a cross-entropy in float32
 
 
 def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -37,12 +38,15 @@ def _fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     g = torch.nan_to_num(grad.double(), 0.0, 0.0, 0.0)
     p = torch.nan_to_num(logits.double().softmax(-1), 0.0)
     mean_square = g.pow(2).mean(-1)
-    # The target is the lowest g; with a confident model it can be the largest p instead.
-    y, w, u, rest = by_grad = _fit_target(p, g, g.argmin(-1))
-    if bool((rest > 1e-6 * mean_square).any()):
-        by_logit = _fit_target(p, g, p.argmax(-1))
-        better = (rest > 1e-6 * mean_square) & (by_logit[3] < rest * 0.5)
-        y, w, u, rest = (torch.where(better, b, a) for a, b in zip(by_grad, by_logit, strict=True))
+    # The target is the lowest g; with a confident model it can be the largest p instead, and with
+    # a negative weight (an advantage) it is the largest g.
+    y, w, u, rest = _fit_target(p, g, g.argmin(-1))
+    for other in (p.argmax(-1), g.argmax(-1)):
+        if bool((rest > 1e-6 * mean_square).any()):
+            fitted = _fit_target(p, g, other)
+            better = (rest > 1e-6 * mean_square) & (fitted[3] < rest * 0.5)
+            pairs = zip((y, w, u, rest), fitted, strict=True)
+            y, w, u, rest = (torch.where(better, b, a) for a, b in pairs)
     return y, rest, mean_square, w + u * g.shape[-1], w, g.abs().amax(-1), g.sum(-1)
 
 
@@ -59,3 +63,8 @@ def _fit_target(p: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor
     deviation = g - a * p + u
     w = -deviation.gather(-1, y[..., None])[..., 0]
     return y, w, u[..., 0], (deviation * others).pow(2).mean(-1)
+
+
+def is_distribution(z: Tensor) -> bool:
+    """Whether these, (..., V), are probabilities rather than logits."""
+    return bool((z >= 0).all()) and bool(((z.sum(-1) - 1).abs() < 1e-2).all())

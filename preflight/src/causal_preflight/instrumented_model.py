@@ -1,27 +1,45 @@
 """Run any loss on an edited batch, and catch the logits on their way from the model into the loss.
 
-The *input module* is the first that is called with the token ids. The *logits module* is the one
-whose output holds the logits: the tensor whose gradient looks like that of a cross-entropy.
+The *input module* is the first that is called with the token ids. A *head* puts out logits: tensors
+whose gradient looks like that of a cross-entropy. One head is looked at at a time.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from causal_preflight import locate
 from causal_preflight.batch import AuditBatch
-from causal_preflight.gradient_fit import fit
+from causal_preflight.gradient_fit import EXACT, fit, is_distribution
 from causal_preflight.sandbox import Sandbox
 
 _NO_LOGITS = 0.5  # residual of the fit above which a tensor is not logits
+_NO_HEAD = 0.2  # residual above which it is not those of a further head
 _NO_GRADIENT = 0.4  # residual assumed for a tensor without a gradient
 _MAX_FITTED = 2**21  # values fitted per tensor: enough to tell logits from hidden states
+_SMALL_NOISE = 3e-3  # logits small enough that a cap or scale of them is a factor
 _TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
 LossFn = Callable[[Any, Any], Tensor]
+Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+"""Slots (b, t); a tensor of logits; what takes it, or its gradient, to those (b, t, V)."""
+
+
+class Head(NamedTuple):
+    """The `number`-th logits that a module makes for the same positions, at `path` of its output.
+
+    They are placed `ahead` columns later. `replaceable`: the loss is computed from that output.
+    """
+
+    module: nn.Module
+    path: locate.KeyPath
+    layout: locate.Layout
+    number: int = 0
+    ahead: int = 0
+    replaceable: bool = True
 
 
 @dataclass
@@ -38,6 +56,7 @@ class Readout:
     """What the loss trained, per position (B, T): see `gradient_fit.fit`. 0 where nothing.
 
     `pieces` counts the pieces of logits that it used: several calls, or a head applied in chunks.
+    `scaled` tells whether the loss caps or scales them.
     """
 
     loss: float
@@ -48,6 +67,7 @@ class Readout:
     onehot_weight: Tensor
     max_abs_grad: Tensor
     grad_sum: Tensor
+    scaled: bool = False
 
     @cached_property
     def trained(self) -> Tensor:
@@ -61,8 +81,9 @@ class Readout:
 class InstrumentedModel:
     """A model with its loss, run again and again from the same state.
 
-    `forwards` counts the runs; `dtype` is the lowest precision that a module puts out;
-    `replaceable` tells whether the loss is computed from what the logits module returns.
+    `forwards` counts the runs; `dtype` is the lowest precision that a module puts out; `frozen`
+    tells whether the embedding gets no gradient; `count`, how many heads the module of `head` has.
+    `head` is looked at, one of `heads`; `always_train` runs it in train mode alone.
     """
 
     module: nn.Module
@@ -72,20 +93,21 @@ class InstrumentedModel:
     rebuild: Callable[[dict[str, Any]], Any]
     forwards: int = 0
     input_module: nn.Module | None = None
-    logits_module: nn.Module | None = None
-    path: locate.KeyPath = ()
-    layout: locate.Layout = ()
-    replaceable: bool = True
+    heads: list[Head] = field(default_factory=list)
+    head: Head = field(init=False)
     dtype: torch.dtype = torch.float32
+    frozen: bool = False
+    always_train: bool = False
+    count: int = 1
 
     def run(self, batch: AuditBatch, train: bool = False, hooks: Iterable[Any] = ()) -> Tensor:
         """The loss with its graph, always from the same state and seed; `hooks` are removed."""
         raw = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.raw.items()}
         self.forwards += 1
         try:
-            self.sandbox.rewind(self.seed, train)
+            self.sandbox.rewind(self.seed, train or self.always_train)
             with torch.enable_grad():
-                loss = (self.loss_fn or _loss_of_model)(self.module, self.rebuild(raw))
+                loss = (self.loss_fn or loss_of_model)(self.module, self.rebuild(raw))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -103,9 +125,9 @@ class InstrumentedModel:
         return grads
 
     def discover(self, batch: AuditBatch) -> None:
-        """Find input module, logits module and layout; without logits `logits_module` is None."""
-        found: dict[tuple[int, locate.Layout], tuple[nn.Module, locate.KeyPath, Tensor]] = {}
-        used, slots = set[int](), list[Tensor]()  # of the current call
+        """Find input module and heads, one for each module; without logits there are none."""
+        found: dict[tuple[int, locate.Layout], tuple[Head, Tensor]] = {}
+        used, slots, last = set[int](), list[Tensor](), None  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -114,75 +136,102 @@ class InstrumentedModel:
                 self.input_module = module if self.input_module is None else self.input_module
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal last
             for path, t in locate.iter_tensors(output, 2):
                 if t.is_floating_point() and t.dtype.itemsize < self.dtype.itemsize:
                     self.dtype = t.dtype
-                if slots and t.requires_grad and t.ndim in (2, 3):
+                if slots and t.requires_grad and t.ndim in (2, 3, 4):
+                    last = t
                     for layout in locate.layouts(t.shape, slots[0].shape, vocab):
                         # A parent may return the tensor of its child: the first counts.
-                        found.setdefault((id(t), layout), (module, path, t))
+                        found.setdefault((id(t), layout), (Head(module, path, layout), t))
                         t.retain_grad()
 
         modules = self.sandbox.modules
         hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules]
-        loss = self.run(batch, False, hooks + [m.register_forward_hook(after) for m in modules])
-        best, grads = 2 * _NO_LOGITS, self.grads(loss, [t for _, _, t in found.values()])
-        for ((_, layout), (module, path, t)), g in zip(found.items(), grads, strict=True):
-            if g is None:
+        loss = self.run(batch, True, hooks + [m.register_forward_hook(after) for m in modules])
+        tables = [m.weight for m in modules if isinstance(m, nn.Embedding)]
+        grads = self.grads(loss, [t for _, t in found.values()] + tables)
+        self.frozen = bool(tables) and all(g is None for g in grads[len(found) :])
+        best: dict[int, tuple[float, Head, Tensor]] = {}
+        for i, (head, t) in enumerate(found.values()):
+            if (g := grads[i]) is None:
                 continue
             few = slice(None, None, 1 + t.numel() // _MAX_FITTED)
-            z, g = (locate.to_btv(x, layout).flatten(0, 1)[few] for x in (t.detach(), g))
+            z, g = (locate.to_btv(x, head.layout).flatten(0, -2)[few] for x in (t.detach(), g))
             # Without a gradient (NaN loss, no target), the last tensor of the right shape is taken.
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
-            residual = _NO_GRADIENT if blank else fit(z[None], g[None])[2]
-            if residual < 0.5 * best or (blank and best >= _NO_GRADIENT):
-                best = max(residual, 1e-5)
-                self.logits_module, self.path, self.layout = module, path, layout
+            residual = _NO_GRADIENT if blank else max(1e-5, fit(z[None], g[None])[2])
+            # Of tensors that are made of one another, one is taken; others are further heads.
+            rivals = [n for n, hit in best.items() if blank or locate.made_of(t, hit[2])]
+            least = min((best[n][0] for n in rivals), default=2 * _NO_LOGITS)
+            if residual < 0.5 * least or (blank and least >= _NO_GRADIENT):
+                best = {n: hit for n, hit in best.items() if n not in rivals}
+                best[i] = residual, head, t
+            elif not best and t is last and bool((g.sum(-1).abs() <= 1e-4 * g.abs().sum(-1)).all()):
+                # Soft targets: the gradient of each softmax sums to 0, whatever its target.
+                best[i] = residual, head, t
+        most = max(_NO_HEAD, min((hit[0] for hit in best.values()), default=0.0))
+        self.heads = list(dict.fromkeys(head for rest, head, _ in best.values() if rest <= most))
 
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, placed = self._catch(batch, train, lambda t: t)
-        placed = [(slots, locate.to_btv(t.detach(), self.layout)) for slots, t in placed]
-        shape, size, vocab = batch.ids.shape, batch.ids.numel(), placed[0][1].shape[-1]
+        pieces = [(slots, part(t.detach())) for slots, t, part in placed]
+        shape, size, vocab = batch.ids.shape, batch.ids.numel(), pieces[0][1].shape[-1]
         logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
-        for slots, t in placed:
+        for slots, t in pieces:
             keep = slots >= 0
             made[slots[keep]] = True
             logits[slots[keep]] = t[keep].float()
         return Observation(float(loss.detach()), logits.view(*shape, -1), made.view(shape))
 
-    def readout(self, batch: AuditBatch, train: bool = False) -> Readout:
-        """Run the loss and read targets and weights off d loss / d logits.
+    def gradients(
+        self, batch: AuditBatch, train: bool = False, noise_size: float = 1.0
+    ) -> tuple[float, list[tuple[Tensor, Tensor, Tensor]]]:
+        """The loss; and of each piece of logits the slots, the logits and d loss / d logits.
 
         The logits are replaced by the same moderate noise at every position, as large or NaN logits
-        would make the fit inaccurate, unless the module that returns them also computes the loss.
+        would make a fit inaccurate, unless the module that returns them also computes the loss.
         """
+        head = self.head
 
-        def replace(t: Tensor) -> Tensor:
-            if self.replaceable:
+        def stand_in(t: Tensor) -> Tensor:
+            if head.replaceable:
                 gen = torch.Generator().manual_seed(0)  # fixed: independent of the audit's seed
-                wide = locate.to_btv(t.detach().float(), self.layout)
-                noise = torch.randn(wide.shape[-1], generator=gen).to(wide.device)
+                wide = locate.to_btv(t.detach().float(), head.layout)
+                noise = noise_size * torch.randn(wide.shape[-1], generator=gen).to(wide.device)
+                noise = noise.softmax(-1) if is_distribution(wide) else noise
                 z = torch.where(torch.isneginf(wide), wide, noise)
-                t = (z.permute(self.layout) if self.layout else z[0]).clone().requires_grad_()
+                back = sorted(range(len(head.layout)), key=head.layout.__getitem__)
+                t = (z.permute(back) if back else z[0]).clone().requires_grad_()
             elif t.requires_grad:
                 t.retain_grad()
             return t
 
-        loss, placed = self._catch(batch, train, replace)
-        grads = self.grads(loss, [leaf for _, leaf in placed])
-        if self.replaceable and all(g is None for g in grads):
-            self.replaceable = False
-            return self.readout(batch, train)
+        loss, placed = self._catch(batch, train, stand_in)
+        grads = self.grads(loss, [leaf for _, leaf, _ in placed])
+        if head.replaceable and all(g is None for g in grads):
+            self.head = head._replace(replaceable=False)
+            return self.gradients(batch, train)
+        pairs = [(*piece, g) for piece, g in zip(placed, grads, strict=True) if g is not None]
+        wide = [(slots, part(leaf.detach()), part(g)) for slots, leaf, part, g in pairs]
+        return float(loss.detach()), wide
+
+    def readout(self, batch: AuditBatch, train: bool = False, noise_size: float = 1.0) -> Readout:
+        """Run the loss and read targets and weights off d loss / d logits.
+
+        Where the fit is not exact, it is tried with small noise: what the loss does to the logits
+        first, a cap or a scale, is a factor s there. Then weight is w s^2, onehot_weight w s.
+        """
+        loss, pieces = self.gradients(batch, train, noise_size)
         ids = batch.ids
         exact = torch.float32 if ids.device.type == "mps" else torch.float64
         target = torch.full((ids.numel(),), -1, device=ids.device)
         values, residual = torch.zeros(4, ids.numel(), dtype=exact, device=ids.device), 0.0
-        for (slots, leaf), g in zip(placed, grads, strict=True):
-            if g is None:
-                continue
-            y, new, rest = fit(*(locate.to_btv(x, self.layout) for x in (leaf.detach(), g)))
+        for slots, z, g in pieces:
+            y, new, rest = fit(z, g)
             keep = slots >= 0
             slots, y, new = slots[keep], y[keep], new[:, keep].to(exact)
             stronger = new[0].abs() >= values[0, slots].abs()
@@ -190,40 +239,62 @@ class InstrumentedModel:
             values.index_add_(1, slots, new)
             residual = max(residual, rest)
         target, values = target.view(ids.shape), values.view(4, *ids.shape)
-        return Readout(float(loss.detach()), residual, len(placed), target, *values)
+        r = Readout(loss, residual, len(pieces), target, *values)
+        if residual > EXACT and self.head.replaceable and noise_size > _SMALL_NOISE:
+            other = self.readout(batch, train, _SMALL_NOISE)
+            if other.residual < 0.1 * residual:
+                r, r.scaled = other, True
+                r.weight = (r.onehot_weight**2 / r.weight).nan_to_num(0.0)
+        return r
 
     def _catch(
         self, batch: AuditBatch, train: bool, edit: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The loss; and the slots of each piece of logits, with the piece as `edit` passes it."""
-        if self.logits_module is None or self.input_module is None:
-            raise RuntimeError("no logits to look at")
-        used, calls = set[int](), list[tuple[Tensor, list[Tensor]]]()
+    ) -> tuple[Tensor, list[Piece]]:
+        """The loss, and the pieces of logits of the head, as `edit` passes them."""
+        head, width, placed = self.head, batch.ids.shape[1], list[Piece]()
+        assert self.input_module is not None
+        used, calls = set[int](), list[tuple[Tensor, list[tuple[Tensor, int | None]]]]()
+        self.count = 0
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if (slots := locate.slots_of_call((args, kwargs), batch, used)) is not None:
+            slots = locate.slots_of_call((args, kwargs), batch, used)
+            # An embedding that looks up the coming tokens for a further head is no new pass.
+            again = isinstance(module, nn.Embedding) and calls and slots is not None
+            if slots is not None and not (again and torch.isin(slots, calls[-1][0]).any()):
                 calls.append((slots, []))
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            t = locate.get_path(output, self.path)
-            if not calls or not isinstance(t, Tensor):
+            t = locate.get_path(output, head.path)
+            if not calls or not isinstance(t, Tensor) or t.ndim != (len(head.layout) or 2):
                 return None
-            new = edit(t)
-            calls[-1][1].append(new)
-            return None if new is t else locate.set_path(output, self.path, new)
+            slots, made = calls[-1]
+            made.append((new := edit(t), locate.first_column(t, slots.shape[1])))
+            return None if new is t else locate.set_path(output, head.path, new)
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
-        loss = self.run(batch, train, [*hooks, self.logits_module.register_forward_hook(after)])
-        placed: list[tuple[Tensor, Tensor]] = []
-        for slots, pieces in calls:
-            shapes = [locate.to_btv(t, self.layout).shape for t in pieces]
-            placed += zip(locate.place(slots, shapes, batch) if pieces else [], pieces, strict=True)
+        loss = self.run(batch, train, [*hooks, head.module.register_forward_hook(after)])
+        for slots, made in calls:
+            pieces = [(t, i, part) for t, i in made for part in locate.parts(t, head.layout)]
+            room = slots.shape[1] if head.layout else slots.numel()
+            number, left, mine = 0, 0, []
+            for piece in pieces:
+                # Chunks of a head fit beside each other; where they do not, the next head begins.
+                size = piece[2](piece[0]).shape[1]
+                number, left = (number, left) if size <= left else (number + 1, room)
+                left -= size
+                mine += [piece] if number == head.number + 1 else []
+            self.count = max(self.count, number)
+            shapes = [part(t).shape for t, _, part in mine]
+            where = locate.place(slots, shapes, mine[0][1], batch) if mine else []
+            for slots, (t, _, part) in zip(where, mine, strict=True):
+                inside = (slots >= 0) & (slots % width < width - head.ahead)
+                placed.append((torch.where(inside, slots + head.ahead, -1), t, part))
         if not placed:
             raise RuntimeError("the logits were not seen in this run")
         return loss, placed
 
 
-def _loss_of_model(model: Any, batch: Any) -> Tensor:
+def loss_of_model(model: Any, batch: Any) -> Tensor:
     loss = locate.get_path(model(**batch), ("loss",)) if isinstance(batch, dict) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the model returns no `.loss`: pass loss_fn(model, batch)")

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from causal_preflight import Report, preflight, to_html
-from causal_preflight.parse_batch import named_tensors
+from causal_preflight import Report, to_html
+from causal_preflight.audit import audit_batch
+from causal_preflight.readout import NO_TARGET
+from causal_preflight.report import PreflightError
 
 try:
     import lightning as L
@@ -24,14 +26,11 @@ except ImportError as missing:
     ) from missing
 
 log = logging.getLogger(__name__)
-
-
-class PreflightError(ValueError):
-    """The preflight found a fault, and `on_fault` is "error"."""
+_TRIED = 10  # batches without a target that are passed over
 
 
 class Preflight(L.Callback):
-    """Audit a LightningModule by its own `training_step`, on the first batch of the fit.
+    """Audit a LightningModule by its own `training_step`, on the first batch that has a target.
 
     Use: `Trainer(callbacks=[Preflight(pad_id=0, eos_id=2)])`.
 
@@ -67,7 +66,12 @@ class Preflight(L.Callback):
         if self.on_fault == "off" or self.report is not None:
             return
         report = self.audit(trainer, pl_module, batch) if trainer.is_global_zero else Report()
-        self.report = report = trainer.strategy.broadcast(report)
+        report = trainer.strategy.broadcast(report)
+        if NO_TARGET in report.skipped.values() and not report.findings and batch_idx < _TRIED:
+            if trainer.is_global_zero:
+                _announce(f"preflight: batch {batch_idx} has no target; trying the next", False)
+            return
+        self.report = report
         if trainer.is_global_zero:
             pairs = f"trained pairs: {trained_pairs(report, self.name)}"
             _announce(f"{pairs}\n{report.summary()}", report.clean)
@@ -172,41 +176,6 @@ def _step_loss(module: L.LightningModule, batch: Any, losses: list[Tensor]) -> T
     if not isinstance(loss, Tensor):
         raise ValueError("training_step returns no loss, and passes none to self.manual_backward")
     return loss
-
-
-def audit_batch(
-    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
-    **options: Any,
-) -> Report:  # fmt: skip
-    """`preflight` with a loss that takes the batch alone, or two micro-batches of it.
-
-    A method `whole_logits()` of the model, a context in which its loss uses whole logits, is used.
-
-    Args:
-        batch: any kind that `preflight` understands.
-        loss_of: gets a batch of the same type, with edited tensors, and returns the scalar loss.
-        parted: pass two micro-batches of half the rows each to `loss_of` instead.
-        options: those of `preflight`.
-    """
-    keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
-    total = len(named_tensors(batch, **keys)[0]["input_ids"])
-
-    def loss(_: nn.Module, edited: Any) -> Tensor:
-        raw, rebuild = named_tensors(edited, **keys)
-        rows = len(raw["input_ids"])
-        size = (rows + 1) // 2 if parted else rows
-
-        def part(start: int) -> Any:
-            cut = {k: v for k, v in raw.items() if isinstance(v, Tensor) and len(v) == rows}
-            return rebuild({**raw, **{k: v[start : start + size] for k, v in cut.items()}})
-
-        return loss_of(*map(part, range(0, rows, size)))
-
-    with getattr(model, "whole_logits", nullcontext)():
-        report = preflight(model, batch, loss, **options)
-    if parted and total == 1:
-        report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
-    return report
 
 
 def trained_pairs(report: Report, name: Callable[[int], str], most: int = 8) -> str:

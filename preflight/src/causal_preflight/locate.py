@@ -4,7 +4,8 @@ A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from causal_preflight.batch import IGNORE, AuditBatch
 
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
-"""Permutation that takes logits to (b, t, V), and back; () for flat logits (n, V)."""
+"""Permutation that takes logits to (b, t, V), stacked heads to (k, b, t, V); () for flat (n, V)."""
+_NODES = 30  # of the graph that makes the logits, from its end
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
 
 
@@ -60,6 +62,10 @@ def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
     b, t = ids
     if len(shape) == 2:
         return [()] if shape[1] >= vocab and shape[0] <= b * t else []
+    if len(shape) == 4:  # stacked heads
+        orders = (2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3)
+        sizes = {order: (shape[order[1]], shape[order[2]], shape[3] >= vocab) for order in orders}
+        return [order for order, size in sizes.items() if size in ((b, t, True), (b, t - 1, True))]
     fits = {
         (0, 1, 2): shape[0] == b,
         (0, 2, 1): shape[0] == b and shape[2] in (t, t - 1),
@@ -69,14 +75,32 @@ def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
 
 
 def to_btv(t: Tensor, layout: Layout) -> Tensor:
-    """Any layout -> (b, t, V), or (1, n, V) for flat logits."""
+    """Any layout -> (b, t, V), (1, n, V) for flat logits, (k, b, t, V) for stacked heads."""
     return t.permute(layout) if layout else t[None]
+
+
+def parts(t: Tensor, layout: Layout) -> list[Callable[[Tensor], Tensor]]:
+    """What takes t, or its gradient, to the logits (b, t, V) of each head that it stacks."""
+    heads = range(t.shape[layout[0]]) if t.ndim == 4 else (slice(None),)
+    return [partial(lambda i, x: to_btv(x, layout)[i], i) for i in heads]
+
+
+def made_of(t: Tensor, source: Tensor) -> bool:
+    """Whether a tensor was computed from another one, by its graph."""
+    todo, seen = [(t.grad_fn, t.output_nr)], set[Any]()
+    while todo:
+        if (edge := todo.pop()) not in seen and edge[0] is not None:
+            seen.add(edge)
+            todo += edge[0].next_functions
+    return (source.grad_fn, source.output_nr) in seen
 
 
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
     """The slots of the largest part of the batch among the arguments of a call, if there is any."""
     found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]
-    return max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)
+    best = max((slots for slots in found if slots is not None), key=Tensor.numel, default=None)
+    used.update([] if best is None else best[:, 0].tolist())  # once: labels may equal the ids
+    return best
 
 
 def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
@@ -120,10 +144,7 @@ def _window(t: Tensor, ids: Tensor, slots: Tensor, used: set[int]) -> Tensor | N
             best = overlap, slots[rows, window]
         if not overlap:
             break
-    if best is None:
-        return None
-    used.update(best[1][:, 0].tolist())
-    return best[1]
+    return None if best is None else best[1]
 
 
 def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
@@ -139,22 +160,48 @@ def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
     return hit
 
 
-def place(slots: Tensor, shapes: list[torch.Size], batch: AuditBatch) -> list[Tensor]:
+def first_column(logits: Tensor, width: int) -> int | None:
+    """The first of `width` columns of hidden states that logits are made of, by their graph.
+
+    None if positions are chosen in another way than by a slice: by index, or by a split.
+    """
+    nodes: list[tuple[Any, int]] = [(logits.grad_fn, 0)]
+    starts, chosen = list[int](), False
+    for node, start in nodes:  # breadth first
+        if node is None:
+            continue
+        if node.name() == "SliceBackward0" and node._saved_dim == 1:
+            size, begin = node._saved_self_sym_sizes[1], node._saved_start
+            begin -= 2**64 if begin >= 2**63 else 0  # negative numbers are saved unsigned
+            start += begin if begin >= 0 else max(0, size + begin)
+            if size == width:
+                starts.append(start)
+                continue
+        chosen |= node.name().startswith(("Index", "Split", "Gather"))
+        nodes += [(n, start) for n, _ in node.next_functions if len(nodes) < _NODES]
+    return min(starts, default=None if chosen else 0)
+
+
+def place(
+    slots: Tensor, shapes: list[torch.Size], first: int | None, batch: AuditBatch
+) -> list[Tensor]:
     """Slots for the logits (b', t', V) that one call of the model gave, in one piece or several.
 
-    Pieces, as of a head applied chunk by chunk, follow each other. Fewer logits than ids are the
-    first ones, more are the last. Flat ones (1, n, V) are all slots, all but the last column, or
-    only those that are real or have a target. RuntimeError if none of these fits.
+    Pieces, as of a head applied chunk by chunk, follow each other. Fewer logits than ids begin at
+    column `first`, more are the last. Flat ones (1, n, V) are all slots, all but the last column,
+    or only those that are real or have a target. RuntimeError if none of these fits.
     """
-    (b, t), widths = slots.shape, [s[1] for s in shapes]
-    total = sum(widths)
-    if b > 1 and all(s[0] == 1 for s in shapes):
+    b, widths = len(slots), [s[1] for s in shapes]
+    flat, total = b > 1 and all(s[0] == 1 for s in shapes), sum(widths)
+    if total < (slots.numel() if flat else slots.shape[1]):
+        slots = slots[:, first or 0 :] if flat or first is not None else slots[:, :0]
+    if flat:
         wanted = batch.has_target & (batch.label_of_next != IGNORE)
         masks = [m.flatten()[slots] for m in (wanted, batch.has_target, batch.real)]
-        options = [slots.flatten(), slots[:, : t - 1].flatten(), *(slots[m] for m in masks)]
+        options = [slots.flatten(), slots[:, :-1].flatten(), *(slots[m] for m in masks)]
         slots = next((o[None] for o in options if len(o) == total), slots[:, :0])
-    elif total > t:
-        slots = torch.cat([slots.new_full((b, total - t), -1), slots], 1)
+    elif total > slots.shape[1] > 0:
+        slots = torch.cat([slots.new_full((b, total - slots.shape[1]), -1), slots], 1)
     if slots.shape[1] < total:
         raise RuntimeError("the positions of the logits are unknown")
     return list(slots[:, :total].split(widths, 1))

@@ -3,7 +3,7 @@
 import math
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -24,7 +24,6 @@ class LoopReport(Report):
     """The outcome: findings have the label `loop`, and the name of a check as `probe`."""
 
     steps: int = 0
-    noted: list[str] = field(default_factory=list)
 
     @property
     def audited(self) -> bool:
@@ -36,9 +35,6 @@ class LoopReport(Report):
             return f"NOT AUDITED: {self.skipped.get('loop', 'no optimizer step was seen')}"
         faults = ", ".join(f.probe for f in self.findings)
         return f"training loop, {self.steps} steps: {f'FAULTS {faults}' if faults else 'no fault'}"
-
-    def notes(self) -> list[tuple[str, str]]:
-        return super().notes() + [("note", note) for note in self.noted]
 
 
 class LoopProbe(L.Callback):
@@ -143,7 +139,7 @@ class LoopProbe(L.Callback):
             groups = [g for w in first.watched for g in w.optimizer.param_groups]
             decaying = (p for g in groups if g.get("weight_decay") for p in g["params"])
             if names := [first.names.get(id(p), "?") for p in decaying if p.ndim < 2]:
-                self.report.noted.append(f"weight decay acts on norms or biases: {some(names)}")
+                self.report.remarks.append(f"weight decay acts on norms or biases: {some(names)}")
         self._tell(trainer)
 
     def on_validation_batch_start(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:

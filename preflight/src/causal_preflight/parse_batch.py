@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from causal_preflight.batch import IGNORE, AuditBatch
+from causal_preflight.boundaries import documents_of, entries, writer
 
 
 def named_tensors(
@@ -70,7 +71,11 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
     raw = {k: v.detach() if isinstance(v, Tensor) else v for k, v in raw.items()}
     real, pad_id = _real(raw, pad_id, eos_id)
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    return AuditBatch(raw, _documents(raw, real), slots, pad_id, eos_id)
+    doc = _documents(raw, real)
+    ways = {name: writer(v, doc) for name, v in entries(raw, doc).items()}
+    stale = next((k for k, way in ways.items() if not way and len(raw[k]) != len(ids)), "")
+    writers = {k: way for k, way in ways.items() if way}
+    return AuditBatch(raw, doc, slots, pad_id, eos_id, writers, stale)
 
 
 def _real(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> tuple[Tensor, int | None]:
@@ -112,7 +117,7 @@ def _pad_by_labels(raw: dict[str, Any]) -> int | None:
 def _documents(raw: dict[str, Any], real: Tensor) -> Tensor:
     """(B, T): document_ids, or an attention_mask of 1, 1, 2, 2, 3 that numbers the documents.
 
-    Else a position that restarts inside a row begins a new document.
+    Else boundaries such as `cu_seqlens`; else a position that restarts begins a new document.
     """
     doc, position = torch.zeros_like(real, dtype=torch.long), raw.get("position_ids")
     mask = raw.get("attention_mask")
@@ -120,6 +125,8 @@ def _documents(raw: dict[str, Any], real: Tensor) -> Tensor:
         doc = raw["document_ids"].long()
     elif isinstance(mask, Tensor) and mask.shape == real.shape and int(mask.max()) > 1:
         doc = mask.long() - 1
+    elif (stated := documents_of(raw, real)) is not None:
+        doc = stated
     elif isinstance(position, Tensor) and position.shape == real.shape:
         pair = real[:, 1:] & real[:, :-1]
         on = position[:, 1:] == position[:, :-1] + 1

@@ -8,11 +8,15 @@ from torch import Tensor
 
 from causal_preflight.batch import IGNORE, AuditBatch, shift_left
 from causal_preflight.context import Context, Move
+from causal_preflight.gradient_fit import is_distribution
 from causal_preflight.instrumented_model import Readout
 from causal_preflight.report import Finding, UnexaminableError, require
 
+NO_TARGET = "no position of the batch is trained on a target"
 _PAD_COUNTS = "{} is trained though it or its target is PAD:"
 _IGNORED = "{} is trained though its label is -100, or its `loss_mask` is False:"
+SOFT = 0.02  # residual of the fit from which targets may be distributions
+_UNREAD = 0.1  # and from which they cannot be read as tokens
 _TAKES_PART = 1e-6  # fraction of the largest gradient below which a position plays no part
 
 
@@ -20,7 +24,11 @@ def alignment(ctx: Context) -> list[Finding]:
     """Every counted position must be trained on the next token of its document, none on PAD."""
     found: dict[str, Finding] = {}
     counts = any(bool(ctx.readout(train).trained.any()) for train in (True, False))
-    require(counts, "no position of the batch is trained on a target")
+    require(counts, NO_TARGET)
+    if "soft targets" in ctx.explained:  # examined already
+        return []
+    r = ctx.readout(True)
+    require(r.residual < _UNREAD or offset_of(ctx.full, r) == 1, "no single target at a position")
     for train in (True, False):
         for f in _alignment(ctx, ctx.readout(train), "" if train else "in eval mode: "):
             found.setdefault(f.label, f)
@@ -28,11 +36,11 @@ def alignment(ctx: Context) -> list[Finding]:
     return list(found.values())
 
 
-def offset_of(batch: AuditBatch, r: Readout) -> int | None:
-    """The k for which position t is mostly trained on token t + k; None where no k fits."""
+def offset_of(batch: AuditBatch, r: Readout, most: int = 4) -> int | None:
+    """The k <= `most` for which t is mostly trained on token t + k; None where no k fits."""
     on, width = r.trained, batch.ids.shape[1]
     scores: dict[int, float] = {}
-    for k in range(-2, min(5, width)):
+    for k in range(-2, min(most + 1, width)):
         inside = on.clone()  # positions for which the row holds a token t + k
         inside[:, : max(0, -k)] = False
         inside[:, width - max(0, k) :] = False
@@ -54,7 +62,8 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> list[Finding]:
         return _shifted(ctx, r, k, mode)
     label, is_next = batch.label_of_next, r.target == shift_left(batch.ids, -1)
     eos = _closing_eos(batch, r)
-    expected = batch.has_target & (is_next | (r.target == label)) | eos
+    pair = batch.has_target | shift_left(batch.opening_eos, False)
+    expected = pair & (is_next | (r.target == label)) | eos
     if batch.labels is not None and batch.labels_shifted:
         # The label beyond the row is expected, except from a `roll` or from flattened rows.
         last, first = batch.labels[:, -1], batch.ids[:, 0]
@@ -156,7 +165,7 @@ def ending(ctx: Context) -> list[Finding]:
             if bool(ends.any()):
                 return never_ends("no document in the batch ends in EOS", ends)
         ends = eos
-    is_target = batch.has_target.roll(1, 1)  # has_target is False in the last column
+    is_target = batch.has_target.roll(1, 1) | batch.opening_eos  # False in the last column
     counted, ends = r.trained.roll(1, 1) & is_target, ends & is_target
     require(ends.any(), "no document is seen to end in this batch")
     require(offset_of(batch, r) == 1, "the targets are not the next tokens")
@@ -171,20 +180,55 @@ def ending(ctx: Context) -> list[Finding]:
 
 
 def reduction(ctx: Context) -> list[Finding]:
-    """The token weights must be those of a mean or a sum; if unclear, a second batch decides.
+    """The token weights must be those of a mean or a sum, or of a weighting by intent (a note)."""
+    require("inexact weights" not in ctx.explained, "the loss is fused: weights are known nearly")
+    found = _reduction(ctx)
+    if found and (note := _weighting(ctx)):
+        ctx.report.remarks.append(f"reduction: {note}")
+        return []
+    return found
+
+
+def _weighting(ctx: Context) -> str | None:
+    """A tensor of the batch that weighs the targets; or weights by target (focal, of classes)."""
+    r, rows = ctx.readout(True), len(ctx.full.ids)
+    w, y = r.weight[r.trained], r.target[r.trained]
+    for name, v in ctx.full.raw.items():
+        if not (isinstance(v, Tensor) and v.is_floating_point() and v.ndim in (1, 2)):
+            continue
+        if len(v) != rows or bool(((v == 0) | (v == 1)).all()):  # a mask
+            continue
+        ones = ctx.model.readout(ctx.full.with_tensor(name, torch.ones_like(v)), True)
+        if not _near(ones.weight[r.trained], w, 1e-3):
+            return f"the batch weighs the targets by `{name}`; these weights are not judged"
+    groups = [w[y == token] for token in y.unique() if int((y == token).sum()) > 1]
+    by_target = len(groups) > 2 and all(_near(g, g.mean(), 1e-3) for g in groups)
+    if by_target and not _near(w, w.mean(), 1e-2):
+        return "the weights depend on the target alone (focal loss, class weights); not judged"
+    return None
+
+
+def _reduction(ctx: Context) -> list[Finding]:
+    """Read the reduction off the weights; if unclear, a second batch decides.
 
     Accepted are the token mean (all 1/N), the sum (all one constant, whatever the batch) and the
     mean over rows, or documents, of means.
     """
-    require("pad target" not in ctx.explained, "PAD is trained, and changes every weight")
+    require("pad target" not in ctx.explained, "wrong targets count, which changes every weight")
     r, batch = ctx.readout(True), ctx.full
     on = r.trained
     require(bool(on.any()) and r.loss == r.loss, "no finite, counted position")
-    tol = max(2e-3, 3 * r.residual)
+    if is_distribution(ctx.base.logits[ctx.base.made]):
+        sums_up = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad)[on].all())
+        require(sums_up, "the model returns probabilities, of which the loss takes the logarithm")
+        seen = "the model returns probabilities (a softmax) where the loss expects logits"
+        return [ctx.finding("reduction", seen, "logits", Move(float("nan")))]
+    require(r.residual <= SOFT, "no single target at a position")
+    tol = max(2e-2 if r.scaled else 2e-3, 3 * r.residual)
     w = r.weight[on]
     if _near(w, w.mean(), tol):
         return [] if _near(w.sum(), 1, tol) or _near(w.mean(), 1, tol) else _constant(ctx, r, tol)
-    if _mean_of_means(r, batch.doc, tol):
+    if _mean_of_means(r, batch.doc, tol, factor=len(ctx.model.heads) > 1):
         # With several calls: over rows, or over calls of one row? With the rows doubled, a mean
         # over rows stays one, while calls hold rows of two lengths.
         doubled = batch.rows([*range(len(batch.ids))] * 2)
@@ -204,14 +248,15 @@ def _near(value: Tensor, wanted: Tensor | float, tol: float) -> bool:
     return bool(((value - wanted).abs() <= tol * wanted.abs()).all())
 
 
-def _mean_of_means(r: Readout, doc: Tensor, tol: float) -> bool:
-    """Equal within each row (or document), with equal sums that make 1, 1 each, or 1/B each."""
+def _mean_of_means(r: Readout, doc: Tensor, tol: float, factor: bool = False) -> bool:
+    """Equal within each row (or document), with equal sums: 1 or 1/B each, or with any `factor`."""
     row = torch.arange(len(doc), device=doc.device)[:, None].expand_as(doc)
     for group in (row, row * (int(doc.max()) + 2) + doc):
         parts = [r.weight[r.trained & (group == g)] for g in group[r.trained].unique()]
         sums = torch.stack([w.sum() for w in parts])
         uniform = all(_near(w, w.mean(), tol) for w in parts) and _near(sums, sums.mean(), tol)
-        if uniform and any(_near(sums.mean(), 1 / n, tol) for n in (1, len(sums), len(doc))):
+        sizes = (1, len(sums), len(doc))
+        if uniform and (factor or any(_near(sums.mean(), 1 / n, tol) for n in sizes)):
             return True
     return False
 
@@ -234,6 +279,9 @@ def _constant(ctx: Context, r: Readout, tol: float) -> list[Finding]:
     counts = (batch.ids.numel(), batch.ids[:, 1:].numel())
     slots = any(_near(w.mean() * k, 1, tol) for k in counts)
     same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
+    several = r.scaled or len(ctx.model.heads) > 1  # then the factor of a mean is not known
+    if several and _near(cut_w.sum(), w.sum(), tol):
+        return []
     if _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots):
         return []  # a sum with a factor
     others = "something other than the counted targets, or twice"
@@ -259,47 +307,3 @@ def emptied(ctx: Context) -> list[Finding]:
             seen = f"the loss is {loss} once row {{row}} holds no target"
             return [ctx.finding("reduction", seen, "clamp", Move(loss, int(batch.slot[0, 0])))]
     return []
-
-
-def labels(ctx: Context) -> list[Finding]:
-    """For a loss without visible logits: perturb labels, and see what the loss depends on.
-
-    A label changed from a to b changes the loss by w (z_b - z_a). If that moves with the input at
-    the label's own position, the logits have seen their target; if not with the one before, shifted
-    twice.
-    """
-    batch, given = ctx.work, ctx.work.labels
-    if given is None:
-        raise UnexaminableError("no logits were found and the batch has no labels to perturb")
-    places = batch.has_target & batch.swappable & shift_left(batch.swappable, False)
-    index = places.nonzero()
-    require(len(index) > 2, "rows too short to perturb labels")
-    b, t = index[len(index) // 2].tolist()  # its target is the token at t + 1
-
-    def loss(edited: AuditBatch, labels: Tensor) -> float:
-        return float(ctx.model.run(edited.with_tensor("labels", labels)).detach())
-
-    def difference(*swapped: int) -> float:
-        """Loss with one label minus loss with another, with these inputs of row b swapped."""
-        where, edits = torch.zeros_like(batch.real), (given.clone(), given.clone())
-        where[b, list(swapped)] = True
-        for edit, token in zip(edits, batch.ordinary[:2], strict=True):
-            edit[b, t + 1 - batch.labels_shifted] = token
-        this, that = (loss(batch.swap(where, ctx.seed), edit) for edit in edits)
-        return this - that
-
-    with ctx.weights(True):
-        before, after = loss(batch, given), loss(batch, given.masked_fill(~batch.real, IGNORE))
-        if abs(before - after) > 1e-5 * abs(before):
-            seen = f"the loss goes from {before:.4g} to {after:.4g} once the labels at PAD are -100"
-            return [ctx.finding("pad", seen, "pad targets", Move(abs(before - after)))]
-        plain, own, previous = difference(), difference(t + 1), difference(t)
-    require(plain != 0.0, "the loss does not depend on the labels of the batch")
-    if abs(own - plain) > 1e-3 * abs(plain):
-        what = "depends on that token as input"
-    elif abs(previous - plain) <= 1e-3 * abs(plain):
-        what = "does not depend on the token before it"
-    else:
-        return []
-    seen = f"row {{row}}: the loss on the token after position {{t}} {what}"
-    return [ctx.finding("shift", seen, "targets", Move(abs(plain), int(batch.slot[b, t])))]

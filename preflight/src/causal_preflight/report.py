@@ -9,7 +9,10 @@ LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
 ALIASES = {"norm": "reduction"}  # earlier words, still understood in `Report.faults`
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
+    "heads": "train a head that reads k more tokens on the token k + 1 ahead; shift for each head",
     "pad targets": "give PAD targets the label -100 by mask or length; drop them before the mean",
+    "dropped": "count every real target whose label is not -100: check what the loss slices",
+    "logits": "return logits: cross_entropy applies the softmax itself",
     "eos": "end each document in EOS and count it; tell PAD by mask or length, not by a shared id",
     "divide": "sum the token losses and divide once, by the targets of all micro-batches and ranks",
     "clamp": "clamp each count that divides to at least 1, or skip rows without targets",
@@ -29,17 +32,22 @@ REMEDIES = {
 
 
 PLAIN_WORDS = {  # probe -> what it checks
-    "finite": "finite numbers", "alignment": "next-token targets", "labels": "next-token targets",
+    "finite": "finite numbers", "alignment": "next-token targets",
+    "soft": "next-token targets", "dropped": "next-token targets",
     "ending": "EOS", "reduction": "token weights", "emptied": "rows without targets",
     "cross_row": "rows apart", "future": "causal mask", "documents": "documents apart",
     "context": "sight of earlier tokens", "embedding": "PAD hidden", "extension": "PAD added",
     "order": "positions", "alone": "positions", "length": "positions", "packed": "positions",
-    "decoding": "decoding with a cache",
+    "decoding": "decoding with a cache", "further_heads": "heads",
 }  # fmt: skip
 
 
 class UnexaminableError(Exception):
     """A probe cannot examine what it is given; `Report.skipped` gets the reason."""
+
+
+class PreflightError(ValueError):
+    """The preflight found a fault, and `on_fault` is "error"."""
 
 
 def require(condition: object, otherwise: str) -> None:
@@ -86,6 +94,7 @@ class Report:
     """The outcome of one preflight.
 
     `skipped`: probe -> why it could not be examined. `sampled`: what was examined in part only.
+    `remarks`: what is no fault, but should be known.
     `passed`: probes that ran and found nothing. `pictures`: plain lists for `to_html`. `forwards`:
     runs of the loss.
     """
@@ -97,6 +106,7 @@ class Report:
     pictures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     forwards: int = 0
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def faults(self) -> Faults:
@@ -106,7 +116,7 @@ class Report:
     @property
     def audited(self) -> bool:
         """Whether the targets could be determined; without them no other result is meaningful."""
-        return bool(self.findings or {"alignment", "labels"} & set(self.passed))
+        return bool(self.findings or "alignment" in self.passed)
 
     @property
     def clean(self) -> bool:
@@ -117,7 +127,7 @@ class Report:
     def verdict(self) -> str:
         """One line: the faults, or that there are none, or that nothing could be examined."""
         if not self.audited:
-            why = (self.skipped.get(k) for k in ("preflight", "labels", "alignment"))
+            why = (self.skipped.get(k) for k in ("preflight", "logits", "alignment"))
             return f"NOT AUDITED: {next(filter(None, why), 'nothing could be examined')}"
         faults = ", ".join(self.faults.in_order())
         cost = f"({self.forwards} forward passes, {self.seconds:.1f} s)"
@@ -152,7 +162,8 @@ class Report:
         skipped = dict.fromkeys(PLAIN_WORDS.get(x, x) for x in self.skipped)
         skipped = {word: None for word in skipped if word not in passed}
         lists = ("checked", passed), ("skipped", skipped)
-        return self._text([(head, ", ".join(words)) for head, words in lists if words])
+        notes = [("noted", note) for note in self.remarks]
+        return self._text(notes + [(head, ", ".join(words)) for head, words in lists if words])
 
     def _text(self, notes: list[tuple[str, str]]) -> str:
         lines, cells = [f"preflight: {self.verdict}"], list[tuple[str, str]]()
@@ -166,4 +177,5 @@ class Report:
         """What was examined, what was not, and what in part only."""
         notes = [("checked", ", ".join(self.passed))] if self.passed else []
         notes += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
+        notes += [("noted", note) for note in self.remarks]
         return notes + [("sampled", note) for note in self.sampled]

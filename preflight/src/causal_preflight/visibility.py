@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.batch import AuditBatch, shift_left
+from causal_preflight.batch import AuditBatch, one_a_row, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
 from causal_preflight.locate import EmbeddingNoise
 from causal_preflight.readout import offset_of
@@ -91,7 +91,7 @@ def future(ctx: Context) -> list[Finding]:
     require("cross_row" not in ctx.explained, known)
     work, (rows, width) = ctx.work, ctx.work.ids.shape
     require(width > 1, "needs rows of two tokens")
-    runs, pad = min(width - 1, _CUTS), work.has_pad
+    runs, pad = min(width - 1, _CUTS), work.has_pad and not work.stale
     few = max(2, runs // (3 if pad else 2))
     several = _repeated(ctx, work, _ROWS if pad else 2 * _ROWS)
     plan = [(work, False, False, runs)]  # from likely to unlikely
@@ -118,7 +118,8 @@ def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:
     """The batch with its rows repeated, for cuts at several places of a row in one run."""
     rows, size = len(batch.ids), ctx.base.logits[0].numel()
     wanted = min(wanted, _MAX_LOGITS // size)
-    return batch if rows >= wanted else batch.rows([i % rows for i in range(wanted)])
+    fixed = batch.stale or (rows == 1 and batch.writers)  # a model of one flattened row
+    return batch if rows >= wanted or fixed else batch.rows([i % rows for i in range(wanted)])
 
 
 def _cuts(batch: AuditBatch, start: int, runs: int) -> list[Tensor]:
@@ -186,7 +187,9 @@ def context(ctx: Context) -> list[Finding]:
     A model whose logits depend on their own token only may be meant so (a bigram): it is a
     fault only if a part of its weights, as queries and keys, can have no effect.
     """
+    require(ctx.counted(ctx.work).any(), NONE_COUNTS)
     require("finite" not in ctx.explained, "the logits are not finite")
+    require(not ctx.model.head.ahead, "no head is trained on the next token")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
@@ -227,11 +230,7 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
 
     tried = own = unmoved = older = last = 0
     for i in range(3):
-        one = torch.zeros_like(ok)
-        for b, row in enumerate(ok):
-            places = row.nonzero()[:, 0]
-            if len(places):
-                one[b, places[(len(places) * (2 * i + 1)) // 6]] = True
+        one = one_a_row(ok, 2 * i + 1)
         seen, following = reach(one, ctx.seed + i), one.roll(1, 1)
         unseen = one & ~seen.roll(-1, 1)
         if bool(unseen.any()):
@@ -253,14 +252,14 @@ def _hidden_special(ctx: Context) -> list[Finding]:
     A mask made by comparing ids would show the token that is swapped in for it; so noise is added
     to its embedding.
     """
-    work, base = ctx.work, ctx.observe(ctx.work, rescaled=True).logits
-    bound = ctx.bound(base, work.real) * 0.05
+    work, seen = ctx.work, ctx.observe(ctx.work, rescaled=True)
+    base, bound = seen.logits, ctx.bound(seen.logits, work.real) * 0.05
     same = shift_left(work.doc.flip(1), -1).flip(1) == work.doc  # as the token before
 
     def unseen(part: Tensor, later: int) -> Tensor:
         with EmbeddingNoise(work, part, ctx.seed) as noise:
             change = moved(ctx.model.observe(work).logits, base)
-        return part & (change.roll(-later, 1) <= bound) & (noise.hits > 0)
+        return part & (seen.made & (change <= bound)).roll(-later, 1) & (noise.hits > 0)
 
     for token in work.special.tolist():
         at = work.has_target & (work.ids == token)
@@ -270,8 +269,8 @@ def _hidden_special(ctx: Context) -> list[Finding]:
         before = shift_left(hidden & same, False)  # unseen as well where a document or block ends
         hidden &= ~same | (before & ~unseen(before, 2)).roll(1, 1)
         if bool(hidden.any()):
-            seen = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key"
-            return [ctx.finding("pad", seen, "by value", Move(0.0, int(work.slot[hidden][0])))]
+            what = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key"
+            return [ctx.finding("pad", what, "by value", Move(0.0, int(work.slot[hidden][0])))]
     return []
 
 

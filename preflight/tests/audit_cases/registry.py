@@ -54,3 +54,27 @@ def add_right(name: str, build: Callable[[int], Setup]) -> Callable[[int], Setup
 def add(label: str, twin: Callable[[int], Setup], name: str, build: Callable[[int], Setup]) -> None:
     build.__name__ = name
     faulty(label, twin)(build)
+
+
+class Cases:
+    """A collection of its own: right set-ups by name, faulty ones with label and right twin."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, Callable[[int], Setup]] = {}
+        self.faulty: dict[str, tuple[str, str, Callable[[int], Setup]]] = {}
+
+    def add_right(self, name: str, build: Callable[[int], Setup]) -> Callable[[int], Setup]:
+        build.__name__ = name
+        self.right[name] = build
+        return build
+
+    def add(
+        self, label: str, twin: Callable[[int], Setup], name: str, build: Callable[[int], Setup]
+    ) -> None:
+        self.faulty[name] = label, twin.__name__, build
+
+    def pair(self, name: str, right: Callable[[int], Setup], **faulty: Any) -> None:
+        """A right set-up; and each `label_detail=build` that is one edit away from it."""
+        twin = self.add_right(name, right)
+        for key, build in faulty.items():
+            self.add(key.partition("_")[0], twin, f"{name}: {key}", build)

@@ -1,0 +1,109 @@
+"""Several heads: what each is trained on, which is the main one, and probes of the others.
+
+A head of multi-token prediction (Gloeckle et al., arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437)
+is trained on token t + k. Once its logits are placed k - 1 columns later, the rules for the next
+token hold for it as well: its target follows, and it may see no token after its own place.
+"""
+
+from contextlib import suppress
+from dataclasses import replace
+
+from causal_preflight import padding, readout, visibility
+from causal_preflight.context import Context, Probe
+from causal_preflight.instrumented_model import Head, Readout
+from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
+
+FITS, _UNFIT = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
+_SIGHT = (
+    visibility.cross_row, visibility.future, visibility.documents, padding.embedding,
+    padding.extension,
+)  # fmt: skip
+
+
+def arrange(ctx: Context) -> float:
+    """Read every head once, and look at the main one: the next token, the largest weight.
+
+    Right are offsets 1, 2, 3, ... without a gap, each once; that of the main head is also right
+    before it, and where there is no other (deep supervision). Over a frozen model they may begin
+    at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
+
+    Returns:
+        The part of a gradient that no target may explain if logits rebuilt of a fused loss are to
+        replace those found; 0 where these fit. Those of soft targets sum to 0 at each position.
+    """
+    model, read = ctx.model, list[tuple[Head, Readout, int | None]]()
+    for head in model.heads:
+        number, model.count = 0, 1
+        while number < model.count:
+            model.head = head._replace(number=number)
+            with suppress(RuntimeError):  # as for a classifier of rows
+                r = model.readout(ctx.full, True)
+                read.append((model.head, r, readout.offset_of(ctx.full, r, 8)))
+            number += 1
+    if not read:
+        model.heads = []
+        return _UNFIT
+    read = [hit for hit in read if bool(hit[1].trained.any())] or read[-1:]
+    known = {k for _, _, k in read}
+    first = 2 if model.frozen and {2, 3} <= known and 1 not in known else 1
+    last = next(k for k in range(first, len(read) + 3) if k not in known) - 1
+    rank = [(k == first, k is not None, round(float(r.weight.abs().sum()), 4)) for _, r, k in read]
+    main = max(range(len(read)), key=lambda i: (rank[i], i if last > first else -i))
+    heads, taken = list[Head](), set[int]()
+    for i in (main, *(i for i in range(len(read)) if i != main and rank[i][1])):
+        head, r, k = read[i][0], read[i][1], read[i][2] or 0
+        again = k in taken and last > first and not (k == first and i < main)
+        ahead = k - 1 + again if first <= k <= last else 0
+        leaves_row = bool(r.trained[:, r.trained.shape[1] - ahead :].any())
+        heads.append(head._replace(ahead=0 if leaves_row else ahead))
+        taken.add(k)
+    if len(heads) < len(read):
+        ctx.report.remarks.append(f"heads: {len(heads)} of {len(read)} are trained on next tokens")
+    model.heads, model.head = heads, heads[0]
+    r = read[main][1]
+    ctx._readouts = {} if model.head.ahead else {True: r}
+    if not bool(r.trained.any()):
+        return _UNFIT
+    soft = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad).all())
+    return 0.0 if r.residual <= FITS else 0.01 if soft else min(_UNFIT, r.residual / 2)
+
+
+def further_heads(ctx: Context) -> list[Finding]:
+    """A further head must be trained on its own offset, and see nothing beyond its own place."""
+    model, found = ctx.model, dict[str, Finding]()
+    main, *further = model.heads
+    require(further, "there is one head")
+    try:
+        for number, head in enumerate(further, 2):
+            # What another fault moves already is not examined again.
+            sight = () if ctx.explained or found else _SIGHT
+            seen = _examine(ctx, head, readout.alignment, *sight)
+            same = [h for h in model.heads if h.ahead == head.ahead]
+            if [f.label for f in seen] == ["causal"] and len(same) > 1:
+                # One that reads a few coming tokens, and no more, has the targets of another one.
+                far = head._replace(ahead=head.ahead + len(further))
+                if not _examine(ctx, far, visibility.future):
+                    seen = [replace(seen[0], label="shift", remedy=REMEDIES["heads"])]
+            found |= {f.label: replace(f, seen=f"head {number}: {f.seen}") for f in seen}
+    finally:
+        model.head, model.always_train = main, False
+    ctx.explained |= {"pad target" if label == "pad" else label for label in found}
+    return list(found.values())
+
+
+def _examine(ctx: Context, head: Head, *probes: Probe) -> list[Finding]:
+    """What the first of the probes that finds anything in this head finds."""
+    model = ctx.model
+    model.head, model.always_train = head, False
+    own = replace(ctx, report=Report(), explained=set(), _readouts={}, _observed={})
+    try:
+        own.observe(ctx.work)
+    except RuntimeError:  # made in training only
+        model.always_train = True
+    for probe in probes:
+        if model.always_train and probe is padding.extension:
+            continue  # it compares runs of two shapes, which differ in dropout
+        with suppress(UnexaminableError):
+            if seen := probe(own):
+                return seen
+    return []
