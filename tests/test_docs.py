@@ -50,7 +50,7 @@ def code_spans(text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("of", "expected"),
-    [(fenced, 20), (figures, 120), (code_spans, 180)],
+    [(fenced, 20), (figures, 100), (code_spans, 180)],
     ids=["commands", "figures", "names"],
 )
 def test_the_chinese_readme_has_the_same(of, expected):
