@@ -1,0 +1,69 @@
+"""The pages of docs/ and the Chinese README keep up with the code and with the README."""
+
+import re
+
+import pytest
+
+from causal_lm.config import CONFIG_DIR, GROUPS
+from causal_lm.schema import RULES
+from support import ROOT, load_script
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_reference_is_what_its_script_makes():
+    assert read("docs/reference.md") == load_script("reference").page()
+
+
+def test_the_reference_has_every_group_option_and_key():
+    page = read("docs/reference.md")
+    options = [file for group in GROUPS for file in (CONFIG_DIR / group).glob("[!_]*.yaml")]
+    assert len(options) > 60
+    for file in options:
+        assert f"\n### {file.parent.name}={file.stem}\n" in page
+    keys = [key for key in RULES if "*" not in key]
+    assert len(keys) > 100
+    assert [key for key in keys if f"\n| `{key}` |" not in page] == []
+
+
+def sections(page: str) -> list[str]:
+    return re.split(r"^## ", read(page), flags=re.MULTILINE)
+
+
+def fenced(text: str) -> list[str]:
+    return re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def figures(text: str) -> list[str]:
+    return re.findall(r"\d(?:[\d,.]*\d)?[⁰¹²³⁴-⁹]*", prose(text))
+
+
+def code_spans(text: str) -> list[str]:
+    return sorted(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(text)))
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [(fenced, 20), (figures, 100), (code_spans, 180)],
+    ids=["commands", "figures", "names"],
+)
+def test_the_chinese_readme_has_the_same(of, expected):
+    """In each section: the same code blocks and figures in the same order, the same names."""
+    english, chinese = sections("README.md"), sections("README.zh-CN.md")
+    assert [of(text) for text in chinese] == [of(text) for text in english]
+    assert sum(len(of(text)) for text in english) > expected
+
+
+def test_the_chinese_readme_is_chinese_and_links_to_the_same_pages():
+    text = prose(read("README.zh-CN.md"))
+    paragraphs = [part for part in text.split("\n\n") if part.strip() and part[0] not in "#!"]
+    assert [part for part in paragraphs if not re.search("[\u4e00-\u9fff]", part)] == []
+    links = [re.findall(r"\]\(([^)]+)\)", read(name)) for name in ("README.md", "README.zh-CN.md")]
+    assert links[0].pop(0) == "README.zh-CN.md" and links[1].pop(0) == "README.md"
+    assert links[0] == links[1]
