@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from support import command
+from support import ROOT, command, load_script
 
 
 @pytest.mark.extras
@@ -23,3 +23,11 @@ def test_one_round_of_one_step(tmp_path):
     assert shares["llama, packed"] > 0.97 > shares["llama, padded"]
     for name in shares:
         assert f"| {name} | " in done.stdout
+
+
+def test_the_page_shows_the_stored_figures():
+    figures = json.loads((ROOT / "docs/peers.json").read_text("utf-8"))
+    page = (ROOT / "docs/performance.md").read_text("utf-8")
+    shown = page.partition("<!-- peers -->\n")[2].partition("\n<!-- /peers -->")[0]
+    assert shown == load_script("peers").table_of(figures)
+    assert len(figures["targets_per_second"]["llama, packed"]) == figures["rounds"] >= 5
