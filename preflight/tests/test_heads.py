@@ -11,7 +11,7 @@ from audit_cases.registry import KNOWN
 from causal_preflight import Report, preflight
 
 torch.set_num_threads(1)
-QUICK = ("medusa_on_pad", "deepseek_open")
+QUICK = ("medusa_on_pad",)
 
 
 def audit(setup: Setup, seed: int) -> Report:

@@ -253,7 +253,7 @@ class TwoOptimizers(Manual):
         return pair, [torch.optim.lr_scheduler.StepLR(o, 1, 0.9) for o in pair]
 
 
-@pytest.mark.parametrize("adversary", [False, True])
+@pytest.mark.parametrize("adversary", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_optimizers_are_left_as_they_were(tmp_path, adversary):
     states = []
     for on_fault in ("error", "off"):
@@ -269,7 +269,7 @@ def test_two_optimizers_are_left_as_they_were(tmp_path, adversary):
         fit(TwoOptimizers(2, adversary), Preflight(pad_id=0, eos_id=2), tmp_path)
 
 
-@pytest.mark.parametrize("labeled", [True, False])
+@pytest.mark.parametrize("labeled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_batch_without_a_target_is_passed_over(tmp_path, labeled, capsys, caplog):
     class Masked(Theirs):
         def training_step(self, batch, batch_idx):

@@ -146,6 +146,7 @@ def test_weights_behind_a_scale_are_those_of_the_loss(factor: float) -> None:
     torch.testing.assert_close(onehot**2 / weight, expected, rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 def test_what_one_target_does_not_explain_is_said_in_the_summary() -> None:
     model, batch, _, known = OBJECTIVES.right["distilled"](0)
     report = preflight(model, batch, distilled(mix=0.5), **known)
