@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from causal_lm import config, extras, generation, masks
-from causal_lm.build import instantiate
+from causal_lm.build import instantiate, prepare
 from causal_lm.models.external import XTransformers, huggingface
 from causal_lm.module import CausalLM
 from support import V, command, make_batch
@@ -154,3 +154,10 @@ def test_a_run_and_its_checkpoint(preset, tmp_path):
     assert "no fault found" in done.stdout + done.stderr
     done = command("scripts/generate.py", str(tmp_path / "checkpoints/last.ckpt"))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.extras
+def test_rows_longer_than_the_positions_are_refused_before_the_first_step():
+    cfg = config.load(["model=huggingface", "model.config.n_positions=16", "data.max_length=20"])
+    with pytest.raises(config.ConfigError, match=r"rows of up to 20 tokens, and the model has 16"):
+        prepare(cfg)

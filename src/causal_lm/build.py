@@ -182,13 +182,19 @@ def make_trainer(
 
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
     """Seed, load the data, make the module; before all that, check the keys of the Trainer, and
-    replace a precision of ``auto`` in ``cfg`` by the one that is chosen."""
+    replace a precision of ``auto`` in ``cfg`` by the one that is chosen. Raises ConfigError where a
+    row is longer than the model's positions."""
     find_target(cfg.trainer)
     cfg.trainer.precision = precision.resolve(cfg.trainer.precision, cfg.trainer.accelerator)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: DataModule = instantiate(cfg.data)
     corpus = data.load()
-    return data, corpus, make_module(cfg, corpus.tokenizer)
+    module = make_module(cfg, corpus.tokenizer)
+    limit = getattr(module.model, "max_positions", None)
+    if limit is not None and (longest := int(data.train_windows.lengths.max())) > limit:
+        rows = f"data.max_length={cfg.data.max_length} gives rows of up to {longest} tokens"
+        raise ConfigError(f"{rows}, and the model has {limit} positions: lower data.max_length")
+    return data, corpus, module
 
 
 def restore(path: str | Path, trust: Iterable[str] = ()) -> tuple[CausalLM, Tokenizer, Any]:
