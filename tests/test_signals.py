@@ -341,7 +341,7 @@ from causal_lm.data.tokenize_corpus import Chunk, tokenize_chunks
 from causal_lm.data.tokenizers import ByteTokenizer
 
 def endless():
-    chunk = Chunk([("text " * 1000,)] * 100, False, 0.0, None)
+    chunk = Chunk([("text " * 1000,)] * 100, False, (0.0, 0.0), None)
     chunks = itertools.repeat(chunk)
     for n, _ in enumerate(tokenize_chunks(chunks, ByteTokenizer().state(), 2)):
         if n == 2:
