@@ -130,7 +130,9 @@ def test_a_damaged_summary_is_no_finished_run(damage, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 3
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.97])
+@pytest.mark.parametrize(
+    "keep", [0.3, *(pytest.param(keep, marks=pytest.mark.slow) for keep in (0.0, 0.97))]
+)
 def test_a_torn_log_is_cut_at_its_last_good_row(keep, tmp_path):
     short_run(tmp_path, "trainer.max_steps=3")
     path = tmp_path / "metrics.csv"

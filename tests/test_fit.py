@@ -90,6 +90,7 @@ def test_tokens_are_counted_by_hand(finished, tmp_path):
     assert 0 < summary["train/pad_share"] < 1
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_all_that_sampling_needs(finished):
     directory, _ = finished
     path = directory / "checkpoints" / "last.ckpt"
@@ -173,7 +174,10 @@ def test_before_any_evaluation_the_weights_in_hand_are_kept(tmp_path, monkeypatc
     assert (summary["steps"], summary["train/skipped"]) == (2, 0)
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence", "padded"])
+@pytest.mark.parametrize(
+    "reduction",
+    ["token", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequence", "padded"))],
+)
 def test_however_documents_are_batched_the_weights_are_the_same(tmp_path, reduction):
     """Three steps of 4 documents, whole, one at a time, packed, and in another order of rows."""
     same = ("data.shuffle=false", "trainer.max_steps=3", "optimizer=sgd", "optimizer.lr=0.5",

@@ -246,7 +246,17 @@ def test_the_preflight_names_each_fault_and_no_other(names):
     assert report.faults == {pitfalls.PITFALLS[name].label for name in names}
 
 
-@pytest.mark.parametrize("name", [*LAYOUT, "pad_is_eos_by_value", "mean_of_means"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "leaky_packing",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [*LAYOUT, "pad_is_eos_by_value", "mean_of_means"]
+            if name != "leaky_packing"
+        ),
+    ],
+)
 def test_the_preflight_is_silent_on_the_right_twin(name):
     """The same batches, parted or not, without the fault."""
     eos_id = PAD if name == "pad_is_eos_by_value" else None

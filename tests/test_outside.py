@@ -55,7 +55,7 @@ def test_another_name_of_the_same_class_is_the_class(path, monkeypatch):
     assert type(module.model) is Model
 
 
-@pytest.mark.parametrize("trust", [(), ("--trust", TARGET)])
+@pytest.mark.parametrize("trust", [pytest.param((), marks=pytest.mark.slow), ("--trust", TARGET)])
 def test_the_command_samples_from_it(trust, path):
     where = f"{ROOT}/src:{ROOT}/preflight/src:{ROOT}/tests"
     done = command("scripts/generate.py", path, "--count", "2", *trust, PYTHONPATH=where)

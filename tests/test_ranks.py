@@ -39,6 +39,7 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     assert b["train/tokens"] == a["train/tokens"]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_a_sweep_of_them_does_not_mix(tmp_path):
     done = command(
         "train.py", "-m", *SHORT, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",

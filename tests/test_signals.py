@@ -72,7 +72,13 @@ MOMENTS = {  # what calls a method -> steps that the checkpoint has
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(moment, marks=pytest.mark.slow) if "batch" in moment else moment
+        for moment in MOMENTS
+    ],
+)
 def test_the_fit_stops_and_goes_on_to_the_bit(moment, tmp_path, whole, monkeypatch, capfd):
     owner, method, when, steps = MOMENTS[moment]
     with monkeypatch.context() as patch:
@@ -283,6 +289,7 @@ def assert_stopped(directory, code, err, number):
     return summary["steps"]
 
 
+@pytest.mark.slow
 def test_a_job_of_slurm_with_workers_goes_on_in_its_directory(scontrol, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     directory = tmp_path / "run"

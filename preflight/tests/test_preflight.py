@@ -231,6 +231,7 @@ def test_one_row_is_still_kept_apart_from_others() -> None:
     rows=st.integers(1, 6), width=st.integers(9, 20), seed=st.integers(0, 999),
     side=st.sampled_from(["right", "left", "both"]), hints=st.booleans(),
 )  # fmt: skip
+@pytest.mark.slow
 def test_any_shape_and_side(rows: int, width: int, seed: int, side: str, hints: bool) -> None:
     torch.manual_seed(seed)
     batch = padded(seed, side, rows, width)
