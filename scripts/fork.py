@@ -53,7 +53,7 @@ PARTS = {
 }  # fmt: skip
 OWN = (  # pages and commands of this repository, which no fork has
     "README* CHANGELOG* CONTRIBUTING* CITATION* .ci/* .github/workflows/* docs/* scripts/fork*"
-    " scripts/prune.py tests/test_fork.py"
+    " scripts/prune.py tests/test_fork.py scripts/peers.py tests/test_peers.py"
 )
 INHERITED = "docs/extending.md docs/pitfalls.md"  # of these, unless their part is left out
 
@@ -144,7 +144,8 @@ class Selection:
         self.pages = "|".join(re.escape(Path(p).name) for p in gone if p.endswith(".md"))
         presets = [Path(p).stem for p in gone if p.startswith("configs/experiment/")]
         names = "|".join(map(re.escape, presets)) or NOTHING
-        words = [part.words for part in parts] + [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]
+        words = ["^'?peers$", *(part.words for part in parts)]
+        words += [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]
         self.words_of_code = re.compile("|".join(words))
         commands = [re.escape(p) for p in gone if p.startswith(("scripts/", ".ci/"))]
         self.words_of_tests = re.compile("|".join([*words, self.pages, *commands]))

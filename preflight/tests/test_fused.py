@@ -25,7 +25,10 @@ def audit(name: str, build) -> Report:
 def test_a_right_fused_loss_is_examined_and_clean(name: str) -> None:
     report = audit(name, FUSED.right[name])
     assert report.clean, str(report)
-    assert {"alignment", "reduction", "future", "context"} <= set(report.passed), str(report)
+    assert {"alignment", "future", "context"} <= set(report.passed), str(report)
+    # Where no module puts out the last hidden states, the weights are known nearly.
+    is_near = name.startswith("Bare") and "nearly" in report.skipped.get("reduction", "")
+    assert is_near or "reduction" in report.passed, str(report)
 
 
 @pytest.mark.parametrize("name", names(FUSED.faulty))
