@@ -237,7 +237,10 @@ def peers(args: argparse.Namespace) -> None:
     """Targets per second beside other people's models; ``--json`` keeps the figures."""
     import json
 
-    from peers import measure, table_of
+    try:
+        from peers import measure, table_of
+    except ImportError as error:
+        raise FileNotFoundError("scripts/peers.py is not part of this project") from error
 
     result = measure(args.rounds, args.steps, args.nanogpt, _machine("cpu"))
     if args.json:

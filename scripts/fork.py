@@ -144,8 +144,7 @@ class Selection:
         self.pages = "|".join(re.escape(Path(p).name) for p in gone if p.endswith(".md"))
         presets = [Path(p).stem for p in gone if p.startswith("configs/experiment/")]
         names = "|".join(map(re.escape, presets)) or NOTHING
-        words = ["^'?peers$", *(part.words for part in parts)]
-        words += [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]
+        words = [part.words for part in parts] + [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]
         self.words_of_code = re.compile("|".join(words))
         commands = [re.escape(p) for p in gone if p.startswith(("scripts/", ".ci/"))]
         self.words_of_tests = re.compile("|".join([*words, self.pages, *commands]))
