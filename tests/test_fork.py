@@ -13,10 +13,7 @@ from support.runs import SHORT
 
 pruning = sys.modules["prune"] = load_script("prune")  # which fork.py imports from beside it
 fork = load_script("fork")
-PEFT = "".join(
-    f"(?<!{argument})" for argument in ('task_type="CAUSAL_LM', '"task_type": "CAUSAL_LM')
-)
-OLD = re.compile(f"(?i:causal[-_]lm){PEFT}")  # but for the argument of peft
+OLD = re.compile('(?i:causal[-_]lm)(?!(?<="CAUSAL_LM)")')  # but for the argument of peft
 
 
 @pytest.mark.parametrize("name", ["Night", "2nd", "night_owl", "-x", "a--b", "json", "class",
