@@ -37,14 +37,14 @@ def test_a_wrong_head_is_named(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize("name", HEADS.right)
 def test_no_right_head_raises_an_alarm(name: str, seed: int) -> None:
     right(name, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize("name", HEADS.faulty)
 def test_every_wrong_head_is_named(name: str, seed: int) -> None:
     wrong(name, seed)

@@ -29,7 +29,7 @@ def test_the_collection_is_not_small() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_practice_raises_no_alarm(name: str, seed: int) -> None:
     report = audit(RIGHT[name], seed)
@@ -37,7 +37,7 @@ def test_right_practice_raises_no_alarm(name: str, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize("name", FAULTY)
 def test_faulty_practice_is_named_exactly(name: str, seed: int) -> None:
     label, _, build = FAULTY[name]
