@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from causal_lm.callbacks.preflight import audit_batch
 from causal_lm.data.collate import Collate
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.sources.huggingface import HuggingFaceDataset
-from causal_lm.data.sources.text_files import TextFiles
 from causal_lm.data.subwords import SubwordTokenizer
 from causal_lm.evaluate import evaluate
 from causal_lm.fit import run
@@ -20,48 +20,13 @@ from causal_lm.models.external import huggingface
 from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
 from causal_lm.objective import IGNORE
+from support.chats import CHATS, documents, learned, load_chats, says
 from support.models import LLAMA
-
-
-def says(role, content):
-    return {"role": role, "content": content}
-
-
-def chat_of(i):
-    return [
-        says("system", "Add."), says("user", f"{i}+1?"), says("assistant", f"It is {i + 1}."),
-        says("user", "Why é?"), says("assistant", "So."),
-    ]  # fmt: skip
-
-
-CHATS = [chat_of(i) for i in range(40)]
 
 
 @pytest.fixture
 def load(tmp_path):
-    def load(chats, name="chats.jsonl", **options):
-        rows = [json.dumps({"messages": chat}) for chat in chats]
-        (tmp_path / name).write_text("\n".join(rows))
-        cache = {"cache_dir": str(tmp_path / "cache"), "val_share": 0.3, "num_proc": 1}
-        return TextFiles(path=str(tmp_path / name), field="messages", **cache | options).load()
-
-    return load
-
-
-def documents(corpus):
-    return [split[i] for split in (corpus.train, corpus.val) for i in range(len(split))]
-
-
-def learned(document, tokenizer):
-    """The text of each learned run of tokens, and whether it ends in EOS."""
-    found, run = [], []
-    for token, counts in zip(*map(torch.Tensor.tolist, document), strict=True):
-        if counts and token != tokenizer.bos_id:
-            run.append(token)
-        elif run:
-            found.append(run)
-            run = []
-    return [(tokenizer.decode(run), run[-1] == tokenizer.eos_id) for run in [*found, run] if run]
+    return partial(load_chats, tmp_path)
 
 
 # ---- the plain template ----

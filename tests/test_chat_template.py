@@ -1,61 +1,26 @@
 """Chats in a tokenizer's own template: ids and mask are those of transformers."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from causal_lm import config
 from causal_lm.build import restore
-from causal_lm.data.sources.text_files import TextFiles
 from causal_lm.data.subwords import SubwordTokenizer
 from causal_lm.data.tokenizers import from_state
 from causal_lm.evaluate import evaluate
 from causal_lm.fit import run
 from causal_lm.models.external import huggingface
 from causal_lm.models.hf_conversion import export
+from support.chats import CHATS, documents, learned, load_chats, says
 from support.models import LLAMA
-
-
-def says(role, content):
-    return {"role": role, "content": content}
-
-
-def chat_of(i):
-    return [
-        says("system", "Add."), says("user", f"{i}+1?"), says("assistant", f"It is {i + 1}."),
-        says("user", "Why é?"), says("assistant", "So."),
-    ]  # fmt: skip
-
-
-CHATS = [chat_of(i) for i in range(40)]
 
 
 @pytest.fixture
 def load(tmp_path):
-    def load(chats, name="chats.jsonl", **options):
-        rows = [json.dumps({"messages": chat}) for chat in chats]
-        (tmp_path / name).write_text("\n".join(rows))
-        cache = {"cache_dir": str(tmp_path / "cache"), "val_share": 0.3, "num_proc": 1}
-        return TextFiles(path=str(tmp_path / name), field="messages", **cache | options).load()
-
-    return load
-
-
-def documents(corpus):
-    return [split[i] for split in (corpus.train, corpus.val) for i in range(len(split))]
-
-
-def learned(document, tokenizer):
-    """The text of each learned run of tokens, and whether it ends in EOS."""
-    found, run = [], []
-    for token, counts in zip(*map(torch.Tensor.tolist, document), strict=True):
-        if counts and token != tokenizer.bos_id:
-            run.append(token)
-        elif run:
-            found.append(run)
-            run = []
-    return [(tokenizer.decode(run), run[-1] == tokenizer.eos_id) for run in [*found, run] if run]
+    return partial(load_chats, tmp_path)
 
 
 TURN = "{{ m['content'] }}<|im_end|>"
