@@ -44,7 +44,7 @@ PARTS = {
     "x_transformers": Part(
         "configs/model/x_transformers.yaml", "XTransformers|x[-_]transformers", "x-transformers"
     ),
-    "examples": Part("examples/* docs/extending.md tests/test_examples.py", "^'examples"),
+    "examples": Part("examples/* docs/extending.md tests/test_examples.py", r"^'?examples\b"),
     "benchmarks": Part(
         "scripts/benchmark.py scripts/memory.py scripts/nanogpt_baseline.py tests/test_memory.py"
         " tests/test_small_text.py", "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline",

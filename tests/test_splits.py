@@ -206,7 +206,7 @@ def test_a_run_that_is_continued_twice_knows_its_documents(tmp_path):
     short_run(tmp_path, *QUICK, "trainer.max_steps=5")
     short_run(tmp_path, *QUICK, "trainer.max_steps=7", "data.batch_size=8", "ckpt_path=auto")
     saved = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["causal_lm_training"]
-    assert saved["position"]["start"] == [7, 0, [(0, 36)]]  # 5 × 4 + 2 × 8 documents of 40
+    assert saved["position"]["start"] == [7, 0, [([0, 1, 0], 36)]]  # 5 × 4 + 2 × 8 documents of 40
 
 
 @pytest.mark.parametrize(("accumulate", "said"), [(16, "sums 10,"), (4, "sums 2,"), (5, None)])
