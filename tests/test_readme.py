@@ -54,11 +54,17 @@ def extras_in(text):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """A copy to run in, so that runs/ of this checkout stays as it is."""
+    """A copy to run in, so that runs/ of this checkout stays as it is.
+
+    The user's own defaults in it make runs short that do not say how long they are.
+    """
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "docs", "examples", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "train.py", folder)
+    short = "# @package _global_\ntrainer: {max_steps: 40, val_check_interval: 20}\n"
+    (folder / "configs" / "local").mkdir(exist_ok=True)
+    (folder / "configs" / "local" / "default.yaml").write_text(short)
     return folder
 
 
