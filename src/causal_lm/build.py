@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from causal_lm import extras, precision
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
-from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown_key
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, unknown_key
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state
@@ -228,7 +228,7 @@ def make_stored_model(
     :data:`OWN_MODELS` and ``trust``, and nothing below the model's ``_target_`` is instantiated.
     Raises ValueError where the class is not trusted, or an option names code.
     """
-    options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
+    options = dict(stored)
     target = str(options.pop("_target_", None))
     if _names_code(options) or (target in OWN_MODELS and options.get("init_from")):
         raise ValueError("one of its options names code or files to load")

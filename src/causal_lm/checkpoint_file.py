@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from causal_lm.config import ConfigError, rename_file
+from causal_lm.config import ConfigError
 
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 """Keys of a checkpoint for the configuration and the tokenizer of its run, as plain data."""
@@ -54,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this project onto the CPU: tensors and plain data only. Raises
     FileNotFoundError, or ValueError where it is damaged or not a checkpoint of this project."""
-    path = rename_file(path)
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:

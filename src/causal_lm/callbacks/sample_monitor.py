@@ -155,5 +155,4 @@ class SampleMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]
-        self._step, self._fn = state_dict.get("step", -1), state_dict.get("fn", "")
-        self.last = state_dict.get("figures", {})
+        self._step, self._fn, self.last = (state_dict[key] for key in ("step", "fn", "figures"))
