@@ -18,7 +18,6 @@ import torch
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from causal_lm import extras, precision
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
@@ -125,28 +124,14 @@ def check_size(make: Callable[[], Any], name: str, most: float = math.inf) -> No
     more than ``most`` parameters, or more than fit the memory.
 
     ``make`` is called on the meta device, where nothing is allocated. Errors other than of size are
-    left to the call that builds the model: one of another library tries itself out, which it cannot
-    do there.
+    left to the call that builds the model.
     """
-    seen = set[torch.Tensor]()  # a shared parameter counts once
-    total, most = 0, min(most, memory_bytes() / torch.float32.itemsize)
-
-    def count(module: Any, name: str, parameter: torch.Tensor | None) -> None:
-        nonlocal total
-        if parameter is not None and parameter not in seen:
-            seen.add(parameter)
-            total += parameter.numel()
-            if total > most:
-                raise MemoryError
-
-    hook = register_module_parameter_registration_hook(count)
+    most = min(most, memory_bytes() / torch.float32.itemsize)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             total = sum(parameter.numel() for parameter in make().parameters())
     except Exception as error:
-        total = 2**63 if "overflow" in str(error) else total
-    finally:
-        hook.remove()
+        total = 2**63 if "overflow" in str(error) else 0
     if total > most:
         size = f"{name} has at least {total:,} parameters ({total * 4e-9:,.1f} GB)"
         raise ValueError(f"{size}, but there is room for {most:,.0f} at most: lower its sizes")

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 
-from causal_lm.callbacks.degeneration import DegenerationStopper
 from causal_lm.data.documents import Corpus
 from causal_lm.generation import sample_in_batches
 from causal_lm.report import consistency
@@ -20,6 +19,7 @@ from causal_lm.report.samples import SampleStatistics, format_samples, sample_st
 log = logging.getLogger(__name__)
 
 SPREAD_EVALUATIONS = 3  # over which ``writing/repetition_spread`` is taken
+STANDARD_ERRORS = 3  # a rise of repetition by more than that counts as significant
 
 
 def sample_unconditional(
@@ -52,18 +52,8 @@ class SampleMonitor(L.Callback):
     its own, so that training is not affected. All ranks sample, since sharded weights need it; the
     metrics of rank 0 are broadcast, so that all ranks decide alike.
 
-    Args:
-        count: samples; 0 turns the callback off.
-        length: tokens of each, BOS included.
-        prompts, prompt_length: beginnings of validation documents, and tokens of each, for
-            ``writing/consistency_*`` (see :mod:`causal_lm.report.consistency`).
-        per_prompt: samples from each prompt; 0 turns consistency off.
-        embedder: folder of a sentence-transformers model, for ``consistency_sentences``; None uses
-            the model's hidden states, for ``consistency_hidden``.
-        patience: worse evaluations in a row that stop the fit; see :class:`DegenerationStopper`.
-        directory: gets ``samples/step_….txt`` at each evaluation; None writes no files.
-        keep_last: the files of so many evaluations are kept.
-        options: ``temperature``, ``top_k`` and ``batch_size``.
+    ``directory`` gets ``samples/step_….txt``; None: no files. ``options`` are ``temperature``,
+    ``top_k`` and ``batch_size``; ``configs/samples/default.yaml`` explains the others.
     """
 
     def __init__(
@@ -156,3 +146,46 @@ class SampleMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]
         self._step, self._fn, self.last = (state_dict[key] for key in ("step", "fn", "figures"))
+
+
+class DegenerationStopper:
+    """Decides whether the samples were worse for ``patience`` evaluations in a row; None: never.
+
+    An evaluation is worse if its repetition is higher, by :data:`STANDARD_ERRORS`, and its
+    consistency is lower than at the reference: the last evaluation that was not worse (not the one
+    just before, since both figures fluctuate). Early in training this is not always degeneration.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.stopped_because: str | None = None
+        # Repetition, its error and consistency, of the reference and the worse ones after it.
+        self.history: list[list[float]] = []
+        self._warned = False
+
+    def should_stop(
+        self, step: int, repetition: float | None, error: float, consistency: float | None
+    ) -> bool:
+        """Take an evaluation into account; ``error`` is the standard error of ``repetition``."""
+        if self.patience is None:
+            return False
+        if repetition is None or consistency is None:
+            if not self._warned:
+                missing = "repetition" if repetition is None else "consistency"
+                log.warning(f"step {step}: samples.patience has no effect without {missing}")
+            self._warned = True
+            return False
+        now = [repetition, error, consistency]
+        reference, reference_error, reference_consistency = (self.history or [now])[0]
+        noise = STANDARD_ERRORS * math.hypot(error, reference_error)
+        is_worse = repetition - reference > noise and consistency < reference_consistency
+        self.history = [*self.history, now] if is_worse else [now]
+        if len(self.history) <= self.patience:
+            return False
+        columns = zip(*self.history, strict=True)
+        repetitions, _, consistencies = (", ".join(f"{x:.4f}" for x in c) for c in columns)
+        row = f"{len(self.history) - 1} evaluations in a row, up to step {step}"
+        figures = f"repetition {repetitions}, consistency {consistencies}"
+        self.stopped_because = f"the samples degenerated at {row}; from the reference on, {figures}"
+        log.warning(f"stopped: {self.stopped_because}")
+        return True

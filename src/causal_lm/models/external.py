@@ -45,7 +45,8 @@ class ExternalModel(BaseCausalModel):
         super().__init__()
         self.net, self.max_positions, self.applies_mask = net, max_positions, True
         self.eval()
-        self.applies_mask = keeps_documents_apart(self, vocab_size)
+        is_meta = next(self.parameters()).is_meta  # the parameters are counted, nothing can run
+        self.applies_mask = is_meta or keeps_documents_apart(self, vocab_size)
         self.train()  # as any new module; transformers returns pretrained weights in eval mode
 
     def checked_mask(self, length: int, attention_mask: Mask) -> Mask:
@@ -111,7 +112,7 @@ class TransformersModel(ExternalModel):
 def has_plain_head(net: Any) -> bool:
     """Whether the logits are exactly ``hidden_states @ head.weight.T``."""
     head = net.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.is_meta:
         return False
     net.eval()
     ids = torch.tensor([[0, 1]])
