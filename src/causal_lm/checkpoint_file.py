@@ -43,12 +43,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):  # flush the rename, too
-            descriptor = os.open(path.parent, os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        descriptor = os.open(path.parent, os.O_DIRECTORY)  # flush the rename, too
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -83,8 +83,7 @@ class CheckpointMetadata(L.Callback):
         for unit, done in (("step", step), ("epoch", saved.get("epoch", 0))):
             last = trainer.get(f"max_{unit}s", -1)
             if last != -1 and (done > last or (done == last and not may_be_complete)):
-                todo = f"raise trainer.max_{unit}s={last} above it"
-                raise RefusedError(f"{path} is at {unit} {done}: {todo}")
+                raise RefusedError(f"{path} is at {unit} {done}: raise trainer.max_{unit}s={last}")
         self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
         words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
         if saved.get(VALIDATION, self.validation) != self.validation:
@@ -189,11 +188,10 @@ def figures(best: EvalCheckpoint, stable: EvalCheckpoint) -> dict[str, str]:
     """``checkpoint/best`` and ``stable`` of ``summary.json``: the step of each, and the reason."""
     found = {}
     if best.lowest < math.inf:
-        step = torch.load(best.path, mmap=True, weights_only=True)["global_step"]
-        found["checkpoint/best"] = f"step {step}: val/loss is lowest, {best.lowest:.4f}"
+        found["checkpoint/best"] = f"step {best.step}: val/loss is lowest, {best.lowest:.4f}"
     if stable.lowest < math.inf:
         saved = torch.load(stable.path, mmap=True, weights_only=True)
         rates = ", ".join(f"{rate:.4f}" for rate in saved["callbacks"]["SampleMonitor"]["rates"])
-        reason = f"step {saved['global_step']}: the spread of repetition_4 is lowest, {rates}"
-        found["checkpoint/stable"] = reason
+        reason = "the spread of repetition_4 is lowest"
+        found["checkpoint/stable"] = f"step {stable.step}: {reason}, {rates}"
     return found

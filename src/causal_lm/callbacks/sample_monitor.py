@@ -12,7 +12,7 @@ import torch
 
 from causal_lm.data.documents import Corpus
 from causal_lm.generation import sample_in_batches
-from causal_lm.report import consistency
+from causal_lm.report import samples
 from causal_lm.report.files import sample_files, write_text
 from causal_lm.report.samples import SampleStatistics, format_samples, sample_statistics
 
@@ -64,12 +64,12 @@ class SampleMonitor(L.Callback):
         self.corpus, self.count = corpus, count
         self.directory, self.keep_last = directory, keep_last
         prompt_length = min(prompt_length, length // 2)
-        beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
+        beginnings = samples.document_prompts(corpus.val, prompts, prompt_length)
         self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
         self.prompt_ids = torch.arange(len(beginnings)).repeat_interleave(per_prompt)
-        self.embed: consistency.Embedder = consistency.hidden_state_embedder
+        self.embed: samples.Embedder = samples.hidden_state_embedder
         if embedder and count and per_prompt:
-            self.embed = consistency.SentenceEmbedder(embedder)
+            self.embed = samples.SentenceEmbedder(embedder)
         self.consistency_name = f"consistency_{'sentences' if embedder else 'hidden'}"
         self.options = {"length": length, "seed": seed} | options
         self.last: dict[str, float] = {}  # what the last evaluation logged
@@ -133,7 +133,7 @@ class SampleMonitor(L.Callback):
         length, tokenizer = self.prompts.shape[1], self.corpus.tokenizer
         batches = rows.split(self.options["batch_size"])
         vectors = torch.cat([self.embed(module, batch, length, tokenizer) for batch in batches])
-        return consistency.consistency(vectors, self.prompt_ids)
+        return samples.consistency(vectors, self.prompt_ids)
 
     def figures(self) -> dict[str, float]:
         """For ``summary.json``: the last evaluation's figures, and the seconds of all of them."""

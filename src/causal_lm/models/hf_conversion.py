@@ -48,8 +48,8 @@ def _llama_config(sizes: Sizes, **more: Any) -> Any:
     """The ``LlamaConfig`` of our decoder; ValueError for options that Llama does not have."""
     for key, expected in LLAMA_OPTIONS.items():
         if sizes[key] != expected:
-            problem = f"model.{key}={_yaml(sizes[key])} has no counterpart in transformers"
-            raise ValueError(f"{problem}: only model.{key}={_yaml(expected)} can be converted")
+            given = f"model.{key}={_yaml(sizes[key])}"
+            raise ValueError(f"transformers has no {given}, only model.{key}={_yaml(expected)}")
     return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in LLAMA_KEYS.items()}, **more)
 
 
@@ -87,8 +87,7 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     if different := [key for key in expected if found[key] != expected[key]]:
         theirs = " ".join(f"{key}={_yaml(found[key])}" for key in different)
         ours = ", ".join(_yaml(expected[key]) for key in different)
-        todo = "set these keys, use the tokenizer of that model, or use model=huggingface"
-        raise ValueError(f"{source} has {theirs}, but this run has {ours}: {todo}")
+        raise ValueError(f"{source} has {theirs}, not {ours}: set these keys, or model=pretrained")
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         with torch.random.fork_rng():  # it draws weights before it loads them

@@ -31,8 +31,7 @@ def claim_directory(path: Path, ignored: str = "") -> None:
         others = sorted(p.name for p in path.iterdir() if not re.fullmatch(ignored, p.name))
         if others:
             found = f"{path.absolute()} is not the directory of a run: it holds {others[0]}"
-            old = f"for a run without {MARKER}, create that file in it"
-            raise ConfigError(f"{found}; set hydra.run.dir to a new directory ({old})")
+            raise ConfigError(f"{found}, but no {MARKER}; set hydra.run.dir to a new directory")
         marker.touch()
 
 
