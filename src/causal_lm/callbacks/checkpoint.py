@@ -83,7 +83,8 @@ class CheckpointMetadata(L.Callback):
         for unit, done in (("step", step), ("epoch", saved.get("epoch", 0))):
             last = trainer.get(f"max_{unit}s", -1)
             if last != -1 and (done > last or (done == last and not may_be_complete)):
-                raise RefusedError(f"{path} is at {unit} {done}: raise trainer.max_{unit}s={last}")
+                todo = f"raise trainer.max_{unit}s={last} above it"
+                raise RefusedError(f"{path} is at {unit} {done}: {todo}")
         self.config["optimizer"] = saved[CONFIG].get("optimizer", self.config["optimizer"])
         words = [f"{action}: {', '.join(names) or 'nothing'}" for action, names in found.items()]
         if saved.get(VALIDATION, self.validation) != self.validation:
