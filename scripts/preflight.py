@@ -53,12 +53,19 @@ def _audit(args: argparse.Namespace) -> Any:
         from causal_preflight import preflight
 
         return preflight(*made, pad_id=args.pad_id, eos_id=args.eos_id, seed=args.seed)
-    cfg = config.load(args.target)
+    return audit_run(config.load(args.target), args.seed)
+
+
+def audit_run(cfg: Any, seed: int = 0) -> Any:
+    """The report on a configured run, of its first batch."""
     from causal_lm.build import prepare
-    from causal_lm.callbacks.preflight import audit_first_batch
+    from causal_preflight.lightning import audit_batch
 
     data, corpus, module = prepare(cfg)
-    return audit_first_batch(cfg, data, corpus.tokenizer, module, seed=args.seed)
+    ids = {"pad_id": corpus.tokenizer.pad_id, "eos_id": corpus.tokenizer.eos_id}
+    batch, loss = next(iter(data.train_dataloader())), module.accumulated_loss
+    is_split = cfg.trainer.accumulate_grad_batches > 1
+    return audit_batch(module, batch, loss, parted=is_split, seed=seed, **ids)
 
 
 def _call(file: str, function: str) -> tuple[Any, ...]:

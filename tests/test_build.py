@@ -67,11 +67,11 @@ def test_counting_allocates_nothing_and_draws_nothing(name):
 @pytest.mark.parametrize(
     ("words", "parameters"),
     [
-        (["model.d_model=10000000"], 3 * 10**14),
-        (["model=llama", "model.d_model=10000000"], 2 * 10**14),
-        (["model=gru", "model.d_model=10000000"], 3 * 10**14),
+        (["model.d_model=10000000"], 8 * 10**14),
+        (["model=llama", "model.d_model=10000000"], 9 * 10**14),
+        (["model=gru", "model.d_model=10000000"], 6 * 10**14),
         (["data.max_length=10000000", "model.d_model=2048"], 10**7 * 2048),
-        (["model.d_ff=100000000", "model.d_model=4000"], 4 * 10**11),
+        (["model.d_ff=100000000", "model.d_model=4000"], 16 * 10**11),
     ],
 )
 def test_a_model_that_cannot_be_allocated_is_refused_with_its_parameters(words, parameters):

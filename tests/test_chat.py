@@ -9,7 +9,6 @@ import torch
 
 from causal_lm import config, generation
 from causal_lm.build import restore
-from causal_lm.callbacks.preflight import audit_batch
 from causal_lm.data.collate import Collate
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.sources.huggingface import HuggingFaceDataset
@@ -20,6 +19,7 @@ from causal_lm.models.external import huggingface
 from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
 from causal_lm.objective import IGNORE
+from causal_preflight.lightning import audit_batch
 from support.chats import CHATS, documents, learned, load_chats, says
 from support.models import LLAMA
 

@@ -13,7 +13,7 @@ from causal_lm.data.tokenizers import from_state
 from causal_lm.evaluate import evaluate
 from causal_lm.fit import run
 from causal_lm.models.external import huggingface
-from causal_lm.models.hf_conversion import export
+from support import load_script
 from support.chats import CHATS, documents, learned, load_chats, says
 from support.models import LLAMA
 
@@ -120,7 +120,7 @@ def test_adapters_learn_chats_end_to_end(folder_of, tmp_path):
     figures = evaluate(str(last), data_keys)
     assert figures["loss"] == pytest.approx(summary["val/loss"], rel=1e-5)
     module, tokenizer, _ = restore(last)
-    export(module.model, tokenizer, 96, tmp_path / "exported", merge=True)
+    load_script("export").export(module.model, tokenizer, 96, tmp_path / "exported", merge=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     before = transformers.AutoTokenizer.from_pretrained(folder)
     ids = [t.apply_chat_template(CHATS[0], tokenize=True).input_ids for t in (theirs, before)]

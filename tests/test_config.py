@@ -108,23 +108,6 @@ def test_keys_of_ones_own_are_accepted(overrides):
     config.load(overrides)
 
 
-@pytest.mark.parametrize("how", ["override", "added", "file"])
-def test_an_old_name_is_understood(how, tmp_path, caplog):
-    directory = ROOT / "configs"
-    if how == "file":
-        directory = tmp_path / "configs"
-        shutil.copytree(ROOT / "configs", directory)
-        text = "# @package _global_\nexperiment: old\nmodel: {mix_previous: 3}\n"
-        (directory / "experiment" / "old.yaml").write_text(text)
-        words = ["experiment=old"]
-    else:
-        words = [("++" if how == "added" else "") + "model.mix_previous=3"]
-    cfg = config.load(["model=llama", *words], directory)
-    assert cfg.model.token_smear == 3
-    assert "mix_previous" not in cfg.model
-    assert [r for r in caplog.messages if "model.token_smear" in r]
-
-
 def test_a_misspelt_key_of_a_file_is_refused(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     file = tmp_path / "configs" / "experiment" / "mine.yaml"

@@ -5,7 +5,7 @@ import torch
 
 from causal_lm.data.documents import Documents
 from causal_lm.data.tokenizers import BOS, EOS, ByteTokenizer
-from causal_lm.report.consistency import (
+from causal_lm.report.samples import (
     SentenceEmbedder,
     consistency,
     document_prompts,

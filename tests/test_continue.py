@@ -98,18 +98,6 @@ def test_a_checkpoint_inside_an_accumulated_step_or_at_the_end_of_an_epoch(tmp_p
     assert sorted(flat(rest)) == list(range(110))
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
-    options = {"size": 110, "batch_size": 10, "accumulate": 4}
-    fit(tmp_path, 2, keep=[evaluated(tmp_path)], **options)  # evaluated after seven micro-batches
-    path = tmp_path / "epoch=0-step=1.ckpt"
-    whole = fit(tmp_path, 5, path, **options)
-    saved = torch.load(path, weights_only=True)
-    assert saved["causal_lm_training"].pop("position")["start"] == [4, 0, [([0, 1, 0], 40)]]
-    assert saved["causal_lm_training"].pop("unfinished") == 3
-    torch.save(saved, path)
-    assert fit(tmp_path, 5, path, **options) == whole
-
-
 def test_other_documents_or_another_seed_begin_an_epoch(tmp_path):
     fit(tmp_path, 5, size=100, batch_size=10)
     for changed in ({"size": 90}, {"seed": 1}, {"shuffle": False}):

@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 
-from causal_lm.callbacks.degeneration import DegenerationStopper
-from causal_lm.callbacks.sample_monitor import SampleMonitor
+from causal_lm.callbacks.sample_monitor import DegenerationStopper, SampleMonitor
 from support.runs import short_run
 
 STABLE = "stable"

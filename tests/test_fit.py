@@ -31,7 +31,7 @@ def test_the_contract(finished):
     assert on_disk == summary
     assert set(SUMMARY_KEYS) <= set(on_disk)
     assert {k for k, v in on_disk.items() if v is None} == {
-        "error", "stopped_because", "val/bpb", "checkpoint/stable", "checkpoint/steady",
+        "error", "stopped_because", "val/bpb", "checkpoint/stable",
         "writing/repetition_spread", "writing/consistency_sentences",
         "test/loss", "test/ppl", "test/bpb", "test/step",
     }  # fmt: skip

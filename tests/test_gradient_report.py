@@ -80,12 +80,10 @@ def test_a_starved_lowest_block_is_warned_about_once(caplog):
         fit(module, GradientReport(1), 3)
     assert caplog.text.count("the gradient of model.blocks.layers.0 is ") == 1
     assert "model.blocks.layers.1:" in caplog.text
-    assert caplog.text.count("gradient  update/weight, by layer") == 1
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="causal_lm.callbacks.gradient_report"):
         fit(make_module(), GradientReport(1), 3)
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "model.blocks.layers.1\n" in caplog.text
 
 
 def test_a_step_that_the_loss_scaler_skips_is_not_reported():
@@ -99,15 +97,5 @@ def test_a_step_that_the_loss_scaler_skips_is_not_reported():
     scaler = torch.amp.GradScaler("cpu")
     _, logged = fit(module, report, 2, plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
     assert len(calls) == 2 and scaler.get_scale() == 2.0**15
-    assert all(math.isfinite(value) for pair in report.figures.values() for value in pair)
+    assert logged.steps[1] and all(map(math.isfinite, logged.steps[1].values()))
     assert logged.steps[2] == logged.steps[1]
-
-
-def test_the_table_of_a_deep_model_is_short():
-    report = GradientReport(1)
-    report.figures = {f"blocks.{i}": (1e-3, 2e-3) for i in range(40)}
-    lines = report.table().splitlines()
-    assert len(lines) == 8
-    assert lines[1].split() == ["1.0e-03", "2.0e-03", "blocks.0"]
-    assert lines[4].split("…")[1] == " 34 more in metrics.csv"
-    assert lines[-1].endswith("blocks.39")

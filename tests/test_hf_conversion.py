@@ -13,9 +13,11 @@ from causal_lm.data.tokenizers import ByteTokenizer, SymbolTokenizer
 from causal_lm.models import hf_conversion
 from causal_lm.models.decoder import Decoder
 from causal_lm.models.external import huggingface
-from causal_lm.models.hf_conversion import export, write_model, write_tokenizer
-from support import V, command
+from support import V, command, load_script
 from support.models import GPT2, LLAMA, SIZES, make, packed
+
+script = load_script("export")
+export, write_model, write_tokenizer = script.export, script.write_model, script.write_tokenizer
 
 pytestmark = pytest.mark.extras
 safetensors_torch = pytest.importorskip("safetensors.torch")

@@ -9,9 +9,8 @@ from causal_lm import config
 from causal_lm.build import restore
 from causal_lm.fit import run
 from causal_lm.models.external import huggingface
-from causal_lm.models.hf_conversion import export
 from causal_lm.optim.parameter_groups import parameter_groups
-from support import V
+from support import V, load_script
 from support.models import GPT2, LLAMA, logits_of, packed
 
 pytest.importorskip("peft")
@@ -101,8 +100,8 @@ def test_adapters_and_the_merged_model_are_exported(base, trained, tmp_path):
     module, tokenizer, _ = restore(trained[0] / "checkpoints/last.ckpt")
     batch = packed()
     expected = logits_of(module.model, batch)
-    export(module.model, tokenizer, 20, tmp_path / "adapters")
-    export(module.model, tokenizer, 20, tmp_path / "merged", merge=True)
+    load_script("export").export(module.model, tokenizer, 20, tmp_path / "adapters")
+    load_script("export").export(module.model, tokenizer, 20, tmp_path / "merged", merge=True)
     assert torch.equal(logits_of(module.model, batch), expected)  # which itself is not merged
 
     def logits(net):

@@ -3,17 +3,13 @@
 import pytest
 
 from causal_lm import config
-from causal_lm.build import prepare
-from causal_lm.callbacks.preflight import audit_first_batch
 from causal_lm.pitfalls import PITFALLS
-from support import ROOT
+from support import ROOT, load_script
 
 SMALL = ("data.source.train_documents=300", "data.source.val_documents=20")
 
 
-def audit(cfg):
-    data, corpus, module = prepare(cfg)
-    return audit_first_batch(cfg, data, corpus.tokenizer, module)
+audit = load_script("preflight").audit_run
 
 
 def test_every_pitfall_has_a_switch_a_preset_and_a_row():

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from causal_lm.checkpoint_file import RefusedError, read_checkpoint
+from causal_lm.checkpoint_file import RefusedError
 from causal_lm.config import ConfigError
 from causal_lm.report.files import MARKER
 from causal_lm.report.sweep import SweepTable
@@ -87,15 +86,6 @@ def test_what_changed_is_said_and_the_optimizer_is_that_of_the_checkpoint(
     assert "optimizer.lr" in line.partition("kept")[2] and "1e-07" not in line
     with pytest.raises(ValueError, match=r"optimizer\._target_"):
         short_run(tmp_path / "sgd", f"ckpt_path={path}", "optimizer=sgd")
-
-
-def test_the_old_name_of_a_checkpoint_is_understood(finished, tmp_path):
-    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
-    (tmp_path / "checkpoints" / "last.ckpt").rename(tmp_path / "checkpoints" / "stable.ckpt")
-    old = tmp_path / "checkpoints" / "steady.ckpt"
-    assert read_checkpoint(old)["global_step"] == 6
-    more = short_run(tmp_path / "more", f"ckpt_path={old}", "trainer.max_steps=7")
-    assert more["steps"] == 7
 
 
 def test_a_run_that_was_moved_knows_its_best(tmp_path):

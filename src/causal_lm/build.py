@@ -18,11 +18,10 @@ import torch
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from causal_lm import extras, precision
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
-from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, new_name, unknown_key
+from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, unknown_key
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.documents import Corpus
 from causal_lm.data.tokenizers import Tokenizer, from_state
@@ -125,28 +124,14 @@ def check_size(make: Callable[[], Any], name: str, most: float = math.inf) -> No
     more than ``most`` parameters, or more than fit the memory.
 
     ``make`` is called on the meta device, where nothing is allocated. Errors other than of size are
-    left to the call that builds the model: one of another library tries itself out, which it cannot
-    do there.
+    left to the call that builds the model.
     """
-    seen = set[torch.Tensor]()  # a shared parameter counts once
-    total, most = 0, min(most, memory_bytes() / torch.float32.itemsize)
-
-    def count(module: Any, name: str, parameter: torch.Tensor | None) -> None:
-        nonlocal total
-        if parameter is not None and parameter not in seen:
-            seen.add(parameter)
-            total += parameter.numel()
-            if total > most:
-                raise MemoryError
-
-    hook = register_module_parameter_registration_hook(count)
+    most = min(most, memory_bytes() / torch.float32.itemsize)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             total = sum(parameter.numel() for parameter in make().parameters())
     except Exception as error:
-        total = 2**63 if "overflow" in str(error) else total
-    finally:
-        hook.remove()
+        total = 2**63 if "overflow" in str(error) else 0
     if total > most:
         size = f"{name} has at least {total:,} parameters ({total * 4e-9:,.1f} GB)"
         raise ValueError(f"{size}, but there is room for {most:,.0f} at most: lower its sizes")
@@ -228,7 +213,7 @@ def make_stored_model(
     :data:`OWN_MODELS` and ``trust``, and nothing below the model's ``_target_`` is instantiated.
     Raises ValueError where the class is not trusted, or an option names code.
     """
-    options = {new_name(f"model.{key}")[len("model.") :]: v for key, v in stored.items()}
+    options = dict(stored)
     target = str(options.pop("_target_", None))
     if _names_code(options) or (target in OWN_MODELS and options.get("init_from")):
         raise ValueError("one of its options names code or files to load")

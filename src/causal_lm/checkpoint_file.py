@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from causal_lm.config import ConfigError, rename_file
+from causal_lm.config import ConfigError
 
 CONFIG, TOKENIZER = "causal_lm_config", "causal_lm_tokenizer"
 """Keys of a checkpoint for the configuration and the tokenizer of its run, as plain data."""
@@ -43,18 +43,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):  # flush the rename, too
-            descriptor = os.open(path.parent, os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        descriptor = os.open(path.parent, os.O_DIRECTORY)  # flush the rename, too
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this project onto the CPU: tensors and plain data only. Raises
     FileNotFoundError, or ValueError where it is damaged or not a checkpoint of this project."""
-    path = rename_file(path)
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from causal_lm.config import (
     ConfigError,
     as_config_error,
-    rename_overrides,
+    group_overrides,
     validate,
     validate_sweep,
 )
@@ -91,7 +91,7 @@ def start(main: Callable[[], Any]) -> None:
     for number in STOP_SIGNALS:  # while torch is loaded
         signal.signal(number, stop_at_once)
     with one_line_errors():
-        sys.argv[1:] = rename_overrides(sys.argv[1:])
+        sys.argv[1:] = group_overrides(sys.argv[1:])
         with as_config_error(sys.argv[1:]):
             main()
 

@@ -5,8 +5,6 @@ values. Imports neither torch nor lightning, so that a misspelled key is reporte
 """
 
 import difflib
-import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, errors, open_dict
+from omegaconf import DictConfig, OmegaConf, errors
 
 from causal_lm.schema import RULES, is_float16, rule_of
-
-log = logging.getLogger(__name__)
 
 CONFIG_DIR = next(d for p in Path(__file__).resolve().parents if (d := p / "configs").is_dir())
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
@@ -40,10 +36,6 @@ REQUIRED = (  # the code reads them
     "samples.self_check.count", "samples.self_check.length",
 )  # fmt: skip
 UNRESOLVED = object()  # a value that depends on the node ``hydra``, before the job starts
-RENAMED = {  # old name -> new name, of keys and of a checkpoint file; for one more version
-    "model.mix_previous": "model.token_smear", "model.zero_init_out": "model.zero_init_residual",
-    "steady.ckpt": "stable.ckpt",
-}  # fmt: skip
 GROUPS = sorted(path.name for path in CONFIG_DIR.glob("*/") if path.name != "hydra")
 ADDED_GROUPS = ("callbacks", "logger", "debug", "hparams_search")  # their default is no option
 LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an extra of that name
@@ -79,7 +71,7 @@ def validate_sweep(overrides: Sequence[str], config_name: str | None = "train") 
 
 
 def _load(overrides: Sequence[str], config_name: str | None = "train") -> DictConfig:
-    overrides = rename_overrides(overrides)
+    overrides = group_overrides(overrides)
     with as_config_error(overrides):
         cfg = compose(config_name, overrides=overrides)
     validate(cfg)
@@ -97,30 +89,17 @@ def _sweep_values(override: Override) -> list[str]:
     return [override.input_line or ""]
 
 
-def new_name(name: str) -> str:
-    """The new name of a key or file, with a warning; other names stay as they are."""
-    if name in RENAMED:
-        log.warning(f"{name} is now called {RENAMED[name]}; the old name will be removed")
-    return RENAMED.get(name, name)
-
-
-def rename_overrides(overrides: Iterable[str]) -> list[str]:
-    """The same overrides with the new names of their keys, and ``+callbacks=…`` without its plus,
-    which Hydra refuses. Raises :class:`ConfigError` where one of :data:`ADDED_GROUPS` is repeated,
-    as Hydra would silently use the last one."""
+def group_overrides(overrides: Iterable[str]) -> list[str]:
+    """The same overrides, but ``+callbacks=…`` without its plus, which Hydra refuses. Raises
+    :class:`ConfigError` where one of :data:`ADDED_GROUPS` is repeated, as Hydra would silently use
+    the last one."""
     plus = rf"^\+(?=({'|'.join(ADDED_GROUPS)})=)"
     words = [re.sub(plus, "", word) for word in overrides]
     for group in ADDED_GROUPS:
         options = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
         if len(options) > 1:
             raise ConfigError(f"{group} is given twice: write '{group}=[{','.join(options)}]'")
-    return [re.sub("[^+~=]+", lambda key: new_name(key[0]), word, count=1) for word in words]
-
-
-def rename_file(path: str | Path) -> Path:
-    """``path``, or the path with the file's new name if ``path`` does not exist."""
-    path = Path(path)
-    return path if os.path.exists(path) else path.with_name(new_name(path.name))
+    return words
 
 
 @contextmanager
@@ -183,19 +162,13 @@ def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
 
 
 def validate(cfg: DictConfig) -> None:
-    """Rename old keys in place; raise :class:`ConfigError` for the first key at fault.
+    """Raise :class:`ConfigError` for the first key at fault.
 
     Keys below a ``_target_`` outside causal_lm are checked when the object is built
     (:func:`causal_lm.build.instantiate`).
     """
     with as_config_error():
-        for old in [key for key in RENAMED if OmegaConf.select(cfg, key) is not None]:
-            group, _, name = old.rpartition(".")
-            with open_dict(cfg):
-                OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
         values = dict(leaves(cfg))
-        if isinstance(values.get("ckpt_path"), str):
-            cfg.ckpt_path = values["ckpt_path"] = str(rename_file(values["ckpt_path"]))
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
@@ -290,15 +263,12 @@ def _check_combinations(v: Mapping[str, Any]) -> None:
             most = f"{high}={v[high]}{f' - {room}' if room else ''}"
             raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
     if v["trainer.max_steps"] == -1 and v.get("trainer.max_epochs", -1) == -1:
-        endless = "trainer.max_steps=-1 and trainer.max_epochs=-1 make an endless run"
-        raise ConfigError(f"{endless}: set one of them above 0")
+        raise ConfigError("set trainer.max_steps or trainer.max_epochs: with -1 no run ends")
     if any("StochasticWeightAveraging" in str(value) for value in v.values()):
-        reason = "replaces the schedule, and its runs do not continue as they were"
-        raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")
+        raise ConfigError("StochasticWeightAveraging replaces the schedule: use EMAWeightAveraging")
     if v.get("data.val_share", 0) + v.get("data.test_share", 0) >= 1:
         raise ConfigError("data.val_share and data.test_share leave no document for training")
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
-        clip = "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed"
-        raise ConfigError(f"{clip}: set optimizer.fused=auto")
+        raise ConfigError("optimizer.fused=true cannot clip under 16-mixed: set it to auto")
     if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
         raise ConfigError("samples.patience needs samples.count and samples.per_prompt above 0")

@@ -42,12 +42,11 @@ SUMMARY_KEYS = (
     "sample/repeat_share", "train/tokens", "train/tokens_per_second", "train/pad_share",
     "train/skipped", "preflight/faults", "preflight/audited",
     "seconds/total", "seconds/fit", "seconds/train", "seconds/preflight", "seconds/writing",
-    "checkpoint/best", "checkpoint/stable", "checkpoint/steady", "checkpoint/last",
+    "checkpoint/best", "checkpoint/stable", "checkpoint/last",
     *(f"writing/{field.name}" for field in fields(SampleStatistics)),
     "writing/repetition_spread", "writing/consistency_hidden", "writing/consistency_sentences",
 )  # fmt: skip
-"""Keys that ``summary.json`` always has, besides what was logged; null where one does not apply.
-``checkpoint/steady`` is the old name of ``checkpoint/stable``."""
+"""Keys that ``summary.json`` always has, besides what was logged; null where one does not apply."""
 
 
 def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:

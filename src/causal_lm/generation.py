@@ -33,11 +33,9 @@ def sample(
     from ``generator``, so that a seed gives the same samples on every device. Raises ValueError for
     a temperature or length that is impossible, FloatingPointError for a logit of NaN or +inf.
 
-    Args:
-        model: Batch -> logits (B, T, V), such as a ``CausalLM`` in eval mode. If ``make_cache()``
-            returns a cache, each token is computed once: ``model(batch of new tokens, cache)``.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: sample from the k most likely tokens.
+    ``model`` turns a Batch into logits (B, T, V), such as a ``CausalLM`` in eval mode. If its
+    ``make_cache()`` returns a cache, each token is computed once: ``model(new tokens, cache)``.
+    ``temperature`` divides the logits; 0 takes the most likely token.
     """
     if not temperature >= 0:  # NaN too
         raise ValueError(f"temperature must be 0 or more, not {temperature}")

@@ -242,18 +242,14 @@ class CausalLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Repeat the micro-batches after the last optimizer step, and go on in the documents."""
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        state: dict[str, Any] = checkpoint.get(TRAINING_STATE, {})
-        if (unfinished := state.get("unfinished")) is None:  # of an earlier version
-            unfinished = batches["current"]["ready"] % self.trainer.accumulate_grad_batches
-            unfinished *= not batches["is_last_batch"]
+        state: dict[str, Any] = checkpoint[TRAINING_STATE]
         for name in ("total", "current"):
-            batches[name] = {k: n - unfinished for k, n in batches[name].items()}
+            batches[name] = {k: n - state["unfinished"] for k, n in batches[name].items()}
         data: Any = getattr(self.trainer, "datamodule", None)
-        if state.get("position") and hasattr(data, "resume"):
+        if state["position"] and hasattr(data, "resume"):
             data.resume(state["position"], batches)
-        if state:
-            self.guard.skipped, self.guard.in_a_row = state["guard"]
-            self.accumulator.random_state = state["random"]
+        self.guard.skipped, self.guard.in_a_row = state["guard"]
+        self.accumulator.random_state = state["random"]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Lightning's step of logged values is off by one after some changes of its intervals.

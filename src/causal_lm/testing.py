@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causal_lm.callbacks.preflight import audit_batch
 from causal_lm.data.collate import Batch, Collate, pack
 from causal_lm.data.documents import Document
 from causal_lm.models.base import CausalModel
 from causal_lm.module import CausalLM
 from causal_lm.objective import LossConfig
 from causal_lm.optim.parameter_groups import parameter_groups
+from causal_preflight.lightning import audit_batch
 
 PAD = 0
 ROW_LENGTH = 16  # slots of a packed row

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, RefusedError, read_checkpoint
-from causal_lm.config import leaves, new_name
+from causal_lm.config import leaves
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ class CheckpointMetadata(L.Callback):
         not, or no step is left to train (one need not be, where it ``may_be_complete``).
         """
         saved = read_checkpoint(path)
-        before = {new_name(key): value for key, value in leaves(saved[CONFIG])}
-        before |= leaves(saved[TOKENIZER], "tokenizer.")
+        before = dict(leaves(saved[CONFIG])) | dict(leaves(saved[TOKENIZER], "tokenizer."))
         here = dict(leaves(self.config)) | dict(leaves(self.tokenizer, "tokenizer."))
         found: dict[str, list[str]] = {FREE: [], KEPT: []}
         keys = (before.keys() | here.keys()) - {"ckpt_path", "paths.output_dir"}
@@ -116,7 +115,7 @@ class EvalCheckpoint(Checkpoint):
         return {SCORE: self.lowest, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lowest, self.step = float(state_dict[SCORE]), state_dict.get("step", -1)
+        self.lowest, self.step = float(state_dict[SCORE]), state_dict["step"]
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         value = _evaluated(trainer, self.metric)
@@ -190,11 +189,10 @@ def figures(best: EvalCheckpoint, stable: EvalCheckpoint) -> dict[str, str]:
     """``checkpoint/best`` and ``stable`` of ``summary.json``: the step of each, and the reason."""
     found = {}
     if best.lowest < math.inf:
-        step = torch.load(best.path, mmap=True, weights_only=True)["global_step"]
-        found["checkpoint/best"] = f"step {step}: val/loss is lowest, {best.lowest:.4f}"
+        found["checkpoint/best"] = f"step {best.step}: val/loss is lowest, {best.lowest:.4f}"
     if stable.lowest < math.inf:
         saved = torch.load(stable.path, mmap=True, weights_only=True)
         rates = ", ".join(f"{rate:.4f}" for rate in saved["callbacks"]["SampleMonitor"]["rates"])
-        reason = f"step {saved['global_step']}: the spread of repetition_4 is lowest, {rates}"
-        found["checkpoint/stable"] = found["checkpoint/steady"] = reason
+        reason = "the spread of repetition_4 is lowest"
+        found["checkpoint/stable"] = f"step {stable.step}: {reason}, {rates}"
     return found

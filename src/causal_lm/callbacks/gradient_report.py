@@ -12,7 +12,6 @@ from causal_lm.nonfinite import layer_of
 
 log = logging.getLogger(__name__)
 
-SHOWN_LAYERS = 3  # number of lowest and of highest layers in the table at the end of training
 VANISHING_BELOW = 0.1  # warn if the lowest block's gradient is below this fraction of the highest's
 
 
@@ -26,7 +25,6 @@ class GradientReport(L.Callback):
     def __init__(self, every: int) -> None:
         self.every = every
         self.weights_before: list[Tensor] | None = None
-        self.figures: dict[str, tuple[float, float]] = {}
         self.warned = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -37,11 +35,8 @@ class GradientReport(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.weights_before is None or trainer.global_step == self.step:
             return  # no report is due, or the optimizer step needs more micro-batches
-        figures = layer_figures(pl_module, self.weights_before)
+        figures = layer_figures(pl_module, self.weights_before)  # empty: the step was skipped
         self.weights_before = None
-        if not figures:
-            return  # the step was skipped
-        self.figures = figures
         for layer, (gradient, update) in figures.items():
             pl_module.log_dict({f"gradient/{layer}": gradient, f"update/{layer}": update})
         blocks = [layer for layer in figures if layer.rpartition(".")[2].isdecimal()]
@@ -53,18 +48,6 @@ class GradientReport(L.Callback):
             lowest = f"step {trainer.global_step}: the gradient of {blocks[0]} is {low:.1e}"
             highest = f"{VANISHING_BELOW:.0%} of {high:.1e} in {blocks[-1]}"
             log.warning(f"{lowest}, less than {highest}: gradients vanish downward")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.figures and trainer.is_global_zero:
-            log.info(self.table())
-
-    def table(self) -> str:
-        """The last report, one line for each of the lowest and the highest layers."""
-        rows = [f"{g:8.1e}  {u:8.1e}  {layer}" for layer, (g, u) in self.figures.items()]
-        if len(rows) > 2 * SHOWN_LAYERS + 1:
-            hidden = len(rows) - 2 * SHOWN_LAYERS
-            rows[SHOWN_LAYERS:-SHOWN_LAYERS] = [f"{'':20}… {hidden} more in metrics.csv"]
-        return "\n".join(["gradient  update/weight, by layer", *rows])
 
 
 def layer_figures(

@@ -6,11 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from causal_lm.data.datamodule import DataModule
 from causal_lm.data.tokenizers import Tokenizer, show_token
-from causal_lm.module import CausalLM
-from causal_preflight import Report, lightning
-from causal_preflight.lightning import audit_batch
+from causal_preflight import lightning
 
 WHERE_TO_LOOK = {  # label of a fault -> key or file to change, unless a pitfall explains it
     "shift": "loss, or objective.py",
@@ -45,13 +42,3 @@ def make_preflight(cfg: DictConfig, tokenizer: Tokenizer, directory: Path | None
         directory=directory, remedies=remedies, override="preflight.on_fault=warn",
         name=partial(show_token, tokenizer),
     )  # fmt: skip
-
-
-def audit_first_batch(
-    cfg: DictConfig, data: DataModule, tokenizer: Tokenizer, module: CausalLM, **options: Any
-) -> Report:
-    """The preflight of a configured run on its first batch, without training."""
-    ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
-    batch = next(iter(data.train_dataloader()))
-    is_split = cfg.trainer.accumulate_grad_batches > 1
-    return audit_batch(module, batch, module.accumulated_loss, parted=is_split, **ids, **options)

@@ -71,9 +71,8 @@ class RunStatistics(L.Callback):
         checkpoint[STATISTICS] = {"losses": [*self.losses], "counts": self._totals(trainer)}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if saved := checkpoint.get(STATISTICS):  # earlier versions did not save them
-            self.losses.extend(saved["losses"])
-            self.before = torch.tensor(saved["counts"])
+        self.losses.extend(checkpoint[STATISTICS]["losses"])
+        self.before = torch.tensor(checkpoint[STATISTICS]["counts"])
 
     def _totals(self, trainer: Any) -> list[int]:
         """The counts of the whole run over all ranks; every rank must call it."""

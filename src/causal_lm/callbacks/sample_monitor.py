@@ -10,16 +10,16 @@ from typing import Any
 import lightning as L
 import torch
 
-from causal_lm.callbacks.degeneration import DegenerationStopper
 from causal_lm.data.documents import Corpus
 from causal_lm.generation import sample_in_batches
-from causal_lm.report import consistency
+from causal_lm.report import samples
 from causal_lm.report.files import sample_files, write_text
 from causal_lm.report.samples import SampleStatistics, format_samples, sample_statistics
 
 log = logging.getLogger(__name__)
 
 SPREAD_EVALUATIONS = 3  # over which ``writing/repetition_spread`` is taken
+STANDARD_ERRORS = 3  # a rise of repetition by more than that counts as significant
 
 
 def sample_unconditional(
@@ -52,18 +52,8 @@ class SampleMonitor(L.Callback):
     its own, so that training is not affected. All ranks sample, since sharded weights need it; the
     metrics of rank 0 are broadcast, so that all ranks decide alike.
 
-    Args:
-        count: samples; 0 turns the callback off.
-        length: tokens of each, BOS included.
-        prompts, prompt_length: beginnings of validation documents, and tokens of each, for
-            ``writing/consistency_*`` (see :mod:`causal_lm.report.consistency`).
-        per_prompt: samples from each prompt; 0 turns consistency off.
-        embedder: folder of a sentence-transformers model, for ``consistency_sentences``; None uses
-            the model's hidden states, for ``consistency_hidden``.
-        patience: worse evaluations in a row that stop the fit; see :class:`DegenerationStopper`.
-        directory: gets ``samples/step_….txt`` at each evaluation; None writes no files.
-        keep_last: the files of so many evaluations are kept.
-        options: ``temperature``, ``top_k`` and ``batch_size``.
+    ``directory`` gets ``samples/step_….txt``; None: no files. ``options`` are ``temperature``,
+    ``top_k`` and ``batch_size``; ``configs/samples/default.yaml`` explains the others.
     """
 
     def __init__(
@@ -74,12 +64,12 @@ class SampleMonitor(L.Callback):
         self.corpus, self.count = corpus, count
         self.directory, self.keep_last = directory, keep_last
         prompt_length = min(prompt_length, length // 2)
-        beginnings = consistency.document_prompts(corpus.val, prompts, prompt_length)
+        beginnings = samples.document_prompts(corpus.val, prompts, prompt_length)
         self.prompts = beginnings.repeat_interleave(per_prompt, dim=0)
         self.prompt_ids = torch.arange(len(beginnings)).repeat_interleave(per_prompt)
-        self.embed: consistency.Embedder = consistency.hidden_state_embedder
+        self.embed: samples.Embedder = samples.hidden_state_embedder
         if embedder and count and per_prompt:
-            self.embed = consistency.SentenceEmbedder(embedder)
+            self.embed = samples.SentenceEmbedder(embedder)
         self.consistency_name = f"consistency_{'sentences' if embedder else 'hidden'}"
         self.options = {"length": length, "seed": seed} | options
         self.last: dict[str, float] = {}  # what the last evaluation logged
@@ -143,7 +133,7 @@ class SampleMonitor(L.Callback):
         length, tokenizer = self.prompts.shape[1], self.corpus.tokenizer
         batches = rows.split(self.options["batch_size"])
         vectors = torch.cat([self.embed(module, batch, length, tokenizer) for batch in batches])
-        return consistency.consistency(vectors, self.prompt_ids)
+        return samples.consistency(vectors, self.prompt_ids)
 
     def figures(self) -> dict[str, float]:
         """For ``summary.json``: the last evaluation's figures, and the seconds of all of them."""
@@ -155,5 +145,47 @@ class SampleMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rates, self.stopper.history = state_dict["rates"], state_dict["history"]
-        self._step, self._fn = state_dict.get("step", -1), state_dict.get("fn", "")
-        self.last = state_dict.get("figures", {})
+        self._step, self._fn, self.last = (state_dict[key] for key in ("step", "fn", "figures"))
+
+
+class DegenerationStopper:
+    """Decides whether the samples were worse for ``patience`` evaluations in a row; None: never.
+
+    An evaluation is worse if its repetition is higher, by :data:`STANDARD_ERRORS`, and its
+    consistency is lower than at the reference: the last evaluation that was not worse (not the one
+    just before, since both figures fluctuate). Early in training this is not always degeneration.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.stopped_because: str | None = None
+        # Repetition, its error and consistency, of the reference and the worse ones after it.
+        self.history: list[list[float]] = []
+        self._warned = False
+
+    def should_stop(
+        self, step: int, repetition: float | None, error: float, consistency: float | None
+    ) -> bool:
+        """Take an evaluation into account; ``error`` is the standard error of ``repetition``."""
+        if self.patience is None:
+            return False
+        if repetition is None or consistency is None:
+            if not self._warned:
+                missing = "repetition" if repetition is None else "consistency"
+                log.warning(f"step {step}: samples.patience has no effect without {missing}")
+            self._warned = True
+            return False
+        now = [repetition, error, consistency]
+        reference, reference_error, reference_consistency = (self.history or [now])[0]
+        noise = STANDARD_ERRORS * math.hypot(error, reference_error)
+        is_worse = repetition - reference > noise and consistency < reference_consistency
+        self.history = [*self.history, now] if is_worse else [now]
+        if len(self.history) <= self.patience:
+            return False
+        columns = zip(*self.history, strict=True)
+        repetitions, _, consistencies = (", ".join(f"{x:.4f}" for x in c) for c in columns)
+        row = f"{len(self.history) - 1} evaluations in a row, up to step {step}"
+        figures = f"repetition {repetitions}, consistency {consistencies}"
+        self.stopped_because = f"the samples degenerated at {row}; from the reference on, {figures}"
+        log.warning(f"stopped: {self.stopped_because}")
+        return True

@@ -34,7 +34,7 @@ class FileArray:
         """The values of a slice as bool where the file holds bool, otherwise as int64."""
         start, stop, _ = index.indices(len(self))
         count, offset = max(stop - start, 0), start * self._itemsize
-        if hasattr(os, "pread") and count <= MAX_PREAD_VALUES:  # six times as fast as fromfile
+        if count <= MAX_PREAD_VALUES:  # six times as fast as fromfile
             raw = os.pread(self._file.fileno(), count * self._itemsize, offset)
             values = np.frombuffer(raw, self.dtype)
         else:

@@ -41,25 +41,21 @@ class DocumentSampler(Sampler[int]):
     documents to get there, which an evaluation then counts twice, this one gives index -1, which
     collates to a row of PAD.
 
-    Args:
-        size: number of documents.
-        shuffle: draw an order per epoch from ``seed``; otherwise 0, 1, 2 …
-        rank, world_size: this process takes every ``world_size``-th index, from ``rank`` on.
-        by_length: batch documents of similar length together (:func:`arrange`).
-        row_length: with ``shuffle``, batch documents together that fill rows of so many tokens.
-        lengths: returns the (size,) tokens of each document, for these.
-        batch_size: indices per batch and rank.
-        batches_done: returns the number of batches that this rank has finished, over all epochs;
-            called as each epoch starts, so that a resumed run continues where it stopped.
-        start: where the run goes on, from the position that was saved.
+    ``batches_done`` is called as each epoch starts, so that a resumed run continues where it
+    stopped.
     """
 
     def __init__(
-        self, size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-        by_length: bool = False, row_length: int | None = None,
-        lengths: Callable[[], np.ndarray] = lambda: np.empty(0),
-        batch_size: int = 1, batches_done: Callable[[], int] = lambda: 0,
-        start: Start | None = None,
+        self,
+        size: int,  # number of documents
+        *, shuffle: bool, seed: int = 0,  # draw an order per epoch; otherwise 0, 1, 2 …
+        rank: int = 0, world_size: int = 1,  # every ``world_size``-th index, from ``rank`` on
+        by_length: bool = False,  # batch documents of similar length together
+        row_length: int | None = None,  # with ``shuffle``: or such as fill rows of so many tokens
+        lengths: Callable[[], np.ndarray] = lambda: np.empty(0),  # (size,) tokens, for these
+        batch_size: int = 1,  # indices per batch and rank
+        batches_done: Callable[[], int] = lambda: 0,  # of this rank, over all epochs
+        start: Start | None = None,  # where the run goes on, from the position that was saved
     ) -> None:  # fmt: skip
         self.size, self.shuffle, self.seed = size, shuffle, seed
         self.rank, self.world_size, self.lengths = rank, world_size, lengths

@@ -54,6 +54,14 @@ class CausalModel(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
+def check_length(length: int, max_positions: int | None) -> None:
+    """Raise ValueError where a row of ``length`` tokens does not fit the model's positions."""
+    if max_positions is not None and length > max_positions:
+        problem = f"a row of {length} tokens is longer than the model's {max_positions} positions"
+        keys = "data.max_length or samples.self_check.length, or raise model.max_positions"
+        raise ValueError(f"{problem}: lower {keys}")
+
+
 class BaseCausalModel(nn.Module, CausalModel):
     """A :class:`CausalModel` from :meth:`hidden_states` and ``lm_head``, a linear layer without a
     bias. If the logits are not exactly its output, set it to None and override ``forward``."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from causal_lm import extras
 from causal_lm.masks import AttentionMask
-from causal_lm.models.base import BaseCausalModel, Mask
+from causal_lm.models.base import BaseCausalModel, Mask, check_length
 
 MAX_PADDED_VOCABULARY = 1.02  # largest embedding, relative to the tokenizer: many are padded
 CACHE = ("past_key_values", "cache")  # argument that takes a cache: the older name, that of 5.24
@@ -45,22 +45,19 @@ class ExternalModel(BaseCausalModel):
         super().__init__()
         self.net, self.max_positions, self.applies_mask = net, max_positions, True
         self.eval()
-        self.applies_mask = keeps_documents_apart(self, vocab_size)
+        is_meta = next(self.parameters()).is_meta  # the parameters are counted, nothing can run
+        self.applies_mask = is_meta or keeps_documents_apart(self, vocab_size)
         self.train()  # as any new module; transformers returns pretrained weights in eval mode
 
     def checked_mask(self, length: int, attention_mask: Mask) -> Mask:
         """The mask of rows of ``length`` slots where it says more than plain causal, else None.
         Raises ValueError for rows longer than the model's positions, or a mask it does not apply.
         """
-        limit = self.max_positions
-        if limit is not None and length > limit:
-            problem = f"a row of {length} tokens is longer than the model's {limit} positions"
-            todo = "lower data.max_length or samples.self_check.length, or raise the model's"
-            raise ValueError(f"{problem}: {todo}")
+        check_length(length, self.max_positions)
         if attention_mask is None or attention_mask.plain_causal:
             return None
         if not self.applies_mask:
-            todo = "use data.layout=padded, data.padding_side=right and the causal mask"
+            todo = "set data.layout=padded and data.padding_side=right"
             raise ValueError(f"this model ignores the attention mask: {todo}, or another model")
         return attention_mask
 
@@ -111,7 +108,7 @@ class TransformersModel(ExternalModel):
 def has_plain_head(net: Any) -> bool:
     """Whether the logits are exactly ``hidden_states @ head.weight.T``."""
     head = net.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.is_meta:
         return False
     net.eval()
     ids = torch.tensor([[0, 1]])

@@ -1,11 +1,8 @@
-"""Models and tokenizers to ``transformers`` and back, through its own save and load functions.
+"""A decoder of ours to a Llama of ``transformers`` and back, with the same logits.
 
-:func:`export` writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, with the
-same logits and the same token ids. :func:`read_weights` reads a Llama from such a folder.
+``scripts/export.py`` writes a folder that transformers loads; :func:`read_weights` reads one.
 """
 
-import copy
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,6 @@ import torch
 from torch import Tensor
 
 from causal_lm import extras
-from causal_lm.data.subwords import SubwordTokenizer
-from causal_lm.data.tokenizers import SPECIAL, ByteTokenizer, SymbolTokenizer, Tokenizer
 
 Sizes = Mapping[str, Any]  # arguments of ``Decoder`` that determine its architecture
 LLAMA_KEYS = {
@@ -41,7 +36,6 @@ BLOCK_WEIGHTS = {
     "mlp.down.weight": ["mlp.down_proj.weight"],
 }
 """Weight of ``Decoder`` -> Llama weights that are concatenated (dimension 0) to it."""
-SPECIAL_ROLES = ("pad", "bos", "eos")
 
 
 def _transformers() -> Any:
@@ -54,8 +48,8 @@ def _llama_config(sizes: Sizes, **more: Any) -> Any:
     """The ``LlamaConfig`` of our decoder; ValueError for options that Llama does not have."""
     for key, expected in LLAMA_OPTIONS.items():
         if sizes[key] != expected:
-            problem = f"model.{key}={_yaml(sizes[key])} has no counterpart in transformers"
-            raise ValueError(f"{problem}: only model.{key}={_yaml(expected)} can be converted")
+            given = f"model.{key}={_yaml(sizes[key])}"
+            raise ValueError(f"transformers has no {given}, only model.{key}={_yaml(expected)}")
     return _transformers().LlamaConfig(**{k: sizes[ours] for ours, k in LLAMA_KEYS.items()}, **more)
 
 
@@ -67,7 +61,7 @@ def _weight_names(n_layers: int) -> dict[str, list[str]]:
     }
 
 
-def _to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any:
+def to_llama(state: Mapping[str, Tensor], sizes: Sizes, max_length: int) -> Any:
     """A ``LlamaForCausalLM`` with the weights ``state`` of our decoder."""
     config = _llama_config(sizes, max_position_embeddings=max_length)
     with torch.random.fork_rng():  # the new model draws weights, which are replaced at once
@@ -93,8 +87,7 @@ def read_weights(folder: str | Path, sizes: Sizes) -> dict[str, Tensor]:
     if different := [key for key in expected if found[key] != expected[key]]:
         theirs = " ".join(f"{key}={_yaml(found[key])}" for key in different)
         ours = ", ".join(_yaml(expected[key]) for key in different)
-        todo = "set these keys, use the tokenizer of that model, or use model=huggingface"
-        raise ValueError(f"{source} has {theirs}, but this run has {ours}: {todo}")
+        raise ValueError(f"{source} has {theirs}, not {ours}: set these keys, or model=pretrained")
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         with torch.random.fork_rng():  # it draws weights before it loads them
@@ -123,85 +116,3 @@ def _architecture(config: Any) -> dict[str, Any]:
 
 def _yaml(value: Any) -> str:
     return str(value).lower()
-
-
-def export(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path, merge=False) -> Path:
-    """Write ``model``, trained on rows of up to ``max_length`` tokens, and ``tokenizer`` into a new
-    ``folder``, completely or not at all. Of a model with LoRA adapters these alone are written, as
-    peft does, or with ``merge`` the whole model. Raises FileExistsError where the folder is not
-    empty, ModuleNotFoundError without the extra ``huggingface``, and ValueError where the model or
-    the tokenizer has no counterpart in transformers."""
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        written = Path(temporary) / "written"
-        written.mkdir()
-        if (adapted := getattr(model, "peft_models", None)) and not merge:
-            adapted[0].save_pretrained(written, save_embedding_layers=False)
-        else:
-            write_model(model, tokenizer, max_length, written)
-        write_tokenizer(tokenizer, max_length, written)
-        written.replace(folder)  # an empty folder is replaced
-    return folder
-
-
-def write_model(model: Any, tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
-    """Write weights and configuration with ``save_pretrained``.
-
-    Any model may have a method ``to_transformers()``, which returns a ``PreTrainedModel`` with the
-    same logits. Without one, our decoder (told by its ``sizes``) is written as a Llama, and a model
-    of transformers (the attribute ``net``) as it is, with adapters merged into a copy.
-    """
-    if hasattr(model, "to_transformers"):
-        net = model.to_transformers()
-    elif LLAMA_KEYS.keys() | LLAMA_OPTIONS.keys() <= getattr(model, "sizes", {}).keys():
-        net = _to_llama(model.state_dict(), model.sizes, max_length)
-    elif hasattr(getattr(model, "net", None), "save_pretrained"):
-        adapted = getattr(model, "peft_models", None)
-        net = copy.deepcopy(adapted[0]).merge_and_unload() if adapted else model.net
-    else:
-        problem = f"a {type(model).__name__} has no counterpart in transformers"
-        todo = "export model=llama or model=huggingface, or give the class a to_transformers()"
-        raise ValueError(f"{problem}: {todo}")
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
-    net.config.update(ids)
-    net.generation_config.update(**ids)
-    net.save_pretrained(folder)
-
-
-def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
-    """Write a ``PreTrainedTokenizerFast`` with the same ids; it puts BOS in front of a text."""
-    library, fast = extras.load("tokenizers", "huggingface"), _to_hf_tokenizer(tokenizer)
-    ids = {role: getattr(tokenizer, f"{role}_id") for role in SPECIAL_ROLES}
-    tokens = {f"{role}_token": fast.id_to_token(i) for role, i in ids.items()}
-    bos = tokens["bos_token"]
-    fast.post_processor = library.processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
-    )
-    template = getattr(tokenizer, "chat_template", None)
-    # Split: "<eos>" in a text is five characters; but a chat template writes special tokens.
-    options = {"split_special_tokens": template is None, "chat_template": template} | tokens
-    options["clean_up_tokenization_spaces"] = False
-    make = _transformers().PreTrainedTokenizerFast
-    make(tokenizer_object=fast, model_max_length=max_length, **options).save_pretrained(folder)
-
-
-def _to_hf_tokenizer(tokenizer: Tokenizer) -> Any:
-    """A tokenizer of the library ``tokenizers`` with the ids of ours."""
-    library = extras.load("tokenizers", "huggingface")
-    if isinstance(tokenizer, SubwordTokenizer):
-        return library.Tokenizer.from_str(tokenizer.json)
-    vocabulary = {text: i for i, text in SPECIAL.items()}
-    if isinstance(tokenizer, ByteTokenizer):  # without characters, all text falls back to bytes
-        vocabulary |= {f"<0x{byte:02X}>": byte + len(SPECIAL) for byte in range(256)}
-        decoders = [library.decoders.ByteFallback(), library.decoders.Fuse()]
-    elif isinstance(tokenizer, SymbolTokenizer):
-        symbols = SymbolTokenizer.alphabet[: tokenizer.vocab_size - len(SPECIAL)]
-        vocabulary |= {symbol: i for i, symbol in enumerate(symbols, start=len(SPECIAL))}
-        decoders = [library.decoders.Fuse()]
-    else:
-        raise ValueError(f"a {type(tokenizer).__name__} has no counterpart in transformers")
-    fast = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    fast.decoder = library.decoders.Sequence(decoders)
-    return fast

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from causal_lm.models.base import BaseCausalModel
+from causal_lm.models.base import BaseCausalModel, check_length
 
 
 class Tiny(BaseCausalModel):
@@ -20,7 +20,7 @@ class Tiny(BaseCausalModel):
         dropout: float = 0.0,  # probability, applied as nn.TransformerEncoderLayer does
     ) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.max_positions = n_heads, max_positions
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_positions, d_model)
         # On docstrings std 0.3 gives 2.68 bits per byte, N(0, 1) 2.98 (docs/NOTES.md).
@@ -40,10 +40,8 @@ class Tiny(BaseCausalModel):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
-        length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
-        if length > limit:
-            problem = f"a row of {length} tokens is longer than the model's {limit} positions"
-            raise ValueError(f"{problem}: raise model.max_positions or lower data.max_length")
+        length = input_ids.shape[1]
+        check_length(length, self.max_positions)
         x = self.token_embedding(input_ids) + self.position_embedding(position_ids)  # (B, T, C)
         # nn.TransformerEncoder takes True = masked out, as (T, T) or (B * heads, T, T).
         if attention_mask is None or attention_mask.plain_causal:

@@ -23,34 +23,22 @@ def is_rank_zero() -> bool:
 
 
 def claim_directory(path: Path, ignored: str = "") -> None:
-    """Make the directory of a run, with its :data:`MARKER`.
-
-    Args:
-        ignored: pattern of the file names that may be there before the marker.
-
-    Raises:
-        ConfigError: it has files, but no marker: they are not those of a run.
-    """
+    """Make the directory of a run, with its :data:`MARKER`. Raises ConfigError where it has other
+    files than the pattern ``ignored`` allows, but no marker: they are not those of a run."""
     path.mkdir(parents=True, exist_ok=True)
     marker = path / MARKER
     if not marker.exists():
         others = sorted(p.name for p in path.iterdir() if not re.fullmatch(ignored, p.name))
         if others:
             found = f"{path.absolute()} is not the directory of a run: it holds {others[0]}"
-            old = f"for a run without {MARKER}, create that file in it"
-            raise ConfigError(f"{found}; set hydra.run.dir to a new directory ({old})")
+            raise ConfigError(f"{found}, but no {MARKER}; set hydra.run.dir to a new directory")
         marker.touch()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 file beside ``path`` for writing; rename it to ``path`` at the end.
-
-    A reader finds the old file or the new one, never a part.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
-    """
+    """Open a UTF-8 file beside ``path`` for writing; rename it to ``path`` at the end. A reader
+    finds the old file or the new one, never a part, also where writing raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -87,12 +75,8 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Read a ``summary.json``.
-
-    Raises:
-        OSError: there is none.
-        ValueError: it is damaged, or not a summary. (A single key that is missing is None.)
-    """
+    """Read a ``summary.json``, whose missing keys are None. Raises OSError where there is none,
+    ValueError where it is damaged, or not a summary."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not UTF-8, or not JSON
