@@ -4,7 +4,6 @@ Such a loss is given the last hidden states h and the weights W of the head. Wit
 of weight w leaves the gradient w (sum_v p_v W_v - W_y) at h: its direction names y, its size w.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -22,34 +21,37 @@ _SURE = 0.01  # residual below which no others are tried
 
 
 class RebuiltHead(nn.Module):
-    """Makes logits of the hidden states that a module puts out, and the loss of these logits.
+    """Makes logits of the hidden states that a module puts out, and the loss of these logits."""
 
-    `given` is the loss, the module, the path in its output, weight and bias: a tuple, so that they
-    stay the model's own. `residual` is the part of the last run's gradient that no target explains.
-    """
-
-    residual = 1.0
+    residual = 1.0  # the part of the last run's gradient that no target explains
 
     def __init__(self, audited: InstrumentedModel, *given: Any) -> None:
         super().__init__()
+        # The loss, the module, the path in its output, weight and bias: a tuple, so that they stay
+        # the model's own.
         self.sandbox, self.seed, self.given = audited.sandbox, audited.seed, given
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
         *_, weight, bias = self.given
         return F.linear(hidden.to(weight.dtype), weight, bias).float()
 
     def loss(self, model: Any, batch: Any) -> Tensor:
         """The loss as a sum of w * nll over the rebuilt logits, and of what does not need them."""
+        loss_fn, module, path, *_ = self.given
         logits, states = list[Tensor](), list[Tensor]()
 
-        def zero(hidden: Tensor) -> Tensor:
-            states.append(torch.zeros_like(hidden).requires_grad_())
-            return states[-1]
+        def make_logits(_: nn.Module, args: Any, output: Any) -> None:
+            logits.append(self(locate.get_path(output, path)))
 
-        self._run(model, batch, lambda hidden: logits.append(self(hidden)))
+        def zero(_: nn.Module, args: Any, output: Any) -> Any:
+            states.append(torch.zeros_like(locate.get_path(output, path)).requires_grad_())
+            return locate.set_path(output, path, states[-1])
+
+        with module.register_forward_hook(make_logits):
+            loss_fn(model, batch)
         self.sandbox.rewind(self.seed, model.training)
-        const = self._run(model, batch, zero)
+        with module.register_forward_hook(zero):
+            const = loss_fn(model, batch)
         if const.requires_grad:
             const.backward()  # not autograd.grad, which checkpointing may refuse
         model.zero_grad()
@@ -73,16 +75,6 @@ class RebuiltHead(nn.Module):
             loss = loss + scale * (w[on] * F.cross_entropy(z[on], y[on], reduction="none")).sum()
         return loss
 
-    def _run(self, model: Any, batch: Any, edit: Callable[[Tensor], Tensor | None]) -> Tensor:
-        loss_fn, module, path, *_ = self.given
-
-        def after(_: nn.Module, args: Any, output: Any) -> Any:
-            new = edit(locate.get_path(output, path))
-            return None if new is None else locate.set_path(output, path, new)
-
-        with module.register_forward_hook(after):
-            return loss_fn(model, batch)
-
 
 def _merged(w: Tensor, near: float) -> Tensor:
     """Weights that differ by rounding, as of bfloat16, become their mean; 0 stays 0."""
@@ -99,19 +91,12 @@ def rebuild_logits(model: InstrumentedModel, batch: AuditBatch, limit: float) ->
 
     Any matrix with more rows than the largest id may be the head, any output the hidden states.
     """
-    seen, modules = dict[int, tuple[nn.Module, Any, Tensor]](), list(model.sandbox.modules)
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        for path, t in locate.iter_tensors(output, 2):
-            if t.requires_grad and t.ndim in (2, 3) and t.shape[-1] >= _NARROW:
-                seen.setdefault(id(t), (module, path, t))
-
-    model.run(batch, True, [m.register_forward_hook(after) for m in modules])
-    given, found = model.loss_fn, None
+    given, found, modules = model.loss_fn, None, model.sandbox.modules
     own = [(p, m) for m in reversed(modules) for p in m.parameters(recurse=False) if p.ndim == 2]
-    for module, path, t in list(seen.values())[: -_TRIED - 1 : -1]:
+    states = [x for x in model.outputs if len(x[2]) < 4 and x[2][-1] >= _NARROW]
+    for module, path, shape in states[: -_TRIED - 1 : -1]:
         for weight, m in ((w, m) for p, m in own for w in (p, p.T)):
-            fits = weight.shape[1] == t.shape[-1] and len(weight) > int(batch.ids.max())
+            fits = weight.shape[1] == shape[-1] and len(weight) > int(batch.ids.max())
             if limit < _SURE or not fits:
                 continue
             bias = m.bias if getattr(m, "bias", None) is not None and weight.is_leaf else None

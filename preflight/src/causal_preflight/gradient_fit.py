@@ -2,9 +2,8 @@
 
 For logits z with p = softmax(z), the gradient of almost every language-model loss at a position is
 g = a p - w onehot(y) - u 1, with y the target. Plain cross-entropy has a = w and u = 0; label
-smoothing moves part of w into u; a z-loss adds to a alone (Chowdhery et al., PaLM,
-arXiv:2204.02311, section 5). Least squares give y, w, a and u. A loss that is no sum of such terms
-leaves a residual, which widens the tolerances of the probes.
+smoothing moves part of w into u; a z-loss (PaLM, arXiv:2204.02311, section 5) adds to a alone.
+Least squares give y, w, a and u; what they leave over widens the tolerances of the probes.
 """
 
 import torch
@@ -17,10 +16,9 @@ EXACT = 1e-5  # residual below which the loss is a cross-entropy in float32
 def fit(logits: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, float]:
     """Fit every position of logits and grad, both (b, t, V), in float64.
 
-    Returns:
-        The target ids (b, t). A stack (4, b, t): `weight` (w + u V, the token's weight in the
-        loss), `onehot_weight` (w), `max_abs_grad` (largest |g|), `grad_sum` (sum of g: 0 for a
-        cross-entropy, positive for a z-loss). The residual: rms of what is left over that of g.
+    Returns the target ids (b, t); a stack (4, b, t) of `weight` (w + u V, the token's weight in the
+    loss), `onehot_weight` (w), `max_abs_grad` (largest |g|), `grad_sum` (0 for a cross-entropy,
+    positive for a z-loss); and the residual: rms of what is left over that of g.
     """
     device, shape, v = grad.device, grad.shape[:-1], grad.shape[-1]
     mps = device.type == "mps"  # has no float64

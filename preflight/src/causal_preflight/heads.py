@@ -1,22 +1,21 @@
 """Several heads: what each is trained on, which is the main one, and probes of the others.
 
-A head of multi-token prediction (Gloeckle et al., arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437)
-is trained on token t + k. Once its logits are placed k - 1 columns later, the rules for the next
-token hold for it as well: its target follows, and it may see no token after its own place.
+A head of multi-token prediction (arXiv:2404.19737, arXiv:2412.19437) is trained on token t + k.
+With its logits placed k - 1 columns later, the rules for the next token hold for it as well.
 """
 
 from contextlib import suppress
 from dataclasses import replace
 
-from causal_preflight import padding, readout, visibility
+from causal_preflight import invariance, targets, visibility
 from causal_preflight.context import Context, Probe
 from causal_preflight.instrumented_model import Head, Readout
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
 FITS, _UNFIT = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
 _SIGHT = (
-    visibility.cross_row, visibility.future, visibility.documents, padding.embedding,
-    padding.extension,
+    visibility.cross_row, visibility.future, visibility.documents,
+    invariance.embedding, invariance.extension,
 )  # fmt: skip
 
 
@@ -28,8 +27,7 @@ def arrange(ctx: Context) -> float:
     at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
 
     Returns:
-        The part of a gradient that no target may explain if logits rebuilt of a fused loss are to
-        replace those found; 0 where these fit. Those of soft targets sum to 0 at each position.
+        The residual below which logits rebuilt of a fused loss replace those found; 0: these fit.
     """
     model, read = ctx.model, list[tuple[Head, Readout, int | None]]()
     for head in model.heads:
@@ -38,7 +36,7 @@ def arrange(ctx: Context) -> float:
             model.head = head._replace(number=number)
             with suppress(RuntimeError):  # as for a classifier of rows
                 r = model.readout(ctx.full, True)
-                read.append((model.head, r, readout.offset_of(ctx.full, r, 8)))
+                read.append((model.head, r, targets.offset_of(ctx.full, r, 8)))
             number += 1
     if not read:
         model.heads = []
@@ -64,6 +62,7 @@ def arrange(ctx: Context) -> float:
     ctx._readouts = {} if model.head.ahead else {True: r}
     if not bool(r.trained.any()):
         return _UNFIT
+    # Gradients of soft targets sum to 0 at each position.
     soft = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad).all())
     return 0.0 if r.residual <= FITS else 0.01 if soft else min(_UNFIT, r.residual / 2)
 
@@ -77,7 +76,7 @@ def further_heads(ctx: Context) -> list[Finding]:
         for number, head in enumerate(further, 2):
             # What another fault moves already is not examined again.
             sight = () if ctx.explained or found else _SIGHT
-            seen = _examine(ctx, head, readout.alignment, *sight)
+            seen = _examine(ctx, head, targets.alignment, *sight)
             same = [h for h in model.heads if h.ahead == head.ahead]
             if [f.label for f in seen] == ["causal"] and len(same) > 1:
                 # One that reads a few coming tokens, and no more, has the targets of another one.
@@ -101,9 +100,9 @@ def _examine(ctx: Context, head: Head, *probes: Probe) -> list[Finding]:
     except RuntimeError:  # made in training only
         model.always_train = True
     for probe in probes:
-        if model.always_train and probe is padding.extension:
+        if model.always_train and probe is invariance.extension:
             continue  # it compares runs of two shapes, which differ in dropout
         with suppress(UnexaminableError):
-            if seen := probe(own):
+            if seen := list(probe(own)):
                 return seen
     return []

@@ -5,6 +5,7 @@ whose gradient looks like that of a cross-entropy. One head is looked at at a ti
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from causal_preflight import locate
 from causal_preflight.batch import AuditBatch
 from causal_preflight.gradient_fit import EXACT, fit, is_distribution
+from causal_preflight.report import require
 from causal_preflight.sandbox import Sandbox
 
 _NO_LOGITS = 0.5  # residual of the fit above which a tensor is not logits
@@ -29,9 +31,9 @@ Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
 class Head(NamedTuple):
-    """The `number`-th logits that a module makes for the same positions, at `path` of its output.
+    """The `number`-th logits for the same positions at `path` of a module's output.
 
-    They are placed `ahead` columns later. `replaceable`: the loss is computed from that output.
+    They belong `ahead` columns later. `replaceable`: the loss is computed from that output.
     """
 
     module: nn.Module
@@ -42,8 +44,7 @@ class Head(NamedTuple):
     replaceable: bool = True
 
 
-@dataclass
-class Observation:
+class Observation(NamedTuple):
     """Loss of one run, its logits in float32 (B, T, V), and where there are any: `made` (B, T)."""
 
     loss: float
@@ -55,8 +56,8 @@ class Observation:
 class Readout:
     """What the loss trained, per position (B, T): see `gradient_fit.fit`. 0 where nothing.
 
-    `pieces` counts the pieces of logits that it used: several calls, or a head applied in chunks.
-    `scaled` tells whether the loss caps or scales them.
+    `pieces` of logits were used: of several calls, or of a head applied in chunks. `scaled`: the
+    loss caps or scales the logits.
     """
 
     loss: float
@@ -81,9 +82,9 @@ class Readout:
 class InstrumentedModel:
     """A model with its loss, run again and again from the same state.
 
-    `forwards` counts the runs; `dtype` is the lowest precision that a module puts out; `frozen`
-    tells whether the embedding gets no gradient; `count`, how many heads the module of `head` has.
-    `head` is looked at, one of `heads`; `always_train` runs it in train mode alone.
+    `forwards` counts the runs; `dtype` is the lowest precision that a module puts out; `frozen`:
+    the embedding gets no gradient; `head` is looked at, one of `heads`, and its module has `count`
+    of them; `always_train` runs it in train mode alone. `outputs`: shapes of what modules put out.
     """
 
     module: nn.Module
@@ -95,6 +96,7 @@ class InstrumentedModel:
     input_module: nn.Module | None = None
     heads: list[Head] = field(default_factory=list)
     head: Head = field(init=False)
+    outputs: list[tuple[nn.Module, locate.KeyPath, torch.Size]] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     frozen: bool = False
     always_train: bool = False
@@ -103,14 +105,18 @@ class InstrumentedModel:
     def run(self, batch: AuditBatch, train: bool = False, hooks: Iterable[Any] = ()) -> Tensor:
         """The loss with its graph, always from the same state and seed; `hooks` are removed."""
         raw = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.raw.items()}
+        at = batch.noised
+        noise = None if at is None else locate.EmbeddingNoise(batch, at, self.seed)
         self.forwards += 1
         try:
             self.sandbox.rewind(self.seed, train or self.always_train)
-            with torch.enable_grad():
+            with torch.enable_grad(), noise or nullcontext():
                 loss = (self.loss_fn or loss_of_model)(self.module, self.rebuild(raw))
         finally:
             for hook in hooks:
                 hook.remove()
+        found = noise is None or noise.hits or not bool(noise.where.any())
+        require(found, "the lookup of the embeddings was not found")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("loss_fn must return the scalar training loss as a tensor")
         return loss
@@ -127,6 +133,7 @@ class InstrumentedModel:
     def discover(self, batch: AuditBatch) -> None:
         """Find input module and heads, one for each module; without logits there are none."""
         found: dict[tuple[int, locate.Layout], tuple[Head, Tensor]] = {}
+        seen: dict[int, tuple[nn.Module, locate.KeyPath, Tensor]] = {}
         used, slots, last = set[int](), list[Tensor](), None  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
@@ -141,15 +148,16 @@ class InstrumentedModel:
                 if t.is_floating_point() and t.dtype.itemsize < self.dtype.itemsize:
                     self.dtype = t.dtype
                 if slots and t.requires_grad and t.ndim in (2, 3, 4):
-                    last = t
+                    last = t  # a parent may return the tensor of its child: the first counts
+                    seen.setdefault(id(t), (module, path, t))
                     for layout in locate.layouts(t.shape, slots[0].shape, vocab):
-                        # A parent may return the tensor of its child: the first counts.
                         found.setdefault((id(t), layout), (Head(module, path, layout), t))
                         t.retain_grad()
 
         modules = self.sandbox.modules
         hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules]
         loss = self.run(batch, True, hooks + [m.register_forward_hook(after) for m in modules])
+        self.outputs = [(module, path, t.shape) for module, path, t in seen.values()]
         tables = [m.weight for m in modules if isinstance(m, nn.Embedding)]
         grads = self.grads(loss, [t for _, t in found.values()] + tables)
         self.frozen = bool(tables) and all(g is None for g in grads[len(found) :])
@@ -165,11 +173,12 @@ class InstrumentedModel:
             # Of tensors that are made of one another, one is taken; others are further heads.
             rivals = [n for n, hit in best.items() if blank or locate.made_of(t, hit[2])]
             least = min((best[n][0] for n in rivals), default=2 * _NO_LOGITS)
-            if residual < 0.5 * least or (blank and least >= _NO_GRADIENT):
+            # Soft targets: the gradient of each softmax sums to 0, whatever its target.
+            soft = (
+                not best and t is last and bool((g.sum(-1).abs() <= 1e-4 * g.abs().sum(-1)).all())
+            )
+            if residual < 0.5 * least or (blank and least >= _NO_GRADIENT) or soft:
                 best = {n: hit for n, hit in best.items() if n not in rivals}
-                best[i] = residual, head, t
-            elif not best and t is last and bool((g.sum(-1).abs() <= 1e-4 * g.abs().sum(-1)).all()):
-                # Soft targets: the gradient of each softmax sums to 0, whatever its target.
                 best[i] = residual, head, t
         most = max(_NO_HEAD, min((hit[0] for hit in best.values()), default=0.0))
         self.heads = list(dict.fromkeys(head for rest, head, _ in best.values() if rest <= most))
@@ -178,13 +187,14 @@ class InstrumentedModel:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, placed = self._catch(batch, train, lambda t: t)
         pieces = [(slots, part(t.detach())) for slots, t, part in placed]
-        shape, size, vocab = batch.ids.shape, batch.ids.numel(), pieces[0][1].shape[-1]
+        size, vocab = batch.ids.numel(), pieces[0][1].shape[-1]
         logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
         for slots, t in pieces:
             keep = slots >= 0
             made[slots[keep]] = True
             logits[slots[keep]] = t[keep].float()
+        shape = batch.ids.shape
         return Observation(float(loss.detach()), logits.view(*shape, -1), made.view(shape))
 
     def gradients(
@@ -238,8 +248,8 @@ class InstrumentedModel:
             target[slots] = torch.where(stronger, y, target[slots])
             values.index_add_(1, slots, new)
             residual = max(residual, rest)
-        target, values = target.view(ids.shape), values.view(4, *ids.shape)
-        r = Readout(loss, residual, len(pieces), target, *values)
+        values = values.view(4, *ids.shape)
+        r = Readout(loss, residual, len(pieces), target.view(ids.shape), *values)
         if residual > EXACT and self.head.replaceable and noise_size > _SMALL_NOISE:
             other = self.readout(batch, train, _SMALL_NOISE)
             if other.residual < 0.1 * residual:
@@ -274,15 +284,15 @@ class InstrumentedModel:
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, head.module.register_forward_hook(after)])
         for slots, made in calls:
-            pieces = [(t, i, part) for t, i in made for part in locate.parts(t, head.layout)]
             room = slots.shape[1] if head.layout else slots.numel()
             number, left, mine = 0, 0, []
-            for piece in pieces:
-                # Chunks of a head fit beside each other; where they do not, the next head begins.
-                size = piece[2](piece[0]).shape[1]
-                number, left = (number, left) if size <= left else (number + 1, room)
-                left -= size
-                mine += [piece] if number == head.number + 1 else []
+            for t, first in made:
+                for part in locate.parts(t, head.layout):
+                    # Chunks of a head fit beside each other; where they do not, the next begins.
+                    size = part(t).shape[1]
+                    number, left = (number, left) if size <= left else (number + 1, room)
+                    left -= size
+                    mine += [(t, first, part)] if number == head.number + 1 else []
             self.count = max(self.count, number)
             shapes = [part(t).shape for t, _, part in mine]
             where = locate.place(slots, shapes, mine[0][1], batch) if mine else []

@@ -106,25 +106,21 @@ def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor |
 def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
     """The slots (b, t) that a tensor of ids holds, or None if it is not part of the batch.
 
-    Tried in turn: the whole batch; rows in any order and any window of columns; transposed;
-    flattened, with or without PAD; nearly the batch (a BOS put in front, a few ids altered).
+    Tried in turn: the whole batch, as it is, transposed or flattened, with or without PAD; rows in
+    any order and any window of columns; nearly the batch (a BOS put in front, a few ids altered).
     Prefers windows that no earlier call `used`: equal rows of several calls get different slots.
     """
     if t.is_floating_point() or t.dtype == torch.bool or t.ndim not in (1, 2):
         return None
-    ids, t = batch.ids, t.to(batch.ids)
+    t, flat, ids = t.to(batch.ids), batch.ids.flatten(), batch.ids
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    if torch.equal(t, ids):
-        return slots
-    if t.ndim == 2 and (hit := _window(t, ids, slots, used)) is not None:
-        return hit
-    if torch.equal(t, ids.T):
-        return slots.T
-    if t.ndim == 1 or t.shape[0] == 1:
-        for part in (torch.ones_like(batch.real), batch.real):
-            if torch.equal(t.reshape(-1), ids[part]):
-                return slots[part][None]
-    return _nearly(t, ids, slots) if t.ndim == 2 and len(t) == len(ids) else None
+    for whole in (slots, slots.T, slots.view(1, -1), slots[batch.real][None]):
+        if torch.equal(t if t.ndim == 2 else t[None], flat[whole]):
+            return whole
+    if t.ndim == 1:
+        return None
+    hit = _window(t, ids, slots, used)
+    return _nearly(t, ids, slots) if hit is None and len(t) == len(ids) else hit
 
 
 def _window(t: Tensor, ids: Tensor, slots: Tensor, used: set[int]) -> Tensor | None:
@@ -163,7 +159,7 @@ def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
 def first_column(logits: Tensor, width: int) -> int | None:
     """The first of `width` columns of hidden states that logits are made of, by their graph.
 
-    None if positions are chosen in another way than by a slice: by index, or by a split.
+    None if positions are chosen otherwise than by a slice.
     """
     nodes: list[tuple[Any, int]] = [(logits.grad_fn, 0)]
     starts, chosen = list[int](), False
@@ -208,7 +204,7 @@ def place(
 
 
 class EmbeddingNoise(TorchFunctionMode):
-    """Adds noise to the looked-up vectors of chosen slots; EOS or the head may share the table."""
+    """Adds noise to the looked-up vectors of chosen slots; the head may share the table."""
 
     def __init__(self, batch: AuditBatch, where: Tensor, seed: int) -> None:
         super().__init__()
