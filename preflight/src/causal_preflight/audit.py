@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from causal_preflight import heads, invariance, reduction, targets, visibility
 from causal_preflight.batch import IGNORE, AuditBatch
 from causal_preflight.context import Context, Probe, moved
-from causal_preflight.fused_loss import rebuild_logits
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
@@ -133,11 +132,10 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     limit = heads.arrange(ctx)
-    fused = rebuild_logits(model, ctx.work, limit) if limit else None
+    fused = heads.rebuild(ctx, limit) if limit else None
     if fused is not None:
         ctx.report.remarks[:] = ["the loss is fused: logits are rebuilt of hidden states and head"]
         ctx.explained |= {"inexact weights"} if fused > heads.FITS else set()
-        model.discover(ctx.work)
         heads.arrange(ctx)
     elif not model.heads:
         ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from causal_preflight.batch import AuditBatch
-from causal_preflight.instrumented_model import InstrumentedModel, Observation, Readout
+from causal_preflight.gradient_fit import Readout
+from causal_preflight.instrumented_model import InstrumentedModel, Observation
 from causal_preflight.report import REMEDIES, Finding, Report, require
 
 Probe = Callable[["Context"], Iterable[Finding]]

@@ -9,10 +9,13 @@ from dataclasses import replace
 
 from causal_preflight import invariance, targets, visibility
 from causal_preflight.context import Context, Probe
-from causal_preflight.instrumented_model import Head, Readout
+from causal_preflight.gradient_fit import Readout
+from causal_preflight.instrumented_model import Head
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
 FITS, _UNFIT = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
+_TRIED = 6  # hidden states that are tried, the last ones first
+_SURE = 0.01  # residual below which no others are tried
 _SIGHT = (
     visibility.cross_row, visibility.future, visibility.documents,
     invariance.embedding, invariance.extension,
@@ -65,6 +68,30 @@ def arrange(ctx: Context) -> float:
     # Gradients of soft targets sum to 0 at each position.
     soft = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad).all())
     return 0.0 if r.residual <= FITS else 0.01 if soft else min(_UNFIT, r.residual / 2)
+
+
+def rebuild(ctx: Context, limit: float) -> float | None:
+    """Make the logits visible that a fused loss keeps to itself (Liger, cut-cross-entropy).
+
+    Any matrix with more rows than the largest id may be the head, any output the hidden states.
+    Returns the residual of the best fit, None if it is above `limit`.
+    """
+    model, found, modules = ctx.model, None, ctx.model.sandbox.modules
+    own = [(p, m) for m in reversed(modules) for p in m.parameters(recurse=False) if p.ndim == 2]
+    for states, width in model.outputs[: -_TRIED - 1 : -1]:
+        for weight, m in ((w, m) for p, m in own for w in (p, p.T)):
+            fits = weight.shape[1] == width and len(weight) > int(ctx.work.ids.max())
+            if limit < _SURE or not fits:
+                continue
+            bias = m.bias if getattr(m, "bias", None) is not None and weight.is_leaf else None
+            model.head = states._replace(weight=weight, bias=bias)
+            with suppress(Exception):  # of a loss that is given what it is not made for
+                r = model.readout(ctx.work, True)
+                if r.residual < limit and bool(r.trained.any()):
+                    limit, found = r.residual, model.head._replace(accepted=True)
+    model.heads = [found] if found else model.heads
+    model.head = model.heads[0] if model.heads else model.head
+    return limit if found else None
 
 
 def further_heads(ctx: Context) -> list[Finding]:

@@ -7,15 +7,15 @@ whose gradient looks like that of a cross-entropy. One head is looked at at a ti
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causal_preflight import locate
 from causal_preflight.batch import AuditBatch
-from causal_preflight.gradient_fit import EXACT, fit, is_distribution
+from causal_preflight.gradient_fit import EXACT, Readout, fit, fit_hidden, is_distribution
 from causal_preflight.report import require
 from causal_preflight.sandbox import Sandbox
 
@@ -23,8 +23,9 @@ _NO_LOGITS = 0.5  # residual of the fit above which a tensor is not logits
 _NO_HEAD = 0.2  # residual above which it is not those of a further head
 _NO_GRADIENT = 0.4  # residual assumed for a tensor without a gradient
 _MAX_FITTED = 2**21  # values fitted per tensor: enough to tell logits from hidden states
+_STATES = (), (0, 1, 2), (1, 0, 2)  # layouts of hidden states
+_NARROW = 8  # width below which their gradient fits the row of some target by chance
 _SMALL_NOISE = 3e-3  # logits small enough that a cap or scale of them is a factor
-_TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
 LossFn = Callable[[Any, Any], Tensor]
 Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 """Slots (b, t); a tensor of logits; what takes it, or its gradient, to those (b, t, V)."""
@@ -33,7 +34,8 @@ Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 class Head(NamedTuple):
     """The `number`-th logits for the same positions at `path` of a module's output.
 
-    They belong `ahead` columns later. `replaceable`: the loss is computed from that output.
+    They belong `ahead` columns later. `replaceable`: the loss is computed from that output. With a
+    `weight`, these are hidden states of which a fused loss makes the logits; `accepted` ones fit.
     """
 
     module: nn.Module
@@ -42,6 +44,15 @@ class Head(NamedTuple):
     number: int = 0
     ahead: int = 0
     replaceable: bool = True
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    accepted: bool = False
+
+    def logits(self, out: Tensor) -> Tensor:
+        """The logits (..., V), in float32, of what the module puts out."""
+        if self.weight is not None:
+            out = F.linear(out.to(self.weight.dtype), self.weight, self.bias).detach()
+        return out.float()
 
 
 class Observation(NamedTuple):
@@ -52,39 +63,13 @@ class Observation(NamedTuple):
     made: Tensor
 
 
-@dataclass
-class Readout:
-    """What the loss trained, per position (B, T): see `gradient_fit.fit`. 0 where nothing.
-
-    `pieces` of logits were used: of several calls, or of a head applied in chunks. `scaled`: the
-    loss caps or scales the logits.
-    """
-
-    loss: float
-    residual: float
-    pieces: int
-    target: Tensor
-    weight: Tensor
-    onehot_weight: Tensor
-    max_abs_grad: Tensor
-    grad_sum: Tensor
-    scaled: bool = False
-
-    @cached_property
-    def trained(self) -> Tensor:
-        """(B, T) bool: positions that the loss trains on a target."""
-        weight = self.weight.abs()
-        least = _TRAINED * weight.max().clamp_min(1e-300)
-        return weight.minimum(self.onehot_weight.abs()) > least
-
-
 @dataclass(eq=False)
 class InstrumentedModel:
     """A model with its loss, run again and again from the same state.
 
     `forwards` counts the runs; `dtype` is the lowest precision that a module puts out; `frozen`:
     the embedding gets no gradient; `head` is looked at, one of `heads`, and its module has `count`
-    of them; `always_train` runs it in train mode alone. `outputs`: shapes of what modules put out.
+    of them; `always_train` runs it in train mode alone. `outputs`: hidden states, and their width.
     """
 
     module: nn.Module
@@ -96,7 +81,7 @@ class InstrumentedModel:
     input_module: nn.Module | None = None
     heads: list[Head] = field(default_factory=list)
     head: Head = field(init=False)
-    outputs: list[tuple[nn.Module, locate.KeyPath, torch.Size]] = field(default_factory=list)
+    outputs: list[tuple[Head, int]] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     frozen: bool = False
     always_train: bool = False
@@ -133,7 +118,6 @@ class InstrumentedModel:
     def discover(self, batch: AuditBatch) -> None:
         """Find input module and heads, one for each module; without logits there are none."""
         found: dict[tuple[int, locate.Layout], tuple[Head, Tensor]] = {}
-        seen: dict[int, tuple[nn.Module, locate.KeyPath, Tensor]] = {}
         used, slots, last = set[int](), list[Tensor](), None  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
@@ -148,21 +132,24 @@ class InstrumentedModel:
                 if t.is_floating_point() and t.dtype.itemsize < self.dtype.itemsize:
                     self.dtype = t.dtype
                 if slots and t.requires_grad and t.ndim in (2, 3, 4):
-                    last = t  # a parent may return the tensor of its child: the first counts
-                    seen.setdefault(id(t), (module, path, t))
-                    for layout in locate.layouts(t.shape, slots[0].shape, vocab):
+                    last = t
+                    # A parent may return the tensor of its child: the first counts.
+                    for layout in locate.layouts(t.shape, slots[0].shape, min(_NARROW, vocab)):
                         found.setdefault((id(t), layout), (Head(module, path, layout), t))
-                        t.retain_grad()
+                        if locate.to_btv(t, layout).shape[-1] >= vocab:
+                            t.retain_grad()
 
         modules = self.sandbox.modules
         hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules]
         loss = self.run(batch, True, hooks + [m.register_forward_hook(after) for m in modules])
-        self.outputs = [(module, path, t.shape) for module, path, t in seen.values()]
+        states = [hit for hit in found.values() if hit[0].layout in _STATES]
+        self.outputs = [(head, t.shape[-1]) for head, t in states if t.shape[-1] >= _NARROW]
+        wide = [(head, t) for head, t in found.values() if t.retains_grad]
         tables = [m.weight for m in modules if isinstance(m, nn.Embedding)]
-        grads = self.grads(loss, [t for _, t in found.values()] + tables)
-        self.frozen = bool(tables) and all(g is None for g in grads[len(found) :])
+        grads = self.grads(loss, [t for _, t in wide] + tables)
+        self.frozen = bool(tables) and all(g is None for g in grads[len(wide) :])
         best: dict[int, tuple[float, Head, Tensor]] = {}
-        for i, (head, t) in enumerate(found.values()):
+        for i, (head, t) in enumerate(wide):
             if (g := grads[i]) is None:
                 continue
             few = slice(None, None, 1 + t.numel() // _MAX_FITTED)
@@ -186,14 +173,14 @@ class InstrumentedModel:
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, placed = self._catch(batch, train, lambda t: t)
-        pieces = [(slots, part(t.detach())) for slots, t, part in placed]
+        pieces = [(slots, self.head.logits(part(t.detach()))) for slots, t, part in placed]
         size, vocab = batch.ids.numel(), pieces[0][1].shape[-1]
         logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
         for slots, t in pieces:
             keep = slots >= 0
             made[slots[keep]] = True
-            logits[slots[keep]] = t[keep].float()
+            logits[slots[keep]] = t[keep]
         shape = batch.ids.shape
         return Observation(float(loss.detach()), logits.view(*shape, -1), made.view(shape))
 
@@ -204,11 +191,14 @@ class InstrumentedModel:
 
         The logits are replaced by the same moderate noise at every position, as large or NaN logits
         would make a fit inaccurate, unless the module that returns them also computes the loss.
+        Hidden states are replaced by 0.
         """
         head = self.head
 
         def stand_in(t: Tensor) -> Tensor:
-            if head.replaceable:
+            if head.weight is not None:
+                t = torch.zeros_like(t).requires_grad_()
+            elif head.replaceable:
                 gen = torch.Generator().manual_seed(0)  # fixed: independent of the audit's seed
                 wide = locate.to_btv(t.detach().float(), head.layout)
                 noise = noise_size * torch.randn(wide.shape[-1], generator=gen).to(wide.device)
@@ -222,7 +212,7 @@ class InstrumentedModel:
 
         loss, placed = self._catch(batch, train, stand_in)
         grads = self.grads(loss, [leaf for _, leaf, _ in placed])
-        if head.replaceable and all(g is None for g in grads):
+        if head.replaceable and head.weight is None and all(g is None for g in grads):
             self.head = head._replace(replaceable=False)
             return self.gradients(batch, train)
         pairs = [(*piece, g) for piece, g in zip(placed, grads, strict=True) if g is not None]
@@ -236,21 +226,28 @@ class InstrumentedModel:
         first, a cap or a scale, is a factor s there. Then weight is w s^2, onehot_weight w s.
         """
         loss, pieces = self.gradients(batch, train, noise_size)
-        ids = batch.ids
+        ids, head, weight = batch.ids, self.head, self.head.weight
         exact = torch.float32 if ids.device.type == "mps" else torch.float64
         target = torch.full((ids.numel(),), -1, device=ids.device)
         values, residual = torch.zeros(4, ids.numel(), dtype=exact, device=ids.device), 0.0
         for slots, z, g in pieces:
-            y, new, rest = fit(z, g)
+            y, new, rest = fit(z, g) if weight is None else fit_hidden(g, weight, head.bias)
             keep = slots >= 0
             slots, y, new = slots[keep], y[keep], new[:, keep].to(exact)
             stronger = new[0].abs() >= values[0, slots].abs()
             target[slots] = torch.where(stronger, y, target[slots])
             values.index_add_(1, slots, new)
             residual = max(residual, rest)
+        if weight is not None:
+            residual = 0.0 if head.accepted else residual
+            nll = head.logits(torch.zeros_like(weight[:1])).log_softmax(-1)[0, target] * -values[0]
+            total, mean = float(values[0].sum()), float(nll.sum())
+            # A mean, of logits scaled on their way or of smoothed labels: its weights are 1.
+            if mean and abs(loss / mean * total - 1) < 0.02 and abs(total - 1) > 1e-3:
+                values /= total
         values = values.view(4, *ids.shape)
         r = Readout(loss, residual, len(pieces), target.view(ids.shape), *values)
-        if residual > EXACT and self.head.replaceable and noise_size > _SMALL_NOISE:
+        if weight is None and residual > EXACT and head.replaceable and noise_size > _SMALL_NOISE:
             other = self.readout(batch, train, _SMALL_NOISE)
             if other.residual < 0.1 * residual:
                 r, r.scaled = other, True

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from causal_preflight.batch import IGNORE
 from causal_preflight.context import Context, Move
-from causal_preflight.gradient_fit import is_distribution
-from causal_preflight.instrumented_model import Readout
+from causal_preflight.gradient_fit import Readout, is_distribution
 from causal_preflight.report import Finding, require
 from causal_preflight.targets import SOFT
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from causal_preflight.batch import IGNORE, AuditBatch, like_ids, one_a_row, shift_left
 from causal_preflight.context import Context, Move
-from causal_preflight.instrumented_model import Readout
+from causal_preflight.gradient_fit import Readout
 from causal_preflight.report import Finding, require
 
 NO_TARGET = "no position of the batch is trained on a target"

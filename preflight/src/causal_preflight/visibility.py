@@ -284,16 +284,17 @@ def _dead_weights(ctx: Context) -> bool:
             hit = g > max(1e-5 * float(g.max()), 1e-7 * largest)
             used[i] = used.get(i, hit) | hit
     tables = {id(m.weight) for m in ctx.model.sandbox.modules if isinstance(m, nn.Embedding)}
-    by_shape: dict[torch.Size, list[bool]] = {}
+    by_shape: dict[torch.Size, list[Tensor]] = {}
     for i, hit in used.items():
-        if hit.ndim < 2 or id(params[i]) in tables:
-            continue
-        by_shape.setdefault(hit.shape, []).append(bool(hit.any()))
-        for d in range(hit.ndim if hit.any() else 0):
-            slices = hit.movedim(d, 0).flatten(1).any(1)
+        if hit.ndim > 1 and id(params[i]) not in tables:
+            by_shape.setdefault(hit.shape, []).append(hit)
+    for hits in by_shape.values():
+        stack = torch.stack(hits)
+        for d, size in enumerate(stack.shape):
+            acts = stack.movedim(d, 0).flatten(1).any(1)
             # Without effect by right: the end of a table of positions longer than the rows, and any
             # row of a table of ids.
-            slices = slices[: int(slices.nonzero().max()) + 1]
-            if hit.shape[d] != tokens and float(slices.float().mean()) <= 2 / 3:
+            acts = acts[: int(acts.nonzero().max()) + 1] if d and bool(acts.any()) else acts
+            if float(acts.float().mean()) <= 2 / 3 and not (d and size == tokens):
                 return True
-    return any(sum(hits) <= 2 / 3 * len(hits) for hits in by_shape.values())
+    return False
