@@ -6,6 +6,7 @@ With its logits placed k - 1 columns later, the rules for the next token hold fo
 
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from causal_preflight import invariance, targets, visibility
 from causal_preflight.context import Context, Probe
@@ -83,7 +84,7 @@ def rebuild(ctx: Context, limit: float) -> float | None:
             fits = weight.shape[1] == width and len(weight) > int(ctx.work.ids.max())
             if limit < _SURE or not fits:
                 continue
-            bias = m.bias if getattr(m, "bias", None) is not None and weight.is_leaf else None
+            bias: Any = getattr(m, "bias", None) if weight.is_leaf else None
             model.head = states._replace(weight=weight, bias=bias)
             with suppress(Exception):  # of a loss that is given what it is not made for
                 r = model.readout(ctx.work, True)

@@ -17,6 +17,8 @@ from causal_preflight.batch import IGNORE, AuditBatch
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
 """Permutation that takes logits to (b, t, V), stacked heads to (k, b, t, V); () for flat (n, V)."""
+_TB = (1, 0, 2)  # (t, b, V), which is not told from (b, t, V) where b is t
+_ORDERS = {3: ((0, 1, 2), (0, 2, 1), _TB), 4: ((2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3))}
 _NODES = 30  # of the graph that makes the logits, from its end
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
 
@@ -62,16 +64,9 @@ def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
     b, t = ids
     if len(shape) == 2:
         return [()] if shape[1] >= vocab and shape[0] <= b * t else []
-    if len(shape) == 4:  # stacked heads
-        orders = (2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3)
-        sizes = {order: (shape[order[1]], shape[order[2]], shape[3] >= vocab) for order in orders}
-        return [order for order, size in sizes.items() if size in ((b, t, True), (b, t - 1, True))]
-    fits = {
-        (0, 1, 2): shape[0] == b,
-        (0, 2, 1): shape[0] == b and shape[2] in (t, t - 1),
-        (1, 0, 2): shape[1] == b != t and shape[0] in (t, t - 1),
-    }
-    return [layout for layout, fit in fits.items() if fit and shape[layout[2]] >= vocab]
+    found = [o for o in _ORDERS[len(shape)] if shape[o[-3]] == b and shape[o[-1]] >= vocab]
+    found = [o for o in found if b != t or o != _TB]
+    return [o for o in found if o == (0, 1, 2) or shape[o[-2]] in (t, t - 1)]
 
 
 def to_btv(t: Tensor, layout: Layout) -> Tensor:

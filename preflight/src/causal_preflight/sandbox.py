@@ -64,11 +64,9 @@ class Sandbox:
                 home[k] = v
                 if isinstance(v, Tensor):
                     v.detach().copy_(content)  # always: batch norm writes past the version counter
-                elif type(v) is list:
-                    v[:] = content
-                elif type(v) in (dict, set):
+                elif content is not None:
                     v.clear()
-                    v.update(content)
+                    (v.extend if type(v) is list else v.update)(content)
 
     @contextmanager
     def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:

@@ -174,16 +174,20 @@ def context(ctx: Context) -> Iterator[Finding]:
     require("finite" not in ctx.explained, "the logits are not finite")
     require(not ctx.model.head.ahead, "no head is trained on the next token")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
+    mask, inverted = like_ids(ctx.work.raw, "attention_mask"), False
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
-        hidden = _hidden_by_padding(ctx) if unmoved >= _UNMOVED else None
+        if unmoved >= _UNMOVED and mask is not None:
+            other = ctx.work.with_tensor("attention_mask", (mask == 0).to(mask))
+            inverted = _dependence(ctx, other)[1] < _UNMOVED
         if own >= 0.5 and unmoved < _UNMOVED:
             with suppress(UnexaminableError):  # the embedding is looked up in a way not known here
                 yield from _hidden_special(ctx)
             return
-    if hidden:
+    if inverted:
         ctx.explained.add("padding")
-        yield ctx.finding("pad", hidden, "pad keys", move)
+        seen = "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
+        yield ctx.finding("pad", seen, "pad keys", move)
     elif unmoved >= _UNMOVED:
         intended = unmoved == 1 and not older and own >= 0.5 and not _dead_weights(ctx)
         require(not intended, "each logit depends on its own token only, and all weights act")
@@ -254,18 +258,6 @@ def _hidden_special(ctx: Context) -> Iterator[Finding]:
             what = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key"
             yield ctx.finding("pad", what, "by value", Move(0.0, int(work.slot[hidden][0])))
             return
-
-
-def _hidden_by_padding(ctx: Context) -> str | None:
-    """What is seen once attention_mask is inverted, or nothing is padded; None: neither helps."""
-    work, mask = ctx.work, like_ids(ctx.work.raw, "attention_mask")
-    if mask is not None:
-        inverted = work.with_tensor("attention_mask", (mask == 0).to(mask))
-        if _dependence(ctx, inverted)[1] < _UNMOVED:
-            return "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
-    if work.has_pad and _dependence(ctx, work.unpadded())[1] < _UNMOVED:
-        return "the past is hidden in padded batches, and seen with nothing padded"
-    return None
 
 
 def _dead_weights(ctx: Context) -> bool:
