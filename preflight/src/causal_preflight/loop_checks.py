@@ -135,6 +135,8 @@ class FirstSteps:
 
     def _stepped(self, w: WatchedOptimizer, *_: Any) -> None:
         """After a step of one optimizer: the gradients are those that it used."""
+        if not self.weights and all(p.grad is None for p in w.params):
+            return  # there was no backward pass
         self.without = {i: p for i, p in self.without.items() if p.grad is None}
         self.missed |= {i for i, (p, _) in self.outside.items() if p.grad is not None}
         w.carried, w.left_over = w.carried + bool(w.left_over), None
