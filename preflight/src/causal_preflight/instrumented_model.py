@@ -27,8 +27,8 @@ _STATES = (), (0, 1, 2), (1, 0, 2)  # layouts of hidden states
 _NARROW = 8  # width below which their gradient fits the row of some target by chance
 _SMALL_NOISE = 3e-3  # logits small enough that a cap or scale of them is a factor
 LossFn = Callable[[Any, Any], Tensor]
-Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
-"""Slots (b, t); a tensor of logits; what takes it, or its gradient, to those (b, t, V)."""
+Piece = tuple[Tensor, Tensor, int]
+"""Slots (b, t); a tensor of logits; which of the heads that it stacks"""
 
 
 class Head(NamedTuple):
@@ -47,6 +47,11 @@ class Head(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     accepted: bool = False
+
+    def btv(self, t: Tensor, i: int) -> Tensor:
+        """The i-th logits (b, t, V), or their gradients, of a tensor that the module puts out."""
+        wide = locate.to_btv(t, self.layout)
+        return wide[i] if wide.ndim == 4 else wide
 
     def logits(self, out: Tensor) -> Tensor:
         """The logits (..., V), in float32, of what the module puts out."""
@@ -173,7 +178,8 @@ class InstrumentedModel:
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, placed = self._catch(batch, train, lambda t: t)
-        pieces = [(slots, self.head.logits(part(t.detach()))) for slots, t, part in placed]
+        head = self.head
+        pieces = [(slots, head.logits(head.btv(t.detach(), i))) for slots, t, i in placed]
         size, vocab = batch.ids.numel(), pieces[0][1].shape[-1]
         logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
@@ -216,7 +222,7 @@ class InstrumentedModel:
             self.head = head._replace(replaceable=False)
             return self.gradients(batch, train)
         pairs = [(*piece, g) for piece, g in zip(placed, grads, strict=True) if g is not None]
-        wide = [(slots, part(leaf.detach()), part(g)) for slots, leaf, part, g in pairs]
+        wide = [(slots, head.btv(z.detach(), i), head.btv(g, i)) for slots, z, i, g in pairs]
         return float(loss.detach()), wide
 
     def readout(self, batch: AuditBatch, train: bool = False, noise_size: float = 1.0) -> Readout:
@@ -284,18 +290,18 @@ class InstrumentedModel:
             room = slots.shape[1] if head.layout else slots.numel()
             number, left, mine = 0, 0, []
             for t, first in made:
-                for part in locate.parts(t, head.layout):
+                for i in range(t.shape[head.layout[0]] if t.ndim == 4 else 1):
                     # Chunks of a head fit beside each other; where they do not, the next begins.
-                    size = part(t).shape[1]
+                    size = head.btv(t, i).shape[1]
                     number, left = (number, left) if size <= left else (number + 1, room)
                     left -= size
-                    mine += [(t, first, part)] if number == head.number + 1 else []
+                    mine += [(t, first, i)] if number == head.number + 1 else []
             self.count = max(self.count, number)
-            shapes = [part(t).shape for t, _, part in mine]
+            shapes = [head.btv(t, i).shape for t, _, i in mine]
             where = locate.place(slots, shapes, mine[0][1], batch) if mine else []
-            for slots, (t, _, part) in zip(where, mine, strict=True):
+            for slots, (t, _, i) in zip(where, mine, strict=True):
                 inside = (slots >= 0) & (slots % width < width - head.ahead)
-                placed.append((torch.where(inside, slots + head.ahead, -1), t, part))
+                placed.append((torch.where(inside, slots + head.ahead, -1), t, i))
         if not placed:
             raise RuntimeError("the logits were not seen in this run")
         return loss, placed

@@ -4,8 +4,7 @@ A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,12 +71,6 @@ def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
 def to_btv(t: Tensor, layout: Layout) -> Tensor:
     """Any layout -> (b, t, V), (1, n, V) for flat logits, (k, b, t, V) for stacked heads."""
     return t.permute(layout) if layout else t[None]
-
-
-def parts(t: Tensor, layout: Layout) -> list[Callable[[Tensor], Tensor]]:
-    """What takes t, or its gradient, to the logits (b, t, V) of each head that it stacks."""
-    heads = range(t.shape[layout[0]]) if t.ndim == 4 else (slice(None),)
-    return [partial(lambda i, x: to_btv(x, layout)[i], i) for i in heads]
 
 
 def made_of(t: Tensor, source: Tensor) -> bool:
