@@ -44,7 +44,7 @@ def run_preflight(setup: Any, seed: int) -> list[str]:
     from causal_preflight import preflight
 
     model, batch, loss_fn, options = setup
-    return preflight(model, batch, loss_fn, seed=seed, **options).faults.in_order()
+    return list(preflight(model, batch, loss_fn, seed=seed, **options).faults)
 
 
 def run_torch_audit(setup: Any, seed: int) -> list[str]:

@@ -9,10 +9,9 @@ from audit_cases.objectives import OBJECTIVES, _Edited, distilled
 from audit_cases.parts import EOS, PAD, Tiny, feed, packed, padded, targets, token_mean
 from audit_cases.placement import PLACEMENT, Varlen, varlen, within
 from causal_preflight import preflight
-from causal_preflight.boundaries import documents_of, writer
 from causal_preflight.gradient_fit import fit
 from causal_preflight.locate import first_column
-from causal_preflight.parse_batch import parse_batch
+from causal_preflight.parse_batch import documents_of, parse_batch, writer
 from causal_preflight.report import UnexaminableError
 
 torch.set_num_threads(1)

@@ -4,7 +4,6 @@ Needs torch alone. Start with `preflight`; `causal_preflight.lightning` has a Li
 """
 
 from causal_preflight.audit import preflight
-from causal_preflight.html_page import to_html
-from causal_preflight.report import Finding, Report
+from causal_preflight.report import Finding, Report, to_html
 
 __all__ = ["Finding", "Report", "preflight", "to_html"]

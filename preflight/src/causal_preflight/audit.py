@@ -3,17 +3,16 @@
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from causal_preflight import heads, html_page, padding, position, readout, targets, visibility
+from causal_preflight import heads, invariance, reduction, targets, visibility
 from causal_preflight.batch import IGNORE, AuditBatch
-from causal_preflight.context import Context, Probe
-from causal_preflight.fused_loss import rebuild_logits
+from causal_preflight.context import Context, Probe, moved
 from causal_preflight.instrumented_model import InstrumentedModel, LossFn
 from causal_preflight.parse_batch import named_tensors, parse_batch
 from causal_preflight.report import Report
@@ -21,15 +20,17 @@ from causal_preflight.sandbox import Sandbox, preserved_random_states
 
 _ROWS = 4  # rows that the probes of logits run on
 _COLS = 512  # columns, likewise
+_SHOWN = 48  # columns of the table of targets, of as many rows
+_WINDOW = 16  # tokens a side of the map of visibility
 _MAX_LOGITS = 2**27  # logits of the whole batch that are read in one go
 
 # In this order: what an earlier probe has explained, a later one does not report again.
 PROBES: tuple[Probe, ...] = (
-    padding.finite, targets.soft, readout.alignment, targets.dropped, readout.ending,
-    readout.reduction, readout.emptied,
+    invariance.finite, targets.soft, targets.alignment, targets.dropped, targets.ending,
+    reduction.reduction, reduction.emptied,
     visibility.cross_row, visibility.future, visibility.documents, visibility.context,
-    heads.further_heads, padding.embedding, padding.extension, position.order, position.alone,
-    position.length, position.packed, position.decoding, html_page.pictures,
+    heads.further_heads, invariance.embedding, invariance.extension, invariance.order,
+    invariance.alone, invariance.length, invariance.packed, invariance.decoding,
 )  # fmt: skip
 
 
@@ -80,9 +81,10 @@ def preflight(
             _find_logits(ctx)
             for probe in PROBES if instrumented.heads else ():
                 report.examine(probe.__name__, partial(probe, ctx))
+            with suppress(Exception):  # without logits, or of rows too short
+                report.pictures = {"alignment": _alignment(ctx), "visibility": _visibility(ctx)}
         finally:
             instrumented.sandbox.restore()
-    report.passed = [name for name in report.passed if name != "pictures"]
     if "shifted inputs" in ctx.explained:  # shifted inside the model: offset 0 is the right one
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
@@ -99,7 +101,7 @@ def audit_batch(
     found = named_tensors(batch, **keys)[0]
     labels, total = found.get("labels"), len(found["input_ids"])
     if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
-        return Report(skipped={"preflight": readout.NO_TARGET})
+        return Report(skipped={"preflight": targets.NO_TARGET})
 
     def loss(_: nn.Module, edited: Any) -> Tensor:
         raw, rebuild = named_tensors(edited, **keys)
@@ -130,11 +132,10 @@ def _find_logits(ctx: Context) -> None:
             why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     limit = heads.arrange(ctx)
-    fused = rebuild_logits(model, ctx.work, limit) if limit else None
+    fused = heads.rebuild(ctx, limit) if limit else None
     if fused is not None:
         ctx.report.remarks[:] = ["the loss is fused: logits are rebuilt of hidden states and head"]
         ctx.explained |= {"inexact weights"} if fused > heads.FITS else set()
-        model.discover(ctx.work)
         heads.arrange(ctx)
     elif not model.heads:
         ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"
@@ -158,3 +159,39 @@ def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]
         part = part.cols(start, start + _COLS)
         report.sampled.append(f"visibility: columns {start} to {start + _COLS - 1} of {width}")
     return batch, part
+
+
+def _alignment(ctx: Context) -> list[list[dict[str, Any]]]:
+    """Input, target and weight of the first positions of the first rows."""
+    r, batch = ctx.readout(True), ctx.full
+    rows, width = batch.ids.shape
+
+    def cell(b: int, t: int) -> dict[str, Any]:
+        counts = bool(r.trained[b, t])
+        return {
+            "input": int(batch.ids[b, t]), "real": bool(batch.real[b, t]),
+            "target": int(r.target[b, t]) if counts else None,
+            "next": int(batch.ids[b, t + 1]) if batch.has_target[b, t] else None,
+            "weight": float(r.weight[b, t]) if counts else 0.0,
+        }  # fmt: skip
+
+    return [[cell(b, t) for t in range(min(_SHOWN, width))] for b in range(min(_ROWS, rows))]
+
+
+def _visibility(ctx: Context) -> dict[str, Any]:
+    """How far logit i moves with token j, as a fraction of the largest move: cell (i, j).
+
+    Copies of the longest row, each with one token swapped, in a single run.
+    """
+    row = ctx.work.unpadded(int(ctx.work.real.sum(1).argmax())).cols(0, _WINDOW)
+    n = row.ids.shape[1]
+    one = torch.eye(n + 1, dtype=torch.bool, device=row.ids.device)[:, :n]
+    edited = row.rows([0] * (n + 1)).swap(one, ctx.seed)
+    with ctx.weights(True):
+        logits = ctx.model.observe(edited).logits
+    effect = moved(logits[:n], logits[n:].expand(n, -1, -1)).T
+    top = effect[torch.isfinite(effect)].max().clamp_min(1e-12)
+    b, start = divmod(int(row.slot[0, 0]), ctx.full.ids.shape[1])
+    where = {"row": b, "start": start, "tokens": row.ids[0].tolist(), "doc": row.doc[0].tolist(),
+             "swapped": (edited.ids[:n] != row.ids).diagonal().tolist()}  # fmt: skip
+    return {**where, "cells": torch.nan_to_num(effect / top, posinf=1.0).tolist()}

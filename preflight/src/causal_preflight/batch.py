@@ -1,7 +1,4 @@
-"""`AuditBatch`: a batch together with what is known of it, and the edits that probes make to it.
-
-Every edit (swap, cut, pad) updates the tensors and what is derived from them.
-"""
+"""`AuditBatch`: a batch with what is known of it, and the edits that probes make to it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +15,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class AuditBatch:
-    """A batch, and which of its slots are real, which document they belong to, what may count.
+    """A batch, of which edits (swap, cut, pad) change all tensors alike.
 
     Args:
         raw: what the loss is given; `input_ids` is (B, T).
@@ -27,6 +24,7 @@ class AuditBatch:
         pad_id, eos_id: None where unknown.
         writers: entries of `raw` that an edit makes anew of `doc`, as `cu_seqlens`.
         stale: the name of an entry that would no longer fit after an edit.
+        noised: (B, T) bool, where the embedding gets noise.
     """
 
     raw: dict[str, Any]
@@ -36,6 +34,7 @@ class AuditBatch:
     eos_id: int | None
     writers: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
     stale: str = ""
+    noised: Tensor | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -63,20 +62,24 @@ class AuditBatch:
         return (self.real.long().cumsum(1) == 0) & self.real.any(1, keepdim=True)
 
     @cached_property
-    def pads_left(self) -> bool:
-        """Whether PAD lies on the left of the rows, and nowhere on the right."""
-        return bool(self.left_pad.any()) and bool(self.real[:, -1].all())
-
-    @cached_property
     def has_target(self) -> Tensor:
         """(B, T) bool: a real position followed by a real token of the same document."""
         return self.real & (shift_left(self.doc, -1) == self.doc)
 
     @cached_property
+    def opens(self) -> Tensor:
+        """(B, T) bool: real, and the first token of its row or document."""
+        opens = self.real.clone()
+        opens[:, 1:] &= self.doc[:, 1:] != self.doc[:, :-1]
+        return opens
+
+    @cached_property
     def opening_eos(self) -> Tensor:
         """(B, T) bool: EOS numbered with the document that it separates from the one before."""
-        before = shift_left(self.doc.flip(1), -1).flip(1)
-        return (self.ids == self.eos_id) & self.real & (before >= 0) & (before != self.doc)
+        eos = (self.ids == self.eos_id) & self.opens
+        eos[:, 1:] &= self.real[:, :-1]
+        eos[:, 0] = False
+        return eos
 
     @cached_property
     def labels_shifted(self) -> int:
@@ -105,8 +108,7 @@ class AuditBatch:
     def special(self) -> Tensor:
         """PAD, EOS, and any id that opens or closes every document."""
         found = {i for i in (self.pad_id, self.eos_id) if i is not None}
-        opens = self.real & (shift_left(self.doc.flip(1), -1).flip(1) != self.doc)
-        for tokens in (self.ids[opens], self.ids[self.ends]):
+        for tokens in (self.ids[self.opens], self.ids[self.ends]):
             if len(tokens) > 1 and bool((tokens == tokens[0]).all()):
                 found.add(int(tokens[0]))
         return torch.tensor(sorted(found), dtype=self.ids.dtype, device=self.ids.device)
@@ -159,20 +161,17 @@ class AuditBatch:
 
         return self.map_tensors(cut)
 
-    def unpadded_row(self, b: int) -> "AuditBatch":
-        """Row b alone, without its PAD; positions that counted every slot start at 0 again."""
-        start, stop = span(self.real[b])
-        row = self.rows([b]).cols(start, stop)
-        position = row.raw.get("position_ids")
+    def unpadded(self, b: int | None = None) -> "AuditBatch":
+        """Row b, or the longest row and those padded exactly like it, without their PAD."""
+        row = self.real[self.real.sum(1).argmax() if b is None else b]
+        alike = (self.real == row).all(1).nonzero()[:, 0].tolist() if b is None else [b]
+        start, stop = span(row)
+        cut = self.rows(alike).cols(start, stop)
+        position = cut.raw.get("position_ids")
         if isinstance(position, Tensor) and start and int(position[0, 0]) == start:
-            return row.with_tensor("position_ids", position - start)
-        return row
-
-    def unpadded(self) -> "AuditBatch":
-        """The longest row and those padded exactly like it, without their PAD."""
-        longest = self.real[self.real.sum(1).argmax()]
-        rows = (self.real == longest).all(1).nonzero()[:, 0]
-        return self.rows(rows).cols(*span(longest))
+            # They counted every slot: they start at 0 again.
+            return cut.with_tensor("position_ids", position - start)
+        return cut
 
     def swap(self, where: Tensor, seed: int, special: bool = False) -> "AuditBatch":
         """Other ordinary tokens at `where`; special ids stay, or that of PAD alone."""
@@ -185,8 +184,9 @@ class AuditBatch:
         may = self.swappable | (special & self.real & (self.ids != pad))
         return self.with_tensor("input_ids", torch.where(where & may, new, self.ids))
 
-    def pad(self, count: int, left: bool, like: "AuditBatch") -> "AuditBatch":
-        """`count` more columns of PAD on one side, each a copy of a PAD slot of `like`."""
+    def pad(self, count: int, like: "AuditBatch") -> "AuditBatch":
+        """`count` more columns, each a copy of a PAD slot of `like`, on the side of its PAD."""
+        left = bool(like.left_pad.any()) and bool(like.real[:, -1].all())
         b, t = (like.left_pad if left else ~like.real).nonzero()[-1].tolist()
 
         def grow(name: str, v: Tensor) -> Tensor:
@@ -199,6 +199,12 @@ class AuditBatch:
             return torch.cat([block, v] if left else [v, block], 1)
 
         return self.map_tensors(grow)
+
+
+def like_ids(raw: dict[str, Any], name: str) -> Tensor | None:
+    """The entry of this name, if it is a tensor (B, T)."""
+    value = raw.get(name)
+    return value if isinstance(value, Tensor) and value.shape == raw["input_ids"].shape else None
 
 
 def shift_left(x: Tensor, fill: int | bool) -> Tensor:

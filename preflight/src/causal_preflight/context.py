@@ -1,6 +1,6 @@
 """What all probes share: the model, the batch, the part of it that is probed, and tolerances."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from causal_preflight.batch import AuditBatch
-from causal_preflight.instrumented_model import InstrumentedModel, Observation, Readout
+from causal_preflight.gradient_fit import Readout
+from causal_preflight.instrumented_model import InstrumentedModel, Observation
 from causal_preflight.report import REMEDIES, Finding, Report, require
 
-Probe = Callable[["Context"], list[Finding]]
+Probe = Callable[["Context"], Iterable[Finding]]
 
 # Relative to the spread of the logits. Runs of equal shape differ by less than rounding; runs of
 # another shape (a row alone, PAD appended) take other kernels and differ by several roundings.
@@ -24,10 +25,7 @@ NONE_COUNTS = "no logit that counts is left to watch"
 
 @dataclass(frozen=True)
 class Move:
-    """How far logits moved at most, at which slot of the user's batch (-1: at none).
-
-    `row` is that of the batch that was run, which may hold a slot several times.
-    """
+    """How far logits moved at most; at which slot (-1: at none), and in which row of the run."""
 
     size: float
     slot: int = -1
@@ -36,11 +34,9 @@ class Move:
 
 @dataclass
 class Context:
-    """One audit in progress.
+    """One audit in progress; `work` is a few rows of `full`, for the probes that compare logits.
 
-    `work` is a few rows of `full`, for the probes that compare logits. `explained` holds the
-    mechanisms found so far ("future", "cross_row", "documents", "padding", ...); what one of them
-    explains, a later probe does not report again.
+    What a mechanism in `explained` ("future", "padding", ...) explains is not reported again.
     """
 
     model: InstrumentedModel
@@ -66,7 +62,7 @@ class Context:
     def observe(
         self, batch: AuditBatch, train: bool = False, rescaled: bool = False
     ) -> Observation:
-        """Loss and logits of a batch, under `weights(rescaled)`; those of `work` are kept."""
+        """Loss and logits of a batch, under `weights(rescaled)`; those of `work` are cached."""
         if batch is not self.work:
             return self.model.observe(batch, train)
         if (train, rescaled) not in self._observed:
@@ -74,12 +70,9 @@ class Context:
         return self._observed[train, rescaled]
 
     def counted(self, batch: AuditBatch) -> Tensor:
-        """(B, T) bool: real positions with a target, in either mode.
-
-        An EOS between two documents may belong to either: it is left out.
-        """
+        """(B, T) bool: real positions with a target in either mode; no EOS between documents."""
         hit = (self.readout(False).trained | self.readout(True).trained) & self.full.real
-        hit &= ~self.full.opening_eos
+        hit &= ~self.full.opening_eos  # which may belong to either
         return hit.flatten()[batch.slot] & batch.real & (batch.slot >= 0)
 
     def weights(self, rescaled: bool) -> AbstractContextManager[None]:

@@ -1,22 +1,25 @@
 """Several heads: what each is trained on, which is the main one, and probes of the others.
 
-A head of multi-token prediction (Gloeckle et al., arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437)
-is trained on token t + k. Once its logits are placed k - 1 columns later, the rules for the next
-token hold for it as well: its target follows, and it may see no token after its own place.
+A head of multi-token prediction (arXiv:2404.19737, arXiv:2412.19437) is trained on token t + k.
+With its logits placed k - 1 columns later, the rules for the next token hold for it as well.
 """
 
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
-from causal_preflight import padding, readout, visibility
+from causal_preflight import invariance, targets, visibility
 from causal_preflight.context import Context, Probe
-from causal_preflight.instrumented_model import Head, Readout
+from causal_preflight.gradient_fit import Readout
+from causal_preflight.instrumented_model import Head
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
 FITS, _UNFIT = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
+_TRIED = 6  # hidden states that are tried, the last ones first
+_SURE = 0.01  # residual below which no others are tried
 _SIGHT = (
-    visibility.cross_row, visibility.future, visibility.documents, padding.embedding,
-    padding.extension,
+    visibility.cross_row, visibility.future, visibility.documents,
+    invariance.embedding, invariance.extension,
 )  # fmt: skip
 
 
@@ -28,8 +31,7 @@ def arrange(ctx: Context) -> float:
     at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
 
     Returns:
-        The part of a gradient that no target may explain if logits rebuilt of a fused loss are to
-        replace those found; 0 where these fit. Those of soft targets sum to 0 at each position.
+        The residual below which logits rebuilt of a fused loss replace those found; 0: these fit.
     """
     model, read = ctx.model, list[tuple[Head, Readout, int | None]]()
     for head in model.heads:
@@ -38,7 +40,7 @@ def arrange(ctx: Context) -> float:
             model.head = head._replace(number=number)
             with suppress(RuntimeError):  # as for a classifier of rows
                 r = model.readout(ctx.full, True)
-                read.append((model.head, r, readout.offset_of(ctx.full, r, 8)))
+                read.append((model.head, r, targets.offset_of(ctx.full, r, 8)))
             number += 1
     if not read:
         model.heads = []
@@ -64,8 +66,33 @@ def arrange(ctx: Context) -> float:
     ctx._readouts = {} if model.head.ahead else {True: r}
     if not bool(r.trained.any()):
         return _UNFIT
+    # Gradients of soft targets sum to 0 at each position.
     soft = bool((r.grad_sum.abs() <= 1e-3 * r.max_abs_grad).all())
     return 0.0 if r.residual <= FITS else 0.01 if soft else min(_UNFIT, r.residual / 2)
+
+
+def rebuild(ctx: Context, limit: float) -> float | None:
+    """Make the logits visible that a fused loss keeps to itself (Liger, cut-cross-entropy).
+
+    Any matrix with more rows than the largest id may be the head, any output the hidden states.
+    Returns the residual of the best fit, None if it is above `limit`.
+    """
+    model, found, modules = ctx.model, None, ctx.model.sandbox.modules
+    own = [(p, m) for m in reversed(modules) for p in m.parameters(recurse=False) if p.ndim == 2]
+    for states, width in model.outputs[: -_TRIED - 1 : -1]:
+        for weight, m in ((w, m) for p, m in own for w in (p, p.T)):
+            fits = weight.shape[1] == width and len(weight) > int(ctx.work.ids.max())
+            if limit < _SURE or not fits:
+                continue
+            bias: Any = getattr(m, "bias", None) if weight.is_leaf else None
+            model.head = states._replace(weight=weight, bias=bias)
+            with suppress(Exception):  # of a loss that is given what it is not made for
+                r = model.readout(ctx.work, True)
+                if r.residual < limit and bool(r.trained.any()):
+                    limit, found = r.residual, model.head._replace(accepted=True)
+    model.heads = [found] if found else model.heads
+    model.head = model.heads[0] if model.heads else model.head
+    return limit if found else None
 
 
 def further_heads(ctx: Context) -> list[Finding]:
@@ -77,7 +104,7 @@ def further_heads(ctx: Context) -> list[Finding]:
         for number, head in enumerate(further, 2):
             # What another fault moves already is not examined again.
             sight = () if ctx.explained or found else _SIGHT
-            seen = _examine(ctx, head, readout.alignment, *sight)
+            seen = _examine(ctx, head, targets.alignment, *sight)
             same = [h for h in model.heads if h.ahead == head.ahead]
             if [f.label for f in seen] == ["causal"] and len(same) > 1:
                 # One that reads a few coming tokens, and no more, has the targets of another one.
@@ -101,9 +128,9 @@ def _examine(ctx: Context, head: Head, *probes: Probe) -> list[Finding]:
     except RuntimeError:  # made in training only
         model.always_train = True
     for probe in probes:
-        if model.always_train and probe is padding.extension:
+        if model.always_train and probe is invariance.extension:
             continue  # it compares runs of two shapes, which differ in dropout
         with suppress(UnexaminableError):
-            if seen := probe(own):
+            if seen := list(probe(own)):
                 return seen
     return []

@@ -5,33 +5,37 @@ whose gradient looks like that of a cross-entropy. One head is looked at at a ti
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causal_preflight import locate
 from causal_preflight.batch import AuditBatch
-from causal_preflight.gradient_fit import EXACT, fit, is_distribution
+from causal_preflight.gradient_fit import EXACT, Readout, fit, fit_hidden, is_distribution
+from causal_preflight.report import require
 from causal_preflight.sandbox import Sandbox
 
 _NO_LOGITS = 0.5  # residual of the fit above which a tensor is not logits
 _NO_HEAD = 0.2  # residual above which it is not those of a further head
 _NO_GRADIENT = 0.4  # residual assumed for a tensor without a gradient
 _MAX_FITTED = 2**21  # values fitted per tensor: enough to tell logits from hidden states
+_STATES = (), (0, 1, 2), (1, 0, 2)  # layouts of hidden states
+_NARROW = 8  # width below which their gradient fits the row of some target by chance
 _SMALL_NOISE = 3e-3  # logits small enough that a cap or scale of them is a factor
-_TRAINED = 1e-3  # fraction of the largest weight below which a position has no target
 LossFn = Callable[[Any, Any], Tensor]
-Piece = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
-"""Slots (b, t); a tensor of logits; what takes it, or its gradient, to those (b, t, V)."""
+Piece = tuple[Tensor, Tensor, int]
+"""Slots (b, t); a tensor of logits; which of the heads that it stacks"""
 
 
 class Head(NamedTuple):
-    """The `number`-th logits that a module makes for the same positions, at `path` of its output.
+    """The `number`-th logits for the same positions at `path` of a module's output.
 
-    They are placed `ahead` columns later. `replaceable`: the loss is computed from that output.
+    They belong `ahead` columns later. `replaceable`: the loss is computed from that output. With a
+    `weight`, these are hidden states of which a fused loss makes the logits; `accepted` ones fit.
     """
 
     module: nn.Module
@@ -40,10 +44,23 @@ class Head(NamedTuple):
     number: int = 0
     ahead: int = 0
     replaceable: bool = True
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    accepted: bool = False
+
+    def btv(self, t: Tensor, i: int) -> Tensor:
+        """The i-th logits (b, t, V), or their gradients, of a tensor that the module puts out."""
+        wide = locate.to_btv(t, self.layout)
+        return wide[i] if wide.ndim == 4 else wide
+
+    def logits(self, out: Tensor) -> Tensor:
+        """The logits (..., V), in float32, of what the module puts out."""
+        if self.weight is not None:
+            out = F.linear(out.to(self.weight.dtype), self.weight, self.bias).detach()
+        return out.float()
 
 
-@dataclass
-class Observation:
+class Observation(NamedTuple):
     """Loss of one run, its logits in float32 (B, T, V), and where there are any: `made` (B, T)."""
 
     loss: float
@@ -51,39 +68,13 @@ class Observation:
     made: Tensor
 
 
-@dataclass
-class Readout:
-    """What the loss trained, per position (B, T): see `gradient_fit.fit`. 0 where nothing.
-
-    `pieces` counts the pieces of logits that it used: several calls, or a head applied in chunks.
-    `scaled` tells whether the loss caps or scales them.
-    """
-
-    loss: float
-    residual: float
-    pieces: int
-    target: Tensor
-    weight: Tensor
-    onehot_weight: Tensor
-    max_abs_grad: Tensor
-    grad_sum: Tensor
-    scaled: bool = False
-
-    @cached_property
-    def trained(self) -> Tensor:
-        """(B, T) bool: positions that the loss trains on a target."""
-        weight = self.weight.abs()
-        least = _TRAINED * weight.max().clamp_min(1e-300)
-        return weight.minimum(self.onehot_weight.abs()) > least
-
-
 @dataclass(eq=False)
 class InstrumentedModel:
     """A model with its loss, run again and again from the same state.
 
-    `forwards` counts the runs; `dtype` is the lowest precision that a module puts out; `frozen`
-    tells whether the embedding gets no gradient; `count`, how many heads the module of `head` has.
-    `head` is looked at, one of `heads`; `always_train` runs it in train mode alone.
+    `forwards` counts the runs; `dtype` is the lowest precision that a module puts out; `frozen`:
+    the embedding gets no gradient; `head` is looked at, one of `heads`, and its module has `count`
+    of them; `always_train` runs it in train mode alone. `outputs`: hidden states, and their width.
     """
 
     module: nn.Module
@@ -95,6 +86,7 @@ class InstrumentedModel:
     input_module: nn.Module | None = None
     heads: list[Head] = field(default_factory=list)
     head: Head = field(init=False)
+    outputs: list[tuple[Head, int]] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     frozen: bool = False
     always_train: bool = False
@@ -103,14 +95,18 @@ class InstrumentedModel:
     def run(self, batch: AuditBatch, train: bool = False, hooks: Iterable[Any] = ()) -> Tensor:
         """The loss with its graph, always from the same state and seed; `hooks` are removed."""
         raw = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.raw.items()}
+        at = batch.noised
+        noise = None if at is None else locate.EmbeddingNoise(batch, at, self.seed)
         self.forwards += 1
         try:
             self.sandbox.rewind(self.seed, train or self.always_train)
-            with torch.enable_grad():
+            with torch.enable_grad(), noise or nullcontext():
                 loss = (self.loss_fn or loss_of_model)(self.module, self.rebuild(raw))
         finally:
             for hook in hooks:
                 hook.remove()
+        found = noise is None or noise.hits or not bool(noise.where.any())
+        require(found, "the lookup of the embeddings was not found")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("loss_fn must return the scalar training loss as a tensor")
         return loss
@@ -142,19 +138,23 @@ class InstrumentedModel:
                     self.dtype = t.dtype
                 if slots and t.requires_grad and t.ndim in (2, 3, 4):
                     last = t
-                    for layout in locate.layouts(t.shape, slots[0].shape, vocab):
-                        # A parent may return the tensor of its child: the first counts.
+                    # A parent may return the tensor of its child: the first counts.
+                    for layout in locate.layouts(t.shape, slots[0].shape, min(_NARROW, vocab)):
                         found.setdefault((id(t), layout), (Head(module, path, layout), t))
-                        t.retain_grad()
+                        if locate.to_btv(t, layout).shape[-1] >= vocab:
+                            t.retain_grad()
 
         modules = self.sandbox.modules
         hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules]
         loss = self.run(batch, True, hooks + [m.register_forward_hook(after) for m in modules])
+        states = [hit for hit in found.values() if hit[0].layout in _STATES]
+        self.outputs = [(head, t.shape[-1]) for head, t in states if t.shape[-1] >= _NARROW]
+        wide = [(head, t) for head, t in found.values() if t.retains_grad]
         tables = [m.weight for m in modules if isinstance(m, nn.Embedding)]
-        grads = self.grads(loss, [t for _, t in found.values()] + tables)
-        self.frozen = bool(tables) and all(g is None for g in grads[len(found) :])
+        grads = self.grads(loss, [t for _, t in wide] + tables)
+        self.frozen = bool(tables) and all(g is None for g in grads[len(wide) :])
         best: dict[int, tuple[float, Head, Tensor]] = {}
-        for i, (head, t) in enumerate(found.values()):
+        for i, (head, t) in enumerate(wide):
             if (g := grads[i]) is None:
                 continue
             few = slice(None, None, 1 + t.numel() // _MAX_FITTED)
@@ -165,11 +165,12 @@ class InstrumentedModel:
             # Of tensors that are made of one another, one is taken; others are further heads.
             rivals = [n for n, hit in best.items() if blank or locate.made_of(t, hit[2])]
             least = min((best[n][0] for n in rivals), default=2 * _NO_LOGITS)
-            if residual < 0.5 * least or (blank and least >= _NO_GRADIENT):
+            # Soft targets: the gradient of each softmax sums to 0, whatever its target.
+            soft = (
+                not best and t is last and bool((g.sum(-1).abs() <= 1e-4 * g.abs().sum(-1)).all())
+            )
+            if residual < 0.5 * least or (blank and least >= _NO_GRADIENT) or soft:
                 best = {n: hit for n, hit in best.items() if n not in rivals}
-                best[i] = residual, head, t
-            elif not best and t is last and bool((g.sum(-1).abs() <= 1e-4 * g.abs().sum(-1)).all()):
-                # Soft targets: the gradient of each softmax sums to 0, whatever its target.
                 best[i] = residual, head, t
         most = max(_NO_HEAD, min((hit[0] for hit in best.values()), default=0.0))
         self.heads = list(dict.fromkeys(head for rest, head, _ in best.values() if rest <= most))
@@ -177,14 +178,16 @@ class InstrumentedModel:
     def observe(self, batch: AuditBatch, train: bool = False) -> Observation:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, placed = self._catch(batch, train, lambda t: t)
-        pieces = [(slots, part(t.detach())) for slots, t, part in placed]
-        shape, size, vocab = batch.ids.shape, batch.ids.numel(), pieces[0][1].shape[-1]
+        head = self.head
+        pieces = [(slots, head.logits(head.btv(t.detach(), i))) for slots, t, i in placed]
+        size, vocab = batch.ids.numel(), pieces[0][1].shape[-1]
         logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
         for slots, t in pieces:
             keep = slots >= 0
             made[slots[keep]] = True
-            logits[slots[keep]] = t[keep].float()
+            logits[slots[keep]] = t[keep]
+        shape = batch.ids.shape
         return Observation(float(loss.detach()), logits.view(*shape, -1), made.view(shape))
 
     def gradients(
@@ -194,11 +197,14 @@ class InstrumentedModel:
 
         The logits are replaced by the same moderate noise at every position, as large or NaN logits
         would make a fit inaccurate, unless the module that returns them also computes the loss.
+        Hidden states are replaced by 0.
         """
         head = self.head
 
         def stand_in(t: Tensor) -> Tensor:
-            if head.replaceable:
+            if head.weight is not None:
+                t = torch.zeros_like(t).requires_grad_()
+            elif head.replaceable:
                 gen = torch.Generator().manual_seed(0)  # fixed: independent of the audit's seed
                 wide = locate.to_btv(t.detach().float(), head.layout)
                 noise = noise_size * torch.randn(wide.shape[-1], generator=gen).to(wide.device)
@@ -212,11 +218,11 @@ class InstrumentedModel:
 
         loss, placed = self._catch(batch, train, stand_in)
         grads = self.grads(loss, [leaf for _, leaf, _ in placed])
-        if head.replaceable and all(g is None for g in grads):
+        if head.replaceable and head.weight is None and all(g is None for g in grads):
             self.head = head._replace(replaceable=False)
             return self.gradients(batch, train)
         pairs = [(*piece, g) for piece, g in zip(placed, grads, strict=True) if g is not None]
-        wide = [(slots, part(leaf.detach()), part(g)) for slots, leaf, part, g in pairs]
+        wide = [(slots, head.btv(z.detach(), i), head.btv(g, i)) for slots, z, i, g in pairs]
         return float(loss.detach()), wide
 
     def readout(self, batch: AuditBatch, train: bool = False, noise_size: float = 1.0) -> Readout:
@@ -226,21 +232,28 @@ class InstrumentedModel:
         first, a cap or a scale, is a factor s there. Then weight is w s^2, onehot_weight w s.
         """
         loss, pieces = self.gradients(batch, train, noise_size)
-        ids = batch.ids
+        ids, head, weight = batch.ids, self.head, self.head.weight
         exact = torch.float32 if ids.device.type == "mps" else torch.float64
         target = torch.full((ids.numel(),), -1, device=ids.device)
         values, residual = torch.zeros(4, ids.numel(), dtype=exact, device=ids.device), 0.0
         for slots, z, g in pieces:
-            y, new, rest = fit(z, g)
+            y, new, rest = fit(z, g) if weight is None else fit_hidden(g, weight, head.bias)
             keep = slots >= 0
             slots, y, new = slots[keep], y[keep], new[:, keep].to(exact)
             stronger = new[0].abs() >= values[0, slots].abs()
             target[slots] = torch.where(stronger, y, target[slots])
             values.index_add_(1, slots, new)
             residual = max(residual, rest)
-        target, values = target.view(ids.shape), values.view(4, *ids.shape)
-        r = Readout(loss, residual, len(pieces), target, *values)
-        if residual > EXACT and self.head.replaceable and noise_size > _SMALL_NOISE:
+        if weight is not None:
+            residual = 0.0 if head.accepted else residual
+            nll = head.logits(torch.zeros_like(weight[:1])).log_softmax(-1)[0, target] * -values[0]
+            total, mean = float(values[0].sum()), float(nll.sum())
+            # A mean, of logits scaled on their way or of smoothed labels: its weights are 1.
+            if mean and abs(loss / mean * total - 1) < 0.02 and abs(total - 1) > 1e-3:
+                values /= total
+        values = values.view(4, *ids.shape)
+        r = Readout(loss, residual, len(pieces), target.view(ids.shape), *values)
+        if weight is None and residual > EXACT and head.replaceable and noise_size > _SMALL_NOISE:
             other = self.readout(batch, train, _SMALL_NOISE)
             if other.residual < 0.1 * residual:
                 r, r.scaled = other, True
@@ -274,21 +287,21 @@ class InstrumentedModel:
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, head.module.register_forward_hook(after)])
         for slots, made in calls:
-            pieces = [(t, i, part) for t, i in made for part in locate.parts(t, head.layout)]
             room = slots.shape[1] if head.layout else slots.numel()
             number, left, mine = 0, 0, []
-            for piece in pieces:
-                # Chunks of a head fit beside each other; where they do not, the next head begins.
-                size = piece[2](piece[0]).shape[1]
-                number, left = (number, left) if size <= left else (number + 1, room)
-                left -= size
-                mine += [piece] if number == head.number + 1 else []
+            for t, first in made:
+                for i in range(t.shape[head.layout[0]] if t.ndim == 4 else 1):
+                    # Chunks of a head fit beside each other; where they do not, the next begins.
+                    size = head.btv(t, i).shape[1]
+                    number, left = (number, left) if size <= left else (number + 1, room)
+                    left -= size
+                    mine += [(t, first, i)] if number == head.number + 1 else []
             self.count = max(self.count, number)
-            shapes = [part(t).shape for t, _, part in mine]
+            shapes = [head.btv(t, i).shape for t, _, i in mine]
             where = locate.place(slots, shapes, mine[0][1], batch) if mine else []
-            for slots, (t, _, part) in zip(where, mine, strict=True):
+            for slots, (t, _, i) in zip(where, mine, strict=True):
                 inside = (slots >= 0) & (slots % width < width - head.ahead)
-                placed.append((torch.where(inside, slots + head.ahead, -1), t, part))
+                placed.append((torch.where(inside, slots + head.ahead, -1), t, i))
         if not placed:
             raise RuntimeError("the logits were not seen in this run")
         return loss, placed

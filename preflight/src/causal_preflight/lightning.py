@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from causal_preflight import Report, to_html
 from causal_preflight.audit import audit_batch
-from causal_preflight.readout import NO_TARGET
-from causal_preflight.report import PreflightError
+from causal_preflight.report import PreflightError, Report, to_html
+from causal_preflight.targets import NO_TARGET
 
 try:
     import lightning as L
@@ -138,28 +138,26 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     a scheduler is undone.
     """
 
-    def one_or_all(found: list[_NoOp]) -> Callable[..., Any]:
+    def one_or_all(inner: list[Any]) -> Callable[..., Any]:
+        found = [_NoOp(x) for x in inner]
         return lambda *args, **kwargs: found[0] if len(found) == 1 else found or None
 
-    losses: list[Tensor] = []
-    optimizers = [_NoOp(x) for x in trainer.optimizers]
-    schedulers = [_NoOp(c.scheduler) for c in trainer.lr_scheduler_configs]
+    losses, loggers, optimizers = list[Tensor](), trainer.loggers, trainer.optimizers
+    schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
     silent = ("log", "log_dict", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
     stubs: dict[str, Any] = dict.fromkeys(silent, _nothing)
-    stubs["optimizers"], stubs["lr_schedulers"] = one_or_all(optimizers), one_or_all(schedulers)
+    stubs |= {"optimizers": one_or_all(optimizers), "lr_schedulers": one_or_all(schedulers)}
     stubs["manual_backward"] = lambda loss, *args, **kwargs: losses.append(loss)
-    settings = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    settings += [vars(x.inner) for x in optimizers + schedulers]
-    kept, loggers = [dict(group) for group in settings], trainer.loggers
-    for optimizer in trainer.optimizers:  # where training_step reaches it by the trainer
+    settings = [group for optimizer in optimizers for group in optimizer.param_groups]
+    settings += [vars(x) for x in [*optimizers, *schedulers]]
+    kept = [dict(group) for group in settings]
+    for optimizer in optimizers:  # where training_step reaches it by the trainer
         vars(optimizer).update(step=_nothing, zero_grad=_nothing)
-    vars(module).update(stubs)
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
-        yield losses
+        with patch.multiple(module, **stubs):
+            yield losses
     finally:
-        for name in stubs:
-            del vars(module)[name]
         trainer.loggers = loggers
         for group, was in zip(settings, kept, strict=True):
             group.clear()

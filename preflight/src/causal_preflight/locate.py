@@ -4,8 +4,7 @@ A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from causal_preflight.batch import IGNORE, AuditBatch
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
 """Permutation that takes logits to (b, t, V), stacked heads to (k, b, t, V); () for flat (n, V)."""
+_TB = (1, 0, 2)  # (t, b, V), which is not told from (b, t, V) where b is t
+_ORDERS = {3: ((0, 1, 2), (0, 2, 1), _TB), 4: ((2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3))}
 _NODES = 30  # of the graph that makes the logits, from its end
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
 
@@ -62,27 +63,14 @@ def layouts(shape: torch.Size, ids: torch.Size, vocab: int) -> list[Layout]:
     b, t = ids
     if len(shape) == 2:
         return [()] if shape[1] >= vocab and shape[0] <= b * t else []
-    if len(shape) == 4:  # stacked heads
-        orders = (2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3)
-        sizes = {order: (shape[order[1]], shape[order[2]], shape[3] >= vocab) for order in orders}
-        return [order for order, size in sizes.items() if size in ((b, t, True), (b, t - 1, True))]
-    fits = {
-        (0, 1, 2): shape[0] == b,
-        (0, 2, 1): shape[0] == b and shape[2] in (t, t - 1),
-        (1, 0, 2): shape[1] == b != t and shape[0] in (t, t - 1),
-    }
-    return [layout for layout, fit in fits.items() if fit and shape[layout[2]] >= vocab]
+    found = [o for o in _ORDERS[len(shape)] if shape[o[-3]] == b and shape[o[-1]] >= vocab]
+    found = [o for o in found if b != t or o != _TB]
+    return [o for o in found if o == (0, 1, 2) or shape[o[-2]] in (t, t - 1)]
 
 
 def to_btv(t: Tensor, layout: Layout) -> Tensor:
     """Any layout -> (b, t, V), (1, n, V) for flat logits, (k, b, t, V) for stacked heads."""
     return t.permute(layout) if layout else t[None]
-
-
-def parts(t: Tensor, layout: Layout) -> list[Callable[[Tensor], Tensor]]:
-    """What takes t, or its gradient, to the logits (b, t, V) of each head that it stacks."""
-    heads = range(t.shape[layout[0]]) if t.ndim == 4 else (slice(None),)
-    return [partial(lambda i, x: to_btv(x, layout)[i], i) for i in heads]
 
 
 def made_of(t: Tensor, source: Tensor) -> bool:
@@ -106,25 +94,21 @@ def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor |
 def locate(t: Tensor, batch: AuditBatch, used: set[int]) -> Tensor | None:
     """The slots (b, t) that a tensor of ids holds, or None if it is not part of the batch.
 
-    Tried in turn: the whole batch; rows in any order and any window of columns; transposed;
-    flattened, with or without PAD; nearly the batch (a BOS put in front, a few ids altered).
+    Tried in turn: the whole batch, as it is, transposed or flattened, with or without PAD; rows in
+    any order and any window of columns; nearly the batch (a BOS put in front, a few ids altered).
     Prefers windows that no earlier call `used`: equal rows of several calls get different slots.
     """
     if t.is_floating_point() or t.dtype == torch.bool or t.ndim not in (1, 2):
         return None
-    ids, t = batch.ids, t.to(batch.ids)
+    t, flat, ids = t.to(batch.ids), batch.ids.flatten(), batch.ids
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    if torch.equal(t, ids):
-        return slots
-    if t.ndim == 2 and (hit := _window(t, ids, slots, used)) is not None:
-        return hit
-    if torch.equal(t, ids.T):
-        return slots.T
-    if t.ndim == 1 or t.shape[0] == 1:
-        for part in (torch.ones_like(batch.real), batch.real):
-            if torch.equal(t.reshape(-1), ids[part]):
-                return slots[part][None]
-    return _nearly(t, ids, slots) if t.ndim == 2 and len(t) == len(ids) else None
+    for whole in (slots, slots.T, slots.view(1, -1), slots[batch.real][None]):
+        if torch.equal(t if t.ndim == 2 else t[None], flat[whole]):
+            return whole
+    if t.ndim == 1:
+        return None
+    hit = _window(t, ids, slots, used)
+    return _nearly(t, ids, slots) if hit is None and len(t) == len(ids) else hit
 
 
 def _window(t: Tensor, ids: Tensor, slots: Tensor, used: set[int]) -> Tensor | None:
@@ -163,7 +147,7 @@ def _nearly(t: Tensor, ids: Tensor, slots: Tensor) -> Tensor | None:
 def first_column(logits: Tensor, width: int) -> int | None:
     """The first of `width` columns of hidden states that logits are made of, by their graph.
 
-    None if positions are chosen in another way than by a slice: by index, or by a split.
+    None if positions are chosen otherwise than by a slice.
     """
     nodes: list[tuple[Any, int]] = [(logits.grad_fn, 0)]
     starts, chosen = list[int](), False
@@ -208,7 +192,7 @@ def place(
 
 
 class EmbeddingNoise(TorchFunctionMode):
-    """Adds noise to the looked-up vectors of chosen slots; EOS or the head may share the table."""
+    """Adds noise to the looked-up vectors of chosen slots; the head may share the table."""
 
     def __init__(self, batch: AuditBatch, where: Tensor, seed: int) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ class WatchedOptimizer:
 class FirstSteps:
     """Records gradients, rates and calls by hooks, until `hooks.close()`.
 
-    Each check returns what is wrong, "" if nothing is, or raises UnexaminableError.
+    Each check returns what is wrong, "" for nothing, or raises UnexaminableError.
     """
 
     def __init__(self, trainer: Any, module: L.LightningModule) -> None:
@@ -263,10 +263,8 @@ def log_softmax(loss: Tensor) -> Any:
 
 
 def meant_for_steps(scheduler: Any, epochs: int, steps: int, *shared: Any) -> str:
-    """What a schedule that moves by epochs does for too many; empty if nothing says so.
-
-    It is if it rises for longer than the run has epochs, or falls until the run's last step. A copy
-    is simulated; `shared` is not copied with it.
+    """What a schedule by epochs does in a simulated copy: rises for longer than the run has epochs,
+    or falls until its last step; empty if neither. `shared` is not copied.
     """
     groups = [
         {k: v for k, v in g.items() if k != "param_names"} | {"params": [torch.zeros(1)]}

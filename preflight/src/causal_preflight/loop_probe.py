@@ -59,11 +59,9 @@ class LoopProbe(L.Callback):
         sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
         self.active = self.on_fault != "off" and not sharded
         self.watching = self.modes_due = self.active  # the first steps; the next batch
-        skipped = dict.fromkeys(REMEDIES, "nothing to examine so far")
-        if sharded:
-            skipped = {"loop": "the strategy shards the parameters"}
-        self.report = LoopReport(skipped=skipped)
+        self.report = LoopReport(skipped=dict.fromkeys(REMEDIES, "nothing to examine so far"))
         if sharded and self.on_fault != "off":
+            self.report.skipped = {"loop": "the strategy shards the parameters"}
             self._tell(trainer)
 
     def _examine(self, name: str, check: Any) -> None:

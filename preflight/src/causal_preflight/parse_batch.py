@@ -1,18 +1,20 @@
 """Make an `AuditBatch` of a raw batch: check it, find its PAD slots and its documents.
 
-`document_ids` and `attention_mask` are used as given. The rest is inferred from pad_id,
-the labels, or positions that restart.
+`document_ids` and `attention_mask` are used as given. The rest is inferred from pad_id, the labels,
+from numbers that state where documents begin (`cu_seqlens`, `doc_lens`), or positions that restart.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from causal_preflight.batch import IGNORE, AuditBatch
-from causal_preflight.boundaries import documents_of, entries, writer
+from causal_preflight.batch import IGNORE, AuditBatch, like_ids
 
 
 def named_tensors(
@@ -20,13 +22,11 @@ def named_tensors(
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
     """Name the parts of a batch `input_ids`, `labels`, ...; and the way back to its own type.
 
-    A dataclass is rebuilt by its constructor, so that a property cached on the original is computed
-    anew from edited tensors.
+    A dataclass is rebuilt by its constructor, so that cached properties are computed anew.
 
     Raises:
-        ValueError: no (B, T) token ids are found in it; one line that names what was found.
+        ValueError: no token ids are found in it; one line that names what was found.
     """
-    own = {"input_ids": input_key, "labels": labels_key}
     if isinstance(batch, Tensor):
         return {"input_ids": batch}, lambda raw: raw["input_ids"]
     if type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor):
@@ -34,21 +34,22 @@ def named_tensors(
         labels = "labels" if second == batch[0].shape else "1"
         keys = ["input_ids", labels, *map(str, range(2, len(batch)))][: len(batch)]
         return dict(zip(keys, batch, strict=True)), lambda raw: type(batch)(raw[k] for k in keys)
+    make: Callable[..., Any] = type(batch)
     if isinstance(batch, Mapping):
-        fields, make = dict(batch), lambda **parts: parts
+        fields, make = dict(batch), dict
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        names = [f.name for f in dataclasses.fields(batch) if f.init]
-        fields, make = {name: getattr(batch, name) for name in names}, type(batch)
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
     elif hasattr(batch, "_asdict"):
-        fields, make = batch._asdict(), type(batch)
+        fields = batch._asdict()
     else:
         kind = type(batch).__name__
         raise ValueError(f"a batch of type {kind} cannot be audited: pass a dict with `input_ids`")
     if input_key not in fields:
         has = ", ".join(map(str, fields)) or "nothing"
         raise ValueError(f"batch needs `{input_key}`, but has {has}: pass input_key=, labels_key=")
-    to_ours = {theirs: ours for ours, theirs in own.items()}
-    raw = {to_ours.get(k, k): v for k, v in fields.items()}
+    own = {"input_ids": input_key, "labels": labels_key}
+    ours = {theirs: name for name, theirs in own.items()}
+    raw = {ours.get(k, k): v for k, v in fields.items()}
     return raw, lambda raw: make(**{own.get(k, k): v for k, v in raw.items()})
 
 
@@ -71,8 +72,8 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
     raw = {k: v.detach() if isinstance(v, Tensor) else v for k, v in raw.items()}
     real, pad_id = _real(raw, pad_id, eos_id)
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-    doc = _documents(raw, real)
-    ways = {name: writer(v, doc) for name, v in entries(raw, doc).items()}
+    doc = torch.where(real, _documents(raw, real), -1)
+    ways = {name: writer(v, doc) for name, v in _boundaries(raw, doc).items()}
     stale = next((k for k, way in ways.items() if not way and len(raw[k]) != len(ids)), "")
     writers = {k: way for k, way in ways.items() if way}
     return AuditBatch(raw, doc, slots, pad_id, eos_id, writers, stale)
@@ -80,11 +81,13 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
 
 def _real(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> tuple[Tensor, int | None]:
     """(B, T) bool, and the id at PAD slots where it can be told."""
-    ids, mask, docs = raw["input_ids"], raw.get("attention_mask"), raw.get("document_ids")
-    stated = [mask != 0] if isinstance(mask, Tensor) and mask.shape == ids.shape else []
-    stated += [docs >= 0] if isinstance(docs, Tensor) else []
-    real = torch.stack([torch.ones_like(ids).bool(), *stated]).all(0)
-    if not stated:
+    ids, mask, docs = raw["input_ids"], like_ids(raw, "attention_mask"), raw.get("document_ids")
+    real = torch.ones_like(ids).bool()
+    if mask is not None:
+        real &= mask != 0
+    if isinstance(docs, Tensor):
+        real &= docs >= 0
+    elif mask is None:
         pad_id = _pad_by_labels(raw) if pad_id is None else pad_id
         run = _edge_runs(ids == (-1 if pad_id is None else pad_id))
         if pad_id == eos_id:  # the first of the closing run is the EOS of the document, and real
@@ -119,19 +122,67 @@ def _documents(raw: dict[str, Any], real: Tensor) -> Tensor:
 
     Else boundaries such as `cu_seqlens`; else a position that restarts begins a new document.
     """
-    doc, position = torch.zeros_like(real, dtype=torch.long), raw.get("position_ids")
-    mask = raw.get("attention_mask")
     if isinstance(raw.get("document_ids"), Tensor):
-        doc = raw["document_ids"].long()
-    elif isinstance(mask, Tensor) and mask.shape == real.shape and int(mask.max()) > 1:
-        doc = mask.long() - 1
-    elif (stated := documents_of(raw, real)) is not None:
-        doc = stated
-    elif isinstance(position, Tensor) and position.shape == real.shape:
+        return raw["document_ids"].long()
+    mask, position = like_ids(raw, "attention_mask"), like_ids(raw, "position_ids")
+    if mask is not None and int(mask.max()) > 1:
+        return mask.long() - 1
+    if (stated := documents_of(raw, real)) is not None:
+        return stated
+    doc = torch.zeros_like(real, dtype=torch.long)
+    if position is not None:
         pair = real[:, 1:] & real[:, :-1]
         on = position[:, 1:] == position[:, :-1] + 1
         restart = pair & ~on & (position[:, 1:] == position[real].min())
         # Used only if positions count by one between restarts: else they mean something else.
         if bool((on | restart)[pair].all()) and bool((on & pair).any()):
             doc[:, 1:] = restart.long().cumsum(1)
-    return torch.where(real, doc, -1)
+    return doc
+
+
+def _boundaries(raw: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
+    """Integers (n,) or (B, n) that are not as wide as the rows (B, T).
+
+    They may be the lengths of the documents, or their cumulative sum, of all rows or of each.
+    """
+    tensors = {k: v for k, v in raw.items() if isinstance(v, Tensor) and v.ndim in (1, 2)}
+    whole = {k: v for k, v in tensors.items() if not v.is_floating_point() and v.numel()}
+    return {k: v for k, v in whole.items() if v.shape != like.shape and v.dtype != torch.bool}
+
+
+def documents_of(raw: dict[str, Any], real: Tensor) -> Tensor | None:
+    """(B, T) numbers of the documents, ascending, that an entry states; None if none does."""
+    for value in _boundaries(raw, real).values():
+        table = value if value.ndim == 2 else value[None]
+        for lens, on in product((table, table.diff()), (real, torch.ones_like(real))):
+            slots = on.sum(1) if value.ndim == 2 else on.sum()[None]
+            if bool((lens >= 0).all()) and torch.equal(lens.sum(1), slots):
+                doc = torch.full_like(real, -1, dtype=torch.long)
+                number = torch.arange(lens.numel()).to(lens).long()
+                doc[on] = number.repeat_interleave(lens.flatten())
+                if bool((doc[:, 1:] != doc[:, :-1])[real[:, 1:] & real[:, :-1]].any()):
+                    return doc
+    return None
+
+
+def writer(value: Tensor, doc: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What makes the entry of document numbers (B, T), -1 at PAD; None if it is not made of them.
+
+    PAD may be left out, or be a document.
+    """
+    options = product((False, True), (False, True), (False, True))
+    ways = (partial(_write, value, *option) for option in options)
+    return next((way for way in ways if torch.equal(way(doc), value)), None)
+
+
+def _write(like: Tensor, cumulative: bool, filled: bool, with_pad: bool, doc: Tensor) -> Tensor:
+    """`filled`: up to the size of `like`, with 0 or the last sum."""
+    kept = [row if with_pad else row[row >= 0] for row in doc]
+    runs = [row.unique_consecutive(return_counts=True)[1] for row in kept]
+    runs = [run if len(run) else run.new_zeros(1) for run in runs]
+    runs = runs if like.ndim == 2 else [torch.cat(runs)]
+    if cumulative:
+        runs = [F.pad(run.cumsum(0), (1, 0)) for run in runs]
+    size = max(like.shape[-1] * filled, *map(len, runs))
+    rows = [F.pad(r, (0, size - len(r)), value=int(r[-1]) * cumulative) for r in runs]
+    return (torch.stack(rows) if like.ndim == 2 else rows[0]).to(like)

@@ -1,12 +1,14 @@
-"""What the audit reports: findings, what could not be examined, and how to print them."""
+"""What the audit reports: findings, what could not be examined; as text and as an HTML page."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from importlib.resources import files
+from string import Template
 from textwrap import wrap
 from typing import Any
 
 LABELS = ("shift", "pad", "causal", "reduction", "eos", "position")
-ALIASES = {"norm": "reduction"}  # earlier words, still understood in `Report.faults`
 REMEDIES = {
     "targets": "train logits[:, t] on input_ids[:, t + 1]; shift once, within a row and a document",
     "heads": "train a head that reads k more tokens on the token k + 1 ahead; shift for each head",
@@ -51,25 +53,9 @@ class PreflightError(ValueError):
 
 
 def require(condition: object, otherwise: str) -> None:
-    """Raise UnexaminableError with the text `otherwise` unless the condition holds."""
+    """Raise UnexaminableError(otherwise) unless the condition holds."""
     if not condition:
         raise UnexaminableError(otherwise)
-
-
-class Faults(frozenset[str]):
-    """Labels of the faults found; `norm`, the earlier word for `reduction`, is understood."""
-
-    def in_order(self) -> list[str]:
-        """As in LABELS, and `loop` last."""
-        return sorted(self, key=(*LABELS, "loop").index)
-
-    def __contains__(self, label: object) -> bool:
-        return super().__contains__(ALIASES.get(str(label), label))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Set) and set(self) == {ALIASES.get(x, x) for x in other}
-
-    __hash__ = frozenset.__hash__
 
 
 @dataclass(frozen=True)
@@ -94,9 +80,8 @@ class Report:
     """The outcome of one preflight.
 
     `skipped`: probe -> why it could not be examined. `sampled`: what was examined in part only.
-    `remarks`: what is no fault, but should be known.
-    `passed`: probes that ran and found nothing. `pictures`: plain lists for `to_html`. `forwards`:
-    runs of the loss.
+    `passed`: probes that found nothing. `pictures`: plain lists for `to_html`. `forwards`: runs of
+    the loss. `remarks`: what is no fault, but should be known.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -109,9 +94,10 @@ class Report:
     remarks: list[str] = field(default_factory=list)
 
     @property
-    def faults(self) -> Faults:
-        """The labels of the findings."""
-        return Faults(f.label for f in self.findings)
+    def faults(self) -> Set[str]:
+        """The labels of the findings, in the order of LABELS, and `loop` last."""
+        found = {f.label for f in self.findings}
+        return dict.fromkeys(x for x in (*LABELS, "loop") if x in found).keys()
 
     @property
     def audited(self) -> bool:
@@ -129,14 +115,14 @@ class Report:
         if not self.audited:
             why = (self.skipped.get(k) for k in ("preflight", "logits", "alignment"))
             return f"NOT AUDITED: {next(filter(None, why), 'nothing could be examined')}"
-        faults = ", ".join(self.faults.in_order())
+        faults = ", ".join(self.faults)
         cost = f"({self.forwards} forward passes, {self.seconds:.1f} s)"
         return f"{f'FAULTS {faults}' if faults else 'no fault found'} {cost}"
 
-    def examine(self, name: str, look: Callable[[], list[Finding]]) -> None:
+    def examine(self, name: str, look: Callable[[], Iterable[Finding]]) -> None:
         """Run a probe: note its findings, that it found nothing, or why it could not look."""
         try:
-            found = look()
+            found = list(look())
         except Exception as problem:  # one probe that fails must not end the audit
             why = (str(problem).splitlines() or [""])[0]
             own = isinstance(problem, UnexaminableError)
@@ -151,7 +137,7 @@ class Report:
         plain = asdict(self)
         for f in plain["findings"]:
             f["size"] = f["size"] if abs(f["size"]) < float("inf") else None
-        return {"faults": self.faults.in_order(), "audited": self.audited, **plain}
+        return {"faults": list(self.faults), "audited": self.audited, **plain}
 
     def __str__(self) -> str:
         return self._text(self.notes())
@@ -179,3 +165,76 @@ class Report:
         notes += [("skipped", f"{name}: {why}") for name, why in self.skipped.items()]
         notes += [("noted", note) for note in self.remarks]
         return notes + [("sampled", note) for note in self.sampled]
+
+
+def to_html(report: Report, name: Callable[[int], str] = str) -> str:
+    """One self-contained HTML page of a report; `name` turns a token id into text."""
+    page = files("causal_preflight").joinpath("page.html").read_text(encoding="utf-8")
+    seen = report.pictures.get("visibility") or {}
+    return Template(page).substitute(
+        title=escape(report.verdict.split(":")[0]),
+        color="" if report.clean else "bad", verdict=escape(report.verdict),
+        findings=_list((f.label.upper(), f.seen, f.remedy) for f in report.findings),
+        alignment=_alignment(report.pictures.get("alignment") or [], name),
+        row=seen.get("row"), start=seen.get("start"), maps=_maps(seen, name) if seen else "",
+        notes=_list(report.notes()),
+    )  # fmt: skip
+
+
+def _list(rows: Iterable[tuple[str, ...]]) -> str:
+    lines = ("".join(f"<td>{escape(x)}</td>" for x in row) for row in rows)
+    return f'<table class="list">{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
+
+
+def _alignment(rows: list[list[dict[str, Any]]], name: Callable[[int], str]) -> str:
+    """Per row of the batch: input, trained target and weight of every position."""
+    top = max((abs(c["weight"]) for row in rows for c in row), default=0.0) or 1.0
+    out = ""
+    for b, row in enumerate(rows):
+        lines = {"input": "", "trained on": "", "weight": ""}
+        for c in row:
+            kind = "right" if c["target"] == c["next"] else "wrong"
+            target = ("·", "none") if c["target"] is None else (name(c["target"]), kind)
+            source = name(c["input"]), "" if c["real"] else "pad"
+            for head, (text, style) in zip(lines, (source, target), strict=False):
+                lines[head] += f'<td class="{style}">{escape(text)}</td>'
+            lines["weight"] += _shade(abs(c["weight"]) / top, f"{c['weight']:.3g}")
+        body = (f'<tr><th scope="row">{head}</th>{cells}</tr>' for head, cells in lines.items())
+        out += _table("tokens", f"Row {b} of the batch", "".join(body))
+    return out
+
+
+def _table(kind: str, caption: str, body: str) -> str:
+    """A table that scrolls by itself, reachable by keyboard."""
+    table = f'<table class="{kind}"><caption>{caption}</caption>{body}</table>'
+    return f'<div class="wrap" tabindex="0" role="region" aria-label="{caption}">{table}</div>'
+
+
+def _shade(strength: float, title: str, kind: str = "seen") -> str:
+    style = f'class="{kind}" style="--s:{min(1.0, strength):.3f}"'
+    return f'<td title="{title}" {style} aria-label="{title}"></td>'
+
+
+def _maps(seen: dict[str, Any], name: Callable[[int], str]) -> str:
+    """The measured map of visibility beside the one that is allowed."""
+    tokens, n = [escape(name(token)) for token in seen["tokens"]], range(len(seen["tokens"]))
+    allowed = [[float(j <= i and seen["doc"][i] == seen["doc"][j]) for j in n] for i in n]
+    measured = [[cell**0.25 for cell in line] for line in seen["cells"]]  # a faint leak must show
+    swapped = seen.get("swapped") or [True] * len(tokens)
+    out = ""
+    for caption, strengths, tried in (
+        ("Measured (fourth root of the fraction of the largest move)", measured, swapped),
+        ("As it should be", allowed, [True] * len(tokens)),
+    ):
+        heads = "".join(f'<th scope="col"><span>{x}</span></th>' for x in tokens)
+        body = f"<thead><tr><td></td>{heads}</tr></thead>"
+        for i in n:
+            line = (
+                _shade(strengths[i][j], f"logit {i}, input {j}: {strengths[i][j]:.2f}",
+                       "seen" if allowed[i][j] else "leak")
+                if tried[j] else f'<td class="na" title="input {j} was not swapped">–</td>'
+                for j in n
+            )  # fmt: skip
+            body += f'<tr><th scope="row">{tokens[i]}</th>{"".join(line)}</tr>'
+        out += _table("map", caption, body)
+    return out

@@ -1,8 +1,4 @@
-"""Put a model back exactly as it was found, whatever the audit does to it.
-
-Covered: parameters, gradients (also whether there were any), `requires_grad`, buffers, modes, and
-plain attributes of modules, where some keep a hidden state.
-"""
+"""Put a model back exactly as it was found: parameters, gradients, buffers, modes, attributes."""
 
 import random
 import sys
@@ -36,13 +32,10 @@ class Sandbox:
 
     @torch.no_grad()
     def rewind(self, seed: int, train: bool) -> None:
-        """Same state, mode and seed for every run; calls `reset()` of modules that have one.
-
-        In train mode, eval-mode submodules of a model found in train mode stay in eval mode.
-        """
+        """Same state, mode and seed for every run; calls `reset()` of modules that have one."""
         self._restore_state()
         root = self.modules[0]
-        if not (train and root.training):
+        if not (train and root.training):  # else submodules in eval mode stay in it
             root.train(train)
         for m in self.modules:
             reset = getattr(m, "reset", None)
@@ -71,18 +64,16 @@ class Sandbox:
                 home[k] = v
                 if isinstance(v, Tensor):
                     v.detach().copy_(content)  # always: batch norm writes past the version counter
-                elif type(v) is list:
-                    v[:] = content
-                elif type(v) in (dict, set):
+                elif content is not None:
                     v.clear()
-                    v.update(content)
+                    (v.extend if type(v) is list else v.update)(content)
 
     @contextmanager
     def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:
-        """Context: weights rescaled so that no path is (nearly) zero; restored on exit.
+        """Context: weights rescaled so that no path is (nearly) zero; `add_noise`: another draw.
 
-        Weights that are zero get noise, small matrices are scaled up to 1/sqrt(fan in); with larger
-        ones scores would outgrow a correct mask of finite values. `add_noise` gives another draw.
+        Zeros become noise, small matrices grow to 1/sqrt(fan in): above it, scores would outgrow a
+        correct mask of finite values.
         """
         gen = torch.Generator().manual_seed(seed)
 

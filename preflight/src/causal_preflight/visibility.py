@@ -4,18 +4,18 @@ They compare real runs: a gradient is zero through routing, sorting and no_grad.
 settings that catch what others miss: train mode, nothing padded, rescaled weights.
 """
 
-from collections.abc import Callable, Iterable
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.batch import AuditBatch, one_a_row, shift_left
+from causal_preflight.batch import AuditBatch, like_ids, one_a_row, shift_left
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
-from causal_preflight.locate import EmbeddingNoise
-from causal_preflight.readout import offset_of
 from causal_preflight.report import Finding, UnexaminableError, require
+from causal_preflight.targets import offset_of
 
 _UNMOVED = 0.25  # fraction of trials without a change from which it is a fault
 _CUTS = 12  # cuts a row that are tried first; in each further setting fewer
@@ -24,69 +24,59 @@ _MAX_LOGITS = 2**26  # logits of repeated rows
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-class Setting(NamedTuple):
-    """In which mode and with which weights parts of a batch, (B, T) bool each, are changed."""
-
-    batch: AuditBatch
-    train: bool
-    rescaled: bool
-    parts: list[Tensor]
+Setting = tuple[AuditBatch, bool, bool, list[Tensor]]
+"""A batch, whether it is run in train mode and with rescaled weights, and parts (B, T) to change"""
 
 
-Leak = tuple[Setting, Tensor, Move]
-Change = Callable[[Context, Setting, Tensor], Tensor]
+def leaks(
+    ctx: Context, settings: Iterable[Setting], mechanism: str, label: str, seen: str, remedy: str,
+    noise: bool = False,
+) -> Iterator[Finding]:  # fmt: skip
+    """The finding for the first part whose change moves a counted logit outside of it.
 
-
-def _swapped(ctx: Context, s: Setting, part: Tensor) -> Tensor:
-    """Logits once `part` is swapped; EOS and BOS too where they cannot separate documents."""
-    special = s.rescaled and not bool(s.batch.doc.max() > 0)
-    return ctx.model.observe(s.batch.swap(part, ctx.seed, special), s.train).logits
-
-
-def find_leak(ctx: Context, settings: Iterable[Setting], changed: Change = _swapped) -> Leak | None:
-    """The first part whose change moves a counted logit outside of it."""
+    Tokens are swapped, or their embedding gets `noise`. `mechanism` explains what later probes see.
+    """
     watched = False
-    for s in settings:
-        with ctx.weights(s.rescaled):
-            base = ctx.observe(s.batch, s.train, s.rescaled).logits
-            for part in s.parts:
-                watch = ctx.counted(s.batch) & ~part
+    for batch, train, rescaled, parts in settings:
+        logits = partial(_changed, ctx, batch, train, rescaled, noise)
+        with ctx.weights(rescaled):
+            base = ctx.observe(batch, train, rescaled).logits
+            for part in parts:
+                watch = ctx.counted(batch) & ~part
                 watched = watched or bool(watch.any())
-                if move := ctx.largest_move(s.batch, changed(ctx, s, part), base, watch):
-                    return s, part, move
+                if move := ctx.largest_move(batch, logits(part), base, watch):
+                    if mechanism == "future":
+                        seen += _one_token(ctx, batch, part, move, base, logits)
+                    how = ["with nothing padded"] * (batch.has_pad != ctx.work.has_pad)
+                    how += ["in train mode"] * train + ["with rescaled weights"] * rescaled
+                    ctx.explained.add(mechanism)
+                    yield ctx.finding(label, ", ".join([*how, seen]), remedy, move)
+                    return
     require(watched, NONE_COUNTS)
-    return None
 
 
-def leak_finding(
-    ctx: Context, leak: Leak | None, mechanism: str, label: str, seen: str, remedy: str
-) -> list[Finding]:
-    """The finding for a leak; notes that `mechanism` explains what later probes would see."""
-    if leak is None:
-        return []
-    ctx.explained.add(mechanism)
-    setting, _, move = leak
-    how = ["with nothing padded"] if setting.batch.has_pad != ctx.work.has_pad else []
-    how += ["in train mode"] * setting.train + ["with rescaled weights"] * setting.rescaled
-    return [ctx.finding(label, ", ".join([*how, seen]), remedy, move)]
+def _changed(
+    ctx: Context, batch: AuditBatch, train: bool, rescaled: bool, noise: bool, part: Tensor
+) -> Tensor:
+    """Logits once a part is changed; EOS and BOS too where they cannot separate documents."""
+    special = rescaled and not bool(batch.doc.max() > 0)
+    edit = replace(batch, noised=part) if noise else batch.swap(part, ctx.seed, special)
+    return ctx.model.observe(edit, train).logits
 
 
-def cross_row(ctx: Context) -> list[Finding]:
+def cross_row(ctx: Context) -> Iterator[Finding]:
     """Swap every token of every other row: the rows between them must not move."""
     work = ctx.work if len(ctx.work.ids) > 1 else ctx.work.rows([0, 0])
     odd = torch.zeros_like(work.real)
     odd[1::2] = True
     modes = (False, False), (True, False), (True, True)
-    leak = find_leak(ctx, [Setting(work, *mode, [~odd, odd]) for mode in modes])
+    settings = [(work, *mode, [~odd, odd]) for mode in modes]
     seen = "{where} with tokens of other rows"
-    return leak_finding(ctx, leak, "cross_row", "causal", seen, "rows")
+    return leaks(ctx, settings, "cross_row", "causal", seen, "rows")
 
 
-def future(ctx: Context) -> list[Finding]:
-    """No counted logit may move with a later token of its row.
-
-    All tokens from a cut on are swapped at once, with another cut in each row and each run.
-    """
+def future(ctx: Context) -> Iterator[Finding]:
+    """Swap all tokens from a cut on, another in each row and run: no earlier logit may move."""
     known = "rows see each other, so the future cannot be told from other rows"
     require("cross_row" not in ctx.explained, known)
     work, (rows, width) = ctx.work, ctx.work.ids.shape
@@ -101,17 +91,12 @@ def future(ctx: Context) -> list[Finding]:
         plan += [(full, False, False, few // 2), (full, True, True, few - few // 4)]
     settings, tried = list[Setting](), 0
     for batch, train, rescaled, count in plan:
-        settings.append(Setting(batch, train, rescaled, _cuts(batch, tried, count)))
+        settings.append((batch, train, rescaled, _cuts(batch, tried, count)))
         tried += count
-    leak = find_leak(ctx, settings)
-    if leak is None:
-        if tried < width - 1:
-            ctx.report.sampled.append(f"future: {tried} of {width - 1} cuts in each of {rows} rows")
-        return []
-    row, t = divmod(_one_token(ctx, *leak), ctx.full.ids.shape[1])
     seen = "{where}, though its target counts, when later tokens are swapped, such as token "
-    seen += f"{int(ctx.full.ids[row, t])} at position {t}"
-    return leak_finding(ctx, leak, "future", "causal", seen, "mask future")
+    yield from leaks(ctx, settings, "future", "causal", seen, "mask future")
+    if "future" not in ctx.explained and tried < width - 1:
+        ctx.report.sampled.append(f"future: {tried} of {width - 1} cuts in each of {rows} rows")
 
 
 def _repeated(ctx: Context, batch: AuditBatch, wanted: int) -> AuditBatch:
@@ -137,9 +122,9 @@ def _cuts(batch: AuditBatch, start: int, runs: int) -> list[Tensor]:
 def _cut_order(count: int, width: int, b: int, rows: int) -> list[int]:
     """The cuts 1 to `count` of row b, such that those of all rows are spread however few are tried.
 
-    First come powers of two, their neighbors, and multiples of 64, dealt out to the rows: sinks,
-    windows and chunks begin and end there. Then places by multiples of the golden ratio, of which
-    any stretch is spread evenly, and last what is left.
+    First powers of two, their neighbors and multiples of 64, where sinks, windows and chunks begin
+    and end, dealt out to the rows; then multiples of the golden ratio, which spread evenly; then
+    what is left.
     """
     edges = {2**k + d for k in range(width.bit_length()) for d in (-1, 0, 1)}
     mine = sorted(edges | {*range(64, width, 64)})[b::rows]
@@ -148,40 +133,38 @@ def _cut_order(count: int, width: int, b: int, rows: int) -> list[int]:
     return [c for c in every if 1 <= c <= count]
 
 
-def _one_token(ctx: Context, s: Setting, part: Tensor, move: Move) -> int:
-    """The slot of one token that moved it: halve the swapped part of its row until one is left."""
-    hit, b = s.batch.slot == move.slot, move.row
+def _one_token(
+    ctx: Context, batch: AuditBatch, part: Tensor, move: Move, base: Tensor,
+    logits: Callable[[Tensor], Tensor],
+) -> str:  # fmt: skip
+    """One token that moved it: halve the swapped part of its row until one is left."""
+    hit, b = batch.slot == move.slot, move.row
     places = part[b].nonzero()[:, 0]
-    with ctx.weights(s.rescaled):
-        base = ctx.observe(s.batch, s.train, s.rescaled).logits
-        while len(places) > 1:
-            half, rest = places.tensor_split(2)
-            part = torch.zeros_like(part)
-            part[b, half] = True
-            seen = ctx.largest_move(s.batch, _swapped(ctx, s, part), base, hit)
-            places = half if seen else rest
-    return int(s.batch.slot[b, places])
+    while len(places) > 1:
+        half, rest = places.tensor_split(2)
+        part = torch.zeros_like(part)
+        part[b, half] = True
+        places = half if ctx.largest_move(batch, logits(part), base, hit) else rest
+    row, t = divmod(int(batch.slot[b, places]), ctx.full.ids.shape[1])
+    return f"{int(ctx.full.ids[row, t])} at position {t}"
 
 
-def documents(ctx: Context) -> list[Finding]:
-    """In packed rows, no counted logit may move with a token of another document.
-
-    Each bit of the number of a document says which are swapped and which watched: every pair is
-    tried.
-    """
+def documents(ctx: Context) -> Iterator[Finding]:
+    """In packed rows, no counted logit may move with a token of another document."""
     work, doc = ctx.work, ctx.work.doc
     require(doc.max() > 0, "one document a row (no document_ids)")
     require(not ctx.explained & {"future", "cross_row"}, "a leak is known already")
     index = torch.zeros_like(doc)  # 0, 1, 2, ... by order of appearance in the row
     index[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long().cumsum(1)
+    # Each bit of a number says which are swapped and which watched: every pair is tried.
     bits = [index >> k & 1 for k in range(int(index.max()).bit_length())]
     parts = [work.real & (bit == side) for bit in bits for side in (0, 1)]
-    leak = find_leak(ctx, (Setting(work, both, both, parts) for both in (False, True)))
+    settings = [(work, both, both, parts) for both in (False, True)]
     seen = "{where} with tokens of other documents in the row"
-    return leak_finding(ctx, leak, "documents", "causal", seen, "documents")
+    return leaks(ctx, settings, "documents", "causal", seen, "documents")
 
 
-def context(ctx: Context) -> list[Finding]:
+def context(ctx: Context) -> Iterator[Finding]:
     """Swap one token: the logits at its own and at the next position must move.
 
     A model whose logits depend on their own token only may be meant so (a bigram): it is a
@@ -191,27 +174,33 @@ def context(ctx: Context) -> list[Finding]:
     require("finite" not in ctx.explained, "the logits are not finite")
     require(not ctx.model.head.ahead, "no head is trained on the next token")
     require("future" not in ctx.explained, "a mask that shows the future is at fault already")
+    mask, inverted = like_ids(ctx.work.raw, "attention_mask"), False
     with ctx.weights(True):
         own, unmoved, older, move = _dependence(ctx, ctx.work)
-        hidden = _hidden_by_padding(ctx) if unmoved >= _UNMOVED else None
+        if unmoved >= _UNMOVED and mask is not None:
+            other = ctx.work.with_tensor("attention_mask", (mask == 0).to(mask))
+            inverted = _dependence(ctx, other)[1] < _UNMOVED
         if own >= 0.5 and unmoved < _UNMOVED:
-            return _hidden_special(ctx)
-    if hidden:
+            with suppress(UnexaminableError):  # the embedding is looked up in a way not known here
+                yield from _hidden_special(ctx)
+            return
+    if inverted:
         ctx.explained.add("padding")
-        return [ctx.finding("pad", hidden, "pad keys", move)]
-    if unmoved < _UNMOVED:  # own token without effect: inputs are shifted inside the model
-        if offset_of(ctx.full, ctx.readout(True)) == 0:
-            ctx.explained.add("shifted inputs")
-            return []
+        seen = "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
+        yield ctx.finding("pad", seen, "pad keys", move)
+    elif unmoved >= _UNMOVED:
+        intended = unmoved == 1 and not older and own >= 0.5 and not _dead_weights(ctx)
+        require(not intended, "each logit depends on its own token only, and all weights act")
+        ctx.explained.add("context")
+        seen = f"in {unmoved:.0%} of the trials a logit does not see the token just before it"
+        seen += ", though it sees older ones" if older else ""
+        yield ctx.finding("causal", seen, "mask future", move)
+    elif offset_of(ctx.full, ctx.readout(True)) == 0:  # inputs are shifted inside the model
+        ctx.explained.add("shifted inputs")
+    else:
         seen = "logits do not see the token at their own position: inputs are shifted as well"
-        both = (("shift", "targets"), ("causal", "mask future"))
-        return [ctx.finding(label, seen, remedy, move) for label, remedy in both]
-    if unmoved == 1 and not older and own >= 0.5 and not _dead_weights(ctx):
-        raise UnexaminableError("each logit depends on its own token only, and all weights act")
-    ctx.explained.add("context")
-    seen = f"in {unmoved:.0%} of the trials a logit does not see the token just before it"
-    seen += ", though it sees older ones" if older else ""
-    return [ctx.finding("causal", seen, "mask future", move)]
+        for label, remedy in (("shift", "targets"), ("causal", "mask future")):
+            yield ctx.finding(label, seen, remedy, move)
 
 
 def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, Move]:
@@ -246,44 +235,29 @@ def _dependence(ctx: Context, batch: AuditBatch) -> tuple[float, float, float, M
     return own / tried, unmoved / tried, older / tried, Move(unmoved / tried, last)
 
 
-def _hidden_special(ctx: Context) -> list[Finding]:
+def _hidden_special(ctx: Context) -> Iterator[Finding]:
     """A real EOS or BOS that the next position does not see, though it sees the token before that.
 
-    A mask made by comparing ids would show the token that is swapped in for it; so noise is added
-    to its embedding.
+    Its embedding gets noise: a mask made by comparing ids would show a token swapped in for it.
     """
     work, seen = ctx.work, ctx.observe(ctx.work, rescaled=True)
-    base, bound = seen.logits, ctx.bound(seen.logits, work.real) * 0.05
-    same = shift_left(work.doc.flip(1), -1).flip(1) == work.doc  # as the token before
+    bound = ctx.bound(seen.logits, work.real) * 0.05
 
     def unseen(part: Tensor, later: int) -> Tensor:
-        with EmbeddingNoise(work, part, ctx.seed) as noise:
-            change = moved(ctx.model.observe(work).logits, base)
-        return part & (seen.made & (change <= bound)).roll(-later, 1) & (noise.hits > 0)
+        change = moved(ctx.model.observe(replace(work, noised=part)).logits, seen.logits)
+        return part & (seen.made & (change <= bound)).roll(-later, 1)
 
     for token in work.special.tolist():
         at = work.has_target & (work.ids == token)
         at &= at.long().cumsum(1) == at.sum(1, keepdim=True)  # the last one of each row
         if not (bool(at.any()) and bool((hidden := unseen(at, 1)).any())):
             continue
-        before = shift_left(hidden & same, False)  # unseen as well where a document or block ends
-        hidden &= ~same | (before & ~unseen(before, 2)).roll(1, 1)
+        before = shift_left(hidden & ~work.opens, False)  # else a document or block ends
+        hidden &= work.opens | (before & ~unseen(before, 2)).roll(1, 1)
         if bool(hidden.any()):
             what = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key"
-            return [ctx.finding("pad", what, "by value", Move(0.0, int(work.slot[hidden][0])))]
-    return []
-
-
-def _hidden_by_padding(ctx: Context) -> str | None:
-    """What is seen once attention_mask is inverted, or nothing is padded; None: neither helps."""
-    work, mask = ctx.work, ctx.work.raw.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == work.ids.shape:
-        inverted = work.with_tensor("attention_mask", (mask == 0).to(mask))
-        if _dependence(ctx, inverted)[1] < _UNMOVED:
-            return "real tokens are hidden, PAD is not: with attention_mask inverted all is seen"
-    if work.has_pad and _dependence(ctx, work.unpadded())[1] < _UNMOVED:
-        return "the past is hidden in padded batches, and seen with nothing padded"
-    return None
+            yield ctx.finding("pad", what, "by value", Move(0.0, int(work.slot[hidden][0])))
+            return
 
 
 def _dead_weights(ctx: Context) -> bool:
@@ -302,16 +276,17 @@ def _dead_weights(ctx: Context) -> bool:
             hit = g > max(1e-5 * float(g.max()), 1e-7 * largest)
             used[i] = used.get(i, hit) | hit
     tables = {id(m.weight) for m in ctx.model.sandbox.modules if isinstance(m, nn.Embedding)}
-    by_shape: dict[torch.Size, list[bool]] = {}
+    by_shape: dict[torch.Size, list[Tensor]] = {}
     for i, hit in used.items():
-        if hit.ndim < 2 or id(params[i]) in tables:
-            continue
-        by_shape.setdefault(hit.shape, []).append(bool(hit.any()))
-        for d in range(hit.ndim if hit.any() else 0):
-            slices = hit.movedim(d, 0).flatten(1).any(1)
+        if hit.ndim > 1 and id(params[i]) not in tables:
+            by_shape.setdefault(hit.shape, []).append(hit)
+    for hits in by_shape.values():
+        stack = torch.stack(hits)
+        for d, size in enumerate(stack.shape):
+            acts = stack.movedim(d, 0).flatten(1).any(1)
             # Without effect by right: the end of a table of positions longer than the rows, and any
             # row of a table of ids.
-            slices = slices[: int(slices.nonzero().max()) + 1]
-            if hit.shape[d] != tokens and float(slices.float().mean()) <= 2 / 3:
+            acts = acts[: int(acts.nonzero().max()) + 1] if d and bool(acts.any()) else acts
+            if float(acts.float().mean()) <= 2 / 3 and not (d and size == tokens):
                 return True
-    return any(sum(hits) <= 2 / 3 * len(hits) for hits in by_shape.values())
+    return False
