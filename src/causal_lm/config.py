@@ -292,6 +292,17 @@ def _check_combinations(v: Mapping[str, Any]) -> None:
     if v["trainer.max_steps"] == -1 and v.get("trainer.max_epochs", -1) == -1:
         endless = "trainer.max_steps=-1 and trainer.max_epochs=-1 make an endless run"
         raise ConfigError(f"{endless}: set one of them above 0")
+    if v.get("data.streaming"):
+        whole = "set a whole number, as nobody knows the length of a stream"
+        for key, is_wrong, todo in (
+            ("trainer.max_steps", v["trainer.max_steps"] == -1, whole),
+            ("trainer.val_check_interval", v.get("trainer.val_check_interval", 1) % 1, whole),
+            ("trainer.limit_train_batches", v.get("trainer.limit_train_batches", 1) % 1, whole),
+            ("trainer.overfit_batches", v.get("trainer.overfit_batches"), "it repeats stored ones"),
+            ("data.tokenizer", v.get("data.tokenizer") == "bpe", "name a trained tokenizer.json"),
+        ):
+            if is_wrong:
+                raise ConfigError(f"data.streaming=true and {key}={v[key]}: {todo}")
     if any("StochasticWeightAveraging" in str(value) for value in v.values()):
         reason = "replaces the schedule, and its runs do not continue as they were"
         raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")

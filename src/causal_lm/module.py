@@ -212,6 +212,8 @@ class CausalLM(L.LightningModule):
         trainer: Any = self.trainer
         if trainer.datamodule is None:
             return trainer.estimated_stepping_batches
+        if getattr(trainer.datamodule, "stream", None):  # nobody knows its length
+            return trainer.max_steps
         batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps, rest = divmod(batches, most := trainer.accumulate_grad_batches)

@@ -3,17 +3,19 @@
 import logging
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 from torch import Generator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from causal_lm.config import ConfigError
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler, Start
+from causal_lm.data.streaming import StreamedDocuments, StreamSampler, TextStream
 from causal_lm.signals import held_back, leave_to_parent
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ class DataModule(L.LightningDataModule):
 
     ``source`` is a :class:`causal_lm.data.documents.Source`, or a callable that makes one from
     ``source_options``, such as ``path``; ``shuffle`` draws a new training order each epoch, from
-    ``seed``. ``configs/data/_base.yaml`` explains the other arguments.
+    ``seed``, of a stream within each ``shuffle_buffer`` windows. ``configs/data/_base.yaml``
+    explains the other arguments.
 
     Raises TypeError where ``source_options`` are given and ``source`` is not a callable.
     """
@@ -36,7 +39,8 @@ class DataModule(L.LightningDataModule):
     def __init__(
         self, source: Source | Callable[..., Source], *, batch_size: int, max_length: int,
         layout: str = "padded", padding_side: str = "right", pad_is_eos: bool = False,
-        shuffle: bool = True, num_workers: int = 0, seed: int = 0, **source_options: Any,
+        shuffle: bool = True, num_workers: int = 0, seed: int = 0,
+        shuffle_buffer: int = 10_000, **source_options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if source_options and not callable(source):
@@ -46,8 +50,11 @@ class DataModule(L.LightningDataModule):
         self.batch_size, self.max_length = batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
+        self.shuffle_buffer = shuffle_buffer
         self.corpus: Corpus | None = None
         self.start = Start()
+        self.stream: TextStream | None = None  # the training documents, where they are streamed
+        self._stream_sampler: StreamSampler | None = None
 
     def load(self) -> Corpus:
         """Load the corpus once and cut it into windows. Raises ValueError for an empty split."""
@@ -55,16 +62,21 @@ class DataModule(L.LightningDataModule):
             self.corpus = self.source.load()
             if self.pad_is_eos:
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
-            self.train_windows = self._windows("train", self.corpus.train)
             self.val_windows = self._windows("val", self.corpus.val)
             test = self.corpus.test  # None or empty: there is no such split
             self.test_windows = self._windows("test", test) if test else None
-            self.order = [self.seed, self.shuffle, *document_fingerprint(self.train_windows)]
+            if isinstance(train := self.corpus.train, TextStream):
+                self.stream, found = train, train.fingerprint(self.max_length)
+            else:
+                self.train_windows = self._windows("train", train)
+                found = document_fingerprint(self.train_windows)
+            self.order = [self.seed, self.shuffle, *found]
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
-        self.start = Start() if stage == "fit" else self.start  # of a run that does not resume
+        if stage == "fit":  # of a run that does not resume
+            self.start, self._stream_sampler = Start(), None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader()
@@ -78,12 +90,19 @@ class DataModule(L.LightningDataModule):
             raise ConfigError(f"there is no document to test on: set {TEST_KEYS}")
         return self._loader(self.test_windows)
 
+    def longest_window(self) -> int:
+        """Tokens of the longest window for training; of a stream, the most that it may have."""
+        return self.max_length if self.stream else int(self.train_windows.lengths.max())
+
     def save_position(self, unfinished: int) -> dict[str, Any]:
         """Where training is in its documents, without the last micro-batches that are unfinished,
         as plain data for a checkpoint."""
+        done = self._batches_done() - unfinished
+        if self.stream:
+            return {"start": [*self.stream_sampler.position(done)], "order": self.order}
         sampler = self._sampler()
-        start = sampler.position(self._batches_done() - unfinished)
-        return {"start": [*start], "group_size": sampler.group_size, "order": self.order}
+        start = sampler.position(done)
+        return {"start": [*start[:3]], "group_size": sampler.group_size, "order": self.order}
 
     def resume(self, saved: dict[str, Any], progress: dict[str, Any]) -> None:
         """Go on from a saved position, or with a new epoch if documents or seed are others.
@@ -95,6 +114,9 @@ class DataModule(L.LightningDataModule):
         if not is_same:
             log.warning("the training documents or their order have changed: a new epoch begins")
             self.start = Start(self.start.batches, self.start.epoch + 1)
+        self._stream_sampler = None
+        if self.stream:  # whose batches are not counted
+            return
         sampler = self._sampler()
         if not is_same or sampler.group_size != saved["group_size"]:
             left = 0 if progress["is_last_batch"] else sampler.n_batches(self.start.segments)
@@ -128,12 +150,28 @@ class DataModule(L.LightningDataModule):
         """Of the training windows, or of those of another split, in their order."""
         train, windows = held_out is None, held_out or self.train_windows
         position: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
+        lengths, shuffle = lambda: windows.lengths.numpy(), train and self.shuffle
+        return self._make_sampler(len(windows), lengths, shuffle=shuffle, **position)
+
+    @property
+    def stream_sampler(self) -> StreamSampler:
+        """The one sampler of the stream, which knows the places of what it has read."""
+        if self._stream_sampler is None:
+            assert self.stream is not None
+            group = self.batch_size * (self.trainer.world_size if self.trainer else 1)
+            self._stream_sampler = StreamSampler(
+                partial(self.stream.windows, max_length=self.max_length),
+                -(-self.shuffle_buffer // group) * group,
+                partial(self._make_sampler, shuffle=self.shuffle), self._batches_done, self.start,
+            )  # fmt: skip
+        return self._stream_sampler
+
+    def _make_sampler(self, size: int, lengths: Any, **options: Any) -> DocumentSampler:
         return DocumentSampler(
-            len(windows), shuffle=train and self.shuffle, seed=self.seed, **position,
-            by_length=self.layout == "bucketed", lengths=lambda: windows.lengths.numpy(),
+            size, seed=self.seed, lengths=lengths, by_length=self.layout == "bucketed",
             row_length=self.max_length if self.layout == "packed" else None,
             batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            world_size=self.trainer.world_size if self.trainer else 1, **options,
         )  # fmt: skip
 
     def _loader(self, held_out: Documents | None = None) -> DataLoader[Batch]:
@@ -142,15 +180,21 @@ class DataModule(L.LightningDataModule):
             tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
             row_length=self.max_length if self.layout == "packed" else None,
         )  # fmt: skip
+        windows: Dataset[Any]
+        order: dict[str, Any]
+        if held_out is None and self.stream:
+            windows, order = StreamedDocuments(), {"batch_sampler": self.stream_sampler}
+        else:
+            windows = held_out or self.train_windows
+            order = {"batch_size": self.batch_size, "sampler": self._sampler(held_out)}
         return Loader(
-            held_out or self.train_windows,  # the collator turns documents into a Batch
-            batch_size=self.batch_size,
-            sampler=self._sampler(held_out),
+            windows,  # the collator turns documents into a Batch
             collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=leave_to_parent,
             persistent_workers=self.num_workers > 0,
             generator=Generator(),  # otherwise a resumed run draws one seed of workers more
+            **order,
         )
 
 

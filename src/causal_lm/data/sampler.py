@@ -1,7 +1,7 @@
 """The order of documents: a function of (seed, epoch, rank) and of where a resumed run goes on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -21,6 +21,9 @@ class Arrangement(NamedTuple):
     row_length: int = 0
 
 
+Address = tuple[Any, int]  # state of a stream's source, and windows to pass over from there on
+
+
 class Start(NamedTuple):
     """Where a run goes on in its documents; by default, at the first of the first epoch."""
 
@@ -29,6 +32,9 @@ class Start(NamedTuple):
     segments: Sequence[tuple[Sequence[int], int]] = ()
     """What was read of this epoch: (arrangement, documents) of each resumed part. Replayed in turn,
     they give what is left."""
+    pool: int = 0  # of a stream: pools that were read before, over all epochs
+    pool_size: int = 0  # windows of the pool in hand, at most; 0: it has not been read yet
+    address: Address = (None, 0)  # of its first window
 
 
 class DocumentSampler(Sampler[int]):
@@ -81,7 +87,7 @@ class DocumentSampler(Sampler[int]):
 
     def position(self, batches_done: int) -> Start:
         """Where a run goes on that stops after ``batches_done`` batches over all epochs."""
-        batches, epoch, segments = self.start
+        batches, epoch, segments = self.start[:3]
         batches = batches_done - batches
         if batches >= (left := self.n_batches(segments)):
             epochs, batches = divmod(batches - left, self.n_batches())
@@ -93,7 +99,7 @@ class DocumentSampler(Sampler[int]):
 
     def remaining_indices(self, batches_done: int) -> Iterator[int]:
         """The rest of the current epoch, after ``batches_done`` batches over all epochs."""
-        _, epoch, segments = self.position(batches_done)
+        _, epoch, segments = self.position(batches_done)[:3]
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.size) if self.shuffle else np.arange(self.size)
         arranged = Arrangement()

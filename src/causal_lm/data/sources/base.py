@@ -29,6 +29,22 @@ EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks s
 FORMAT = 4  # version of the cached files and of how text is cut; older caches are not read
 
 
+def cut_chunks(parts: Iterable[DocumentPart], held_out: HeldOut) -> Iterator[Chunk]:
+    """Chunks of about :data:`CHUNK_CHARACTERS`; each is yielded before the next part is read."""
+    documents: list[Segments] = []
+    size, first_split = 0, None
+    for segments, complete in parts:
+        documents.append(segments)
+        size += len(segments[-1])
+        if size >= CHUNK_CHARACTERS or not complete:
+            chunk = Chunk(documents, not complete, held_out, first_split)
+            first_split = None if complete else chunk.splits(chunk.hashes())[-1]
+            yield chunk
+            documents, size = [], 0
+    if documents:
+        yield Chunk(documents, False, held_out, first_split)
+
+
 @dataclass(kw_only=True)
 class TextSource(abc.ABC):
     """A source of text documents that are tokenized once and cached on disk. A hash of its text
@@ -89,18 +105,7 @@ class TextSource(abc.ABC):
     def chunks(self) -> Iterator[Chunk]:
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
         for parts, held_out in self.parts():
-            documents: list[Segments] = []
-            size, first_split = 0, None
-            for segments, complete in parts:
-                documents.append(segments)
-                size += len(segments[-1])
-                if size >= CHUNK_CHARACTERS or not complete:
-                    chunk = Chunk(documents, not complete, held_out, first_split)
-                    first_split = None if complete else chunk.splits(chunk.hashes())[-1]
-                    yield chunk
-                    documents, size = [], 0
-            if documents:
-                yield Chunk(documents, False, held_out, first_split)
+            yield from cut_chunks(parts, held_out)
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:

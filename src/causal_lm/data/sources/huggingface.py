@@ -1,14 +1,17 @@
 """HuggingFaceDataset: a source of data sets of the ``datasets`` library."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from causal_lm import extras
 from causal_lm.data.documents import Corpus
 from causal_lm.data.sources.file_io import local_path, text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
-from causal_lm.data.token_cache import file_identity
+from causal_lm.data.streaming import TextStream, as_documents, take_held_out
+from causal_lm.data.token_cache import SPLITS, file_identity
 from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut
 
 BATCH_ROWS = 256  # rows that are taken from a data set's memory map at a time
@@ -29,10 +32,13 @@ class HuggingFaceDataset(FileReader):
     val_path: str | None = None  # another data set to validate on: its val_split, or else split
     test_split: str | None = None  # the same for testing
     test_path: str | None = None
+    streaming: bool = False  # read and tokenize while training; num_proc None is then one process
+    max_held_out: int = 1000  # documents of a stream for validation, and for testing, in memory
 
     TXT_UNIT = "line"
 
     def __post_init__(self) -> None:
+        self.num_proc = self.num_proc or (1 if self.streaming else None)
         super().__post_init__()
         val, test = (self.val_split, self.val_path), (self.test_split, self.test_path)
         self.splits: list[tuple[str, str, HeldOut]] = []
@@ -47,6 +53,8 @@ class HuggingFaceDataset(FileReader):
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Corpus:
+        if self.streaming:
+            return self._load_stream()
         try:
             return super().load()
         finally:
@@ -78,19 +86,71 @@ class HuggingFaceDataset(FileReader):
                 batches = self._dataset(path, split).with_format("arrow").iter(BATCH_ROWS)
                 yield self.records(arrow_rows(f"{path} (split {split})", batches)), held_out
 
+    def _load_stream(self) -> Corpus:
+        """Read the held out documents; the others are read by the :class:`TextStream`, without
+        those that equal one of them."""
+        tokenizer, taken = self._given_tokenizer, {}
+        for path, split, fractions in self.splits:
+            if (local := local_path(path)).is_file():
+                self.check(local)
+                if self.format_of(local) == "json" or self.unit_of(local) == "file":
+                    todo = "name a file of a record or text in each line, or set +data.format=jsonl"
+                    raise ValueError(f"data.streaming=true: {local} is read as a whole: {todo}")
+            for index in (1, 2):
+                if fractions[index - 1]:
+                    documents, _ = self.open_at(path, split)
+                    most = self.max_held_out
+                    taken[index] = take_held_out(documents, fractions, index, most, tokenizer)
+        train = TextStream(functools.partial(self.open_at, self.path, self.split), tokenizer,
+                           {h for held_out in taken.values() for h in held_out.hashes},
+                           self.num_proc or 1)  # fmt: skip
+        held_out = {SPLITS[index]: as_documents(chunk) for index, chunk in taken.items()}
+        return Corpus(train, held_out["val"], tokenizer, test=held_out.get("test"))
+
+    def open_at(
+        self, path: str, split: str, state: Any = None
+    ) -> tuple[Iterator[DocumentPart], Callable[[], Any]]:
+        """The documents after a state, and a function that returns the state that is reached: the
+        number of records read, and the state of the library.
+
+        A file is read from its start, without being tokenized; the library finds its place.
+        """
+        read, inner = state or (0, None)
+
+        def counted(items: Iterable[Any]) -> Iterator[Any]:
+            nonlocal read
+            for item in items:
+                read += 1
+                yield item
+
+        if (local := local_path(path)).is_file():
+            return counted(islice(self.documents(local), read, None)), lambda: [read, None]
+        dataset = self._dataset(path, split)
+        dataset.load_state_dict(inner)
+        where = f"{path} (split {split}), row"
+        rows = ((f"{where} {read}", row) for row in counted(dataset))
+        return self.records(rows), lambda: [read, dataset.state_dict()]
+
     def _dataset(self, path: str, split: str) -> Any:
         """A split, cached: its columns ``fields``, or all columns where one of these is missing."""
         if (path, split) in self._loaded:
             return self._loaded[path, split]
         datasets, local = extras.load("datasets", "huggingface"), local_path(path)
         with extras.reading(f"data.path={path} (split {split})"):
-            if (local / "dataset_dict.json").exists():
+            name, load = str(local) if local.exists() else path, datasets.load_dataset
+            folder = local / split if (local / "dataset_dict.json").exists() else local
+            arrow = [str(file) for file in sorted(folder.glob("data-*.arrow"))]  # of save_to_disk
+            if self.streaming and arrow:
+                found = load("arrow", data_files=arrow, split="train", streaming=True)
+            elif self.streaming:
+                found = load(name, self.name, split=split, streaming=True)
+            elif (local / "dataset_dict.json").exists():
                 found = datasets.load_from_disk(str(local))[split]
             elif (local / "state.json").exists():
                 found = datasets.load_from_disk(str(local))
             else:
-                found = datasets.load_dataset(path, self.name, split=split, num_proc=self.num_proc)
-        if set(self.fields) <= set(found.column_names):
+                found = load(name, self.name, split=split, num_proc=self.num_proc)
+        if set(self.fields) <= set(found.column_names or ()):
             found = found.select_columns(self.fields)
         self._loaded[path, split] = found
         return found
