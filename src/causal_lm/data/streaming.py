@@ -22,6 +22,7 @@ from causal_lm.data.tokenizers import TextTokenizer
 OpenAt = Callable[[Any], tuple[Iterable[DocumentPart], Callable[[], Any]]]
 """Called with a state, None for the start: the documents from there on, and a function that returns
 the state after the last one that was read. A state is plain data, which checkpoints hold."""
+EMPTY: Any = Document(np.empty(0, np.int32))  # type: ignore[arg-type]  # fills up a last batch
 MAX_PLACES = 1000  # pools whose places are remembered: those that one optimizer step may reach back
 
 
@@ -61,9 +62,8 @@ class TextStream:
                 states.append(tell())  # no document after the chunk has been read yet
                 yield chunk
 
-        for chunk in tokenize_corpus.tokenize_chunks(
-            read(), self.tokenizer.state(), self.processes
-        ):
+        tokenizer = self.tokenizer.state()
+        for chunk in tokenize_corpus.tokenize_chunks(read(), tokenizer, self.processes):
             yield chunk, states.popleft()
 
     def fingerprint(self, max_length: int) -> list[int]:
@@ -120,18 +120,19 @@ class StreamSampler(Sampler[list[Document]]):
 
     def __iter__(self) -> Iterator[list[Document]]:
         """The rest of the current epoch."""
-        place = self.position(done := self.batches_done())._replace(batches=done)
-        windows, empty = self.windows(place.address), Document(np.empty(0, np.int32))  # type: ignore[arg-type]
+        place = self.position(self.batches_done())
+        windows = self.windows(place.address)
         while pool := list(islice(windows, place.pool_size or self.pool_size)):
             place = place._replace(pool_size=place.pool_size or self.pool_size)
             self.places.append(place)
             lengths = np.array([len(window.tokens) for window, _ in pool])
             sampler = self._sampler(place, len(pool), lengths)
-            indices = sampler.remaining_indices(place.batches)
+            left = sampler.n_batches(place.segments)
+            indices = sampler.remaining_indices(place.batches) if left else iter(())
             while batch := list(islice(indices, sampler.group_size // sampler.world_size)):
-                yield [pool[i][0] if i >= 0 else empty for i in batch]
-            done = place.batches + sampler.n_batches(place.segments)
-            place = Start(done, place.epoch, (), place.pool + 1, address=pool[-1][1])
+                yield [pool[i][0] if i >= 0 else EMPTY for i in batch]
+            done, after = place.batches + left, pool[-1][1]
+            place = Start(done, place.epoch, pool=place.pool + 1, address=after)
         self.places.append(Start(place.batches, place.epoch + 1, (), place.pool))
 
     def position(self, batches_done: int) -> Start:

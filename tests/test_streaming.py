@@ -1,0 +1,211 @@
+"""A stream of text: every document once per pass on any ranks, and exact resumption."""
+
+import json
+import random
+import re
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+
+from causal_lm import config
+from causal_lm.config import ConfigError
+from causal_lm.data.datamodule import DataModule
+from causal_lm.data.sources.huggingface import HuggingFaceDataset
+from causal_lm.data.streaming import TextStream
+from causal_lm.models.tiny import Tiny
+from causal_lm.module import CausalLM
+
+N = 150  # documents, a few of them longer than a row
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    draw, path = random.Random(0), tmp_path_factory.mktemp("stream") / "a.jsonl"
+    rows = [f"{i} " + "x" * draw.choice([1, 5, 9, 60]) for i in range(N)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def make(path, streaming=True, rank=0, ranks=1, done=0, **options):
+    """A DataModule, on one of several ranks, that has read ``done`` batches."""
+    options = {"batch_size": 4, "max_length": 24, "shuffle_buffer": 50, "val_share": 0.1} | options
+    data = DataModule(HuggingFaceDataset, path=str(path), streaming=streaming, **options)
+    progress = SimpleNamespace(total=SimpleNamespace(started=done))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop)
+    data.setup("fit")
+    return data
+
+
+def read(data, limit=None):
+    """The documents of each batch of the rest of an epoch, as lists of their tokens."""
+    batches = []
+    for batch in data.train_dataloader():
+        ids, documents = batch.input_ids, batch.document_ids
+        rows = [
+            [row[number == n].tolist() for n in range(int(number.max()) + 1)]
+            for row, number in zip(ids, documents, strict=True)
+        ]
+        batches.append([document for row in rows for document in row])
+        data.trainer.fit_loop.epoch_loop.batch_progress.total.started += 1
+        if len(batches) == limit:
+            break
+    return batches
+
+
+def flat(*parts):
+    return sorted(document for batches in parts for batch in batches for document in batch)
+
+
+@pytest.fixture(scope="module")
+def stored(path):
+    data = make(path, streaming=False, num_proc=1)
+    assert len(data.train_windows) > len(data.corpus.train) > N / 2
+    return flat(read(data))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("layout", ["padded", "bucketed", "packed"])
+def test_a_pass_has_the_windows_of_stored_documents_once(path, stored, layout, ranks):
+    parts = [read(make(path, layout=layout, rank=r, ranks=ranks)) for r in range(ranks)]
+    assert flat(*parts) == stored
+    assert len({len(batches) for batches in parts}) == 1  # or a rank would wait for ever
+    sizes = [sum(len(part[i]) for part in parts) for i in range(len(parts[0]))]
+    assert set(sizes[:-1]) == {4 * ranks} and sizes[-1] <= 4 * ranks
+
+
+def test_the_held_out_documents_are_those_of_the_stored_corpus(path):
+    a, b = (make(path, streaming=s, test_share=0.1, num_proc=1) for s in (True, False))
+    for one, other in ((a.val_windows, b.val_windows), (a.test_windows, b.test_windows)):
+        assert len(one) == len(other) > 10
+        for i in range(len(one)):
+            assert one[i].tokens.tolist() == other[i].tokens.tolist()
+
+
+def test_copies_of_held_out_documents_are_not_trained_on(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i % 40}"}) + "\n" for i in range(80)))
+    data = make(path, max_held_out=2, val_share=0.2)
+    held_out = [data.corpus.val[i].tokens.tolist() for i in range(len(data.corpus.val))]
+    seen = flat(read(data))
+    assert len(held_out) == 2 and not any(document in held_out for document in seen)
+    assert len(seen) == 80 - 2 * len({*map(tuple, held_out)})
+
+
+def test_the_order_is_of_seed_and_epoch(path):
+    data = make(path)
+    first, second = read(data), read(data)
+    assert flat(first) == flat(second) and first != second
+    assert [first, second] == [read(again := make(path)), read(again)]
+    assert read(make(path, seed=1)) != first
+    plain = make(path, shuffle=False)
+    texts = [plain.corpus.tokenizer.decode(d) for batch in read(plain) for d in batch]
+    numbers = [int(text.split()[0]) for text in texts if " " in text]
+    assert numbers == sorted(numbers)
+
+
+def test_workers_and_processes_change_nothing(path):
+    expected = read(make(path))
+    assert read(make(path, num_workers=2)) == expected
+    assert read(make(path, num_proc=2)) == expected
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_the_rest_of_a_pass_may_be_read_on_other_ranks_in_other_batches(path, stored, layout):
+    for done in (0, 7, 13):  # before, within, and at the end of a pool
+        data = make(path, layout=layout)
+        before = read(data, done) if done else []
+        saved = json.loads(json.dumps(data.save_position(0)))
+        after = []
+        for rank in (0, 1):
+            other = make(path, rank=rank, ranks=2, done=done, batch_size=3, shuffle_buffer=20)
+            other.resume(saved, {})
+            after.append(read(other))
+        assert flat(before, *after) == stored
+        assert len(after[0]) == len(after[1])
+
+
+def test_another_text_begins_a_new_pass(path, tmp_path, caplog):
+    data = make(path)
+    read(data, 5)
+    saved = data.save_position(0)
+    changed = tmp_path / "b.jsonl"
+    changed.write_text(path.read_text().replace("xx", "yy"))
+    other = make(changed, done=5)
+    other.resume(saved, {})
+    assert (
+        flat(read(other)) == flat(read(make(changed))) and other.save_position(0)["start"][1] == 2
+    )
+
+
+def fit(path, folder, steps, ckpt_path=None, accumulate=1, **options):
+    """The weights after so many steps, the batches on the way, and a checkpoint."""
+    batches = []
+
+    class Reads(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, number):
+            batches.append(batch.input_ids.tolist())
+
+    torch.manual_seed(0)
+    module = CausalLM(
+        Tiny(259, d_model=16, n_heads=2, n_layers=1, d_ff=16, max_positions=24, dropout=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.01),
+    )
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulate, accelerator="cpu",
+        val_check_interval=10, check_val_every_n_epoch=None, limit_val_batches=1, logger=False,
+        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False, callbacks=[Reads()],
+    )  # fmt: skip
+    data = DataModule(
+        HuggingFaceDataset, path=str(path), streaming=True, batch_size=8, max_length=24,
+        shuffle_buffer=50, val_share=0.1, **options,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+    return torch.cat([p.detach().flatten() for p in module.parameters()]), batches
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 3}, {"layout": "packed", "num_workers": 1}], ids=str
+)
+def test_a_broken_run_ends_as_an_unbroken_one(path, tmp_path, options):
+    whole, batches = fit(path, tmp_path, 18, **options)
+    for steps in (2, 7):
+        _, before = fit(path, tmp_path, steps, **options)
+        assert before == batches[: len(before)] and len(before) >= steps
+        weights, after = fit(path, tmp_path, 18, tmp_path / f"{steps}.ckpt", **options)
+        assert after == batches[len(before) :]
+        assert torch.equal(weights, whole)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["trainer.max_steps=-1 trainer.max_epochs=1", "trainer.val_check_interval=0.5",
+              "trainer.limit_train_batches=0.5", "trainer.overfit_batches=2", "data.tokenizer=bpe"],
+)  # fmt: skip
+def test_what_needs_stored_documents_is_refused(path, wrong):
+    words = [f"+{w}" if "limit" in w or "overfit" in w else w for w in wrong.split()]
+    with pytest.raises(ConfigError) as caught:
+        config.load(["data=huggingface", f"data.path={path}", "data.streaming=true", *words])
+    assert {"data.streaming=true", wrong.split()[0]} <= {*re.split("[ :]", str(caught.value))}
+
+
+def test_a_file_that_is_read_as_a_whole_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match=r"a\.json"):
+        make(tmp_path / "a.json")
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"a\.txt"):
+        make(tmp_path / "a.txt", unit="file")
+
+
+def test_an_empty_stream_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "b.txt").write_text("b\n")
+    with pytest.raises(ValueError, match="no document for val"):
+        make(tmp_path / "a.txt", val_share=1e-9)
+    with pytest.raises(ValueError, match="no document for training"):
+        make(tmp_path / "a.txt", val_path=str(tmp_path / "a.txt"))
+    assert isinstance(make(tmp_path / "a.txt", val_path=str(tmp_path / "b.txt")).stream, TextStream)
