@@ -191,7 +191,7 @@ def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:
     corpus = data.load()
     module = make_module(cfg, corpus.tokenizer)
     limit = getattr(module.model, "max_positions", None)
-    if limit is not None and (longest := data.longest_window()) > limit:
+    if limit is not None and (longest := int(data.train_windows.lengths.max())) > limit:
         rows = f"data.max_length={cfg.data.max_length} gives rows of up to {longest} tokens"
         raise ConfigError(f"{rows}, and the model has {limit} positions: lower data.max_length")
     return data, corpus, module

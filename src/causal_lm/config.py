@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf, errors, open_dict
 
 from causal_lm.schema import RULES, is_float16, rule_of
@@ -50,6 +51,10 @@ LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an ext
     "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",
     "TrackioLogger": "trackio", "CometLogger": "comet_ml",
 }  # fmt: skip
+PATH_KEYS = (  # besides data.path, val_path and test_path, which the sources resolve
+    "ckpt_path", "data.tokenizer", "data.cache_dir", "data.root", "model.init_from",
+    "samples.embedder",
+)  # fmt: skip
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -194,6 +199,12 @@ def validate(cfg: DictConfig) -> None:
             with open_dict(cfg):
                 OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
         values = dict(leaves(cfg))
+        for key, path in [(k, v) for k in PATH_KEYS if isinstance(v := values.get(k), str)]:
+            there = to_absolute_path(path)  # of where the command was typed
+            is_moved = there != os.path.abspath(path)  # under hydra.job.chdir
+            if is_moved and (os.path.exists(there) or key == "data.cache_dir"):
+                OmegaConf.update(cfg, key, there)
+                values[key] = there
         if isinstance(values.get("ckpt_path"), str):
             cfg.ckpt_path = values["ckpt_path"] = str(rename_file(values["ckpt_path"]))
     for key in REQUIRED:

@@ -3,19 +3,18 @@
 import logging
 import zlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 from torch import Generator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from causal_lm.config import ConfigError
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler, Start
-from causal_lm.data.streaming import StreamedDocuments, StreamSampler, TextStream
+from causal_lm.data.streaming import StreamSampler, TextStream
 from causal_lm.signals import held_back, leave_to_parent
 
 log = logging.getLogger(__name__)
@@ -50,10 +49,7 @@ class DataModule(L.LightningDataModule):
         self.batch_size, self.max_length = batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
-        self.shuffle_buffer = shuffle_buffer
-        self.corpus: Corpus | None = None
-        self.start = Start()
-        self.stream: TextStream | None = None  # the training documents, where they are streamed
+        self.shuffle_buffer, self.corpus, self.start = shuffle_buffer, None, Start()
         self._stream_sampler: StreamSampler | None = None
 
     def load(self) -> Corpus:
@@ -62,21 +58,21 @@ class DataModule(L.LightningDataModule):
             self.corpus = self.source.load()
             if self.pad_is_eos:
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
-            self.val_windows = self._windows("val", self.corpus.val)
-            test = self.corpus.test  # None or empty: there is no such split
-            self.test_windows = self._windows("test", test) if test else None
             if isinstance(train := self.corpus.train, TextStream):
-                self.stream, found = train, train.fingerprint(self.max_length)
+                self.train_windows: Any = train.windows(self.max_length)
+                found = document_fingerprint(self.train_windows.first())
             else:
                 self.train_windows = self._windows("train", train)
                 found = document_fingerprint(self.train_windows)
+            self.val_windows = self._windows("val", self.corpus.val)
+            test = self.corpus.test  # None or empty: there is no such split
+            self.test_windows = self._windows("test", test) if test else None
             self.order = [self.seed, self.shuffle, *found]
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
         self.load()
-        if stage == "fit":  # of a run that does not resume
-            self.start, self._stream_sampler = Start(), None
+        self.start = Start() if stage == "fit" else self.start  # of a run that does not resume
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader()
@@ -90,19 +86,13 @@ class DataModule(L.LightningDataModule):
             raise ConfigError(f"there is no document to test on: set {TEST_KEYS}")
         return self._loader(self.test_windows)
 
-    def longest_window(self) -> int:
-        """Tokens of the longest window for training; of a stream, the most that it may have."""
-        return self.max_length if self.stream else int(self.train_windows.lengths.max())
-
     def save_position(self, unfinished: int) -> dict[str, Any]:
         """Where training is in its documents, without the last micro-batches that are unfinished,
         as plain data for a checkpoint."""
-        done = self._batches_done() - unfinished
-        if self.stream:
-            return {"start": [*self.stream_sampler.position(done)], "order": self.order}
         sampler = self._sampler()
-        start = sampler.position(done)
-        return {"start": [*start[:3]], "group_size": sampler.group_size, "order": self.order}
+        start = sampler.position(self._batches_done() - unfinished)
+        fields = [*start] if isinstance(sampler, StreamSampler) else [*start[:3]]
+        return {"start": fields, "group_size": sampler.group_size, "order": self.order}
 
     def resume(self, saved: dict[str, Any], progress: dict[str, Any]) -> None:
         """Go on from a saved position, or with a new epoch if documents or seed are others.
@@ -114,10 +104,9 @@ class DataModule(L.LightningDataModule):
         if not is_same:
             log.warning("the training documents or their order have changed: a new epoch begins")
             self.start = Start(self.start.batches, self.start.epoch + 1)
-        self._stream_sampler = None
-        if self.stream:  # whose batches are not counted
-            return
         sampler = self._sampler()
+        if isinstance(sampler, StreamSampler):  # whose batches Lightning does not know
+            return
         if not is_same or sampler.group_size != saved["group_size"]:
             left = 0 if progress["is_last_batch"] else sampler.n_batches(self.start.segments)
             change = sampler.n_batches() - left - progress["current"]["ready"]
@@ -146,33 +135,23 @@ class DataModule(L.LightningDataModule):
         loop: Any = self.trainer.fit_loop.epoch_loop if self.trainer else None
         return loop.batch_progress.total.started if loop else 0  # not one that was only fetched
 
-    def _sampler(self, held_out: Documents | None = None) -> DocumentSampler:
+    def _sampler(self, held_out: Documents | None = None) -> DocumentSampler | StreamSampler:
         """Of the training windows, or of those of another split, in their order."""
         train, windows = held_out is None, held_out or self.train_windows
-        position: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
-        lengths, shuffle = lambda: windows.lengths.numpy(), train and self.shuffle
-        return self._make_sampler(len(windows), lengths, shuffle=shuffle, **position)
-
-    @property
-    def stream_sampler(self) -> StreamSampler:
-        """The one sampler of the stream, which knows the places of what it has read."""
-        if self._stream_sampler is None:
-            assert self.stream is not None
-            group = self.batch_size * (self.trainer.world_size if self.trainer else 1)
-            self._stream_sampler = StreamSampler(
-                partial(self.stream.windows, max_length=self.max_length),
-                -(-self.shuffle_buffer // group) * group,
-                partial(self._make_sampler, shuffle=self.shuffle), self._batches_done, self.start,
-            )  # fmt: skip
-        return self._stream_sampler
-
-    def _make_sampler(self, size: int, lengths: Any, **options: Any) -> DocumentSampler:
-        return DocumentSampler(
-            size, seed=self.seed, lengths=lengths, by_length=self.layout == "bucketed",
-            row_length=self.max_length if self.layout == "packed" else None,
-            batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1, **options,
-        )  # fmt: skip
+        options: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
+        options |= {
+            "shuffle": train and self.shuffle, "seed": self.seed, "batch_size": self.batch_size,
+            "by_length": self.layout == "bucketed",
+            "row_length": self.max_length if self.layout == "packed" else None,
+            "rank": self.trainer.global_rank if self.trainer else 0,
+            "world_size": self.trainer.world_size if self.trainer else 1,
+        }  # fmt: skip
+        if not isinstance(windows, TextStream):
+            size = len(windows)
+            return DocumentSampler(size, lengths=lambda: windows.lengths.numpy(), **options)
+        if self._stream_sampler is None or self._stream_sampler.start is not self.start:
+            self._stream_sampler = StreamSampler(windows, self.shuffle_buffer, **options)
+        return self._stream_sampler  # the only one, as it knows the places of what it has read
 
     def _loader(self, held_out: Documents | None = None) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
@@ -180,21 +159,16 @@ class DataModule(L.LightningDataModule):
             tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
             row_length=self.max_length if self.layout == "packed" else None,
         )  # fmt: skip
-        windows: Dataset[Any]
-        order: dict[str, Any]
-        if held_out is None and self.stream:
-            windows, order = StreamedDocuments(), {"batch_sampler": self.stream_sampler}
-        else:
-            windows = held_out or self.train_windows
-            order = {"batch_size": self.batch_size, "sampler": self._sampler(held_out)}
+        sampler = self._sampler(held_out)
         return Loader(
-            windows,  # the collator turns documents into a Batch
+            held_out or self.train_windows,  # the collator turns documents into a Batch
+            batch_size=None if isinstance(sampler, StreamSampler) else self.batch_size,
+            sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=leave_to_parent,
             persistent_workers=self.num_workers > 0,
             generator=Generator(),  # otherwise a resumed run draws one seed of workers more
-            **order,
         )
 
 

@@ -9,7 +9,6 @@ from torch.utils.data import Sampler
 from causal_lm.data.packing import filled_batches
 
 POOL_BATCHES = 100  # batches within which documents are sorted by length, or packed
-CHUNK_INDICES = 2**16  # indices that are turned into Python integers at a time
 
 
 class Arrangement(NamedTuple):
@@ -108,8 +107,7 @@ class DocumentSampler(Sampler[int]):
                 order = arrange(order, self.lengths(), wanted, rng if self.shuffle else None)
             arranged, order = wanted, order[documents:]
         local = order[self.rank :: self.world_size]
-        for start in range(0, len(local), CHUNK_INDICES):
-            yield from local[start : start + CHUNK_INDICES].tolist()
+        yield from map(int, local)
         yield from [-1] * (-(-len(order) // self.world_size) - len(local))
 
 

@@ -1,14 +1,15 @@
 """Text that is read and tokenized while it is trained on, instead of before."""
 
 import sys
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from causal_lm.data import tokenize_corpus
@@ -26,34 +27,54 @@ EMPTY: Any = Document(np.empty(0, np.int32))  # type: ignore[arg-type]  # fills 
 MAX_PLACES = 1000  # pools whose places are remembered: those that one optimizer step may reach back
 
 
-class TextStream:
-    """Documents for training that are tokenized as they are read; never all in memory or on disk.
+@dataclass
+class TextStream(Dataset[list[Document]]):
+    """Training documents that are tokenized as they are read, and are never all in memory or on
+    disk; as a data set, their windows, of which :class:`StreamSampler` gives batches as indices.
 
-    Documents whose hash is in ``held_out`` are passed over. With more than one of ``processes``,
-    others tokenize ahead of this one. ``open_at`` may be called again while an earlier reader is
-    unfinished, which is then not used any more.
+    ``open_at`` may be called again while an earlier reader is unfinished, which is not used then.
     """
 
-    def __init__(
-        self, open_at: OpenAt, tokenizer: TextTokenizer, held_out: set[bytes], processes: int = 1
-    ) -> None:
-        self.open_at, self.tokenizer, self.processes = open_at, tokenizer, processes
-        self.held_out = held_out
+    open_at: OpenAt
+    tokenizer: TextTokenizer
+    held_out: set[bytes]  # hashes of documents to pass over
+    processes: int = 1  # if more than one, others tokenize ahead of this one
+    max_length: int = sys.maxsize  # tokens of a window
 
-    def windows(self, address: Address, max_length: int) -> Iterator[tuple[Document, Address]]:
-        """The windows of at most ``max_length`` tokens from an address on, as NumPy arrays, which
-        are quick to send to data-loader workers, each with the address of the next one."""
+    def windows(self, max_length: int) -> "TextStream":
+        """The same stream in windows, see :meth:`Documents.windows`."""
+        return replace(self, max_length=max_length)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(1,) The most tokens that a window may have."""
+        return torch.tensor([self.max_length])
+
+    def first(self) -> Documents:
+        """The windows that come first, about 1 MB. Raises ValueError where there is none."""
+        for chunk, _ in self._chunks(None):
+            return as_documents(chunk).windows(self.max_length)
+        raise ValueError("the stream holds no document for training")
+
+    def read(self, address: Address) -> Iterator[tuple[Document, Address]]:
+        """The windows from an address on, as NumPy arrays, which are quick to send to data-loader
+        workers; each with the address of the next one."""
         state, skip = address
         for chunk, before in self._chunks(state):
-            windows = as_documents(chunk).windows(max_length)
+            windows = as_documents(chunk).windows(self.max_length)
             for i in range(skip, len(windows)):
-                arrays = (x if x is None else x.numpy() for x in windows[i])
-                yield Document(*arrays), (before, i + 1)
+                yield (
+                    Document(*(x if x is None else x.numpy() for x in windows[i])),
+                    (before, i + 1),
+                )
             skip = 0
+
+    def __getitem__(self, batch: list[Document]) -> list[Document]:
+        return [Document(*(x if x is None else torch.as_tensor(x) for x in w)) for w in batch]
 
     def _chunks(self, state: Any) -> Iterator[tuple[TokenizedChunk, Any]]:
         """Tokenized chunks, each with the state of the source before it."""
-        states = deque([state])
+        states, tokenizer = deque([state]), self.tokenizer.state()
         documents, tell = self.open_at(state)
         kept = (part for part in documents if hash_of(part[0]) not in self.held_out)
 
@@ -62,19 +83,8 @@ class TextStream:
                 states.append(tell())  # no document after the chunk has been read yet
                 yield chunk
 
-        tokenizer = self.tokenizer.state()
         for chunk in tokenize_corpus.tokenize_chunks(read(), tokenizer, self.processes):
             yield chunk, states.popleft()
-
-    def fingerprint(self, max_length: int) -> list[int]:
-        """Changes with the held out documents, and with the first windows. Raises ValueError where
-        there are none."""
-        first = [document for document, _ in islice(self.windows((None, 0), max_length), 100)]
-        if not first:
-            raise ValueError("the stream holds no document for training")
-        tokens = np.concatenate([document.tokens for document in first]).astype("<i4")
-        held_out = zlib.crc32(b"".join(sorted(self.held_out)))
-        return [max_length, len(tokens), zlib.crc32(tokens.tobytes()), held_out]
 
 
 def as_documents(chunk: TokenizedChunk) -> Documents:
@@ -100,28 +110,27 @@ def take_held_out(
 
 
 class StreamSampler(Sampler[list[Document]]):
-    """Batches of a stream's windows, of which it holds a pool of ``pool_size`` at a time.
+    """Batches of a stream's windows, of which it holds a pool of about ``pool_size`` at a time.
 
-    ``make_sampler`` makes the :class:`DocumentSampler` of a pool from its size, a function that
-    returns the lengths of its windows, and where a run goes on in it. So shuffling, length buckets,
-    packing and the split over ranks are those of stored documents, pool by pool.
-
-    Every rank reads the whole stream and takes its share of each pool, so that all ranks take the
-    same number of steps. Data-loader workers collate what this process has read.
+    Shuffling, length buckets, packing and the split over ranks are those of the ``options`` of a
+    :class:`DocumentSampler`, pool by pool. Every rank reads the whole stream and takes its share of
+    each pool, so that all ranks take the same number of steps. Data-loader workers collate what
+    this process has read. ``batches_done`` and ``start`` are as in :class:`DocumentSampler`.
     """
 
     def __init__(
-        self, windows: Callable[[Address], Iterator[tuple[Document, Address]]], pool_size: int,
-        make_sampler: Callable[..., DocumentSampler], batches_done: Callable[[], int], start: Start,
+        self, stream: TextStream, pool_size: int, batches_done: Callable[[], int], start: Start,
+        **options: Any,
     ) -> None:  # fmt: skip
-        self.windows, self.pool_size = windows, pool_size
-        self.make_sampler, self.batches_done = make_sampler, batches_done
-        self.places = deque([start], maxlen=MAX_PLACES)  # the newest last
+        self.stream, self.batches_done, self.options = stream, batches_done, options
+        self.start, self.places = start, deque([start], maxlen=MAX_PLACES)  # the newest last
+        self.group_size = self._sampler(start, 0).group_size
+        self.pool_size = -(-pool_size // self.group_size) * self.group_size
 
     def __iter__(self) -> Iterator[list[Document]]:
         """The rest of the current epoch."""
         place = self.position(self.batches_done())
-        windows = self.windows(place.address)
+        windows = self.stream.read(place.address)
         while pool := list(islice(windows, place.pool_size or self.pool_size)):
             place = place._replace(pool_size=place.pool_size or self.pool_size)
             self.places.append(place)
@@ -129,11 +138,11 @@ class StreamSampler(Sampler[list[Document]]):
             sampler = self._sampler(place, len(pool), lengths)
             left = sampler.n_batches(place.segments)
             indices = sampler.remaining_indices(place.batches) if left else iter(())
-            while batch := list(islice(indices, sampler.group_size // sampler.world_size)):
+            while batch := list(islice(indices, self.options["batch_size"])):
                 yield [pool[i][0] if i >= 0 else EMPTY for i in batch]
             done, after = place.batches + left, pool[-1][1]
             place = Start(done, place.epoch, pool=place.pool + 1, address=after)
-        self.places.append(Start(place.batches, place.epoch + 1, (), place.pool))
+        self.places.append(Start(place.batches, place.epoch + 1, pool=place.pool))
 
     def position(self, batches_done: int) -> Start:
         """Where a run goes on that stops after ``batches_done`` batches over all epochs."""
@@ -142,12 +151,6 @@ class StreamSampler(Sampler[list[Document]]):
         return place._replace(batches=batches_done, segments=segments)
 
     def _sampler(self, place: Start, size: int, lengths: Any = None) -> DocumentSampler:
-        start = Start(place.batches, place.pool, place.segments)  # a pool is as an epoch there
-        return self.make_sampler(size, lambda: lengths, start=start)
-
-
-class StreamedDocuments(Dataset[Document]):
-    """A data set of which each "index" is a document, as :class:`StreamSampler` yields them."""
-
-    def __getitem__(self, document: Document) -> Document:
-        return Document(*(x if x is None else torch.as_tensor(x) for x in document))
+        """Of a pool, which is as an epoch of a stored corpus."""
+        start = Start(place.batches, place.pool, place.segments)
+        return DocumentSampler(size, start=start, lengths=lambda: lengths, **self.options)

@@ -137,20 +137,17 @@ class HuggingFaceDataset(FileReader):
             return self._loaded[path, split]
         datasets, local = extras.load("datasets", "huggingface"), local_path(path)
         with extras.reading(f"data.path={path} (split {split})"):
-            name, load = str(local) if local.exists() else path, datasets.load_dataset
-            folder = local / split if (local / "dataset_dict.json").exists() else local
-            arrow = [str(file) for file in sorted(folder.glob("data-*.arrow"))]  # of save_to_disk
-            if self.streaming and arrow:
-                found = load("arrow", data_files=arrow, split="train", streaming=True)
-            elif self.streaming:
-                found = load(name, self.name, split=split, streaming=True)
-            elif (local / "dataset_dict.json").exists():
+            if (local / "dataset_dict.json").exists():
                 found = datasets.load_from_disk(str(local))[split]
             elif (local / "state.json").exists():
                 found = datasets.load_from_disk(str(local))
             else:
-                found = load(name, self.name, split=split, num_proc=self.num_proc)
+                name = str(local) if local.exists() else path
+                how = {"streaming": True} if self.streaming else {"num_proc": self.num_proc}
+                found = datasets.load_dataset(name, self.name, split=split, **how)
         if set(self.fields) <= set(found.column_names or ()):
             found = found.select_columns(self.fields)
+        if self.streaming and not isinstance(found, datasets.IterableDataset):
+            found = found.to_iterable_dataset()
         self._loaded[path, split] = found
         return found
