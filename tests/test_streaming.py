@@ -1,8 +1,10 @@
 """A stream of text: every document once per pass on any ranks, and exact resumption."""
 
 import json
+import os
 import random
 import re
+import sys
 from types import SimpleNamespace
 
 import lightning as L
@@ -15,6 +17,7 @@ from causal_lm.data.datamodule import DataModule
 from causal_lm.data.sources.huggingface import HuggingFaceDataset
 from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
+from support import command
 
 N = 150  # documents, a few of them longer than a row
 
@@ -208,3 +211,109 @@ def test_an_empty_stream_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no document for training"):
         make(tmp_path / "a.txt", val_path=str(tmp_path / "a.txt"))
     assert len(read(make(tmp_path / "a.txt", val_path=str(tmp_path / "b.txt")))) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_does_over_the_end_of_a_pass(path, tmp_path):
+    words = [
+        "data=huggingface", f"data.path={path}", "data.streaming=true", "data.shuffle_buffer=50",
+        "data.max_length=24", "data.val_share=0.1", "trainer.max_steps=30", "optimizer=sgd",
+        "optimizer.lr=0.1", "trainer.val_check_interval=1000", "preflight.on_fault=off",
+        "trainer.enable_progress_bar=false", "samples.count=0", "samples.self_check.count=1",
+        "model.d_model=16", "model.d_ff=16", "trainer=ddp", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    weights, tokens = [], []
+    for ranks in (1, 2):
+        here = tmp_path / f"{ranks}"
+        size = [f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}"]
+        done = command("train.py", *words, *size, f"hydra.run.dir={here}", timeout=120)
+        assert done.returncode == 0, done.stderr
+        weights.append(torch.load(here / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+        summary = json.loads((here / "summary.json").read_text())
+        tokens.append(summary["train/tokens"])
+        assert summary["epochs"] >= 1
+    assert tokens[0] == tokens[1]
+    for name, one in weights[0].items():
+        torch.testing.assert_close(weights[1][name], one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("kind", ["parquet", "disk", "parts", "folder"])
+def test_data_sets_of_the_library_stream_and_go_on(path, stored, tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([json.loads(row) for row in path.read_text().splitlines()])
+    where = tmp_path / kind
+    if kind == "parquet":
+        rows.to_parquet(where)
+    elif kind == "folder":
+        where.mkdir()
+        for i in range(3):
+            rows.shard(3, i, contiguous=True).to_parquet(where / f"train-{i}.parquet")
+    else:
+        (rows if kind == "disk" else datasets.DatasetDict(train=rows)).save_to_disk(where)
+    options = {"format": "parquet"} if kind == "parquet" else {}
+    data = make(where, **options)
+    before = read(data, 20)
+    again = make(where, done=20, **options)
+    again.resume(json.loads(json.dumps(data.save_position(0))), {})
+    after = read(again)
+    assert flat(before, after) == stored and len(after) > 10
+
+
+def test_a_prompt_is_no_target(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f" answer {i}", "q": f"question {i}?"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    targets = [
+        sorted(
+            row[mask].tolist()
+            for batch in make(path, streaming=s, prompt_field="q", num_proc=1).train_dataloader()
+            for row, mask in zip(batch.input_ids, batch.loss_mask, strict=True)
+        )
+        for s in (True, False)
+    ]
+    assert targets[0] == targets[1] and len(targets[0]) > 40
+
+
+MEMORY = """
+import resource, sys
+from causal_lm.data.datamodule import DataModule
+from causal_lm.data.sources.huggingface import HuggingFaceDataset
+import pyarrow.parquet
+
+def megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+before = megabytes()
+data = DataModule(HuggingFaceDataset, path=sys.argv[1], streaming=True, batch_size=100,
+                  max_length=1024)
+data.setup("fit")
+for number, batch in enumerate(data.train_dataloader()):
+    if number in (300, 900):
+        print(megabytes() - before)
+    if number == 900:
+        break
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_gigabyte_is_read_within_a_bound_of_memory(tmp_path, kind):
+    """90,000 documents of 1 kB; ten times the memory that the first 30,000 need would show."""
+    draw, path = random.Random(0), tmp_path / f"a.{kind}"
+    rows = [{"text": "".join(draw.choices("abcdefgh ", k=1000))} for _ in range(1000)]
+    if kind == "jsonl":
+        block = "".join(f"{json.dumps(row)}\n" for row in rows)
+        with path.open("w") as file:
+            for _ in range(1000):
+                file.write(block)
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        arrow = pytest.importorskip("pyarrow")
+        table = arrow.concat_tables([arrow.Table.from_pylist(rows)] * 1000)
+        parquet.write_table(table, path, use_dictionary=False, compression="none")
+    assert path.stat().st_size > 10**9
+    done = command("-c", MEMORY, str(path), PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr
+    early, late = map(float, done.stdout.split())
+    assert late < 300 and late < early + 60
