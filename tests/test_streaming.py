@@ -5,6 +5,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import lightning as L
@@ -15,6 +16,7 @@ from causal_lm import config
 from causal_lm.config import ConfigError
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.sources.huggingface import HuggingFaceDataset
+from causal_lm.data.tokenizers import ByteTokenizer
 from causal_lm.models.tiny import Tiny
 from causal_lm.module import CausalLM
 from support import command
@@ -170,16 +172,26 @@ def fit(path, folder, steps, ckpt_path=None, accumulate=1, **options):
     return torch.cat([p.detach().flatten() for p in module.parameters()]), batches
 
 
-@pytest.mark.parametrize(
-    "options", [{"accumulate": 3}, {"layout": "packed", "num_workers": 1}], ids=str
-)
-def test_a_broken_run_ends_as_an_unbroken_one(path, tmp_path, options):
-    whole, batches = fit(path, tmp_path, 18, **options)
-    for steps in (2, 7):
+def test_a_broken_run_ends_as_an_unbroken_one(path, tmp_path):
+    """Over the end of a pass, and broken between the micro-batches that were read ahead."""
+    whole, batches = fit(path, tmp_path, 10, accumulate=3)
+    assert flat(batches) != flat(batches[:20]) and len(batches) > 25
+    _, before = fit(path, tmp_path, 4, accumulate=3)
+    weights, after = fit(path, tmp_path, 10, tmp_path / "4.ckpt", accumulate=3)
+    assert before + after == batches
+    assert torch.equal(weights, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["bucketed", "packed"])
+def test_a_run_broken_at_the_end_of_a_pass_does_too(path, tmp_path, layout):
+    options = {"layout": layout, "num_workers": 1}
+    end = len(read(make(path, layout=layout, batch_size=8)))
+    whole, batches = fit(path, tmp_path, 2 * end, **options)
+    for steps in (end - 1, end, end + 1):
         _, before = fit(path, tmp_path, steps, **options)
-        assert before == batches[: len(before)] and len(before) >= steps
-        weights, after = fit(path, tmp_path, 18, tmp_path / f"{steps}.ckpt", **options)
-        assert after == batches[len(before) :]
+        weights, after = fit(path, tmp_path, 2 * end, tmp_path / f"{steps}.ckpt", **options)
+        assert before + after == batches
         assert torch.equal(weights, whole)
 
 
@@ -191,7 +203,8 @@ def test_what_needs_stored_documents_is_refused(path, wrong):
     words = [f"+{w}" if "limit" in w or "overfit" in w else w for w in wrong.split()]
     with pytest.raises(ConfigError) as caught:
         config.load(["data=huggingface", f"data.path={path}", "data.streaming=true", *words])
-    assert {"data.streaming=true", wrong.split()[0]} <= {*re.split("[ :]", str(caught.value))}
+    key, _, value = wrong.split()[0].partition("=")
+    assert {"data.streaming=true", key, value} <= {*re.split("[ :]", str(caught.value))}
 
 
 def test_a_file_that_is_read_as_a_whole_is_refused(tmp_path):
@@ -201,6 +214,22 @@ def test_a_file_that_is_read_as_a_whole_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"a\.txt"):
         make(tmp_path / "a.txt", unit="file")
+
+
+class Lacking(ByteTokenizer):
+    def unknown(self, texts):
+        return Counter("".join(texts)) & Counter(b=1000)
+
+
+def test_what_is_skipped_or_unknown_is_said(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"b{i}"} if i % 9 else {} for i in range(90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = make(path, on_error="skip", val_share=0.3, tokenizer=Lacking())
+    assert [r.levelname for r in caplog.records if f"'b' ({len(data.corpus.val)})" in r.message]
+    caplog.clear()
+    read(data)
+    assert [r.levelname for r in caplog.records if "10 records" in r.message] == ["WARNING"]
 
 
 def test_an_empty_stream_is_refused(tmp_path):

@@ -22,7 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf, errors, open_dict
 
-from causal_lm.schema import RULES, is_float16, rule_of
+from causal_lm.schema import RULES, STREAM_RULES, is_float16, rule_of
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an ext
 }  # fmt: skip
 PATH_KEYS = (  # besides data.path, val_path and test_path, which the sources resolve
     "ckpt_path", "data.tokenizer", "data.cache_dir", "data.root", "model.init_from",
-    "samples.embedder",
-)  # fmt: skip
+    "samples.embedder")  # fmt: skip
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -303,17 +302,11 @@ def _check_combinations(v: Mapping[str, Any]) -> None:
     if v["trainer.max_steps"] == -1 and v.get("trainer.max_epochs", -1) == -1:
         endless = "trainer.max_steps=-1 and trainer.max_epochs=-1 make an endless run"
         raise ConfigError(f"{endless}: set one of them above 0")
-    if v.get("data.streaming"):
-        whole = "set a whole number, as nobody knows the length of a stream"
-        for key, is_wrong, todo in (
-            ("trainer.max_steps", v["trainer.max_steps"] == -1, whole),
-            ("trainer.val_check_interval", v.get("trainer.val_check_interval", 1) % 1, whole),
-            ("trainer.limit_train_batches", v.get("trainer.limit_train_batches", 1) % 1, whole),
-            ("trainer.overfit_batches", v.get("trainer.overfit_batches"), "it repeats stored ones"),
-            ("data.tokenizer", v.get("data.tokenizer") == "bpe", "name a trained tokenizer.json"),
-        ):
-            if is_wrong:
-                raise ConfigError(f"data.streaming=true and {key}={v[key]}: {todo}")
+    for key, rule in STREAM_RULES.items() if v.get("data.streaming") else ():
+        if key in v and not rule.accepts(v[key]):
+            raise ConfigError(
+                f"data.streaming=true: {key} must be {rule.description}, not {v[key]}"
+            )
     if any("StochasticWeightAveraging" in str(value) for value in v.values()):
         reason = "replaces the schedule, and its runs do not continue as they were"
         raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")

@@ -213,12 +213,8 @@ class CausalLM(L.LightningModule):
         trainer: Any = self.trainer
         if trainer.datamodule is None:
             return trainer.estimated_stepping_batches
-        batches, limit = (
-            sized_len(trainer.datamodule.train_dataloader()),
-            trainer.limit_train_batches,
-        )
-        if batches is None:  # of a stream
-            return trainer.max_steps
+        if (batches := sized_len(trainer.datamodule.train_dataloader())) is None:
+            return trainer.max_steps  # a stream, whose length is not known
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps, rest = divmod(batches, most := trainer.accumulate_grad_batches)

@@ -163,6 +163,12 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
 ]  # fmt: skip
 RULES: dict[str, Rule] = {key: rule for rule, keys in _KEYS_BY_RULE for key in keys.split()}
 """Dotted key, as a pattern of ``fnmatch`` -> its rule."""
+STREAM_RULES = {  # besides those above, where ``data.streaming`` is true
+    "trainer.max_steps": integer(1), "trainer.val_check_interval": integer(1),
+    "trainer.limit_train_batches": either(integer(1), one_of(1.0)),
+    "trainer.overfit_batches": one_of(0), "data.tokenizer": either(one_of("bytes"), FILE),
+}  # fmt: skip
+"""The length of a stream is not known, and there are no stored documents to train a bpe on."""
 
 
 def rule_of(key: str) -> Rule | None:

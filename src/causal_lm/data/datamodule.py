@@ -49,7 +49,8 @@ class DataModule(L.LightningDataModule):
         self.batch_size, self.max_length = batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
-        self.shuffle_buffer, self.corpus, self.start = shuffle_buffer, None, Start()
+        self.shuffle_buffer, self.start = shuffle_buffer, Start()
+        self.corpus: Corpus | None = None
         self._stream_sampler: StreamSampler | None = None
 
     def load(self) -> Corpus:
@@ -58,16 +59,11 @@ class DataModule(L.LightningDataModule):
             self.corpus = self.source.load()
             if self.pad_is_eos:
                 self.corpus.tokenizer.pad_id = self.corpus.tokenizer.eos_id
-            if isinstance(train := self.corpus.train, TextStream):
-                self.train_windows: Any = train.windows(self.max_length)
-                found = document_fingerprint(self.train_windows.first())
-            else:
-                self.train_windows = self._windows("train", train)
-                found = document_fingerprint(self.train_windows)
+            self.train_windows = self._windows("train", self.corpus.train)
             self.val_windows = self._windows("val", self.corpus.val)
             test = self.corpus.test  # None or empty: there is no such split
             self.test_windows = self._windows("test", test) if test else None
-            self.order = [self.seed, self.shuffle, *found]
+            self.order = [self.seed, self.shuffle, *document_fingerprint(self.train_windows)]
         return self.corpus
 
     def setup(self, stage: str | None = None) -> None:
@@ -112,7 +108,9 @@ class DataModule(L.LightningDataModule):
             change = sampler.n_batches() - left - progress["current"]["ready"]
             progress["current"] = {name: n + change for name, n in progress["current"].items()}
 
-    def _windows(self, split: str, documents: Documents) -> Documents:
+    def _windows(self, split: str, documents: Any) -> Any:
+        if isinstance(documents, TextStream):
+            return documents.windows(self.max_length)
         if not len(documents):
             raise ValueError(f"the {split} split of the corpus holds no document")
         windows = documents.windows(self.max_length)
@@ -180,8 +178,10 @@ class Loader(DataLoader):
             return super()._get_iterator()
 
 
-def document_fingerprint(documents: Documents) -> list[int]:
-    """Number of documents, number of tokens, and a CRC of chunks spread evenly over the tokens."""
+def document_fingerprint(documents: Documents | TextStream) -> list[int]:
+    """Number of documents, number of tokens, and a CRC of chunks spread evenly over the tokens; of
+    a stream, of its beginning."""
+    documents = documents.first() if isinstance(documents, TextStream) else documents
     tokens, crc = documents.tokens, 0
     step = max(-(-len(tokens) // CRC_CHUNKS), CRC_TOKENS)
     for start in range(0, len(tokens), step):

@@ -20,9 +20,6 @@ class Arrangement(NamedTuple):
     row_length: int = 0
 
 
-Address = tuple[Any, int]  # state of a stream's source, and windows to pass over from there on
-
-
 class Start(NamedTuple):
     """Where a run goes on in its documents; by default, at the first of the first epoch."""
 
@@ -33,7 +30,7 @@ class Start(NamedTuple):
     they give what is left."""
     pool: int = 0  # of a stream: pools that were read before, over all epochs
     pool_size: int = 0  # windows of the pool in hand, at most; 0: it has not been read yet
-    address: Address = (None, 0)  # of its first window
+    address: tuple[Any, int] = (None, 0)  # of its first window, see ``TextStream.read``
 
 
 class DocumentSampler(Sampler[int]):

@@ -14,16 +14,18 @@ from torch.utils.data import Dataset, Sampler
 
 from causal_lm.data import tokenize_corpus
 from causal_lm.data.documents import Document, Documents
-from causal_lm.data.sampler import Address, DocumentSampler, Start
-from causal_lm.data.sources.base import cut_chunks
+from causal_lm.data.sampler import DocumentSampler, Start
+from causal_lm.data.sources.base import EXAMPLES, cut_chunks, warn_of_unknown
 from causal_lm.data.token_cache import SPLITS, TokenizedChunk
-from causal_lm.data.tokenize_corpus import TRAIN, Chunk, DocumentPart, HeldOut, hash_of
+from causal_lm.data.tokenize_corpus import TRAIN, Chunk, DocumentPart, HeldOut, Segments, hash_of
 from causal_lm.data.tokenizers import TextTokenizer
 
+Address = tuple[Any, int]  # state of a source, and windows to pass over from there on
 OpenAt = Callable[[Any], tuple[Iterable[DocumentPart], Callable[[], Any]]]
 """Called with a state, None for the start: the documents from there on, and a function that returns
 the state after the last one that was read. A state is plain data, which checkpoints hold."""
-EMPTY: Any = Document(np.empty(0, np.int32))  # type: ignore[arg-type]  # fills up a last batch
+Window = tuple[np.ndarray, np.ndarray | None]  # tokens and loss mask, see ``Document``
+EMPTY: Window = (np.empty(0, np.int32), None)  # fills up the last batch of a rank
 MAX_PLACES = 1000  # pools whose places are remembered: those that one optimizer step may reach back
 
 
@@ -56,21 +58,21 @@ class TextStream(Dataset[list[Document]]):
             return as_documents(chunk).windows(self.max_length)
         raise ValueError("the stream holds no document for training")
 
-    def read(self, address: Address) -> Iterator[tuple[Document, Address]]:
+    def read(self, address: Address) -> Iterator[tuple[Window, Address]]:
         """The windows from an address on, as NumPy arrays, which are quick to send to data-loader
         workers; each with the address of the next one."""
         state, skip = address
         for chunk, before in self._chunks(state):
             windows = as_documents(chunk).windows(self.max_length)
             for i in range(skip, len(windows)):
-                yield (
-                    Document(*(x if x is None else x.numpy() for x in windows[i])),
-                    (before, i + 1),
-                )
+                tokens, mask = windows[i]
+                window = tokens.numpy(), None if mask is None else mask.numpy()
+                yield window, (before, i + 1)
             skip = 0
 
-    def __getitem__(self, batch: list[Document]) -> list[Document]:
-        return [Document(*(x if x is None else torch.as_tensor(x) for x in w)) for w in batch]
+    def __getitem__(self, batch: list[Window]) -> list[Document]:
+        as_tensor = torch.from_numpy
+        return [Document(as_tensor(t), None if m is None else as_tensor(m)) for t, m in batch]
 
     def _chunks(self, state: Any) -> Iterator[tuple[TokenizedChunk, Any]]:
         """Tokenized chunks, each with the state of the source before it."""
@@ -88,28 +90,33 @@ class TextStream(Dataset[list[Document]]):
 
 
 def as_documents(chunk: TokenizedChunk) -> Documents:
-    """The documents of a chunk, of which no part is in another one."""
+    """The documents of a chunk, all of which are whole."""
     offsets = torch.from_numpy(np.append(0, chunk.lengths.cumsum()))
     mask = None if chunk.loss_mask is None else torch.from_numpy(chunk.loss_mask)
     return Documents(torch.from_numpy(chunk.ids.astype(np.int32)), offsets, mask)
 
 
+def tokenized(documents: list[Segments], tokenizer: TextTokenizer) -> Documents:
+    """Whole documents, in memory; logs what the tokenizer's vocabulary lacks of them."""
+    chunk = tokenize_corpus.tokenize(Chunk(documents, False, TRAIN, None), tokenizer)
+    warn_of_unknown(chunk.unknown.most_common(EXAMPLES))
+    return as_documents(chunk)
+
+
 def take_held_out(
-    documents: Iterable[DocumentPart], fractions: HeldOut, split: int, most: int,
-    tokenizer: TextTokenizer,
-) -> TokenizedChunk:  # fmt: skip
+    documents: Iterable[DocumentPart], fractions: HeldOut, split: int, most: int
+) -> list[Segments]:
     """The first ``most`` documents of a split, an index in ``token_cache.SPLITS``. Raises
     ValueError where there is none."""
     chunks = cut_chunks(documents, fractions)
     pairs = (zip(c.documents, c.splits(c.hashes()), strict=True) for c in chunks)
-    found = list(islice((d for pair in pairs for d, s in pair if s == split), most))
-    if not found:
-        name = SPLITS[split]
-        raise ValueError(f"the stream holds no document for {name}: raise data.{name}_share")
-    return tokenize_corpus.tokenize(Chunk(found, False, TRAIN, None), tokenizer)
+    if found := list(islice((d for pair in pairs for d, s in pair if s == split), most)):
+        return found
+    name = SPLITS[split]
+    raise ValueError(f"the stream holds no document for {name}: raise data.{name}_share")
 
 
-class StreamSampler(Sampler[list[Document]]):
+class StreamSampler(Sampler[list[Window]]):
     """Batches of a stream's windows, of which it holds a pool of about ``pool_size`` at a time.
 
     Shuffling, length buckets, packing and the split over ranks are those of the ``options`` of a
@@ -127,14 +134,14 @@ class StreamSampler(Sampler[list[Document]]):
         self.group_size = self._sampler(start, 0).group_size
         self.pool_size = -(-pool_size // self.group_size) * self.group_size
 
-    def __iter__(self) -> Iterator[list[Document]]:
+    def __iter__(self) -> Iterator[list[Window]]:
         """The rest of the current epoch."""
         place = self.position(self.batches_done())
         windows = self.stream.read(place.address)
         while pool := list(islice(windows, place.pool_size or self.pool_size)):
             place = place._replace(pool_size=place.pool_size or self.pool_size)
             self.places.append(place)
-            lengths = np.array([len(window.tokens) for window, _ in pool])
+            lengths = np.array([len(tokens) for (tokens, _), _ in pool])
             sampler = self._sampler(place, len(pool), lengths)
             left = sampler.n_batches(place.segments)
             indices = sampler.remaining_indices(place.batches) if left else iter(())

@@ -1,8 +1,9 @@
 """HuggingFaceDataset: a source of data sets of the ``datasets`` library."""
 
-import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -10,9 +11,11 @@ from causal_lm import extras
 from causal_lm.data.documents import Corpus
 from causal_lm.data.sources.file_io import local_path, text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
-from causal_lm.data.streaming import TextStream, as_documents, take_held_out
-from causal_lm.data.token_cache import SPLITS, file_identity
-from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut
+from causal_lm.data.streaming import TextStream, take_held_out, tokenized
+from causal_lm.data.token_cache import file_identity
+from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut, hash_of
+
+log = logging.getLogger(__name__)
 
 BATCH_ROWS = 256  # rows that are taken from a data set's memory map at a time
 
@@ -89,23 +92,20 @@ class HuggingFaceDataset(FileReader):
     def _load_stream(self) -> Corpus:
         """Read the held out documents; the others are read by the :class:`TextStream`, without
         those that equal one of them."""
-        tokenizer, taken = self._given_tokenizer, {}
-        for path, split, fractions in self.splits:
-            if (local := local_path(path)).is_file():
-                self.check(local)
-                if self.format_of(local) == "json" or self.unit_of(local) == "file":
-                    todo = "name a file of a record or text in each line, or set +data.format=jsonl"
-                    raise ValueError(f"data.streaming=true: {local} is read as a whole: {todo}")
-            for index in (1, 2):
-                if fractions[index - 1]:
-                    documents, _ = self.open_at(path, split)
-                    most = self.max_held_out
-                    taken[index] = take_held_out(documents, fractions, index, most, tokenizer)
-        train = TextStream(functools.partial(self.open_at, self.path, self.split), tokenizer,
-                           {h for held_out in taken.values() for h in held_out.hashes},
-                           self.num_proc or 1)  # fmt: skip
-        held_out = {SPLITS[index]: as_documents(chunk) for index, chunk in taken.items()}
-        return Corpus(train, held_out["val"], tokenizer, test=held_out.get("test"))
+        for path in {path for path, _, _ in self.splits if local_path(path).is_file()}:
+            self.check(local := local_path(path))
+            if self.format_of(local) == "json" or self.unit_of(local) == "file":
+                todo = "name a file of a record or text in each line, or set +data.format=jsonl"
+                raise ValueError(f"data.streaming=true: {local} is read as a whole: {todo}")
+        taken = {
+            index: take_held_out(self.open_at(path, split)[0], held_out, index, self.max_held_out)
+            for path, split, held_out in self.splits for index in (1, 2) if held_out[index - 1]
+        }  # fmt: skip
+        tokenizer, open_at = self._given_tokenizer, partial(self.open_at, self.path, self.split)
+        hashes = {hash_of(document) for found in taken.values() for document in found}
+        train = TextStream(open_at, tokenizer, hashes, self.num_proc or 1)
+        val, *test = (tokenized(taken[index], tokenizer) for index in sorted(taken))
+        return Corpus(train, val, tokenizer, test=test[0] if test else None)
 
     def open_at(
         self, path: str, split: str, state: Any = None
@@ -122,7 +122,10 @@ class HuggingFaceDataset(FileReader):
             for item in items:
                 read += 1
                 yield item
+            if skipped := ", ".join(f"{n:,} {kind}" for kind, n in self.skipped.items()):
+                log.warning(f"{path} (split {split}): of {read:,} records, skipped {skipped}")
 
+        self.skipped.clear()
         if (local := local_path(path)).is_file():
             return counted(islice(self.documents(local), read, None)), lambda: [read, None]
         dataset = self._dataset(path, split)
