@@ -4,6 +4,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from causal_lm import config
 from causal_lm.data.sources import file_io
 from causal_lm.data.sources.huggingface import HuggingFaceDataset
 from causal_lm.data.sources.text_files import TextFiles
@@ -25,3 +26,25 @@ def test_under_hydra_job_chdir_a_path_is_of_where_the_command_was_typed(
     corpus = source.load()
     assert len(corpus.train) + len(corpus.val) == 20
     assert file_io.find_files(str(tmp_path / "*.jsonl"), "data.path") == [tmp_path / "a.jsonl"]
+
+
+def test_under_hydra_job_chdir_other_paths_are_too(tmp_path, monkeypatch):
+    given = {"ckpt_path": "a.ckpt", "data.tokenizer": "t.json", "data.cache_dir": "cache"}
+    for name in ("a.ckpt", "t.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = ["data=text", "data.path=a.txt", *(f"{k}={v}" for k, v in given.items())]
+    cfg = config.load(words)
+    assert {key: OmegaConf.select(cfg, key) for key in given} == given  # nothing has moved
+    other = config.load(["data=text", "data.path=a.txt"])
+    monkeypatch.chdir(tmp_path / "run")
+    runtime = {"cwd": str(tmp_path), "output_dir": "here"}
+    node = OmegaConf.create({"hydra": {"runtime": runtime}})
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", node)
+    for _ in range(2):  # a second time it changes nothing
+        config.validate(cfg)
+        found = {key: OmegaConf.select(cfg, key) for key in given}
+        assert found == {key: str(tmp_path / name) for key, name in given.items()}
+    config.validate(other)
+    assert (other.ckpt_path, other.data.tokenizer, other.data.cache_dir) == (None, "bytes", None)

@@ -17,9 +17,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf, errors
 
-from causal_lm.schema import RULES, is_float16, rule_of
+from causal_lm.schema import RULES, STREAM_RULES, is_float16, rule_of
 
 CONFIG_DIR = next(d for p in Path(__file__).resolve().parents if (d := p / "configs").is_dir())
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
@@ -42,6 +43,9 @@ LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an ext
     "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",
     "TrackioLogger": "trackio", "CometLogger": "comet_ml",
 }  # fmt: skip
+PATH_KEYS = (  # besides data.path, val_path and test_path, which the sources resolve
+    "ckpt_path", "data.tokenizer", "data.cache_dir", "data.root", "model.init_from",
+    "samples.embedder")  # fmt: skip
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -169,6 +173,12 @@ def validate(cfg: DictConfig) -> None:
     """
     with as_config_error():
         values = dict(leaves(cfg))
+        for key, path in [(k, v) for k in PATH_KEYS if isinstance(v := values.get(k), str)]:
+            there = to_absolute_path(path)  # of where the command was typed
+            is_moved = there != os.path.abspath(path)  # under hydra.job.chdir
+            if is_moved and (os.path.exists(there) or key == "data.cache_dir"):
+                OmegaConf.update(cfg, key, there)
+                values[key] = there
     for key in REQUIRED:
         if key not in values:
             raise ConfigError(f"{key} is missing: a run needs it")
@@ -264,6 +274,11 @@ def _check_combinations(v: Mapping[str, Any]) -> None:
             raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
     if v["trainer.max_steps"] == -1 and v.get("trainer.max_epochs", -1) == -1:
         raise ConfigError("set trainer.max_steps or trainer.max_epochs: with -1 no run ends")
+    for key, rule in STREAM_RULES.items() if v.get("data.streaming") else ():
+        if key in v and not rule.accepts(v[key]):
+            raise ConfigError(
+                f"data.streaming=true: {key} must be {rule.description}, not {v[key]}"
+            )
     if any("StochasticWeightAveraging" in str(value) for value in v.values()):
         raise ConfigError("StochasticWeightAveraging replaces the schedule: use EMAWeightAveraging")
     if v.get("data.val_share", 0) + v.get("data.test_share", 0) >= 1:

@@ -26,5 +26,6 @@ def explain(error: Exception, cfg: DictConfig, trainer: Any) -> Exception:
     where = "of the validation"
     if trainer.lightning_module.training:  # the trainer has already left its stage
         windows = ", ".join(map(str, dataset_indices(trainer, trainer.fit_loop.batch_idx + 1)))
-        where = f"of the next batch, training windows {windows}, or one soon after it"
+        named = f", training windows {windows}," if windows else ""
+        where = f"of the next batch{named} or one soon after it"
     return ValueError(f"a data-loader worker failed at a document {where}: {cause:.500}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -212,7 +213,9 @@ class CausalLM(L.LightningModule):
         trainer: Any = self.trainer
         if trainer.datamodule is None:
             return trainer.estimated_stepping_batches
-        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        if (batches := sized_len(trainer.datamodule.train_dataloader())) is None:
+            return trainer.max_steps  # a stream, whose length is not known
+        limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps, rest = divmod(batches, most := trainer.accumulate_grad_batches)
         if rest and trainer.is_global_zero:

@@ -82,11 +82,11 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (STRING, "experiment data.split data.field paths.log_dir paths.output_dir"),
     (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
         data.val_split data.test_path data.test_split data.prompt_field model.init_from"""),
-    (BOOLEAN, """test data.pad_is_eos data.shuffle model.tied model.qk_norm model.zero_init_residual
-        model.checkpoint_activations trainer.deterministic trainer.benchmark trainer.detect_anomaly
+    (BOOLEAN, """test data.pad_is_eos data.shuffle data.streaming model.tied model.qk_norm
+        model.zero_init_residual trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
         trainer.inference_mode trainer.sync_batchnorm extras.print_config
-        pitfalls.*"""),
+        model.checkpoint_activations pitfalls.*"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
     (integer(-1), "trainer.num_sanity_val_steps"),
     (either(integer(1), one_of(-1)), "trainer.max_steps trainer.max_epochs"),
@@ -95,9 +95,9 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
         model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
     (or_auto(integer(0)), "scheduler.warmup_steps"),
     (integer(1), """
-        data.batch_size data.source.successors data.source.copies model.n_heads
-        model.n_kv_heads loss.length scheduler.every trainer.num_nodes
-        trainer.accumulate_grad_batches trainer.log_every_n_steps
+        data.batch_size data.shuffle_buffer data.max_held_out data.source.successors
+        data.source.copies model.n_heads model.n_kv_heads loss.length scheduler.every
+        trainer.num_nodes trainer.accumulate_grad_batches trainer.log_every_n_steps
         samples.batch_size samples.prompts samples.prompt_length samples.self_check.count
         samples.keep_last metrics.keep_steps"""),
     (integer(1, 1000), """model.n_layers model.config.n_layer
@@ -163,6 +163,12 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
 ]  # fmt: skip
 RULES: dict[str, Rule] = {key: rule for rule, keys in _KEYS_BY_RULE for key in keys.split()}
 """Dotted key, as a pattern of ``fnmatch`` -> its rule."""
+STREAM_RULES = {  # besides those above, where ``data.streaming`` is true
+    "trainer.max_steps": integer(1), "trainer.val_check_interval": integer(1),
+    "trainer.limit_train_batches": either(integer(1), one_of(1.0)),
+    "trainer.overfit_batches": one_of(0), "data.tokenizer": either(one_of("bytes"), FILE),
+}  # fmt: skip
+"""The length of a stream is not known, and there are no stored documents to train a bpe on."""
 
 
 def rule_of(key: str) -> Rule | None:

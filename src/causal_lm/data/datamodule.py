@@ -14,6 +14,7 @@ from causal_lm.config import ConfigError
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Corpus, Documents, Source
 from causal_lm.data.sampler import DocumentSampler, Start
+from causal_lm.data.streaming import StreamSampler, TextStream
 from causal_lm.signals import held_back, leave_to_parent
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ class DataModule(L.LightningDataModule):
 
     ``source`` is a :class:`causal_lm.data.documents.Source`, or a callable that makes one from
     ``source_options``, such as ``path``; ``shuffle`` draws a new training order each epoch, from
-    ``seed``. ``configs/data/_base.yaml`` explains the other arguments.
+    ``seed``, of a stream within each ``shuffle_buffer`` windows. ``configs/data/_base.yaml``
+    explains the other arguments.
 
     Raises TypeError where ``source_options`` are given and ``source`` is not a callable.
     """
@@ -36,7 +38,8 @@ class DataModule(L.LightningDataModule):
     def __init__(
         self, source: Source | Callable[..., Source], *, batch_size: int, max_length: int,
         layout: str = "padded", padding_side: str = "right", pad_is_eos: bool = False,
-        shuffle: bool = True, num_workers: int = 0, seed: int = 0, **source_options: Any,
+        shuffle: bool = True, num_workers: int = 0, seed: int = 0,
+        shuffle_buffer: int = 10_000, **source_options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if source_options and not callable(source):
@@ -46,8 +49,9 @@ class DataModule(L.LightningDataModule):
         self.batch_size, self.max_length = batch_size, max_length
         self.layout, self.shuffle, self.num_workers, self.seed = layout, shuffle, num_workers, seed
         self.padding_side, self.pad_is_eos = padding_side, pad_is_eos
+        self.shuffle_buffer, self.start = shuffle_buffer, Start()
         self.corpus: Corpus | None = None
-        self.start = Start()
+        self._stream_sampler: StreamSampler | None = None
 
     def load(self) -> Corpus:
         """Load the corpus once and cut it into windows. Raises ValueError for an empty split."""
@@ -83,7 +87,8 @@ class DataModule(L.LightningDataModule):
         as plain data for a checkpoint."""
         sampler = self._sampler()
         start = sampler.position(self._batches_done() - unfinished)
-        return {"start": [*start], "group_size": sampler.group_size, "order": self.order}
+        fields = [*start] if isinstance(sampler, StreamSampler) else [*start[:3]]
+        return {"start": fields, "group_size": sampler.group_size, "order": self.order}
 
     def resume(self, saved: dict[str, Any], progress: dict[str, Any]) -> None:
         """Go on from a saved position, or with a new epoch if documents or seed are others.
@@ -96,12 +101,16 @@ class DataModule(L.LightningDataModule):
             log.warning("the training documents or their order have changed: a new epoch begins")
             self.start = Start(self.start.batches, self.start.epoch + 1)
         sampler = self._sampler()
+        if isinstance(sampler, StreamSampler):  # whose batches Lightning does not know
+            return
         if not is_same or sampler.group_size != saved["group_size"]:
             left = 0 if progress["is_last_batch"] else sampler.n_batches(self.start.segments)
             change = sampler.n_batches() - left - progress["current"]["ready"]
             progress["current"] = {name: n + change for name, n in progress["current"].items()}
 
-    def _windows(self, split: str, documents: Documents) -> Documents:
+    def _windows(self, split: str, documents: Any) -> Any:
+        if isinstance(documents, TextStream):
+            return documents.windows(self.max_length)
         if not len(documents):
             raise ValueError(f"the {split} split of the corpus holds no document")
         windows = documents.windows(self.max_length)
@@ -124,17 +133,23 @@ class DataModule(L.LightningDataModule):
         loop: Any = self.trainer.fit_loop.epoch_loop if self.trainer else None
         return loop.batch_progress.total.started if loop else 0  # not one that was only fetched
 
-    def _sampler(self, held_out: Documents | None = None) -> DocumentSampler:
+    def _sampler(self, held_out: Documents | None = None) -> DocumentSampler | StreamSampler:
         """Of the training windows, or of those of another split, in their order."""
         train, windows = held_out is None, held_out or self.train_windows
-        position: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
-        return DocumentSampler(
-            len(windows), shuffle=train and self.shuffle, seed=self.seed, **position,
-            by_length=self.layout == "bucketed", lengths=lambda: windows.lengths.numpy(),
-            row_length=self.max_length if self.layout == "packed" else None,
-            batch_size=self.batch_size, rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
-        )  # fmt: skip
+        options: Any = {"batches_done": self._batches_done, "start": self.start} if train else {}
+        options |= {
+            "shuffle": train and self.shuffle, "seed": self.seed, "batch_size": self.batch_size,
+            "by_length": self.layout == "bucketed",
+            "row_length": self.max_length if self.layout == "packed" else None,
+            "rank": self.trainer.global_rank if self.trainer else 0,
+            "world_size": self.trainer.world_size if self.trainer else 1,
+        }  # fmt: skip
+        if not isinstance(windows, TextStream):
+            size = len(windows)
+            return DocumentSampler(size, lengths=lambda: windows.lengths.numpy(), **options)
+        if self._stream_sampler is None or self._stream_sampler.start is not self.start:
+            self._stream_sampler = StreamSampler(windows, self.shuffle_buffer, **options)
+        return self._stream_sampler  # the only one, as it knows the places of what it has read
 
     def _loader(self, held_out: Documents | None = None) -> DataLoader[Batch]:
         tokenizer = self.load().tokenizer
@@ -142,10 +157,11 @@ class DataModule(L.LightningDataModule):
             tokenizer.pad_id, tokenizer.vocab_size, padding_side=self.padding_side,
             row_length=self.max_length if self.layout == "packed" else None,
         )  # fmt: skip
+        sampler = self._sampler(held_out)
         return Loader(
             held_out or self.train_windows,  # the collator turns documents into a Batch
-            batch_size=self.batch_size,
-            sampler=self._sampler(held_out),
+            batch_size=None if isinstance(sampler, StreamSampler) else self.batch_size,
+            sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=leave_to_parent,
@@ -162,8 +178,10 @@ class Loader(DataLoader):
             return super()._get_iterator()
 
 
-def document_fingerprint(documents: Documents) -> list[int]:
-    """Number of documents, number of tokens, and a CRC of chunks spread evenly over the tokens."""
+def document_fingerprint(documents: Documents | TextStream) -> list[int]:
+    """Number of documents, number of tokens, and a CRC of chunks spread evenly over the tokens; of
+    a stream, of its beginning."""
+    documents = documents.first() if isinstance(documents, TextStream) else documents
     tokens, crc = documents.tokens, 0
     step = max(-(-len(tokens) // CRC_CHUNKS), CRC_TOKENS)
     for start in range(0, len(tokens), step):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ class Language(Protocol):
 class Corpus:
     """What a source loads: documents ``BOS … EOS`` of each split, and their tokenizer."""
 
-    train: Documents
+    train: Any  # Documents, or a streaming.TextStream
     val: Documents
     tokenizer: Tokenizer
     language: Language | None = None

@@ -1,7 +1,7 @@
 """The order of documents: a function of (seed, epoch, rank) and of where a resumed run goes on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -9,7 +9,6 @@ from torch.utils.data import Sampler
 from causal_lm.data.packing import filled_batches
 
 POOL_BATCHES = 100  # batches within which documents are sorted by length, or packed
-CHUNK_INDICES = 2**16  # indices that are turned into Python integers at a time
 
 
 class Arrangement(NamedTuple):
@@ -29,6 +28,9 @@ class Start(NamedTuple):
     segments: Sequence[tuple[Sequence[int], int]] = ()
     """What was read of this epoch: (arrangement, documents) of each resumed part. Replayed in turn,
     they give what is left."""
+    pool: int = 0  # of a stream: pools that were read before, over all epochs
+    pool_size: int = 0  # windows of the pool in hand, at most; 0: it has not been read yet
+    address: tuple[Any, int] = (None, 0)  # of its first window, see ``TextStream.read``
 
 
 class DocumentSampler(Sampler[int]):
@@ -77,7 +79,7 @@ class DocumentSampler(Sampler[int]):
 
     def position(self, batches_done: int) -> Start:
         """Where a run goes on that stops after ``batches_done`` batches over all epochs."""
-        batches, epoch, segments = self.start
+        batches, epoch, segments = self.start[:3]
         batches = batches_done - batches
         if batches >= (left := self.n_batches(segments)):
             epochs, batches = divmod(batches - left, self.n_batches())
@@ -89,7 +91,7 @@ class DocumentSampler(Sampler[int]):
 
     def remaining_indices(self, batches_done: int) -> Iterator[int]:
         """The rest of the current epoch, after ``batches_done`` batches over all epochs."""
-        _, epoch, segments = self.position(batches_done)
+        _, epoch, segments = self.position(batches_done)[:3]
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.size) if self.shuffle else np.arange(self.size)
         arranged = Arrangement()
@@ -98,8 +100,7 @@ class DocumentSampler(Sampler[int]):
                 order = arrange(order, self.lengths(), wanted, rng if self.shuffle else None)
             arranged, order = wanted, order[documents:]
         local = order[self.rank :: self.world_size]
-        for start in range(0, len(local), CHUNK_INDICES):
-            yield from local[start : start + CHUNK_INDICES].tolist()
+        yield from map(int, local)
         yield from [-1] * (-(-len(order) // self.world_size) - len(local))
 
 

@@ -20,6 +20,11 @@ Segments = tuple[str, ...]  # a document's text: what is learned, or context and
 DocumentPart = tuple[Segments, bool]  # a document, or a part of it, and whether it is the last
 
 
+def hash_of(segments: Segments) -> bytes:
+    """Eight bytes that equal documents have in common."""
+    return sha256("".join(segments).encode()).digest()[:8]
+
+
 class Rendered(Segments):
     """Segments that a tokenizer's own chat template wrote: their special tokens are meant."""
 
@@ -33,7 +38,7 @@ class Chunk(NamedTuple):
     first_split: int | None  # of a first document that began in the chunk before
 
     def hashes(self) -> list[bytes]:
-        return [sha256("".join(segments).encode()).digest()[:8] for segments in self.documents]
+        return [hash_of(segments) for segments in self.documents]
 
     def splits(self, hashes: list[bytes]) -> list[int]:
         """The index in ``token_cache.SPLITS`` of each document, by its hash."""

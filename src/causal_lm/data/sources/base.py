@@ -29,6 +29,28 @@ EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks s
 FORMAT = 4  # version of the cached files and of how text is cut; older caches are not read
 
 
+def warn_of_unknown(found: Iterable[tuple[str, int]]) -> None:
+    """Log the characters or words that a tokenizer lacks, each with its number."""
+    if examples := ", ".join(f"{unit!r} ({n:,})" for unit, n in found):
+        log.warning(f"the tokenizer's vocabulary lacks {examples}; set another data.tokenizer")
+
+
+def cut_chunks(parts: Iterable[DocumentPart], held_out: HeldOut) -> Iterator[Chunk]:
+    """Chunks of about :data:`CHUNK_CHARACTERS`; each is yielded before the next part is read."""
+    documents: list[Segments] = []
+    size, first_split = 0, None
+    for segments, complete in parts:
+        documents.append(segments)
+        size += len(segments[-1])
+        if size >= CHUNK_CHARACTERS or not complete:
+            chunk = Chunk(documents, not complete, held_out, first_split)
+            first_split = None if complete else chunk.splits(chunk.hashes())[-1]
+            yield chunk
+            documents, size = [], 0
+    if documents:
+        yield Chunk(documents, False, held_out, first_split)
+
+
 @dataclass(kw_only=True)
 class TextSource(abc.ABC):
     """A source of text documents that are tokenized once and cached on disk. A hash of its text
@@ -81,26 +103,13 @@ class TextSource(abc.ABC):
             if overlap > self.max_overlap:
                 raise ValueError(f"{message}: more than data.max_overlap={self.max_overlap}")
             log.warning(message)
-        if about["unknown"]:
-            examples = ", ".join(f"{unit!r} ({n:,})" for unit, n in about["unknown"])
-            log.warning(f"the tokenizer's vocabulary lacks {examples}; set another data.tokenizer")
+        warn_of_unknown(about["unknown"])
         return Corpus(train, val, from_state(about["tokenizer"]), test=test)
 
     def chunks(self) -> Iterator[Chunk]:
         """All documents in chunks of about :data:`CHUNK_CHARACTERS`."""
         for parts, held_out in self.parts():
-            documents: list[Segments] = []
-            size, first_split = 0, None
-            for segments, complete in parts:
-                documents.append(segments)
-                size += len(segments[-1])
-                if size >= CHUNK_CHARACTERS or not complete:
-                    chunk = Chunk(documents, not complete, held_out, first_split)
-                    first_split = None if complete else chunk.splits(chunk.hashes())[-1]
-                    yield chunk
-                    documents, size = [], 0
-            if documents:
-                yield Chunk(documents, False, held_out, first_split)
+            yield from cut_chunks(parts, held_out)
 
     @functools.cached_property
     def _given_tokenizer(self) -> TextTokenizer:

@@ -195,7 +195,7 @@ class FileReader(TextSource):
         arrow = extras.load("pyarrow", "huggingface")
         parquet = extras.load("pyarrow.parquet", "huggingface")
         try:
-            file = parquet.ParquetFile(path, memory_map=True)
+            file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # page by page
             known = set(self.fields) <= set(file.schema_arrow.names)
             batches = file.iter_batches(batch_size=256, columns=self.fields if known else None)
             yield from arrow_rows(str(path), batches)

@@ -1,15 +1,21 @@
 """HuggingFaceDataset: a source of data sets of the ``datasets`` library."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from causal_lm import extras
 from causal_lm.data.documents import Corpus
 from causal_lm.data.sources.file_io import local_path, text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
+from causal_lm.data.streaming import TextStream, take_held_out, tokenized
 from causal_lm.data.token_cache import file_identity
-from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut
+from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut, hash_of
+
+log = logging.getLogger(__name__)
 
 BATCH_ROWS = 256  # rows that are taken from a data set's memory map at a time
 
@@ -29,10 +35,13 @@ class HuggingFaceDataset(FileReader):
     val_path: str | None = None  # another data set to validate on: its val_split, or else split
     test_split: str | None = None  # the same for testing
     test_path: str | None = None
+    streaming: bool = False  # read and tokenize while training; num_proc None is then one process
+    max_held_out: int = 1000  # documents of a stream for validation, and for testing, in memory
 
     TXT_UNIT = "line"
 
     def __post_init__(self) -> None:
+        self.num_proc = self.num_proc or (1 if self.streaming else None)
         super().__post_init__()
         val, test = (self.val_split, self.val_path), (self.test_split, self.test_path)
         self.splits: list[tuple[str, str, HeldOut]] = []
@@ -47,6 +56,8 @@ class HuggingFaceDataset(FileReader):
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Corpus:
+        if self.streaming:
+            return self._load_stream()
         try:
             return super().load()
         finally:
@@ -78,6 +89,51 @@ class HuggingFaceDataset(FileReader):
                 batches = self._dataset(path, split).with_format("arrow").iter(BATCH_ROWS)
                 yield self.records(arrow_rows(f"{path} (split {split})", batches)), held_out
 
+    def _load_stream(self) -> Corpus:
+        """Read the held out documents; the others are read by the :class:`TextStream`, without
+        those that equal one of them."""
+        for path in {path for path, _, _ in self.splits if local_path(path).is_file()}:
+            self.check(local := local_path(path))
+            if self.format_of(local) == "json" or self.unit_of(local) == "file":
+                todo = "name a file of a record or text in each line, or set +data.format=jsonl"
+                raise ValueError(f"data.streaming=true: {local} is read as a whole: {todo}")
+        taken = {
+            index: take_held_out(self.open_at(path, split)[0], held_out, index, self.max_held_out)
+            for path, split, held_out in self.splits for index in (1, 2) if held_out[index - 1]
+        }  # fmt: skip
+        tokenizer, open_at = self._given_tokenizer, partial(self.open_at, self.path, self.split)
+        hashes = {hash_of(document) for found in taken.values() for document in found}
+        train = TextStream(open_at, tokenizer, hashes, self.num_proc or 1)
+        val, *test = (tokenized(taken[index], tokenizer) for index in sorted(taken))
+        return Corpus(train, val, tokenizer, test=test[0] if test else None)
+
+    def open_at(
+        self, path: str, split: str, state: Any = None
+    ) -> tuple[Iterator[DocumentPart], Callable[[], Any]]:
+        """The documents after a state, and a function that returns the state that is reached: the
+        number of records read, and the state of the library.
+
+        A file is read from its start, without being tokenized; the library finds its place.
+        """
+        read, inner = state or (0, None)
+
+        def counted(items: Iterable[Any]) -> Iterator[Any]:
+            nonlocal read
+            for item in items:
+                read += 1
+                yield item
+            if skipped := ", ".join(f"{n:,} {kind}" for kind, n in self.skipped.items()):
+                log.warning(f"{path} (split {split}): of {read:,} records, skipped {skipped}")
+
+        self.skipped.clear()
+        if (local := local_path(path)).is_file():
+            return counted(islice(self.documents(local), read, None)), lambda: [read, None]
+        dataset = self._dataset(path, split)
+        dataset.load_state_dict(inner)
+        where = f"{path} (split {split}), row"
+        rows = ((f"{where} {read}", row) for row in counted(dataset))
+        return self.records(rows), lambda: [read, dataset.state_dict()]
+
     def _dataset(self, path: str, split: str) -> Any:
         """A split, cached: its columns ``fields``, or all columns where one of these is missing."""
         if (path, split) in self._loaded:
@@ -89,8 +145,12 @@ class HuggingFaceDataset(FileReader):
             elif (local / "state.json").exists():
                 found = datasets.load_from_disk(str(local))
             else:
-                found = datasets.load_dataset(path, self.name, split=split, num_proc=self.num_proc)
-        if set(self.fields) <= set(found.column_names):
+                name = str(local) if local.exists() else path
+                how = {"streaming": True} if self.streaming else {"num_proc": self.num_proc}
+                found = datasets.load_dataset(name, self.name, split=split, **how)
+        if set(self.fields) <= set(found.column_names or ()):
             found = found.select_columns(self.fields)
+        if self.streaming and not isinstance(found, datasets.IterableDataset):
+            found = found.to_iterable_dataset()
         self._loaded[path, split] = found
         return found
