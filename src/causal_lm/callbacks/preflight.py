@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.tokenizers import Tokenizer, show_token
 from causal_lm.module import CausalLM
+from causal_lm.sharding import FullyShardedStrategy
 from causal_preflight import Report, lightning
 from causal_preflight.lightning import audit_batch
 
@@ -24,6 +25,21 @@ WHERE_TO_LOOK = {  # label of a fault -> key or file to change, unless a pitfall
 
 class Preflight(lightning.Preflight):
     """:class:`causal_preflight.lightning.Preflight` with metrics for ``summary.json``."""
+
+    def setup(self, trainer: Any, pl_module: CausalLM, stage: str) -> None:
+        """Audit the weights before they are sharded, as rank zero cannot run sharded ones alone.
+
+        They are those of step 0 in a resumed run too, and the device of rank zero must hold them.
+        """
+        is_sharded = isinstance(trainer.strategy, FullyShardedStrategy)
+        if not is_sharded or stage != "fit" or self.on_fault == "off":
+            return
+        pl_module.to(trainer.strategy.root_device)
+        for number, batch in enumerate(trainer.datamodule.train_dataloader()):
+            batch = trainer.strategy.batch_to_device(batch)
+            self.on_train_batch_start(trainer, pl_module, batch, number)
+            if self.report is not None:
+                break
 
     def figures(self) -> dict[str, Any]:
         """``preflight/*`` and ``seconds/preflight``; empty if the preflight did not run."""
