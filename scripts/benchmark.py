@@ -3,6 +3,7 @@
 python scripts/benchmark.py layouts    real tokens per second of each layout, on docstrings
 python scripts/benchmark.py loss       seconds and peak memory of head and loss, whole and in chunks
 python scripts/benchmark.py peers --nanogpt FOLDER     beside other people's models (peers.py)
+python scripts/benchmark.py gpu --device cuda --nanogpt FOLDER     model=llama_124m beside GPT-2
 python scripts/benchmark.py text data.path=FILE.txt    experiment=text_cpu beside nanoGPT's recipe
 """
 
@@ -15,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from causal_lm import cli, config
+from causal_lm.report.files import write_json
 from causal_lm.report.table import table
 
 
@@ -211,17 +213,30 @@ def text(args: argparse.Namespace) -> None:
     baseline = NanoGPTBaseline(corpus.train.tokens, corpus.val.tokens, args.baseline_steps)
 
     class Turns(L.Callback):
+        seconds = 0.0  # in which text_cpu does not train
+        passed: ClassVar[dict[str, str]] = {}
+
         def on_train_batch_end(self, trainer, *_) -> None:
             turn, rest = divmod(trainer.global_step * args.rounds, trainer.max_steps)
-            if rest < args.rounds:
-                baseline.advance(args.baseline_steps * turn // args.rounds)
+            if rest >= args.rounds:
+                return
+            started = time.perf_counter()
+            baseline.advance(args.baseline_steps * turn // args.rounds)
+            if args.target is not None:
+                ours = started - run_statistics._train_start - self.seconds
+                self._look("nanoGPT's recipe", baseline.seconds, baseline.loss())
+                self._look("text_cpu", ours, _validation_loss(module, data))
+            self.seconds += time.perf_counter() - started
 
-    run_statistics = RunStatistics()
-    callbacks = [run_statistics, Turns()]
-    trainer = make_trainer(cfg, callbacks=callbacks, enable_checkpointing=False)
+        def _look(self, name: str, seconds: float, nats: float) -> None:
+            if nats <= args.target:
+                self.passed.setdefault(name, f"{name} {seconds:.1f} s")
+
+    run_statistics, turns = RunStatistics(), Turns()
+    trainer = make_trainer(cfg, callbacks=[run_statistics, turns], enable_checkpointing=False)
     trainer.fit(module, data)
     (figures,) = trainer.validate(module, data, verbose=False)
-    ours, theirs = run_statistics.seconds_train - baseline.seconds, baseline.seconds
+    ours, theirs = run_statistics.seconds_train - turns.seconds, baseline.seconds
     rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
     for name, model, steps, seconds, nats in (
         ("nanoGPT's recipe", baseline.model, args.baseline_steps, theirs, baseline.loss()),
@@ -231,20 +246,45 @@ def text(args: argparse.Namespace) -> None:
         rows.append([name, f"{size:,}", f"{steps:,}", f"{1000 * seconds / steps:.1f}",
                      f"{seconds:.1f}", f"{nats:.3f}"])  # fmt: skip
     print(f"{table(rows)}\n\n1/{theirs / ours:.1f} of the time, {_machine('cpu')}")
+    if args.target is not None:
+        found = ", ".join(turns.passed.values()) or "neither"
+        print(f"at most {args.target:g} nats a token, looked at {args.rounds} times: {found}")
+
+
+def _validation_loss(module: Any, data: Any) -> float:
+    """Nats per token over the validation split, as a run measures them."""
+    import torch
+
+    module.eval()
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            module.val_metric.update(module.token_nll(batch), batch.labels)
+    module.train()
+    nats = float(module.val_metric.compute()["loss"])
+    module.val_metric.reset()
+    return nats
 
 
 def peers(args: argparse.Namespace) -> None:
     """Targets per second beside other people's models; ``--json`` keeps the figures."""
-    import json
-
     try:
         from peers import measure, table_of
     except ImportError as error:
         raise FileNotFoundError("scripts/peers.py is not part of this project") from error
 
-    result = measure(args.rounds, args.steps, args.nanogpt, _machine("cpu"))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _show(measure(args.rounds, args.steps, args.nanogpt, _machine("cpu")), table_of, args.json)
+
+
+def gpu(args: argparse.Namespace) -> None:
+    """Tokens per second and utilization beside nanoGPT's GPT-2; ``--json`` keeps the figures."""
+    from gpu_throughput import measure, table_of
+
+    _show(measure(args, _machine(args.device), _PeakMemory), table_of, args.json)
+
+
+def _show(result: dict[str, Any], table_of: Callable, path: Path | None) -> None:
+    if path is not None:
+        write_json(path, result)
     print(table_of(result))
 
 
@@ -270,16 +310,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layouts", "loss", "peers", "text"])
-    parser.add_argument("overrides", nargs="*", help="of train.py, for layouts and text")
+    parser.add_argument("what", choices=["layouts", "loss", "peers", "gpu", "text"])
+    parser.add_argument("overrides", nargs="*", help="of train.py, for layouts, gpu and text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--baseline-steps", type=int, default=2000, help="for text")
-    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py, for peers")
-    parser.add_argument("--json", type=Path, help="where to write the figures, for peers")
+    parser.add_argument("--target", type=float, help="for text: the time to so many nats a token")
+    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py, for peers, gpu")
+    parser.add_argument("--json", type=Path, help="where to write the figures, for peers, gpu")
+    sizes = parser.add_argument_group("for gpu")
+    sizes.add_argument("--row", type=int, default=1024, help="slots of a row")
+    sizes.add_argument("--batch", type=int, default=32, help="rows of a batch")
+    sizes.add_argument("--vocab", type=int, default=50304, help="ids")
+    sizes.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    sizes.add_argument("--compile", action="store_true", help="compile both models")
+    sizes.add_argument("--peak", type=float, help="TFLOP/s of the device, for its utilization")
     args = parser.parse_intermixed_args()
-    {"layouts": layouts, "loss": loss, "peers": peers, "text": text}[args.what](args)
+    globals()[args.what](args)
 
 
 if __name__ == "__main__":

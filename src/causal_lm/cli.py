@@ -126,10 +126,8 @@ class ValidateConfig(Callback):
 
 
 def _share_directory(hydra_cfg: DictConfig) -> None:
-    """Set the directory of rank zero on every rank, as each has composed one with its own time.
-
-    Lightning passes it on to the ranks that it starts; torchrun has a store for its ranks.
-    """
+    """Under torchrun, set the directory of the first rank: each rank has composed one of its own,
+    with the current time. (Lightning passes it on to the ranks that it starts.)"""
     from torch.distributed import rendezvous  # slow to load
 
     store, rank, _ = next(rendezvous("env://"))
@@ -137,7 +135,7 @@ def _share_directory(hydra_cfg: DictConfig) -> None:
         store.set("causal_lm_run_dir", hydra_cfg.run.dir)
     with read_write(hydra_cfg):
         hydra_cfg.run.dir = store.get("causal_lm_run_dir").decode()
-        hydra_cfg.job.name += f"_rank_{rank}" * (rank > 0)  # each rank writes a log of its own
+        hydra_cfg.job.name += f"_rank_{rank}" * (rank > 0)  # the name of its log
 
 
 def job(cfg: DictConfig) -> float:

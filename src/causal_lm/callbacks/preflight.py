@@ -27,19 +27,17 @@ class Preflight(lightning.Preflight):
     """:class:`causal_preflight.lightning.Preflight` with metrics for ``summary.json``."""
 
     def setup(self, trainer: Any, pl_module: CausalLM, stage: str) -> None:
-        """Audit the weights before they are sharded, as rank zero cannot run sharded ones alone.
-
-        They are those of step 0 in a resumed run too, and the device of rank zero must hold them.
-        """
-        is_sharded = isinstance(trainer.strategy, FullyShardedStrategy)
-        if not is_sharded or stage != "fit" or self.on_fault == "off":
-            return
-        pl_module.to(trainer.strategy.root_device)
-        for number, batch in enumerate(trainer.datamodule.train_dataloader()):
-            batch = trainer.strategy.batch_to_device(batch)
-            self.on_train_batch_start(trainer, pl_module, batch, number)
-            if self.report is not None:
-                break
+        """Audit weights that will be sharded before they are, on rank zero, whose device must hold
+        them all; they are those of step 0 in a resumed run too."""
+        strategy = trainer.strategy
+        if isinstance(strategy, FullyShardedStrategy) and stage == "fit":
+            pl_module.to(strategy.root_device)
+            for number, batch in enumerate(trainer.datamodule.train_dataloader()):
+                self.on_train_batch_start(
+                    trainer, pl_module, strategy.batch_to_device(batch), number
+                )
+                if self.report is not None or self.on_fault == "off":
+                    break
 
     def figures(self) -> dict[str, Any]:
         """``preflight/*`` and ``seconds/preflight``; empty if the preflight did not run."""
