@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from causal_lm import cli, config
 from causal_lm.report.files import write_json
@@ -199,70 +199,10 @@ class _PeakMemory:
 
 
 def text(args: argparse.Namespace) -> None:
-    """Train both to the end, in turns; the clock of each runs only in its own turns."""
-    import lightning as L
-    from nanogpt_baseline import NanoGPTBaseline
+    """Seconds and loss of ``experiment=text_cpu`` beside nanoGPT's recipe."""
+    from nanogpt_baseline import compare
 
-    from causal_lm.build import make_trainer, prepare
-    from causal_lm.callbacks.run_statistics import RunStatistics
-
-    cfg = config.load(
-        ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
-    )
-    data, corpus, module = prepare(cfg)
-    baseline = NanoGPTBaseline(corpus.train.tokens, corpus.val.tokens, args.baseline_steps)
-
-    class Turns(L.Callback):
-        seconds = 0.0  # in which text_cpu does not train
-        passed: ClassVar[dict[str, str]] = {}
-
-        def on_train_batch_end(self, trainer, *_) -> None:
-            turn, rest = divmod(trainer.global_step * args.rounds, trainer.max_steps)
-            if rest >= args.rounds:
-                return
-            started = time.perf_counter()
-            baseline.advance(args.baseline_steps * turn // args.rounds)
-            if args.target is not None:
-                ours = started - run_statistics._train_start - self.seconds
-                self._look("nanoGPT's recipe", baseline.seconds, baseline.loss())
-                self._look("text_cpu", ours, _validation_loss(module, data))
-            self.seconds += time.perf_counter() - started
-
-        def _look(self, name: str, seconds: float, nats: float) -> None:
-            if nats <= args.target:
-                self.passed.setdefault(name, f"{name} {seconds:.1f} s")
-
-    run_statistics, turns = RunStatistics(), Turns()
-    trainer = make_trainer(cfg, callbacks=[run_statistics, turns], enable_checkpointing=False)
-    trainer.fit(module, data)
-    (figures,) = trainer.validate(module, data, verbose=False)
-    ours, theirs = run_statistics.seconds_train - turns.seconds, baseline.seconds
-    rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
-    for name, model, steps, seconds, nats in (
-        ("nanoGPT's recipe", baseline.model, args.baseline_steps, theirs, baseline.loss()),
-        ("text_cpu", module.model, trainer.global_step, ours, figures["val/loss"]),
-    ):
-        size = sum(p.numel() for _, p in model.named_parameters())
-        rows.append([name, f"{size:,}", f"{steps:,}", f"{1000 * seconds / steps:.1f}",
-                     f"{seconds:.1f}", f"{nats:.3f}"])  # fmt: skip
-    print(f"{table(rows)}\n\n1/{theirs / ours:.1f} of the time, {_machine('cpu')}")
-    if args.target is not None:
-        found = ", ".join(turns.passed.values()) or "neither"
-        print(f"at most {args.target:g} nats a token, looked at {args.rounds} times: {found}")
-
-
-def _validation_loss(module: Any, data: Any) -> float:
-    """Nats per token over the validation split, as a run measures them."""
-    import torch
-
-    module.eval()
-    with torch.no_grad():
-        for batch in data.val_dataloader():
-            module.val_metric.update(module.token_nll(batch), batch.labels)
-    module.train()
-    nats = float(module.val_metric.compute()["loss"])
-    module.val_metric.reset()
-    return nats
+    compare(args, _machine("cpu"))
 
 
 def peers(args: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def model_flops(parameters: int, layers: int, width: int, lengths: list[int]) ->
     return 6.0 * parameters * sum(lengths) + 6.0 * layers * width * sum(n * n for n in lengths)
 
 
-def used_parameters(model: nn.Module, only_looked_up: tuple[nn.Module, ...]) -> int:
+def used_parameters(model: nn.Module, only_looked_up: tuple[nn.Embedding, ...]) -> int:
     """All parameters but those of these tables, unless the head shares them."""
     total = sum(p.numel() for p in model.parameters())
     return total - sum(table.weight.numel() for table in only_looked_up)
@@ -139,7 +139,7 @@ def _ours(cfg: Any, documents: list[Document], args: Namespace, peak_memory: Any
 
 
 def _nanogpt(cfg: Any, documents: list[Document], args: Namespace, peak_memory: Any) -> Contestant:
-    from peers import load_nanogpt
+    from nanogpt_baseline import load_nanogpt
 
     stream = torch.cat([document.tokens for document in documents])
     slots = args.row * args.batch

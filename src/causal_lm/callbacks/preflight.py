@@ -26,7 +26,7 @@ WHERE_TO_LOOK = {  # label of a fault -> key or file to change, unless a pitfall
 class Preflight(lightning.Preflight):
     """:class:`causal_preflight.lightning.Preflight` with metrics for ``summary.json``."""
 
-    def setup(self, trainer: Any, pl_module: CausalLM, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Audit weights that will be sharded before they are, on rank zero, whose device must hold
         them all; they are those of step 0 in a resumed run too."""
         strategy = trainer.strategy

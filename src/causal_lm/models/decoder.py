@@ -97,10 +97,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 def attend_between(boundaries: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, H, T, D) within each document, by the ``boundaries`` of an AttentionMask."""
-    length = q.shape[2]
-    flat = (part.to(v.dtype).transpose(1, 2).flatten(0, 1) for part in (q, k, v))  # (B T, H, D)
-    # No document is longer than a row. A constant, so that torch.compile compiles once.
-    x = varlen_attn(*flat, boundaries, boundaries, length, length, window_size=(-1, 0))
+    length = q.shape[2]  # no document is longer; a constant, so that torch.compile compiles once
+    q, k, v = (part.to(v.dtype).transpose(1, 2).flatten(0, 1) for part in (q, k, v))  # (B T, H, D)
+    x: Any = varlen_attn(q, k, v, boundaries, boundaries, length, length, window_size=(-1, 0))
     return x.unflatten(0, (-1, length)).transpose(1, 2)
 
 
