@@ -58,12 +58,12 @@ def main(folder: Path) -> None:
     for name in ("adamw", "muon", "sgd"):
         fit(folder / f"{name}_ddp.ckpt", "ddp", optimizer=name)
         fit(folder / f"{name}_fsdp.ckpt", FullyShardedStrategy(), optimizer=name, chunk=4)
-        fit(folder / f"{name}_2_fsdp.ckpt", FullyShardedStrategy(), optimizer=name, steps=2)
-        for kind, strategy in (("ddp", "ddp"), ("fsdp", FullyShardedStrategy())):
-            fit(folder / f"{name}_2_fsdp_{kind}.ckpt", strategy, optimizer=name,
-                start=folder / f"{name}_2_fsdp.ckpt")  # fmt: skip
-    fit(folder / "adamw_2_ddp.ckpt", "ddp", steps=2)
-    fit(folder / "adamw_2_ddp_fsdp.ckpt", FullyShardedStrategy(), start=folder / "adamw_2_ddp.ckpt")
+        for path in ("2_ddp", "2_fsdp", "2_ddp_fsdp", "2_fsdp_ddp", "2_fsdp_fsdp"):
+            before, _, kind = path.rpartition("_")
+            strategy = "ddp" if kind == "ddp" else FullyShardedStrategy()
+            start = None if before == "2" else folder / f"{name}_{before}.ckpt"
+            fit(folder / f"{name}_{path}.ckpt", strategy, optimizer=name, start=start,
+                steps=4 if start else 2)  # fmt: skip
     try:
         fit(folder / "failed.ckpt", FullyShardedStrategy(), optimizer="endless")
     except FloatingPointError as error:
