@@ -58,7 +58,8 @@ def main(folder: Path) -> None:
     for name in ("adamw", "muon", "sgd"):
         fit(folder / f"{name}_ddp.ckpt", "ddp", optimizer=name)
         fit(folder / f"{name}_fsdp.ckpt", FullyShardedStrategy(), optimizer=name, chunk=4)
-        for path in ("2_ddp", "2_fsdp", "2_ddp_fsdp", "2_fsdp_ddp", "2_fsdp_fsdp"):
+        resumed = ("2_ddp", "2_fsdp", "2_fsdp_fsdp", "2_ddp_fsdp", "2_fsdp_ddp")
+        for path in resumed if name == "adamw" else resumed[1:3]:
             before, _, kind = path.rpartition("_")
             strategy = "ddp" if kind == "ddp" else FullyShardedStrategy()
             start = None if before == "2" else folder / f"{name}_{before}.ckpt"
