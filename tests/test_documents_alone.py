@@ -143,7 +143,7 @@ def test_when_the_kernel_can_run(
     device, dtype, autocast, d_head, capability, expected, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    weight = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", autocast)

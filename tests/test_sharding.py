@@ -110,6 +110,20 @@ def test_two_ranks_that_shard_train_what_two_replicas_do(fits, optimizer, path):
 
 
 @pytest.mark.slow
+def test_a_rank_keeps_half_of_weights_and_optimizer_state(fits):
+    """Numbers on rank zero: AdamW has two a weight; a fraction of a row cannot be given away."""
+    for optimizer, each in (("adamw", 3), ("sgd", 1)):
+        both, half = (
+            torch.load(fits / f"{optimizer}_{name}.ckpt.figures")["kept"]
+            for name in ("ddp", "fsdp")
+        )
+        weights = torch.load(fits / f"{optimizer}_ddp.ckpt", weights_only=True)["state_dict"]
+        size = sum(w.numel() for name, w in weights.items() if "lm_head" not in name)  # it is tied
+        assert both == pytest.approx(each * size, rel=0.01)
+        assert half == pytest.approx(both / 2, rel=0.02)
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_both_ranks_alike(fits):
     first, second = (json.loads((fits / f"failed_{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and "batch" in first and "step 1" in first

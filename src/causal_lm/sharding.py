@@ -6,15 +6,14 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 
 def shard(model: Any) -> None:
-    """Shard a ``CausalModel`` over all ranks, unless it is: each module of its ModuleLists, such as
-    a block, whose weights are gathered only while they are used; then what they leave."""
+    """Shard a ``CausalModel``, unless it is: each module of its ModuleLists, such as a block, whose
+    weights are gathered only while they are used; then what these leave."""
     if not isinstance(model, FSDPModule):
         blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
         for part in (*blocks, model):
@@ -27,22 +26,28 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def part_like(own: Any, value: Any) -> Any:
+    """This rank's part of a whole ``value``, if ``own`` is a part of a tensor of that shape."""
+    is_part = isinstance(own, DTensor) and getattr(value, "shape", None) == own.shape
+    return distribute_tensor(value, own.device_mesh, own.placements) if is_part else value
+
+
 def load_weights(module: nn.Module, weights: dict[str, Any]) -> None:
     """Load whole weights into a module that may be sharded."""
-    set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+    own = module.state_dict()
+    module.load_state_dict({name: part_like(own.get(name), w) for name, w in weights.items()})
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for sharded modules, with the checkpoints of the other strategies: one
-    file of whole tensors, whose optimizer state is in the order of the parameter groups. (Lightning
-    assumes the order of the model, and cannot read an empty state.)"""
+    """Lightning's strategy for sharded modules, with checkpoints that other strategies can read and
+    write: whole tensors in one file. (Lightning takes the optimizer state to be in the order of the
+    model, not of the parameter groups, and cannot read an empty one.)"""
 
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        # All ranks gather each tensor; only the first one saves them.
-        most = None if self.is_global_zero else 0
+        most = None if self.is_global_zero else 0  # all ranks gather, and the first one saves
         return tree_map_only(DTensor, lambda t: whole(t)[:most].cpu(), optimizer.state_dict())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
@@ -53,9 +58,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for number, p in zip(numbers, parameters, strict=True):
-                for name, value in saved["state"].get(number, {}).items():
-                    if getattr(value, "shape", None) == p.shape:
-                        part = distribute_tensor(value, p.device_mesh, p.placements)
-                        saved["state"][number][name] = part
+                values = saved["state"].get(number, {})
+                values |= {name: part_like(p, value) for name, value in values.items()}
             optimizer.load_state_dict(saved)
         return checkpoint

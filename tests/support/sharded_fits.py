@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
 
 from causal_lm.data.datamodule import DataModule
 from causal_lm.generation import sample
@@ -51,7 +52,13 @@ def fit(path, strategy, *, optimizer="adamw", steps=4, start=None, chunk=None, d
     trainer.fit(module, data, ckpt_path=start)
     trainer.save_checkpoint(path)
     if trainer.is_global_zero:
-        torch.save({"samples": samples.rows, "val": trainer.callback_metrics}, f"{path}.figures")
+        states = (s for state in trainer.optimizers[0].state.values() for s in state.values())
+        kept = [
+            t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *states)
+        ]
+        numbers = sum(t.numel() for t in kept)
+        torch.save({"samples": samples.rows, "val": trainer.callback_metrics, "kept": numbers},
+                   f"{path}.figures")  # fmt: skip
 
 
 def main(folder: Path) -> None:

@@ -194,11 +194,10 @@ def _by_document(mask: AttentionMask) -> bool:
 
 def _has_varlen_kernel(weight: Tensor, d_head: int) -> bool:
     """Whether :func:`attend_between` can run: in half precision, on a GPU from NVIDIA's A100 on."""
-    if weight.device.type != "cuda" or torch.cuda.get_device_capability() < (8, 0):
-        return False
     is_mixed = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if is_mixed else weight.dtype
-    return dtype in (torch.bfloat16, torch.float16) and d_head % 8 == 0 and d_head <= 256
+    fits = dtype in (torch.bfloat16, torch.float16) and d_head % 8 == 0 and d_head <= 256
+    return fits and weight.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
 
 
 class Decoder(BaseCausalModel):
