@@ -8,11 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from causal_lm import build, config
-from causal_lm.generation import generate_text
+from causal_lm import config
 from causal_lm.sharding import FullyShardedStrategy
 from support import ROOT, command
-from support.runs import short_run
 from support.sharded_fits import fit
 
 ON_CPU = ["trainer=fsdp", "trainer.accelerator=cpu"]
@@ -34,25 +32,6 @@ def test_one_rank_continues_a_replicated_fit_to_the_same_end(tmp_path, one_rank)
     whole, more = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("whole", "more"))
     assert more["global_step"] == 4
     assert relative_distance(whole["state_dict"], more["state_dict"]) < 2e-6
-
-
-@pytest.mark.slow
-def test_a_run_of_one_rank_is_that_without_sharding(tmp_path, one_rank):
-    """Preflight, samples, gradient report, test split and checkpoints included."""
-    words = ["model=llama", "model.d_model=16", "model.d_ff=16", "test=true",
-             "data.source.test_documents=8"]  # fmt: skip
-    plain = short_run(tmp_path / "plain", *words)
-    sharded = short_run(tmp_path / "sharded", *words, *ON_CPU, "trainer.devices=1")
-    assert sharded["preflight/audited"] and sharded["preflight/faults"] == []
-    kinds = ("val/", "test/", "train/loss", "train/tokens", "sample/", "gradient/", "update/")
-    found = {key: x for key, x in plain.items() if key.startswith(kinds) and x is not None}
-    assert {key.partition("/")[0] for key in found} >= {"val", "test", "gradient", "update"}
-    for key, value in found.items():
-        if key != "train/tokens_per_second":
-            assert sharded[key] == pytest.approx(value, rel=1e-5), key
-    module, tokenizer, _ = build.restore(tmp_path / "sharded/checkpoints/last.ckpt")
-    assert module.model.lm_head.weight is module.model.token_embedding.weight
-    assert len(generate_text(module, tokenizer, "a", 8)) == 1
 
 
 @pytest.mark.parametrize(

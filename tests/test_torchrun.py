@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from causal_lm import cli, config
-from causal_lm.build import instantiate
+from causal_lm.build import instantiate, restore
+from causal_lm.generation import generate_text
 from support import ROOT, command
 from support.runs import SHORT, short_run
 
@@ -34,25 +35,28 @@ def start(folder, command, *words, replaced=()):
     return subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
-def check_run(folder, alone, status="finished"):
+def check_run(folder, alone, *words, status="finished"):
     """One run below ``folder``, which is that of one process that reads the batches of both ranks,
-    in the folder ``alone``; returns its summary."""
+    in the folder ``alone``; returns its summary and its directory."""
     (run,) = (folder / "fix").iterdir()
     assert {path.name for path in run.glob("*.log")} == {"train.log", "train_rank_1.log"}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == status
     steps = f"trainer.max_steps={summary['steps']}"
-    single = short_run(alone, *STEPS, "data.batch_size=8", "samples.count=0", steps)
-    assert summary["train/tokens"] == single["train/tokens"]
-    assert summary["train/loss"] == pytest.approx(single["train/loss"], rel=1e-6)
+    single = short_run(alone, *STEPS, "data.batch_size=8", *words, steps)
+    kinds = ("train/tokens", "train/loss", "test/", "gradient/", "update/")
+    for key, value in single.items():
+        if key.startswith(kinds) and value is not None and key != "train/tokens_per_second":
+            assert summary[key] == pytest.approx(value, rel=1e-5), key
     ours, theirs = (
         torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (run, alone)
     )
     assert ours["global_step"] == theirs["global_step"] == summary["steps"]
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for key, value in theirs["state_dict"].items():
         error = float((ours["state_dict"][key] - value).norm())
         assert error <= 1e-5 * float(value.norm()) + 1e-7, key
-    return summary
+    return summary, run
 
 
 @pytest.mark.slow
@@ -67,27 +71,32 @@ def test_two_ranks_of_a_node_stop_at_a_signal_with_the_checkpoint_of_one_process
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 1, err  # that of torchrun
-    summary = check_run(folder, tmp_path / "alone", "stopped")
+    summary, _ = check_run(folder, tmp_path / "alone", status="stopped")
     assert "SIGTERM" in summary["stopped_because"]
 
 
 @pytest.mark.slow
 def test_two_machines_that_shard_the_weights(tmp_path):
-    """Two torchruns on this one, of a rank each."""
+    """Two torchruns on this one, of a rank each; with all that a run does besides training."""
+    folder, more = tmp_path / "runs", ["preflight.on_fault=error"]
+    words = ["model=llama", "model.d_model=16", "model.d_ff=16", "gradients.report_every=2",
+             "test=true", "data.source.test_documents=8"]  # fmt: skip
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = {"HOST": "127.0.0.1", "PORT": str(port)}
+        address = {"HOST": "127.0.0.1", "PORT": str(probe.getsockname()[1])}
     nodes = [
-        start(
-            tmp_path / "runs", "torchrun --nnodes=2", replaced=address | {"rank=0": f"rank={rank}"}
-        )
-        for rank in (0, 1)
+        start(folder, "torchrun --nnodes=2", *words, *more, replaced=address | {"rank=0": rank})
+        for rank in ("rank=0", "rank=1")
     ]
     ended = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], ended
     assert [out.count("written to") for out, _ in ended] == [1, 0]
-    assert check_run(tmp_path / "runs", tmp_path / "alone")["steps"] == 6
+    summary, run = check_run(folder, tmp_path / "alone", *words)
+    assert summary["steps"] == 6 and {"test/loss", "gradient/model.blocks.0"} <= summary.keys()
+    assert summary["preflight/audited"] and summary["preflight/faults"] == []
+    module, tokenizer, _ = restore(run / "checkpoints/last.ckpt")
+    assert module.model.lm_head.weight is module.model.token_embedding.weight
+    assert len(generate_text(module, tokenizer, "a", 8)) == 1
 
 
 @pytest.mark.slow
