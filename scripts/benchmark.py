@@ -3,6 +3,7 @@
 python scripts/benchmark.py layouts    real tokens per second of each layout, on docstrings
 python scripts/benchmark.py loss       seconds and peak memory of head and loss, whole and in chunks
 python scripts/benchmark.py peers --nanogpt FOLDER     beside other people's models (peers.py)
+python scripts/benchmark.py gpu --device cuda --nanogpt FOLDER     model=llama_124m beside GPT-2
 python scripts/benchmark.py text data.path=FILE.txt    experiment=text_cpu beside nanoGPT's recipe
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from causal_lm import cli, config
+from causal_lm.report.files import write_json
 from causal_lm.report.table import table
 
 
@@ -197,54 +199,32 @@ class _PeakMemory:
 
 
 def text(args: argparse.Namespace) -> None:
-    """Train both to the end, in turns; the clock of each runs only in its own turns."""
-    import lightning as L
-    from nanogpt_baseline import NanoGPTBaseline
+    """Seconds and loss of ``experiment=text_cpu`` beside nanoGPT's recipe."""
+    from nanogpt_baseline import compare
 
-    from causal_lm.build import make_trainer, prepare
-    from causal_lm.callbacks.run_statistics import RunStatistics
-
-    cfg = config.load(
-        ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
-    )
-    data, corpus, module = prepare(cfg)
-    baseline = NanoGPTBaseline(corpus.train.tokens, corpus.val.tokens, args.baseline_steps)
-
-    class Turns(L.Callback):
-        def on_train_batch_end(self, trainer, *_) -> None:
-            turn, rest = divmod(trainer.global_step * args.rounds, trainer.max_steps)
-            if rest < args.rounds:
-                baseline.advance(args.baseline_steps * turn // args.rounds)
-
-    run_statistics = RunStatistics()
-    callbacks = [run_statistics, Turns()]
-    trainer = make_trainer(cfg, callbacks=callbacks, enable_checkpointing=False)
-    trainer.fit(module, data)
-    (figures,) = trainer.validate(module, data, verbose=False)
-    ours, theirs = run_statistics.seconds_train - baseline.seconds, baseline.seconds
-    rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
-    for name, model, steps, seconds, nats in (
-        ("nanoGPT's recipe", baseline.model, args.baseline_steps, theirs, baseline.loss()),
-        ("text_cpu", module.model, trainer.global_step, ours, figures["val/loss"]),
-    ):
-        size = sum(p.numel() for _, p in model.named_parameters())
-        rows.append([name, f"{size:,}", f"{steps:,}", f"{1000 * seconds / steps:.1f}",
-                     f"{seconds:.1f}", f"{nats:.3f}"])  # fmt: skip
-    print(f"{table(rows)}\n\n1/{theirs / ours:.1f} of the time, {_machine('cpu')}")
+    compare(args, _machine("cpu"))
 
 
 def peers(args: argparse.Namespace) -> None:
     """Targets per second beside other people's models; ``--json`` keeps the figures."""
-    import json
-
     try:
         from peers import measure, table_of
     except ImportError as error:
         raise FileNotFoundError("scripts/peers.py is not part of this project") from error
 
-    result = measure(args.rounds, args.steps, args.nanogpt, _machine("cpu"))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _show(measure(args.rounds, args.steps, args.nanogpt, _machine("cpu")), table_of, args.json)
+
+
+def gpu(args: argparse.Namespace) -> None:
+    """Tokens per second and utilization beside nanoGPT's GPT-2; ``--json`` keeps the figures."""
+    from gpu_throughput import measure, table_of
+
+    _show(measure(args, _machine(args.device), _PeakMemory), table_of, args.json)
+
+
+def _show(result: dict[str, Any], table_of: Callable, path: Path | None) -> None:
+    if path is not None:
+        write_json(path, result)
     print(table_of(result))
 
 
@@ -270,16 +250,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layouts", "loss", "peers", "text"])
-    parser.add_argument("overrides", nargs="*", help="of train.py, for layouts and text")
+    parser.add_argument("what", choices=["layouts", "loss", "peers", "gpu", "text"])
+    parser.add_argument("overrides", nargs="*", help="of train.py, for layouts, gpu and text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--baseline-steps", type=int, default=2000, help="for text")
-    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py, for peers")
-    parser.add_argument("--json", type=Path, help="where to write the figures, for peers")
+    parser.add_argument("--target", type=float, help="for text: the time to so many nats a token")
+    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py, for peers, gpu")
+    parser.add_argument("--json", type=Path, help="where to write the figures, for peers, gpu")
+    sizes = parser.add_argument_group("for gpu")
+    sizes.add_argument("--row", type=int, default=1024, help="slots of a row")
+    sizes.add_argument("--batch", type=int, default=32, help="rows of a batch")
+    sizes.add_argument("--vocab", type=int, default=50304, help="ids")
+    sizes.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    sizes.add_argument("--compile", action="store_true", help="compile both models")
+    sizes.add_argument("--peak", type=float, help="TFLOP/s of the device, for its utilization")
     args = parser.parse_intermixed_args()
-    {"layouts": layouts, "loss": loss, "peers": peers, "text": text}[args.what](args)
+    globals()[args.what](args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ PARTS = {
     "examples": Part("examples/* docs/extending.md tests/test_examples.py", r"^'?examples\b"),
     "benchmarks": Part(
         "scripts/benchmark.py scripts/memory.py scripts/nanogpt_baseline.py tests/test_memory.py"
-        " tests/test_small_text.py", "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline",
+        " tests/test_small_text.py scripts/gpu_throughput.py tests/test_gpu_throughput.py",
+        "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline|gpu_throughput",
     ),
     "crashtest": Part("scripts/crashtest.py tests/test_crash.py", "crashtest"),
 }  # fmt: skip

@@ -5,14 +5,24 @@ head; 2,000 steps of 12 blocks of 64 characters; AdamW from 1e-3 down to 1e-4
 (https://github.com/karpathy/nanoGPT, "I only have a macbook").
 """
 
+import importlib.util
 import math
+import sys
 import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, ClassVar
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from causal_lm import config
+from causal_lm.build import make_trainer, prepare
+from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.data.documents import FileArray
+from causal_lm.report.table import table
 
 WIDTH, HEADS, LAYERS, BLOCK, BATCH = 128, 4, 4, 64, 12
 PEAK_LR, FINAL_LR, WARMUP_STEPS = 1e-3, 1e-4, 100
@@ -112,3 +122,74 @@ class NanoGPTBaseline:
             for x, y in zip(inputs.split(256), targets.split(256), strict=True)
         ]
         return float(torch.stack(nats).sum()) / targets.numel()
+
+
+def compare(args: Namespace, machine: str) -> None:
+    """Train both to the end, in turns; the clock of each runs only in its own turns. With
+    ``args.target``, both are evaluated after each turn, and the time to that loss is printed."""
+    cfg = config.load(
+        ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
+    )
+    data, corpus, module = prepare(cfg)
+    baseline = NanoGPTBaseline(corpus.train.tokens, corpus.val.tokens, args.baseline_steps)
+
+    class Turns(L.Callback):
+        start = seconds = 0.0  # of the training of text_cpu, and in which it does not train
+        passed: ClassVar[dict[str, str]] = {}
+
+        def on_train_batch_start(self, *_) -> None:
+            self.start = self.start or time.perf_counter()
+
+        def on_train_batch_end(self, trainer, *_) -> None:
+            turn, rest = divmod(trainer.global_step * args.rounds, trainer.max_steps)
+            if rest >= args.rounds:
+                return
+            started = time.perf_counter()
+            baseline.advance(args.baseline_steps * turn // args.rounds)
+            if args.target is not None:
+                ours = started - self.start - self.seconds
+                self._look("nanoGPT's recipe", baseline.seconds, baseline.loss())
+                self._look("text_cpu", ours, _validation_loss(module, data))
+            self.seconds += time.perf_counter() - started
+
+        def _look(self, name: str, seconds: float, nats: float) -> None:
+            if nats <= args.target:
+                self.passed.setdefault(name, f"{name} {seconds:.1f} s")
+
+    run_statistics, turns = RunStatistics(), Turns()
+    trainer = make_trainer(cfg, callbacks=[run_statistics, turns], enable_checkpointing=False)
+    trainer.fit(module, data)
+    (figures,) = trainer.validate(module, data, verbose=False)
+    ours, theirs = run_statistics.seconds_train - turns.seconds, baseline.seconds
+    rows = [["", "parameters", "steps", "ms a step", "seconds", "nats a token"]]
+    for name, model, steps, seconds, nats in (
+        ("nanoGPT's recipe", baseline.model, args.baseline_steps, theirs, baseline.loss()),
+        ("text_cpu", module.model, trainer.global_step, ours, figures["val/loss"]),
+    ):
+        size = sum(p.numel() for _, p in model.named_parameters())
+        rows.append([name, f"{size:,}", f"{steps:,}", f"{1000 * seconds / steps:.1f}",
+                     f"{seconds:.1f}", f"{nats:.3f}"])  # fmt: skip
+    print(f"{table(rows)}\n\n1/{theirs / ours:.1f} of the time, {machine}")
+    if args.target is not None:
+        found = ", ".join(turns.passed.values()) or "neither"
+        print(f"at most {args.target:g} nats a token, looked at {args.rounds} times: {found}")
+
+
+def _validation_loss(module: Any, data: Any) -> float:
+    """Nats per token over the validation split, as a run measures them."""
+    module.eval()
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            module.val_metric.update(module.token_nll(batch), batch.labels)
+    module.train()
+    nats = float(module.val_metric.compute()["loss"])
+    module.val_metric.reset()
+    return nats
+
+
+def load_nanogpt(folder: Path) -> Any:
+    """nanoGPT's ``model.py`` as a module; FileNotFoundError where the folder has none."""
+    spec: Any = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    nanogpt = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    return nanogpt

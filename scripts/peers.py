@@ -137,9 +137,9 @@ def _stream(tokens: Any) -> Iterator[Any]:
 
 
 def _nanogpt(folder: Path, vocab_size: int) -> tuple[Any, Callable]:
-    spec: Any = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    nanogpt = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
+    from nanogpt_baseline import load_nanogpt
+
+    nanogpt = load_nanogpt(folder)
     model = nanogpt.GPT(nanogpt.GPTConfig(
         block_size=ROW, vocab_size=vocab_size, n_layer=SIZES["layers"], n_head=SIZES["heads"],
         n_embd=SIZES["width"], dropout=0.0, bias=False,

@@ -84,11 +84,13 @@ def test_both_conventions_of_torch_layers(attention, convention):
     assert not torch.allclose(wrong.nan_to_num(), expected, atol=1e-3)
 
 
-def test_sequence_lengths_of_a_packed_batch():
+def test_boundaries_of_documents_and_of_pad():
     mask = AttentionMask.from_document_ids(torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]]))
-    cumulative, longest = mask.cu_seqlens()
-    assert cumulative.tolist() == [0, 2, 5, 9] and longest == 4
-    assert cumulative.dtype == torch.int32
+    assert mask.boundaries.tolist() == [0, 2, 5, 9, 10]
+    assert mask.boundaries.dtype == torch.int32
+    rows = torch.tensor([[-1, 0, 0], [0, 0, 0], [0, 0, 0]])  # the same id in another row
+    assert AttentionMask.from_document_ids(rows).boundaries.tolist() == [0, 1, 3, 6, 9]
+    assert (mask.map(lambda tensor: tensor + 1).boundaries == mask.boundaries + 1).all()
 
 
 def test_an_explicit_mask_replaces_the_rule():

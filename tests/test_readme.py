@@ -1,4 +1,4 @@
-"""Every command that the README and docs/howto.md print works as printed."""
+"""Every command that the README, docs/howto.md and docs/scaling.md print works as printed."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from support import ROOT
 
-PAGES = ["README.md", "docs/howto.md"]
+PAGES = ["README.md", "docs/howto.md", "docs/scaling.md"]
 BLOCKS = [
     block.splitlines()
     for page in PAGES

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from causal_lm.config import (
     ConfigError,
@@ -34,6 +34,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 log = logging.getLogger(__name__)
+TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"  # set by it; "True": ranks share its key-value store
 FULL_ERROR, USER_FULL_ERROR = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
 
 
@@ -107,6 +108,8 @@ class ValidateConfig(Callback):
             validate(config)
             if not config.hydra.run.dir:
                 raise ConfigError("hydra.run.dir must be the path of a directory, not ''")
+            if os.environ.get(TORCHRUN) == "True":
+                _share_directory(config.hydra)
             if is_rank_zero():
                 claim_directory(Path(config.hydra.run.dir))
 
@@ -116,7 +119,23 @@ class ValidateConfig(Callback):
         # The command line comes last, as it overrides the sweeper's own axes.
         overrides = [*(f"{key}={axis}" for key, axis in axes.items()), *given.hydra, *given.task]
         with _bypass_hydra():
+            if TORCHRUN in os.environ:
+                todo = "start it without torchrun, and set trainer.devices"
+                raise ConfigError(f"under torchrun, each rank would run the whole sweep: {todo}")
             validate_sweep(overrides, config.hydra.job.config_name)
+
+
+def _share_directory(hydra_cfg: DictConfig) -> None:
+    """Under torchrun, set the directory of the first rank: each rank has composed one of its own,
+    with the current time. (Lightning passes it on to the ranks that it starts.)"""
+    from torch.distributed import rendezvous  # slow to load
+
+    store, rank, _ = next(rendezvous("env://"))
+    if rank == 0:
+        store.set("causal_lm_run_dir", hydra_cfg.run.dir)
+    with read_write(hydra_cfg):
+        hydra_cfg.run.dir = store.get("causal_lm_run_dir").decode()
+        hydra_cfg.job.name += f"_rank_{rank}" * (rank > 0)  # the name of its log
 
 
 def job(cfg: DictConfig) -> float:

@@ -5,6 +5,7 @@ values. Imports neither torch nor lightning, so that a misspelled key is reporte
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -281,6 +282,12 @@ def _check_combinations(v: Mapping[str, Any]) -> None:
             )
     if any("StochasticWeightAveraging" in str(value) for value in v.values()):
         raise ConfigError("StochasticWeightAveraging replaces the schedule: use EMAWeightAveraging")
+    if str(v.get("trainer.strategy")).startswith("fsdp"):
+        reason = "clips each rank's part of the gradient by itself"
+        raise ConfigError(f"trainer.strategy=fsdp {reason}: type trainer=fsdp")
+    is_sharded = str(v.get("trainer.strategy._target_")).startswith("causal_lm.")
+    if is_sharded and any(str(value).endswith("WeightAveraging") for value in v.values()):
+        raise ConfigError("trainer=fsdp cannot average weights: remove callbacks=ema")
     if v.get("data.val_share", 0) + v.get("data.test_share", 0) >= 1:
         raise ConfigError("data.val_share and data.test_share leave no document for training")
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):

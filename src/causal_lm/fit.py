@@ -30,6 +30,7 @@ from causal_lm.report.files import is_rank_zero
 from causal_lm.report.samples import SampleStatistics
 from causal_lm.report.table import LEAKS_BELOW, run_table
 from causal_lm.run_dir import RunDir
+from causal_lm.sharding import load_weights
 from causal_lm.signals import StoppedRun, requeue
 
 log = logging.getLogger(__name__)
@@ -159,13 +160,13 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     summary["checkpoint/last"] = f"step {trainer.global_step}: the end of the run"
     summary |= _compare_with_floor(corpus, figures)
     stop.at_once = True  # the checkpoints are written
+    summary |= final_samples(module, corpus, run_dir.path if is_rank_zero() else None, **final)
     if trainer.is_global_zero:
         summary |= checkpoint.figures(best, stable)
-        summary |= final_samples(module, corpus, run_dir.path, **final)
         files.send(trainer)
     if cfg.get("test"):
         saved = read_checkpoint(best.path if best.lowest < math.inf else last.path)
-        module.load_state_dict(saved["state_dict"])
+        load_weights(module, saved["state_dict"])
         (tested,) = trainer.test(module, data, verbose=False) or [{}]
         summary |= {**tested, "test/step": saved["global_step"]}
     ratio = summary["val/ppl_over_floor"]

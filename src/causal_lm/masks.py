@@ -47,6 +47,9 @@ class AttentionMask:
     document_ids: Tensor  # (B, T) document of each slot within its row, -1 at PAD
     plain_causal: bool  # one document per row, PAD on the right: ``is_causal`` says the same
     document_lengths: tuple[int, ...]  # of each document, row by row, PAD left out
+    boundaries: Tensor
+    """int32 (R + 1,): the first of the B·T slots of each run of one document, or of PAD, and B·T;
+    the cumulative lengths that variable-length kernels take."""
     dense: Tensor | None = None  # bool (B, T, T) that replaces the rule (used by pitfalls only)
 
     @classmethod
@@ -61,14 +64,17 @@ class AttentionMask:
         ids = document_ids.cpu()
         same = ids[:, 1:] == ids[:, :-1]
         starts = F.pad(~same, (1, 0), value=True).flatten().nonzero().flatten()
-        lengths = starts.diff(append=starts.new_tensor([ids.numel()]))[ids.flatten()[starts] >= 0]
+        boundaries = F.pad(starts, (0, 1), value=ids.numel())
+        lengths = boundaries.diff()[ids.flatten()[starts] >= 0]
         plain = bool((same | (ids[:, 1:] < 0)).all())
-        return cls(document_ids, plain, tuple(lengths.tolist()))
+        where = boundaries.to(document_ids.device, torch.int32)
+        return cls(document_ids, plain, tuple(lengths.tolist()), where)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "AttentionMask":
         """The same mask with ``move`` applied to its tensors (to another device, say)."""
         dense = None if self.dense is None else move(self.dense)
-        return replace(self, document_ids=move(self.document_ids), dense=dense)
+        ids, boundaries = move(self.document_ids), move(self.boundaries)
+        return replace(self, document_ids=ids, boundaries=boundaries, dense=dense)
 
     def with_dense(self, dense: Tensor) -> "AttentionMask":
         """This mask, with bool (B, T, T) ``dense`` used instead of the document rule."""
@@ -86,9 +92,3 @@ class AttentionMask:
         """Float (B, T, T) to add to attention scores: 0 where allowed, -inf where masked out."""
         masked_out = self.to_masked_out()
         return torch.zeros_like(masked_out, dtype=dtype).masked_fill_(masked_out, float("-inf"))
-
-    def cu_seqlens(self) -> tuple[Tensor, int]:
-        """What variable-length kernels take for the D documents laid end to end, without PAD:
-        their cumulative lengths, int32 (D + 1,) on the CPU, and the longest one."""
-        lengths = torch.tensor((0, *self.document_lengths), dtype=torch.int32)
-        return lengths.cumsum(0, dtype=torch.int32), max(self.document_lengths)

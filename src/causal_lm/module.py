@@ -23,6 +23,7 @@ from causal_lm.objective import LossConfig
 from causal_lm.optim.parameter_groups import ParameterGroups, describe_groups, parameter_groups
 from causal_lm.optim.schedules import Factor
 from causal_lm.schema import is_float16
+from causal_lm.sharding import shard, whole
 
 log = logging.getLogger(__name__)
 TRAINING_STATE = "causal_lm_training"  # key of a checkpoint, see CausalLM.on_save_checkpoint
@@ -116,7 +117,8 @@ class CausalLM(L.LightningModule):
     ) -> None:
         """Clip by the global norm and log it; skip the step where loss or norm is not finite."""
         micro_batches = self.accumulator.clear()
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
         finite = self.loss_is_finite and bool(torch.isfinite(norm))
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # sharded norms may differ
             by_scaler = self.loss_is_finite and is_float16(self.trainer.precision)
@@ -194,7 +196,12 @@ class CausalLM(L.LightningModule):
         self.log_dict({f"test/{k}": v.float() for k, v in self.val_metric.compute().items()})
         self.val_metric.reset()
 
-    # ---- optimizer, schedule, checkpoint ----
+    # ---- sharding, optimizer, schedule, checkpoint ----
+
+    def configure_model(self) -> None:
+        """Under trainer=fsdp, shard the weights over all ranks."""
+        if self.device_mesh is not None:
+            shard(self.model)
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"

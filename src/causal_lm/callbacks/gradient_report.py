@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from causal_lm.nonfinite import layer_of
+from causal_lm.sharding import whole
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def layer_figures(
     names, weights, gradients, befores = map(list, zip(*found, strict=True))
     norms = (*torch._foreach_norm(gradients, 1), *torch._foreach_norm(befores),
              *torch._foreach_norm(torch._foreach_sub(weights, befores)))  # fmt: skip
-    table = torch.stack([n.float() for n in norms]).view(3, -1).T.tolist()  # one synchronization
+    table = torch.stack([whole(n).float() for n in norms]).view(3, -1).T.tolist()  # synchronizes
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for name, parameter, (absolute, weight, update) in zip(names, weights, table, strict=True):
         for i, value in enumerate((absolute, parameter.numel(), update**2, weight**2)):

@@ -1,12 +1,14 @@
 """The preflight of a configured run, as a Lightning callback."""
 
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from causal_lm.data.tokenizers import Tokenizer, show_token
+from causal_lm.sharding import FullyShardedStrategy
 from causal_preflight import lightning
 
 WHERE_TO_LOOK = {  # label of a fault -> key or file to change, unless a pitfall explains it
@@ -18,9 +20,22 @@ WHERE_TO_LOOK = {  # label of a fault -> key or file to change, unless a pitfall
     "position": "model, or data/collate.py",
 }
 
+BATCHES = 11  # within which the preflight finds one that has a target, or gives up
+
 
 class Preflight(lightning.Preflight):
     """:class:`causal_preflight.lightning.Preflight` with metrics for ``summary.json``."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Audit weights that will be sharded before they are, as rank zero does it alone. They are
+        those of step 0, and its device must hold them all."""
+        strategy = trainer.strategy
+        is_sharded = isinstance(strategy, FullyShardedStrategy)
+        if is_sharded and stage == "fit" and self.on_fault != "off":
+            pl_module.to(strategy.root_device)
+            batches = map(strategy.batch_to_device, trainer.datamodule.train_dataloader())
+            for number, batch in enumerate(islice(batches, BATCHES)):
+                self.on_train_batch_start(trainer, pl_module, batch, number)
 
     def figures(self) -> dict[str, Any]:
         """``preflight/*`` and ``seconds/preflight``; empty if the preflight did not run."""

@@ -32,12 +32,14 @@ def sample_unconditional(
 
 
 def final_samples(
-    module: L.LightningModule, corpus: Corpus, directory: Path, *, shown: int, **options: Any
+    module: L.LightningModule, corpus: Corpus, directory: Path | None, *, shown: int, **options: Any
 ) -> dict[str, float | None]:
-    """Write samples to ``samples.txt``, print the first ones, return ``sample/*`` figures."""
+    """Write samples to ``samples.txt`` of ``directory``, unless that is None, and print the first
+    ones; return ``sample/*`` figures. All ranks must call it, since sharded weights need it."""
     rows, figures = sample_unconditional(module.eval(), corpus, **options)
-    write_text(directory / "samples.txt", format_samples(rows, corpus.tokenizer, figures))
-    print(format_samples(rows[:shown], corpus.tokenizer))
+    if directory is not None:
+        write_text(directory / "samples.txt", format_samples(rows, corpus.tokenizer, figures))
+        print(format_samples(rows[:shown], corpus.tokenizer))
     names = ("legal_rate", "pad_eos_share", "repeat_share")
     return {f"sample/{name}": getattr(figures, name) for name in names}
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from causal_lm.masks import AttentionMask
@@ -72,7 +73,8 @@ class TokenSmear(nn.Module):
 
 
 # Which keys a query may see: True in bool (B, 1, T, S); or all earlier ones of its document, of
-# which one row of T positions holds those of these lengths; None: all earlier ones.
+# which one row of T positions holds those of these lengths, or all rows those between the
+# boundaries, int32 (R + 1,); None: all earlier ones.
 Visible = Tensor | tuple[int, ...] | None
 
 
@@ -91,6 +93,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, **options)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+
+
+def attend_between(boundaries: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (B, H, T, D) within each document, by the ``boundaries`` of an AttentionMask."""
+    length = q.shape[2]  # no document is longer; a constant, so that torch.compile compiles once
+    q, k, v = (part.to(v.dtype).transpose(1, 2).flatten(0, 1) for part in (q, k, v))  # (B T, H, D)
+    x: Any = varlen_attn(q, k, v, boundaries, boundaries, length, length, window_size=(-1, 0))
+    return x.unflatten(0, (-1, length)).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -119,7 +129,8 @@ class Attention(nn.Module):
         if isinstance(visible, Tensor):
             # With a mask, CUDA has no fast kernel that groups queries: repeat keys and values.
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for part in (k, v))
-            x = attend(q, k, v, attn_mask=visible)
+            is_dense = visible.dtype == torch.bool
+            x = attend(q, k, v, attn_mask=visible) if is_dense else attend_between(visible, q, k, v)
         else:  # plain causal, in the whole row or in each of its documents
             lengths, gqa = visible or q.shape[2], self.n_heads > self.n_kv_heads
             documents = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
@@ -179,6 +190,14 @@ def _by_document(mask: AttentionMask) -> bool:
         return False
     lengths = mask.document_lengths
     return sum(lengths) > MEAN_DOCUMENT * len(lengths) and not torch.compiler.is_compiling()
+
+
+def _has_varlen_kernel(weight: Tensor, d_head: int) -> bool:
+    """Whether :func:`attend_between` can run: in half precision, on a GPU from NVIDIA's A100 on."""
+    is_mixed = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if is_mixed else weight.dtype
+    fits = dtype in (torch.bfloat16, torch.float16) and d_head % 8 == 0 and d_head <= 256
+    return fits and weight.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
 
 
 class Decoder(BaseCausalModel):
@@ -250,7 +269,7 @@ class Decoder(BaseCausalModel):
             states = found.new_zeros(*real.shape, found.shape[2])
             states[real] = found[0]
             return states
-        visible = self._attn_mask(input_ids, attention_mask, 0 if cache is None else len(cache))
+        visible = self._visible(input_ids, attention_mask, 0 if cache is None else len(cache))
         return self._blocks(input_ids, position_ids, visible, cache)
 
     def _blocks(
@@ -268,11 +287,14 @@ class Decoder(BaseCausalModel):
                 x = block(x, *context)
         return self.final_norm(x)
 
-    @staticmethod
-    def _attn_mask(input_ids: Tensor, attention_mask: Mask, cached: int) -> Tensor | None:
-        """bool (B or 1, 1, T, S), one for all heads; None where ``is_causal`` says the same."""
-        length = input_ids.shape[1]
+    def _visible(self, input_ids: Tensor, attention_mask: Mask, cached: int) -> Tensor | None:
+        """bool (B or 1, 1, T, S), one for all heads; boundaries where a kernel takes them; None
+        where ``is_causal`` says the same."""
+        length, d_head = input_ids.shape[1], self.sizes["d_model"] // self.sizes["n_heads"]
         if attention_mask is not None and not attention_mask.plain_causal:
+            is_rule = attention_mask.dense is None and not cached
+            if is_rule and _has_varlen_kernel(self.lm_head.weight, d_head):
+                return attention_mask.boundaries
             return attention_mask.to_dense()[:, None, -length:]
         if not cached:
             return None
