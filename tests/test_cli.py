@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from causal_lm import cli
 from causal_lm.signals import StoppedRun
@@ -71,7 +72,7 @@ def test_the_command_of_a_job_has_its_directory_and_its_sampled_values(tmp_path,
     directory = tmp_path / "it's a [b]=é" / "0_fix"
     runtime = SimpleNamespace(config_sources=[], cwd="/where/it/was/typed")
     hydra_cfg = SimpleNamespace(
-        job=SimpleNamespace(config_name="train"), overrides=SimpleNamespace(task=["seed=1"]),
+        job=SimpleNamespace(config_name="train"), overrides=OmegaConf.create({"task": ["seed=1", "data.name='${y}'"]}),
         runtime=runtime,
     )  # fmt: skip
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra_cfg)

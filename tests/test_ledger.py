@@ -27,7 +27,7 @@ def job(folder, number=0, *overrides, sweep="sweep"):
     return SimpleNamespace(
         runtime=SimpleNamespace(cwd=str(folder), output_dir=str(folder / sweep / f"{number}_fix")),
         sweep=SimpleNamespace(dir=sweep), job=SimpleNamespace(num=number),
-        overrides=SimpleNamespace(task=list(overrides)),
+        overrides=OmegaConf.create({"task": list(overrides)}),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -114,10 +114,14 @@ class ValidateConfig(Callback):
                 claim_directory(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        given = config.hydra.overrides
+        given: Any = OmegaConf.to_container(config.hydra.overrides)  # interpolations as typed
         axes = OmegaConf.select(config, "hydra.sweeper.params") or {}
         # The command line comes last, as it overrides the sweeper's own axes.
-        overrides = [*(f"{key}={axis}" for key, axis in axes.items()), *given.hydra, *given.task]
+        overrides = [
+            *(f"{key}={axis}" for key, axis in axes.items()),
+            *given["hydra"],
+            *given["task"],
+        ]
         with _bypass_hydra():
             validate_sweep(overrides, config.hydra.job.config_name)
             Ledger(config.get("ledger"), config.hydra)
@@ -207,7 +211,7 @@ def _command(raw: Any, config: Any, directory: Path) -> list[str]:
     sources = hydra_cfg.runtime.config_sources
     command.append("hydra.mode=RUN")  # a configuration may say MULTIRUN
     command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
-    command += hydra_cfg.overrides.task
+    command += cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task))  # as typed
     values = {k: v for k, v in leaves(config) if k == "ckpt_path" or "${" in str(given.get(k))}
     for key, value in {**values, "hydra.run.dir": str(directory)}.items():
         if isinstance(value, str):

@@ -19,6 +19,7 @@ from re import fullmatch
 from typing import Any
 
 from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
 
 from causal_lm.config import ConfigError, leaves
 from causal_lm.report import files
@@ -118,7 +119,8 @@ class Ledger:
             free = (path for path in chain([own], beside) if not _names(path))
             directory = self._absolute(row[0]) if row else next(free)
             files.claim_directory(directory, ignored=files.HYDRA_FILES)
-            texts = (json.dumps(x, default=str) for x in ([*hydra.overrides.task], settings))
+            overrides = OmegaConf.to_container(hydra.overrides.task)  # interpolations as typed
+            texts = (json.dumps(each, default=str) for each in (overrides, settings))
             run = [key, os.path.relpath(directory, self.folder), *texts]
             database.execute("REPLACE INTO runs VALUES (?, ?, ?, ?)", run)
         return directory
