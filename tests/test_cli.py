@@ -72,8 +72,8 @@ def test_the_command_of_a_job_has_its_directory_and_its_sampled_values(tmp_path,
     directory = tmp_path / "it's a [b]=é" / "0_fix"
     runtime = SimpleNamespace(config_sources=[], cwd="/where/it/was/typed")
     hydra_cfg = SimpleNamespace(
-        job=SimpleNamespace(config_name="train"), overrides=OmegaConf.create({"task": ["seed=1", "data.name='${y}'"]}),
-        runtime=runtime,
+        job=SimpleNamespace(config_name="train"), runtime=runtime,
+        overrides=OmegaConf.create({"task": ["seed=1", "data.name='${y}'"]}),
     )  # fmt: skip
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra_cfg)
     raw = {"seed": 1, "ckpt_path": None, "optimizer": {"lr": "${random:}", "fused": "${x}"},

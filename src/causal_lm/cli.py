@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from causal_lm.config import (
 )
 from causal_lm.ledger import Ledger, outcome, replace_text, settings_of
 from causal_lm.report.files import claim_directory, is_rank_zero, read_summary, write_json
+from causal_lm.report.table import sweep_table
 from causal_lm.signals import STOP_SIGNALS, StoppedRun, stop_at_once
 
 # Read when torch loads: waiting OpenMP threads spin briefly, then sleep. Endless spinning, the
@@ -117,14 +119,27 @@ class ValidateConfig(Callback):
         given: Any = OmegaConf.to_container(config.hydra.overrides)  # interpolations as typed
         axes = OmegaConf.select(config, "hydra.sweeper.params") or {}
         # The command line comes last, as it overrides the sweeper's own axes.
-        overrides = [
-            *(f"{key}={axis}" for key, axis in axes.items()),
-            *given["hydra"],
-            *given["task"],
-        ]
+        overrides = [f"{key}={axis}" for key, axis in axes.items()]
         with _bypass_hydra():
-            validate_sweep(overrides, config.hydra.job.config_name)
-            Ledger(config.get("ledger"), config.hydra)
+            name = config.hydra.job.config_name
+            validate_sweep([*overrides, *given["hydra"], *given["task"]], name)
+
+
+class SweepTable(Callback):
+    """Print one row per job at the end of a sweep, for any launcher, from its ledger."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        with _bypass_hydra():
+            self._ledger, self._started = Ledger(config.get("ledger"), config.hydra), time.time()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table; exit with code 1 where a job failed, after all of them have run."""
+        with _bypass_hydra():
+            runs = list(self._ledger.summaries(since=self._started))
+        where = f"written below {config.hydra.sweep.dir}, and listed in {self._ledger.path}"
+        print(f"\n{sweep_table(runs)}\n\n{where}")
+        if any(run["status"] in ("failed", "interrupted") for run in runs):
+            sys.exit(1)
 
 
 def job(cfg: DictConfig) -> float:
@@ -149,8 +164,7 @@ def _run_in_sweep(cfg: DictConfig, own_directory: Path) -> dict[str, Any]:
     ledger = Ledger(cfg.get("ledger"), hydra_cfg)
     directory = ledger.claim(settings_of(config, own_directory), hydra_cfg)
     summary = outcome(directory)
-    to_do = ("failed", "interrupted") if is_rank_zero() else ("failed", "interrupted", "running")
-    if summary["status"] not in to_do:
+    if summary["status"] not in ("failed", "interrupted"):
         log.info(f"{directory} is {summary['status']}: nothing to do")
         return summary
     for handler in logging.getLogger().handlers:

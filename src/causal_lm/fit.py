@@ -131,8 +131,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stop.checkpoint = last = StepCheckpoint(run_dir.checkpoints / "last.ckpt", **options)
     files = RunFiles(run_dir.path, metadata.config)
     callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last, files]
-    settings = settings_of(metadata.config, run_dir.path)
-    callbacks.append(LambdaCallback(setup=partial(_compare_ranks, settings)))
+    compare = partial(_compare_ranks, settings_of(metadata.config, run_dir.path))
+    callbacks.append(LambdaCallback(setup=compare))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
@@ -211,15 +211,13 @@ def _prepare(
 def _compare_ranks(settings: dict[str, Any], trainer: Any, *_: Any, **__: Any) -> None:
     """Raise ConfigError on all ranks where one has other settings than rank zero, as by an
     environment variable or a random choice."""
-    ranks: list[Any] = [own := {key: repr(value) for key, value in leaves(settings)}]
+    ranks: list[Any] = [{key: repr(value) for key, value in leaves(settings)}] * trainer.world_size
     if trainer.world_size > 1:
-        ranks *= trainer.world_size
-        torch.distributed.all_gather_object(ranks, own)
+        torch.distributed.all_gather_object(ranks, ranks[0])
     for rank, other in enumerate(ranks):
         if keys := [k for k in {**ranks[0], **other} if ranks[0].get(k) != other.get(k)]:
             named = ", ".join(f"{k}={other.get(k)}, not {ranks[0].get(k)}" for k in keys[:3])
-            differs = f"rank {rank} differs from rank 0 in {len(keys)} keys: {named}"
-            raise ConfigError(f"{differs}; give all ranks the same values")
+            raise ConfigError(f"rank {rank} differs from rank 0 in {len(keys)} keys: {named}")
 
 
 def _compare_with_floor(corpus: Corpus, figures: dict[str, float]) -> dict[str, float]:

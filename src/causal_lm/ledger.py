@@ -12,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from itertools import chain, count
 from pathlib import Path
 from re import fullmatch
@@ -72,12 +72,14 @@ def outcome(directory: Path) -> dict[str, Any]:
     by_signal = str(summary["stopped_because"]).startswith("signal ")
     if summary["status"] in ("finished", "stopped") and not by_signal:
         return summary
-    try:
-        with FileLock(marker, timeout=0) if marker.exists() else nullcontext():
-            status = "failed" if summary["status"] == "failed" else "interrupted"
-    except Timeout:
-        status = "running"
-    return defaultdict(lambda: None, {**summary, "status": status})
+    summary["status"] = "failed" if summary["status"] == "failed" else "interrupted"
+    if marker.exists() and files.is_rank_zero():  # for another rank, it is the same run
+        try:
+            with FileLock(marker, timeout=0):
+                pass
+        except Timeout:
+            summary["status"] = "running"
+    return summary
 
 
 class Ledger:
@@ -125,7 +127,7 @@ class Ledger:
             database.execute("REPLACE INTO runs VALUES (?, ?, ?, ?)", run)
         return directory
 
-    def summaries(self, since: float | None = None) -> list[dict[str, Any]]:
+    def summaries(self, since: float | None = None) -> Iterator[dict[str, Any]]:
         """The :func:`outcome` of each run; or of each job that this sweep has asked for ``since``.
 
         Each has the ``name``, ``directory``, ``overrides`` and ``settings`` of its run besides.
@@ -136,13 +138,10 @@ class Ledger:
             given = [self.sweep, since]
         with self._open() as database:
             rows = database.execute(query, given).fetchall()
-        found = []
-        for place, *texts in rows:
+        for place, overrides, config in rows:
             run = outcome(directory := self._absolute(place))
             run |= {"name": directory.name, "directory": directory}
-            run |= zip(("overrides", "settings"), map(json.loads, texts), strict=True)
-            found.append(run)
-        return found
+            yield run | {"overrides": json.loads(overrides), "settings": json.loads(config)}
 
     def _absolute(self, place: str) -> Path:
         return Path(os.path.normpath(self.folder / place))

@@ -105,15 +105,15 @@ def common_cells(s: dict[str, Any]) -> list[str]:
 def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
     """One row per run, for a terminal: the overrides in which not all are alike, if they are known,
     and the figures, or the status of a run that has none."""
-    given = [dict(word.lstrip("+").partition("=")[::2] for word in s.get("overrides") or [])
-             for s in summaries]  # fmt: skip
-    swept = [key for key in dict.fromkeys(key for each in given for key in each)
-             if len({each.get(key) for each in given}) > 1]  # fmt: skip
+    words = [[w.lstrip("+").partition("=") for w in s.get("overrides") or []] for s in summaries]
+    given = [{key: value for key, _, value in each} for each in words]
+    keys = dict.fromkeys(key for each in given for key in each)
+    swept = [key for key in keys if len({each.get(key) for each in given}) > 1]
     rows = [["run", *swept, "train/loss", "val/loss", "over floor", "legal", "PAD+EOS", "preflight",
              "seconds"]]  # fmt: skip
     for s, overrides in zip(summaries, given, strict=True):
         values = [f"{overrides.get(key, '–'):.30}" for key in swept]
-        if s.get("val/loss") is None:
+        if s.get("val/loss") is None or s.get("status") in ("failed", "interrupted", "running"):
             cells = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - len(values) - 2)]
         else:
             cells = [*common_cells(s), f"{s['seconds/total']:.0f}"]
