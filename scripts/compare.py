@@ -1,6 +1,7 @@
 """Compare finished runs in a table.
 
 python scripts/compare.py runs/sweep/…                         prints it
+python scripts/compare.py runs/sweep/…/ledger.sqlite           with the swept values
 python scripts/compare.py runs/sweep/… --into docs/pitfalls.md  replaces the table of a page
 python scripts/compare.py runs/sweep/… --html compare.html      writes a page with pictures
 """
@@ -12,7 +13,6 @@ from typing import Any
 
 from causal_lm import cli
 from causal_lm.report.files import write_text
-from causal_lm.report.sweep import job_order, read_summaries
 from causal_lm.report.table import common_cells, sweep_table
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of runs or sweeps")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, help="folders of runs or sweeps, and ledgers"
+    )
     parser.add_argument(
         "--into", type=Path, metavar="PAGE", help=f"replace what is between {BEGIN} and {END}"
     )
@@ -39,14 +41,17 @@ def main() -> None:
         "--pictures", type=Path, metavar="FOLDER", help="with --html: pictures as PNG and SVG"
     )
     args = parser.parse_args()
-    found = {path for folder in args.folders for path in folder.rglob("summary.json")}
-    summaries = read_summaries(found)
-    if not summaries:
-        raise FileNotFoundError(f"no summary.json found below {', '.join(map(str, args.folders))}")
-    if args.html is not None:
-        from compare_page import page, read_groups
+    from compare_runs import group, read_runs
 
-        write_text(args.html, page(read_groups(job_order(found)), args.pictures))
+    runs = read_runs(args.paths)
+    summaries = [run.summary for run in runs]
+    if not runs:
+        raise FileNotFoundError(f"no summary.json found below {', '.join(map(str, args.paths))}")
+    if args.html is not None:
+        from compare_page import page
+
+        measured = group(run for run in runs if run.summary["val/loss"] is not None)
+        write_text(args.html, page(measured, args.pictures))
     if args.into is None:
         print(sweep_table(summaries))
         return

@@ -1,164 +1,20 @@
 """One self-contained HTML page, and PNGs, of finished runs, with matplotlib."""
 
-import csv
 import io
-import json
 import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from causal_lm.config import leaves
-from causal_lm.report.files import read_summary, write_text
+from compare_runs import Group, differences, is_better
+
+from causal_lm.report.files import write_text
 from causal_lm.report.table import number, percent
 
 REPORTED, TRUE, FLOOR, INK = "#d9822b", "#3b7dd8", "#7a8791", "#010203"  # INK becomes the page's
-EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of the bins of positions and lengths
-MAX_BATCHES = 20  # of the validation data, for the losses by position and length
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t for a two-sided interval of 95 %, by degrees of freedom from 1 on."""
-NOT_SETTINGS = ("seed", "ckpt_path", "hydra")
-
-
-@dataclass
-class Run:
-    """What a finished run has left in its directory."""
-
-    path: Path
-    summary: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)  # by dotted key
-
-    @classmethod
-    def read(cls, path: Path) -> "Run":
-        """Read a ``summary.json`` and the ``config.yaml`` beside it."""
-        from omegaconf import OmegaConf
-
-        config: Any = OmegaConf.to_container(OmegaConf.load(path.with_name("config.yaml")))
-        kept = {k: v for k, v in leaves(config)
-                if k.split(".")[0] not in NOT_SETTINGS and not k.endswith(".seed")}  # fmt: skip
-        return cls(path.parent, read_summary(path), kept)
-
-    @property
-    def key(self) -> str:
-        """Equal for runs that differ in nothing but their seed."""
-        return json.dumps(self.settings, sort_keys=True, default=str)
-
-    def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one column of ``metrics.csv``."""
-        with (self.path / "metrics.csv").open(encoding="utf-8", newline="") as file:
-            rows = [(int(r["step"]), float(r[name])) for r in csv.DictReader(file) if r.get(name)]
-        return [step for step, _ in rows], [value for _, value in rows]
-
-    @property
-    def pictures(self) -> dict[str, Any]:
-        """What the preflight saw, ``alignment`` and ``visibility``; empty without a preflight."""
-        path = self.path / "preflight.json"
-        return json.loads(path.read_text("utf-8")).get("pictures", {}) if path.is_file() else {}
-
-    @property
-    def samples(self) -> str:
-        """The first texts that the trained model wrote."""
-        path = self.path / "samples.txt"
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        return "\n".join(text.partition("--- 1\n")[2].splitlines()[:5])
-
-
-@dataclass
-class Group:
-    """Runs of one configuration, which differ in their seeds."""
-
-    name: str
-    runs: list[Run]
-
-    @property
-    def first(self) -> Run:
-        return self.runs[0]
-
-    def interval(self, key: str) -> tuple[float, float]:
-        """Mean over the seeds, and half of its interval of 95 % (NaN for a single seed)."""
-        values = [r.summary[key] for r in self.runs if r.summary[key] is not None]
-        if not values:
-            return math.nan, math.nan
-        if len(values) < 2:
-            return values[0], math.nan
-        t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 2.0
-        return statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5
-
-    @cached_property
-    def losses(self) -> dict[str, dict[int, float]]:
-        """Nats per token by position in the document and by its length, in bins, of the model of
-        the first seed on the validation data; empty without a checkpoint."""
-        path = self.first.path / "checkpoints/last.ckpt"
-        return _losses(path) if path.is_file() else {}
-
-
-def group(runs: Iterable[Run]) -> list[Group]:
-    """Runs by configuration; each group is named by its preset, and by what else tells it apart."""
-    by_key: dict[str, list[Run]] = {}
-    for run in runs:
-        by_key.setdefault(run.key, []).append(run)
-    groups = [Group(run[0].summary["experiment"] or run[0].path.name, run)
-              for run in by_key.values()]  # fmt: skip
-    presets: dict[str, list[Group]] = {}
-    for g in groups:
-        presets.setdefault(g.name, []).append(g)
-    for alike in presets.values():
-        every = [g.first.settings for g in alike]
-        for g in alike:
-            g.name += "".join(f", {k}={v}" for k, v in differences(every, g.first.settings).items())
-    return groups
-
-
-def differences(settings: Sequence[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
-    """The settings in which not all are alike, with the values of ``own``."""
-    keys = dict.fromkeys(key for each in settings for key in each)
-    return {k: own.get(k) for k in keys if len({str(each.get(k)) for each in settings}) > 1}
-
-
-def is_better(a: Group, b: Group, key: str = "val/loss") -> bool:
-    """Whether ``a`` has a lower figure, and the intervals of the two do not touch."""
-    (mean_a, half_a), (mean_b, half_b) = a.interval(key), b.interval(key)
-    return mean_a + half_a < mean_b - half_b  # False for a NaN, as of one seed
-
-
-def _losses(checkpoint: Path) -> dict[str, dict[int, float]]:
-    import torch
-    from omegaconf import OmegaConf
-
-    from causal_lm.build import instantiate, restore
-
-    try:
-        module, tokenizer, config = restore(checkpoint)
-        own = {"tokenizer": tokenizer} if "tokenizer" in config["data"] else {}
-        data = instantiate(OmegaConf.create(config["data"]), shuffle=False, layout="padded", **own)
-        batches = [batch for batch, _ in zip(_loader(data), range(MAX_BATCHES), strict=False)]
-    except (ValueError, OSError):  # another model class, or data that are gone
-        return {}
-    edges = torch.tensor(EDGES)
-    sums = {name: torch.zeros(2, len(EDGES) + 1) for name in ("position", "length")}
-    with torch.inference_mode():
-        for batch in batches:
-            nll, on = module.token_nll(batch), batch.labels >= 0
-            lengths = batch.lengths[:, None].expand_as(on)
-            for name, x in (("position", batch.position_ids), ("length", lengths)):
-                index = torch.bucketize(x[on], edges, right=True)
-                sums[name][0].index_add_(0, index, nll[on])
-                sums[name][1].index_add_(0, index, torch.ones_like(nll[on]))
-    return {
-        name: {(0, *EDGES)[i]: float(nats / n) for i, (nats, n) in enumerate(both.T) if n}
-        for name, both in sums.items()
-    }
-
-
-def _loader(data: Any) -> Iterator[Any]:
-    data.load()
-    return iter(data.val_dataloader())
 
 
 # ---- pictures ----
@@ -347,9 +203,3 @@ def _alignment(g: Group) -> str:
         ["trained on", *("·" if c["target"] is None else str(c["target"]) for c in cells)],
     ]
     return _table(rows)
-
-
-def read_groups(paths: Iterable[Path]) -> list[Group]:
-    """The finished runs of these ``summary.json`` files, by configuration."""
-    runs = [Run.read(path) for path in paths]
-    return group(run for run in runs if run.summary["val/loss"] is not None)

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from causal_lm import cli
-from causal_lm.report.sweep import SweepTable
+from causal_lm.signals import StoppedRun
 from support import ROOT, command
 from support.runs import SHORT, short_run
 
@@ -49,46 +49,67 @@ def test_a_signal_saves_and_goes_on(number, tmp_path):
 
 
 def test_a_sweep_ends_in_a_table_and_a_failure_does_not_stop_it(tmp_path):
+    """In a directory with a space, a quote and a letter beyond ASCII."""
+    folder = tmp_path / "a b'é"
+    quoted = str(folder).replace("'", "\\'")
     done = command(
         "train.py", "-m", *SHORT, "experiment=fix,bug", "preflight.on_fault=error",
-        f"hydra.sweep.dir={tmp_path}",
+        f"hydra.sweep.dir='{quoted}'",
     )  # fmt: skip
     assert done.returncode == 1
-    table = done.stdout.rpartition("run  ")[2]
-    assert "0_fix" in table
-    assert "clean" in table
-    assert "1_bug  failed" in table.replace("     ", " ")
-    assert "pitfalls.unshifted_labels" in (tmp_path / "1_bug" / "train.log").read_text()
-    assert "Traceback" not in done.stderr
+    head, _, *rows = done.stdout.rpartition("\nrun  ")[2].splitlines()[:4]
+    assert head.split()[0] == "experiment"
+    assert [row.split()[:2] for row in rows] == [["0_fix", "fix"], ["1_bug", "bug"]]
+    assert "clean" in rows[0] and "failed" in rows[1]
+    assert "Traceback" not in done.stdout + done.stderr
+    logs = [(folder / name / "train.log").read_text() for name in ("0_fix", "1_bug")]
+    assert [text.count("Traceback") for text in logs] == [0, 1]
+    assert "pitfalls.unshifted_labels" in logs[1]
 
 
-def test_a_job_of_a_sweep_gets_its_directory_whatever_its_name(tmp_path, monkeypatch):
-    """The command of a job on two devices, as Hydra reads it."""
-    directory, commands = tmp_path / "it's a [b]=é" / "0_fix", []
-
-    def run(command, check, cwd):
-        commands.append((command, cwd))
-        return SimpleNamespace(returncode=1)
-
-    monkeypatch.setattr(cli.subprocess, "run", run)
-    job, overrides = SimpleNamespace(config_name="train"), SimpleNamespace(task=["seed=1"])
+def test_the_command_of_a_job_has_its_directory_and_its_sampled_values(tmp_path, monkeypatch):
+    """As Hydra reads it."""
+    directory = tmp_path / "it's a [b]=é" / "0_fix"
     runtime = SimpleNamespace(config_sources=[], cwd="/where/it/was/typed")
-    directory.mkdir(parents=True)
-    with pytest.raises(ValueError, match="exit code 1"):
-        cli._run_in_subprocess(
-            SimpleNamespace(job=job, overrides=overrides, runtime=runtime), directory
-        )
-    ((command, cwd),) = commands
-    (override,) = OverridesParser.create().parse_overrides(command[-1:])
-    assert (override.get_key_element(), override.value()) == ("hydra.run.dir", str(directory))
-    assert cwd == runtime.cwd and command[-2] == "seed=1"
+    hydra_cfg = SimpleNamespace(
+        job=SimpleNamespace(config_name="train"), runtime=runtime,
+        overrides=OmegaConf.create({"task": ["seed=1", "data.name='${y}'"]}),
+    )  # fmt: skip
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra_cfg)
+    raw = {"seed": 1, "ckpt_path": None, "optimizer": {"lr": "${random:}", "fused": "${x}"},
+           "data": {"name": "${y}", "path": "${z}"}}  # fmt: skip
+    config = {"seed": 1, "ckpt_path": None, "optimizer": {"lr": 1.5e-05, "fused": True},
+              "data": {"name": "it's \\", "path": None}}  # fmt: skip
+    command = cli._command(raw, config, directory)
+    overrides = OverridesParser.create().parse_overrides(command[command.index("seed=1") :])
+    assert {override.get_key_element(): override.value() for override in overrides} == {
+        "seed": 1, "ckpt_path": None, "optimizer.lr": 1.5e-05, "optimizer.fused": True,
+        "data.name": "it's \\", "data.path": None, "hydra.run.dir": str(directory),
+    }  # fmt: skip
 
 
-def test_a_sweep_with_a_job_that_wrote_no_summary_fails(tmp_path):
-    (tmp_path / "0_fix").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
-    assert stop.value.code == 1
+def test_a_command_gets_signals_once_and_its_failure_is_raised(tmp_path, monkeypatch):
+    runtime = SimpleNamespace(cwd=tmp_path)
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: SimpleNamespace(runtime=runtime))
+    with pytest.raises(ValueError, match="exit code 3"):
+        cli._run_command([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    ends_parent = """
+import os, signal, time
+def got(*_):
+    with open("got", "a") as file:
+        file.write("once")
+    time.sleep(0.3)
+    os._exit(0)
+signal.signal(signal.SIGTERM, got)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    with pytest.raises(StoppedRun) as stop:
+        cli._run_command([sys.executable, "-c", ends_parent], tmp_path)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "got").read_text() == "once"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,38 +14,36 @@ import pytest
 from support import ROOT, command, load_script
 from support.runs import short_run
 
-
-@pytest.fixture(scope="module")
-def compare_page():
-    return load_script("compare_page")
+compare_runs = sys.modules["compare_runs"] = load_script("compare_runs")  # compare_page imports it
+compare_page = load_script("compare_page")
 
 
-def runs(compare_page, losses, preset="fix", **settings):
+def runs(losses, preset="fix", **settings):
     summaries = [defaultdict(lambda: None, {"experiment": preset, "val/loss": x}) for x in losses]
-    return [compare_page.Run(Path("x"), s, {"model": "tiny"} | settings) for s in summaries]
+    return [compare_runs.Run(Path("x"), s, {"model": "tiny"} | settings) for s in summaries]
 
 
-def test_mean_and_interval_over_seeds_by_hand(compare_page):
-    (group,) = compare_page.group(runs(compare_page, [1.0, 2.0, 3.0]))
+def test_mean_and_interval_over_seeds_by_hand():
+    (group,) = compare_runs.group(runs([1.0, 2.0, 3.0]))
     mean, half = group.interval("val/loss")
     assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))  # t for 2 degrees of freedom
-    (alone,) = compare_page.group(runs(compare_page, [1.0]))
+    (alone,) = compare_runs.group(runs([1.0]))
     assert alone.interval("val/loss")[0] == 1.0 and math.isnan(alone.interval("val/loss")[1])
 
 
-def test_better_only_where_the_intervals_part(compare_page):
+def test_better_only_where_the_intervals_part():
     def grouped(*losses):
-        return compare_page.group(runs(compare_page, losses))[0]
+        return compare_runs.group(runs(losses))[0]
 
     low, high, wide = grouped(1.0, 1.01), grouped(2.0, 2.01), grouped(1.0, 3.0)
-    assert compare_page.is_better(low, high) and not compare_page.is_better(high, low)
-    assert not compare_page.is_better(low, wide)
-    assert not compare_page.is_better(grouped(1.0), high)  # one seed has no interval
+    assert compare_runs.is_better(low, high) and not compare_runs.is_better(high, low)
+    assert not compare_runs.is_better(low, wide)
+    assert not compare_runs.is_better(grouped(1.0), high)  # one seed has no interval
 
 
-def test_configurations_of_one_preset_are_told_apart_by_what_differs(compare_page):
-    given = runs(compare_page, [1.0, 2.0]) + runs(compare_page, [3.0], **{"optimizer.lr": 0.1})
-    groups = compare_page.group(given)
+def test_configurations_of_one_preset_are_told_apart_by_what_differs():
+    given = runs([1.0, 2.0]) + runs([3.0], **{"optimizer.lr": 0.1})
+    groups = compare_runs.group(given)
     assert [len(g.runs) for g in groups] == [2, 1]
     assert groups[0].name != groups[1].name and "optimizer.lr=0.1" in groups[1].name
 
@@ -80,8 +79,8 @@ def test_the_page_in_a_browser(tmp_path):
         assert ("shift" in cells[-1]) == (name == "bug")
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, compare_page):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"plots"):
-        compare_page.page(compare_page.group(runs(compare_page, [1.0])))
+        compare_page.page(compare_runs.group(runs([1.0])))
     assert (ROOT / "scripts/compare_page.html").is_file()

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from causal_lm.checkpoint_file import RefusedError
 from causal_lm.config import ConfigError
+from causal_lm.ledger import outcome
 from causal_lm.report.files import MARKER
-from causal_lm.report.sweep import SweepTable
 from causal_lm.run_dir import RunDir
 from support import ROOT, command
 from support.runs import FILES, SHORT, short_run
@@ -215,6 +215,7 @@ def test_the_second_of_two_runs_in_one_directory_is_refused(tmp_path, monkeypatc
 HOLDS = """
 import os, sys, time
 from pathlib import Path
+from causal_lm.ledger import outcome
 from causal_lm.run_dir import RunDir
 with RunDir(Path(sys.argv[1])):
     if os.fork() == 0:  # as a worker of a data loader
@@ -263,8 +264,8 @@ def test_a_damaged_summary_is_named_wherever_it_is_read(tmp_path, content):
         RunDir(path.parent).finished_summary(OmegaConf.create({"trainer": {"max_steps": 6}}))
         is None
     )
-    with pytest.raises(SystemExit, match=str(path)):
-        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    with pytest.raises(ValueError, match=str(path)):
+        outcome(path.parent)
     if content == b"{}":
         done = command("scripts/compare.py", str(tmp_path))
         assert done.returncode == 1

@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -22,11 +24,14 @@ from causal_lm.config import (
     ConfigError,
     as_config_error,
     group_overrides,
+    leaves,
     validate,
     validate_sweep,
 )
-from causal_lm.report.files import HYDRA_FILES, claim_directory, is_rank_zero, read_summary
-from causal_lm.signals import STOP_SIGNALS, stop_at_once
+from causal_lm.ledger import Ledger, outcome, replace_text, settings_of
+from causal_lm.report.files import claim_directory, is_rank_zero, read_summary, write_json
+from causal_lm.report.table import sweep_table
+from causal_lm.signals import STOP_SIGNALS, StoppedRun, stop_at_once
 
 # Read when torch loads: waiting OpenMP threads spin briefly, then sleep. Endless spinning, the
 # default, slows a busy machine down (docs/NOTES.md).
@@ -114,15 +119,33 @@ class ValidateConfig(Callback):
                 claim_directory(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        given = config.hydra.overrides
+        given: Any = OmegaConf.to_container(config.hydra.overrides)  # interpolations as typed
         axes = OmegaConf.select(config, "hydra.sweeper.params") or {}
         # The command line comes last, as it overrides the sweeper's own axes.
-        overrides = [*(f"{key}={axis}" for key, axis in axes.items()), *given.hydra, *given.task]
+        overrides = [f"{key}={axis}" for key, axis in axes.items()]
         with _bypass_hydra():
             if TORCHRUN in os.environ:
                 todo = "start it without torchrun, and set trainer.devices"
                 raise ConfigError(f"under torchrun, each rank would run the whole sweep: {todo}")
-            validate_sweep(overrides, config.hydra.job.config_name)
+            name = config.hydra.job.config_name
+            validate_sweep([*overrides, *given["hydra"], *given["task"]], name)
+
+
+class SweepTable(Callback):
+    """Print one row per job at the end of a sweep, for any launcher, from its ledger."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        with _bypass_hydra():
+            self._ledger, self._started = Ledger(config.get("ledger"), config.hydra), time.time()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table; exit with code 1 where a job failed, after all of them have run."""
+        with _bypass_hydra():
+            runs = list(self._ledger.summaries(since=self._started))
+        where = f"written below {config.hydra.sweep.dir}, and listed in {self._ledger.path}"
+        print(f"\n{sweep_table(runs)}\n\n{where}")
+        if any(run["status"] in ("failed", "interrupted") for run in runs):
+            sys.exit(1)
 
 
 def _share_directory(hydra_cfg: DictConfig) -> None:
@@ -139,59 +162,114 @@ def _share_directory(hydra_cfg: DictConfig) -> None:
 
 
 def job(cfg: DictConfig) -> float:
-    """Run one Hydra job in its directory and return its ``val/loss``.
+    """Run one Hydra job in its directory and return its ``val/loss``, NaN where there is none.
 
-    In a sweep, a job that fails returns NaN and the others run; the table at the end names it.
+    In a sweep, a complete run of the ledger is not repeated, a job that fails returns NaN and the
+    others run, and a signal ends the sweep.
     """
-    hydra_cfg = HydraConfig.get()
-    is_sweep, directory = hydra_cfg.mode == RunMode.MULTIRUN, Path(hydra_cfg.runtime.output_dir)
     # Silence Lightning's advice on workers and existing checkpoint folders.
     warnings.filterwarnings("ignore", module="lightning")
+    hydra_cfg = HydraConfig.get()
+    run = _run_in_sweep if hydra_cfg.mode == RunMode.MULTIRUN else _run
+    with _bypass_hydra():
+        loss = run(cfg, Path(hydra_cfg.runtime.output_dir))["val/loss"]
+    return math.nan if loss is None else loss  # None: stopped before the first evaluation
+
+
+def _run_in_sweep(cfg: DictConfig, own_directory: Path) -> dict[str, Any]:
+    """Run what is not complete in the ledger; an error of the ledger ends the sweep."""
+    hydra_cfg, raw = HydraConfig.get(), OmegaConf.to_container(cfg)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)  # once, as values may be sampled
+    ledger = Ledger(cfg.get("ledger"), hydra_cfg)
+    directory = ledger.claim(settings_of(config, own_directory), hydra_cfg)
+    summary = outcome(directory)
+    if summary["status"] not in ("failed", "interrupted"):
+        log.info(f"{directory} is {summary['status']}: nothing to do")
+        return summary
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()  # it opens the other file at the next line
+            handler.baseFilename = str(directory / Path(handler.baseFilename).name)
+    config = replace_text(config, str(own_directory), str(directory))
+    if any(directory.glob("checkpoints/*.ckpt")):
+        config["ckpt_path"] = "auto"
+    is_single = OmegaConf.select(cfg, "trainer.devices") == 1
+    try:
+        command = [] if is_single else _command(raw, config, directory)
+        summary = _run(OmegaConf.create(config), directory, command)
+    except Exception as error:
+        log.error(f"error: {describe(error)}")
+        if not (directory / "summary.json").exists():
+            write_json(directory / "summary.json", {"status": "failed", "error": describe(error)})
+        return outcome(directory) | {"val/loss": None}
+    reason, _, name = str(summary["stopped_because"]).partition(" ")
+    if reason == "signal":
+        log.info(f"the sweep ends; the same command with ledger={ledger.path} goes on")
+        raise StoppedRun(signal.Signals[name])
+    return summary
+
+
+def _run(cfg: DictConfig, directory: Path, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a configuration, by a command if there is one, and return its summary."""
     exit_code = 1
     try:
         validate(cfg)  # the user's own main configuration may lack ValidateConfig
         if OmegaConf.select(cfg, "extras.print_config") and is_rank_zero():
             print(OmegaConf.to_yaml(cfg, resolve=True))
-        if is_sweep and cfg.trainer.devices != 1:
-            loss = _run_in_subprocess(hydra_cfg, directory)["val/loss"]
+        if command:
+            summary = _run_command(command, directory)
         else:
             from causal_lm.fit import run  # loads torch and lightning
 
-            loss = run(cfg, directory)["val/loss"]
+            summary = run(cfg, directory)
         exit_code = 0
-        return math.nan if loss is None else loss  # None: stopped before the first evaluation
-    except Exception as error:
-        log.debug("the run failed", exc_info=True)
-        if not is_sweep:
-            raise _BypassHydraError from error
-        log.error(f"error: {describe(error)}")
-        return math.nan
+        return summary
+    except Exception:
+        log.debug("the run failed", exc_info=True)  # into the log file, not on the terminal
+        raise
     finally:
         if wandb := sys.modules.get("wandb"):  # the next job of a sweep begins a run of its own
             wandb.finish(exit_code)
 
 
-def _run_in_subprocess(hydra_cfg: Any, directory: Path) -> dict[str, Any]:
-    """Run one job of a sweep as a command of its own, and return its summary.
+def _command(raw: Any, config: Any, directory: Path) -> list[str]:
+    """The command that runs one job of a sweep, with the values that ``raw`` interpolates.
 
     Lightning starts the other ranks by repeating the command line; in a sweep, each rank would run
     the whole sweep, and the ranks would train different configurations.
     """
+    hydra_cfg, given = HydraConfig.get(), dict(leaves(raw))
     start = ["-m", spec.name] if (spec := sys.modules["__main__"].__spec__) else [sys.argv[0]]
     command = [sys.executable, *start, f"--config-name={hydra_cfg.job.config_name}"]
     sources = hydra_cfg.runtime.config_sources
     command.append("hydra.mode=RUN")  # a configuration may say MULTIRUN
     command += [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
-    quoted = str(directory).replace("'", "\\'")
-    command += [*hydra_cfg.overrides.task, f"hydra.run.dir='{quoted}'"]
-    claim_directory(directory, ignored=HYDRA_FILES)
-    path = directory / "summary.json"
-    path.unlink(missing_ok=True)
-    code = subprocess.run(command, check=False, cwd=hydra_cfg.runtime.cwd).returncode
-    ended = f"the job ended with exit code {code}"
-    if not path.exists():
-        raise ValueError(f"{ended} before it could write {path}")
-    summary = read_summary(path)
+    command += cast(list[str], OmegaConf.to_container(hydra_cfg.overrides.task))  # as typed
+    values = {k: v for k, v in leaves(config) if k == "ckpt_path" or "${" in str(given.get(k))}
+    for key, value in {**values, "hydra.run.dir": str(directory)}.items():
+        if isinstance(value, str):
+            value = QuotedString(value, Quote.single).with_quotes()
+        command.append(f"{key}={'null' if value is None else value}")
+    return command
+
+
+def _run_command(command: Sequence[str], directory: Path) -> dict[str, Any]:
+    """Run a job as a command that gets the signals of this process, and return its summary."""
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    # A group of its own: a signal of the terminal reaches it once, from here.
+    process = subprocess.Popen(command, cwd=HydraConfig.get().runtime.cwd, process_group=0)
+    handlers = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    code = process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if received:
+        raise StoppedRun(received[0])
     if code:
-        raise ValueError(summary["error"] or ended)
-    return summary
+        raise ValueError(f"the job ended with exit code {code}")
+    return read_summary(directory / "summary.json")

@@ -4,10 +4,13 @@ import logging
 import math
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from signal import SIGUSR1
 from typing import Any
 
+import torch.distributed
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
 
 from causal_lm import build
@@ -21,9 +24,11 @@ from causal_lm.callbacks.run_statistics import RunStatistics
 from causal_lm.callbacks.sample_monitor import SampleMonitor, final_samples
 from causal_lm.callbacks.stop import StopAfterStep
 from causal_lm.checkpoint_file import RefusedError, read_checkpoint
+from causal_lm.config import ConfigError, leaves
 from causal_lm.data.datamodule import document_fingerprint
 from causal_lm.data.documents import Corpus
 from causal_lm.failures import explain
+from causal_lm.ledger import settings_of
 from causal_lm.metrics_csv import MetricsCSV
 from causal_lm.module import CausalLM
 from causal_lm.report.files import is_rank_zero
@@ -63,6 +68,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
         cfg = cfg.copy()
         if "paths" in cfg and OmegaConf.is_interpolation(cfg.paths, "output_dir"):
             cfg.paths.output_dir = str(directory)  # also where no Hydra job says it
+        OmegaConf.resolve(cfg)  # once, as a resolver may return another value each time
         if cfg.ckpt_path == "auto":
             earlier = run_dir.finished_summary(cfg)
             cfg.ckpt_path = run_dir.latest_checkpoint()
@@ -125,6 +131,8 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     stop.checkpoint = last = StepCheckpoint(run_dir.checkpoints / "last.ckpt", **options)
     files = RunFiles(run_dir.path, metadata.config)
     callbacks = [metrics, preflight, statistics, stop, metadata, monitor, best, stable, last, files]
+    compare = partial(_compare_ranks, settings_of(metadata.config, run_dir.path))
+    callbacks.append(LambdaCallback(setup=compare))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     if cfg.gradients.report_every:
@@ -198,6 +206,18 @@ def _prepare(
         metadata.forget_best, step = True, None
     run_dir.prepare(cfg, step)
     return metadata, step or 0
+
+
+def _compare_ranks(settings: dict[str, Any], trainer: Any, *_: Any, **__: Any) -> None:
+    """Raise ConfigError on all ranks where one has other settings than rank zero, as by an
+    environment variable or a random choice."""
+    ranks: list[Any] = [{key: repr(value) for key, value in leaves(settings)}] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(ranks, ranks[0])
+    for rank, other in enumerate(ranks):
+        if keys := [k for k in {**ranks[0], **other} if ranks[0].get(k) != other.get(k)]:
+            named = ", ".join(f"{k}={other.get(k)}, not {ranks[0].get(k)}" for k in keys[:3])
+            raise ConfigError(f"rank {rank} differs from rank 0 in {len(keys)} keys: {named}")
 
 
 def _compare_with_floor(corpus: Corpus, figures: dict[str, float]) -> dict[str, float]:

@@ -36,7 +36,7 @@ class RunDir:
         if files.is_rank_zero():
             files.claim_directory(self.path, ignored=files.HYDRA_FILES)
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0.2)  # a sweep may be trying it
             except Timeout:
                 todo = "wait for its end, or set another hydra.run.dir"
                 raise RefusedError(f"another run is writing into {self.path}: {todo}") from None

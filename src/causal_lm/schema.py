@@ -81,7 +81,8 @@ STRATEGY = matching(
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (STRING, "experiment data.split data.field paths.log_dir paths.output_dir"),
     (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
-        data.val_split data.test_path data.test_split data.prompt_field model.init_from"""),
+        data.val_split data.test_path data.test_split data.prompt_field model.init_from
+        ledger"""),
     (BOOLEAN, """test data.pad_is_eos data.shuffle data.streaming model.tied model.qk_norm
         model.zero_init_residual trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler

@@ -103,13 +103,19 @@ def common_cells(s: dict[str, Any]) -> list[str]:
 
 
 def sweep_table(summaries: Sequence[dict[str, Any]]) -> str:
-    """One row per run, for a terminal; a run without a validation has its status."""
-    rows = [["run", "train/loss", "val/loss", "over floor", "legal", "PAD+EOS", "preflight",
+    """One row per run, for a terminal: the overrides in which not all are alike, if they are known,
+    and the figures, or the status of a run that has none."""
+    words = [[w.lstrip("+").partition("=") for w in s.get("overrides") or []] for s in summaries]
+    given = [{key: value for key, _, value in each} for each in words]
+    keys = dict.fromkeys(key for each in given for key in each)
+    swept = [key for key in keys if len({each.get(key) for each in given}) > 1]
+    rows = [["run", *swept, "train/loss", "val/loss", "over floor", "legal", "PAD+EOS", "preflight",
              "seconds"]]  # fmt: skip
-    for s in summaries:
-        if s.get("val/loss") is None:
-            cells = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - 2)]
+    for s, overrides in zip(summaries, given, strict=True):
+        values = [f"{overrides.get(key, '–'):.30}" for key in swept]
+        if s.get("val/loss") is None or s.get("status") in ("failed", "interrupted", "running"):
+            cells = [s.get("status", "no summary"), *["–"] * (len(rows[0]) - len(values) - 2)]
         else:
             cells = [*common_cells(s), f"{s['seconds/total']:.0f}"]
-        rows.append([s["name"], *cells])
+        rows.append([s["name"], *values, *cells])
     return table(rows)
