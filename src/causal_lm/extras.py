@@ -15,7 +15,7 @@ def load(module: str, extra: str) -> ModuleType:
         missing = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != missing:
             raise  # the library is installed, but one of its own dependencies is missing
-        message = f"{error.name} is not installed: pip install -e '.[{extra}]'"
+        message = f"{missing} is not installed: pip install -e '.[{extra}]'"
         raise ModuleNotFoundError(message, name=missing) from error
 
 

@@ -1,93 +1,62 @@
-"""A sweeper on Optuna's ask and tell; in the package where Hydra looks for its plugins.
+"""A sweeper on Optuna's ask and tell, in the package where Hydra looks for plugins.
 
-Hydra imports this file whenever it starts, so Optuna is imported only where the sweeper is used.
+Hydra imports this file at every start, so Optuna is imported only where the sweeper is used.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.override_parser import types
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import (
-    IntervalSweep,
-    Override,
-    Quote,
-    QuotedString,
-    RangeSweep,
-    Transformer,
-)
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from causal_lm import extras
 from causal_lm.config import ConfigError
 from causal_lm.report.files import write_text
-from causal_lm.schema import integer, one_of
 
-log = logging.getLogger(__name__)
-
-RULES = {"n_trials": integer(1), "n_jobs": integer(1), "direction": one_of("minimize", "maximize")}
-LOCK = ".optuna.lock"  # in the directory of a sweep, held while it runs
-SWEEP_DIR = "sweep_dir"  # attribute of a trial: where that lock is
 PRUNING = "callbacks.pruning"  # the callback that reports to a trial
 
 
+@dataclass
 class OptunaSweeper(Sweeper):
     """Samples configurations with Optuna. The study is a file; the same command continues it.
 
-    Trial N is the job N of the sweep. A trial whose sweep was killed is launched again with its
-    values and ``ckpt_path=auto``, so it continues from its checkpoint in the same directory.
-
-    Args:
-        params: key -> axis in Hydra's syntax of sweeps; an axis of the command line comes before.
-        n_trials: trials of the study, those of earlier sweeps included.
-        n_jobs: trials that the launcher gets at once.
-        direction: ``minimize`` or ``maximize`` what a job returns; NaN is a failed trial.
-        storage: URL of the study, as Optuna takes it; None: in memory, without pruning.
-        sampler: node with the ``_target_`` of a sampler; None: the default of Optuna.
+    Trial N is the job N of the sweep, and fails where the job returns NaN. One that was cut short
+    is launched again with its values and ``ckpt_path=auto``, so it continues from its checkpoint.
+    ``configs/hparams_search/optuna.yaml`` says what the keys mean.
     """
 
-    def __init__(
-        self,
-        params: DictConfig | None,
-        n_trials: int,
-        n_jobs: int = 1,
-        direction: str = "minimize",
-        study_name: str = "search",
-        storage: str | None = None,
-        sampler: DictConfig | None = None,
-    ) -> None:
-        self.params, self.n_trials, self.n_jobs = params or {}, n_trials, n_jobs
-        self.direction, self.study_name = direction, study_name
-        self.storage, self.sampler = storage, sampler
+    n_trials: int
+    n_jobs: int = 1
+    direction: str = "minimize"
+    study_name: str = "search"
+    storage: str | None = None  # None: in memory, without pruning
+    sampler: Any = None
+    params: Any = field(default_factory=dict)
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Raise ConfigError where a key is not valid, or Optuna is not installed."""
-        for name, rule in RULES.items():
-            if not rule.accepts(value := getattr(self, name)):
-                raise ConfigError(
-                    f"hydra.sweeper.{name} must be {rule.description}, not {value!r}"
-                )
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """Raise ConfigError where a number is not valid, or Optuna is not installed."""
+        for key in ("n_trials", "n_jobs"):
+            if not isinstance(value := getattr(self, key), int) or value < 1:
+                raise ConfigError(f"hydra.sweeper.{key} must be 1 or more, not {value!r}")
         try:
             self.optuna: Any = extras.load("optuna", "optuna")
         except ModuleNotFoundError as error:
             raise ConfigError(str(error)) from error
         self.optuna.logging.set_verbosity(self.optuna.logging.WARNING)
-        self.hydra_context, self.config = hydra_context, config
-        self.folder = Path(config.hydra.sweep.dir).absolute()
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.cfg, self.parser = config, OverridesParser.create(hydra_context.config_loader)
+        self.launch = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        ).launch  # fmt: skip
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Launch trials until the study has ``n_trials``; write and print the best one.
@@ -95,38 +64,40 @@ class OptunaSweeper(Sweeper):
         Raises ConfigError, before a directory is made, where an axis or the sampler is not valid.
         """
         words = [*(f"{key}={axis}" for key, axis in self.params.items()), *arguments]
-        parser = OverridesParser.create(self.hydra_context.config_loader)
-        overrides = {o.get_key_element(): o for o in parser.parse_overrides(words)}
+        overrides = {o.get_key_element(): o for o in self.parser.parse_overrides(words)}
         axes = {k: self._distribution(o) for k, o in overrides.items() if o.is_sweep_override()}
-        self.fixed = [o.input_line or "" for k, o in overrides.items() if k not in axes]
+        self.fixed = [str(o.input_line) for key, o in overrides.items() if key not in axes]
         sampler = instantiate(self.sampler) if self.sampler else None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        folder = Path(self.cfg.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.cfg, folder / "multirun.yaml")
         try:
-            with FileLock(self.folder / LOCK, timeout=0):
-                return self._run(self._open(sampler), axes)
+            with FileLock(folder / ".search.lock", timeout=0):
+                returns = self._run(self._open(sampler), axes)
         except Timeout:
-            raise ConfigError(f"another sweep is running in {self.folder}") from None
+            raise ConfigError(f"another search is running in {folder}") from None
+        for job in returns:
+            _ = job.return_value  # raises the error of a job that raised
+        return returns
 
-    def _distribution(self, override: Override) -> Any:
-        """What Optuna samples from for one axis. Raises ConfigError for bounds that it refuses."""
-        axis, make = override.value(), self.optuna.distributions
+    def _distribution(self, override: types.Override) -> Any:
+        """What Optuna samples from for an axis. Raises ConfigError for bounds that it refuses."""
+        axis: Any = override.value()
+        make = self.optuna.distributions
         try:
-            if isinstance(axis, IntervalSweep | RangeSweep):
-                low, options = axis.start, {"log": "log" in axis.tags}
-                high = axis.end if isinstance(axis, IntervalSweep) else list(axis.range())[-1]
-                if isinstance(axis, RangeSweep):
-                    low, high = sorted((axis.start, high))
-                    options["step"] = abs(axis.step)
-                integers = all(isinstance(bound, int) for bound in (low, high))
-                kind = make.IntDistribution if integers else make.FloatDistribution
-                return kind(low, high, **options)
+            if override.is_interval_sweep() or override.is_range_sweep():
+                is_range = override.is_range_sweep()  # 1, 4, 7 of range(1,9,3), as in a sweep
+                values = sorted(axis.range()) if is_range else [axis.start, axis.end]
+                is_int = all(isinstance(value, int) for value in values)
+                kind = make.IntDistribution if is_int else make.FloatDistribution
+                step = {"step": abs(axis.step)} if is_range else {}
+                return kind(values[0], values[-1], log="log" in axis.tags, **step)
             # Numbers stay numbers; anything else is kept as it is written in an override.
-            written = override.sweep_iterator(
-                lambda x: x if isinstance(x, int | float) else Transformer.str(x)
+            options = override.sweep_iterator(
+                lambda x: x if isinstance(x, int | float) else types.Transformer.str(x)
             )
-            return make.CategoricalDistribution(list(written))
-        except (ValueError, IndexError) as error:  # IndexError: an empty range
+            return make.CategoricalDistribution(list(options))
+        except ValueError as error:
             raise ConfigError(f"{override.input_line} is no axis of a search: {error}") from error
 
     def _open(self, sampler: Any) -> Any:
@@ -137,82 +108,53 @@ class OptunaSweeper(Sweeper):
                 storage=self.storage, sampler=sampler, study_name=self.study_name,
                 direction=self.direction, load_if_exists=True,
             )  # fmt: skip
-            if (found := study.direction.name.lower()) != self.direction:
-                raise ValueError(f"its study {self.study_name} is one to {found}")
-            if study.get_trials(deepcopy=False):
-                study.sampler.reseed_rng()  # a seed would repeat the first values
+            if (direction := study.direction.name.lower()) != self.direction:
+                raise ValueError(f"{self.study_name} is there, with direction={direction}")
+        if study.trials:
+            study.sampler.reseed_rng()  # the seed would repeat its first values
         return study
 
     def _run(self, study: Any, axes: dict[str, Any]) -> list[JobReturn]:
-        states = self.optuna.trial.TrialState
-        running = study.get_trials(states=(states.RUNNING,))
-        killed = [trial for trial in running if self._is_killed(trial)]
+        cut_short = [trial for trial in study.trials if trial.state.name == "RUNNING"]
         returns = []
-        for i in range(0, len(killed), self.n_jobs):
-            returns += self._launch(study, killed[i : i + self.n_jobs], ["ckpt_path=auto"])
-        while (left := self.n_trials - self._count(study)) > 0:
-            trials = []
-            for _ in range(min(left, self.n_jobs)):
-                try:
-                    trials.append(study.ask(axes))
-                except ValueError as error:  # the values of a choice have changed
-                    todo = "set another hydra.sweeper.study_name"
-                    raise ConfigError(f"study {self.study_name}: {error}: {todo}") from error
-                trials[-1].set_user_attr(SWEEP_DIR, str(self.folder))
+        for i in range(0, len(cut_short), self.n_jobs):
+            returns += self._launch(study, cut_short[i : i + self.n_jobs], ["ckpt_path=auto"])
+        while (left := self.n_trials - len(study.trials)) > 0:
+            changed = f"the axes of {self.study_name} have changed: set hydra.sweeper.study_name"
+            with extras.reading(changed):
+                trials = [study.ask(axes) for _ in range(min(left, self.n_jobs))]
             returns += self._launch(study, trials)
-        self._report(study)
-        for result in returns:
-            _ = result.return_value  # raises the error of a job that raised
+        states = [trial.state.name.lower() for trial in study.trials]
+        print(f"\n{self.study_name}:", *(f"{states.count(s)} {s}" for s in sorted(set(states))))
+        if "complete" in states:
+            best = study.best_trial
+            found = {"name": "optuna", "best_params": best.params, "best_value": best.value}
+            path = Path(self.cfg.hydra.sweep.dir, "optimization_results.yaml")
+            write_text(path, text := OmegaConf.to_yaml(found))
+            print(f"{text}in {path}, of trial {best.number}")
         return returns
-
-    def _count(self, study: Any) -> int:
-        """The trials of the study, but for those that are still to be asked for."""
-        waiting = self.optuna.trial.TrialState.WAITING
-        return sum(trial.state != waiting for trial in study.get_trials(deepcopy=False))
-
-    def _is_killed(self, trial: Any) -> bool:
-        """Whether the sweep of a running trial has ended, as its lock is free."""
-        folder = Path(trial.user_attrs.get(SWEEP_DIR, "/nowhere"))
-        if folder == self.folder or not folder.is_dir():
-            return folder == self.folder
-        try:
-            with FileLock(folder / LOCK, timeout=0):
-                return True
-        except Timeout:
-            return False
 
     def _launch(self, study: Any, trials: list[Any], more: Sequence[str] = ()) -> list[JobReturn]:
         """Run trials as the jobs of their numbers, and tell Optuna how they ended."""
         returns: list[JobReturn] = []
+        failed = self.optuna.trial.TrialState.FAIL
         for _, group in groupby(enumerate(trials), lambda pair: pair[1].number - pair[0]):
-            batch = [trial for _, trial in group]
+            batch = [trial for _, trial in group]  # of consecutive numbers
             jobs = [[*self.fixed, *more, *self._overrides(trial)] for trial in batch]
-            self.validate_batch_is_legal(jobs)
-            returns += self.launcher.launch(jobs, initial_job_idx=batch[0].number)
-        states = self.optuna.trial.TrialState
-        for trial, result in zip(trials, returns, strict=True):
-            value = result.return_value if result.status == JobStatus.COMPLETED else None
-            failed = value is None or math.isnan(value)
-            told = (None, states.FAIL) if failed else (value, states.COMPLETE)
-            study.tell(trial.number, *told, skip_if_finished=True)  # pruned: told by the callback
+            returns += self.launch(jobs, initial_job_idx=batch[0].number)
+        for trial, job in zip(trials, returns, strict=True):
+            value = job.return_value if job.status == JobStatus.COMPLETED else math.nan
+            told = (None, failed) if math.isnan(value) else (value,)
+            try:  # one that was pruned is finished
+                study.tell(trial.number, *told, skip_if_finished=True)
+            except RuntimeError:  # once told, a sampler that has tried all values stops the study
+                self.n_trials = 0
         return returns
 
     def _overrides(self, trial: Any) -> Iterator[str]:
         yield from (f"{key}={value}" for key, value in trial.params.items())
-        if self.storage and OmegaConf.select(self.config, PRUNING):
-            for key, value in (("storage", self.storage), ("study_name", self.study_name)):
-                yield f"{PRUNING}.{key}={QuotedString(value, Quote.single).with_quotes()}"
-            yield f"{PRUNING}.trial={trial.number}"
-
-    def _report(self, study: Any) -> None:
-        """Write ``optimization_results.yaml`` and print the best trial, if one was completed."""
-        trials = study.get_trials(deepcopy=False)
-        states = [trial.state.name.lower() for trial in trials]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-        print(f"\nstudy {self.study_name}: {counts}")
-        if "complete" in states:
-            best = study.best_trial
-            found = {"name": "optuna", "best_params": best.params, "best_value": best.value}
-            write_text(self.folder / "optimization_results.yaml", OmegaConf.to_yaml(found))
-            values = " ".join(f"{key}={value}" for key, value in best.params.items())
-            print(f"best: trial {best.number}, {best.value:.4f}, with {values}")
+        if self.storage and OmegaConf.select(self.cfg, PRUNING):
+            quote = types.Quote.single
+            where = {"storage": self.storage, "study_name": self.study_name}
+            words = [f"{k}:{types.QuotedString(v, quote).with_quotes()}" for k, v in where.items()]
+            yield f"{PRUNING}.trial={{{','.join(words)},number:{trial.number}}}"

@@ -1,4 +1,4 @@
-"""Stops a run that Optuna's pruner finds behind the other trials of a search."""
+"""Stops a run that falls behind the other trials of a search."""
 
 import math
 from typing import Any
@@ -9,50 +9,34 @@ from causal_lm import extras
 
 
 class Pruning(L.Callback):
-    """Report ``monitor`` at each evaluation of the fit to a trial, and stop where it falls behind.
+    """Report ``monitor`` of each evaluation to Optuna; stop, as pruned, where ``pruner`` says so.
 
-    The trial is reached through its storage, so the run may be a process on another machine. The
-    first rank asks, all ranks stop. Optuna is told that the trial is pruned; one at its last step,
-    or with a value that is not finite, is not.
-
-    Args:
-        pruner: of Optuna; steps are optimizer steps.
-        storage: URL of the study. ``study_name`` and ``trial`` (a number) are set by the sweeper;
-            without a trial, nothing is reported.
+    The first rank asks and all ranks stop; the last step, and a value that is not finite, are not
+    reported. ``trial`` has the ``storage`` and ``study_name`` where the trial ``number`` is, so the
+    run may be any process; the sweeper sets it, and without it nothing is reported.
     """
 
     stopped_because: str | None = None
 
-    def __init__(
-        self,
-        pruner: Any,
-        storage: str | None = None,
-        study_name: str | None = None,
-        trial: int | None = None,
-        monitor: str = "val/loss",
-    ) -> None:
-        self.pruner, self.storage, self.study_name = pruner, storage, study_name
-        self.trial, self.monitor = trial, monitor
+    def __init__(self, pruner: Any, monitor: str = "val/loss", trial: Any = None) -> None:
+        self.pruner, self.monitor, self.trial = pruner, monitor, trial
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.trial is None or trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
         step, behind = trainer.global_step, False
+        if not self.trial or trainer.state.fn != "fit" or step >= pl_module.total_steps:
+            return
         value = float(trainer.callback_metrics[self.monitor])
-        if trainer.is_global_zero and step < pl_module.total_steps and math.isfinite(value):
-            behind = self._is_behind(step, value)
+        if trainer.is_global_zero and not trainer.sanity_checking and math.isfinite(value):
+            behind = self._is_behind(step, value, **self.trial)
         if trainer.strategy.reduce_boolean_decision(behind, all=False):
-            self.stopped_because = f"pruned at step {step}: {self.monitor}={value:.4f}"
+            self.stopped_because = f"pruned with {self.monitor}={value:.4f} at step {step}"
             trainer.should_stop = True
 
-    def _is_behind(self, step: int, value: float) -> bool:
+    def _is_behind(self, step: int, value: float, number: int, **where: str) -> bool:
         optuna: Any = extras.load("optuna", "optuna")
-        study = optuna.load_study(
-            study_name=self.study_name, storage=self.storage, pruner=self.pruner
-        )
-        trial = optuna.Trial(study, study.get_trials(deepcopy=False)[self.trial]._trial_id)
+        study = optuna.load_study(**where, pruner=self.pruner)
+        trial = optuna.Trial(study, study.trials[number]._trial_id)
         trial.report(value, step)
-        behind = trial.should_prune()
-        if behind:
-            study.tell(self.trial, state=optuna.trial.TrialState.PRUNED)
+        if behind := trial.should_prune():
+            study.tell(number, state=optuna.trial.TrialState.PRUNED)
         return behind
