@@ -55,13 +55,13 @@ def test_joblib_runs_the_trials_of_a_search_side_by_side(tmp_path):
         "train.py", *QUICK, "hparams_search=optuna", "hydra/launcher=joblib",
         "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2",
         f"{pruner}._target_=optuna.pruners.ThresholdPruner", f"~{pruner}.n_startup_trials",
-        f"+{pruner}.upper=3.74", "optimizer.lr=0.0,0.01",
+        f"+{pruner}.upper=3.74", "optimizer.lr=1e-9,0.03",
         "hydra.sweeper.sampler._target_=optuna.samplers.BruteForceSampler",
         "~hydra.sweeper.params", f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = OmegaConf.load(tmp_path / "optimization_results.yaml")
-    assert results.best_params == {"optimizer.lr": 0.01}
+    assert results.best_params == {"optimizer.lr": 0.03}
     steps = {s["val/loss"]: (s["status"], s["steps"]) for s in summaries(tmp_path)}
     assert [steps[loss] for loss in sorted(steps)] == [("finished", 6), ("stopped", 3)]
 
@@ -73,7 +73,7 @@ def test_two_ranks_of_a_trial_train_its_values_in_a_process_of_submitit(tmp_path
     done = command(
         "train.py", *QUICK, "hparams_search=optuna", "hydra/launcher=submitit_local",
         "hydra.sweeper.n_trials=1", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
-        "+callbacks.rate={_target_:support.outside.MeanOverRanks,value:'${optimizer.lr}'}",
+        "+callbacks.rate={_target_:support.outside.MeanOverRanks,value:${optimizer.lr}}",
         f"hydra.sweep.dir={tmp_path}", PYTHONPATH=f"{ROOT}/src:{ROOT}/preflight/src:{ROOT}/tests",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -232,7 +232,7 @@ def test_a_run_that_falls_behind_stops_and_its_trial_is_pruned(upper, steps, tmp
 def test_a_killed_search_trains_what_is_missing(tmp_path):
     """SIGKILL in the middle of a trial; the same command continues it at its checkpoint."""
     words = [*SHORT, "hparams_search=optuna", "preflight.on_fault=off", "hydra.sweeper.n_trials=2",
-             "trainer.max_steps=150", "trainer.val_check_interval=50", "~callbacks.pruning",
+             "trainer.max_steps=100", "trainer.val_check_interval=50", "~callbacks.pruning",
              "callbacks.checkpoint.every_n_steps=5", "samples.count=0",
              f"hydra.sweep.dir={tmp_path}"]  # fmt: skip
     process = subprocess.Popen(
@@ -251,5 +251,5 @@ def test_a_killed_search_trains_what_is_missing(tmp_path):
     assert OmegaConf.load(tmp_path / "0_fix" / "config.yaml").optimizer.lr == rate
     assert str(OmegaConf.load(tmp_path / "0_fix" / "config.yaml").ckpt_path).endswith(".ckpt")
     summaries = [json.loads((tmp_path / f"{i}_fix/summary.json").read_text()) for i in (0, 1)]
-    assert [s["steps"] for s in summaries] == [150, 150]
+    assert [s["steps"] for s in summaries] == [100, 100]
     assert [t.value for t in study_of(tmp_path).trials] == [s["val/loss"] for s in summaries]
