@@ -2,9 +2,12 @@
 
 import json
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from causal_lm import config
@@ -17,7 +20,6 @@ INSTALLED = {
     name: find_spec("hydra_plugins") and find_spec(f"hydra_plugins.hydra_{name}_launcher")
     for name in ("joblib", "submitit", "ray")
 }
-SRUN = "#!/bin/sh\n"
 SBATCH = """#!/bin/sh
 cp "$1" "$RECORDED"
 exit 1
@@ -68,28 +70,36 @@ def test_joblib_runs_the_trials_of_a_search_side_by_side(tmp_path):
 
 @pytest.mark.extras
 @needs("submitit")
-def test_two_ranks_of_a_trial_train_its_values_in_a_process_of_submitit(tmp_path):
-    """The mean over ranks of the rate that each of them has is the rate of the trial."""
+def test_two_ranks_of_a_trial_train_its_values_and_stop_together(tmp_path):
+    """In a process of submitit. The mean over ranks of their rates is the rate of the trial; the
+    first rank finds the trial behind, and the other one does not wait for it."""
+    pruner = "callbacks.pruning.pruner"
     done = command(
         "train.py", *QUICK, "hparams_search=optuna", "hydra/launcher=submitit_local",
         "hydra.sweeper.n_trials=1", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
         "+callbacks.rate={_target_:support.outside.MeanOverRanks,value:${optimizer.lr}}",
-        f"hydra.sweep.dir={tmp_path}", PYTHONPATH=f"{ROOT}/src:{ROOT}/preflight/src:{ROOT}/tests",
+        f"{pruner}._target_=optuna.pruners.ThresholdPruner", f"~{pruner}.n_startup_trials",
+        f"+{pruner}.upper=0.0", f"hydra.sweep.dir={tmp_path}",
+        PYTHONPATH=f"{ROOT}/src:{ROOT}/preflight/src:{ROOT}/tests",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    import optuna
+
+    storage = f"sqlite:///{tmp_path}/study.db"
+    (trial,) = optuna.load_study(study_name="search", storage=storage).trials
     (summary,) = summaries(tmp_path)
-    results = OmegaConf.load(tmp_path / "optimization_results.yaml")
-    rate = results.best_params["optimizer.lr"]
+    assert (summary["status"], summary["steps"], trial.state.name) == ("stopped", 3, "PRUNED")
+    assert trial.value == pytest.approx(summary["val/loss"], rel=1e-5)
+    rate = trial.params["optimizer.lr"]
     assert [summary["own/value"], summary["own/mean"]] == pytest.approx([rate, rate], rel=1e-6)
-    assert results.best_value == summary["val/loss"]
 
 
 @pytest.mark.extras
 @needs("submitit")
 def test_the_preset_of_slurm_submits_one_array(tmp_path, monkeypatch):
     """What sbatch gets; there is no cluster here, so it refuses the job."""
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
-        (tmp_path / name).write_text(text)
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text(SBATCH)
         (tmp_path / name).chmod(0o755)
     path, recorded = f"{tmp_path}:{os.environ['PATH']}", tmp_path / "recorded"
     done = command(
@@ -114,6 +124,17 @@ def test_ray_runs_the_jobs_of_a_sweep(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [(s["seed"], s["steps"]) for s in summaries(tmp_path)] == [(0, 6), (1, 6)]
+
+
+def test_a_search_without_optuna_is_answered_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as if it were not installed
+    words = ["hparams_search=optuna", "~hydra.callbacks.validate", f"hydra.sweep.dir={tmp_path}/x"]
+    with (
+        initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"),
+        pytest.raises(config.ConfigError, match=r"'\.\[optuna\]'"),
+    ):
+        GlobalHydra.instance().hydra.multirun("train", lambda cfg: 0.0, words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_job_of_several_ranks_repeats_the_program_and_not_the_worker_of_a_launcher(tmp_path):

@@ -5,7 +5,7 @@ Hydra imports this file at every start, so Optuna is imported only where the swe
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class OptunaSweeper(Sweeper):
     study_name: str = "search"
     storage: str | None = None  # None: in memory, without pruning
     sampler: Any = None
-    params: Any = field(default_factory=dict)
+    params: Any = None
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """Raise ConfigError where a number is not valid, or Optuna is not installed."""
@@ -63,7 +63,7 @@ class OptunaSweeper(Sweeper):
 
         Raises ConfigError, before a directory is made, where an axis or the sampler is not valid.
         """
-        words = [*(f"{key}={axis}" for key, axis in self.params.items()), *arguments]
+        words = [*(f"{key}={axis}" for key, axis in (self.params or {}).items()), *arguments]
         overrides = {o.get_key_element(): o for o in self.parser.parse_overrides(words)}
         axes = {k: self._distribution(o) for k, o in overrides.items() if o.is_sweep_override()}
         self.fixed = [str(o.input_line) for key, o in overrides.items() if key not in axes]
