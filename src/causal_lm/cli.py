@@ -41,6 +41,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 log = logging.getLogger(__name__)
 TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"  # set by it; "True": ranks share its key-value store
 FULL_ERROR, USER_FULL_ERROR = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
+PROGRAM = "CAUSAL_LM_PROGRAM"  # arguments of Python, by lines; also for the workers of a launcher
 
 
 class _BypassHydraError(BaseException):
@@ -94,6 +95,8 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def start(main: Callable[[], Any]) -> None:
     """Call a ``hydra.main`` function; an error of Hydra is one line, exit code 2."""
+    spec = sys.modules["__main__"].__spec__
+    os.environ[PROGRAM] = f"-m\n{spec.name}" if spec else sys.argv[0]
     for number in STOP_SIGNALS:  # while torch is loaded
         signal.signal(number, stop_at_once)
     with one_line_errors():
@@ -239,7 +242,7 @@ def _command(raw: Any, config: Any, directory: Path) -> list[str]:
     the whole sweep, and the ranks would train different configurations.
     """
     hydra_cfg, given = HydraConfig.get(), dict(leaves(raw))
-    start = ["-m", spec.name] if (spec := sys.modules["__main__"].__spec__) else [sys.argv[0]]
+    start = os.environ.get(PROGRAM, sys.argv[0]).split("\n")
     command = [sys.executable, *start, f"--config-name={hydra_cfg.job.config_name}"]
     sources = hydra_cfg.runtime.config_sources
     command.append("hydra.mode=RUN")  # a configuration may say MULTIRUN

@@ -47,6 +47,7 @@ LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an ext
 PATH_KEYS = (  # besides data.path, val_path and test_path, which the sources resolve
     "ckpt_path", "data.tokenizer", "data.cache_dir", "data.root", "model.init_from",
     "samples.embedder")  # fmt: skip
+LAUNCHER_EXTRAS = ("joblib", "submitit", "ray")
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
@@ -87,7 +88,9 @@ def _sweep_values(override: Override) -> list[str]:
     """The overrides that a sweep puts in the place of this one."""
     key = override.get_key_element()
     if override.is_sweep_override() and override.is_discrete_sweep():
-        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+        if values := [f"{key}={value}" for value in override.sweep_string_iterator()]:
+            return values
+        raise ConfigError(f"{override.input_line} has no value")
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         return [f"{key}={sweep.start}", f"{key}={sweep.end}"]
@@ -133,6 +136,8 @@ def _explain(error: Exception) -> str:
         options = [name for name in error.options or () if not name.startswith("_")]
         if not options:
             return f"there is no group {group!r}; valid groups: {', '.join(GROUPS)}"
+        if group == "hydra/launcher" and (extra := option.partition("_")[0]) in LAUNCHER_EXTRAS:
+            return f"{group}={option} is not installed: pip install -e '.[{extra}]'"
         guess = _did_you_mean(option, options)
         return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
     if isinstance(cause, errors.ConfigKeyError | errors.ConfigAttributeError):

@@ -42,3 +42,14 @@ class Recorder(Logger):
 
     def log_file(self, name: str, path: Path, step: int) -> None:
         self.files.append((name, path.name, step))
+
+
+class MeanOverRanks(L.Callback):
+    """Logs a value as the first rank has it, and its mean over the ranks."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("own/value", self.value)
+        pl_module.log("own/mean", self.value, sync_dist=True)

@@ -68,6 +68,8 @@ class StopAfterStep(L.Callback):
         if not trainer.should_stop or trainer.global_step >= trainer.lightning_module.total_steps:
             return None
         for c in trainer.callbacks:
+            if because := getattr(c, "stopped_because", None):
+                return str(because)
             if isinstance(c, Timer) and (left := c.time_remaining()) is not None and left <= 0:
                 return "trainer.max_time"
             if isinstance(c, EarlyStopping) and (message := c.stopping_reason_message):
