@@ -279,14 +279,16 @@ def _check_combinations(v: Mapping[str, Any]) -> None:
             most = f"{high}={v[high]}{f' - {room}' if room else ''}"
             raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
     if v["trainer.max_steps"] == -1 and v.get("trainer.max_epochs", -1) == -1:
-        raise ConfigError("set trainer.max_steps or trainer.max_epochs: with -1 no run ends")
+        endless = "trainer.max_steps=-1 and trainer.max_epochs=-1 make an endless run"
+        raise ConfigError(f"{endless}: set one of them above 0")
     for key, rule in STREAM_RULES.items() if v.get("data.streaming") else ():
         if key in v and not rule.accepts(v[key]):
             raise ConfigError(
                 f"data.streaming=true: {key} must be {rule.description}, not {v[key]}"
             )
     if any("StochasticWeightAveraging" in str(value) for value in v.values()):
-        raise ConfigError("StochasticWeightAveraging replaces the schedule: use EMAWeightAveraging")
+        reason = "replaces the schedule, and its runs do not continue as they were"
+        raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")
     if str(v.get("trainer.strategy")).startswith("fsdp"):
         reason = "clips each rank's part of the gradient by itself"
         raise ConfigError(f"trainer.strategy=fsdp {reason}: type trainer=fsdp")
@@ -296,6 +298,7 @@ def _check_combinations(v: Mapping[str, Any]) -> None:
     if v.get("data.val_share", 0) + v.get("data.test_share", 0) >= 1:
         raise ConfigError("data.val_share and data.test_share leave no document for training")
     if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
-        raise ConfigError("optimizer.fused=true cannot clip under 16-mixed: set it to auto")
+        clip = "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed"
+        raise ConfigError(f"{clip}: set optimizer.fused=auto")
     if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
         raise ConfigError("samples.patience needs samples.count and samples.per_prompt above 0")
