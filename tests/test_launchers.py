@@ -54,7 +54,7 @@ def test_joblib_runs_the_trials_of_a_search_side_by_side(tmp_path):
     """One of them is pruned, by a process that has only the address of its trial."""
     pruner = "callbacks.pruning.pruner"
     done = command(
-        "train.py", *QUICK, "hparams_search=optuna", "hydra/launcher=joblib",
+        "train.py", "-m", *QUICK, "hparams_search=optuna", "hydra/launcher=joblib",
         "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2",
         f"{pruner}._target_=optuna.pruners.ThresholdPruner", f"~{pruner}.n_startup_trials",
         f"+{pruner}.upper=3.74", "optimizer.lr=1e-9,0.03",
