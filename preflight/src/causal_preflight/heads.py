@@ -91,7 +91,8 @@ def rebuild(ctx: Context, limit: float) -> float | None:
                 if r.residual < limit and bool(r.trained.any()):
                     limit, found = r.residual, model.head._replace(accepted=True)
     model.heads = [found] if found else model.heads
-    model.head = model.heads[0] if model.heads else model.head
+    if model.heads:
+        model.head = model.heads[0]
     return limit if found else None
 
 

@@ -65,7 +65,7 @@ def embedding(ctx: Context) -> Iterator[Finding]:
     require(sides, "a causal leak was found, which explains a dependence on PAD on the right")
     settings = [(work, both, both, sides) for both in (False, True)]
     seen = "{where} with the embedding at PAD slots"
-    return leaks(ctx, settings, "padding", "pad", seen, "pad keys", noise=True)
+    return leaks(ctx, settings, "padding", seen, "pad keys", noise=True)
 
 
 def extension(ctx: Context) -> Iterator[Finding]:

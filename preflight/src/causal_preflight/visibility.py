@@ -22,14 +22,12 @@ _CUTS = 12  # cuts a row that are tried first; in each further setting fewer
 _ROWS = 4  # rows with a cut of their own in one run; fewer rows are repeated
 _MAX_LOGITS = 2**26  # logits of repeated rows
 _GOLDEN = (5**0.5 - 1) / 2
-
-
 Setting = tuple[AuditBatch, bool, bool, list[Tensor]]
 """A batch, whether it is run in train mode and with rescaled weights, and parts (B, T) to change"""
 
 
 def leaks(
-    ctx: Context, settings: Iterable[Setting], mechanism: str, label: str, seen: str, remedy: str,
+    ctx: Context, settings: Iterable[Setting], mechanism: str, seen: str, remedy: str,
     noise: bool = False,
 ) -> Iterator[Finding]:  # fmt: skip
     """The finding for the first part whose change moves a counted logit outside of it.
@@ -50,7 +48,8 @@ def leaks(
                     how = ["with nothing padded"] * (batch.has_pad != ctx.work.has_pad)
                     how += ["in train mode"] * train + ["with rescaled weights"] * rescaled
                     ctx.explained.add(mechanism)
-                    yield ctx.finding(label, ", ".join([*how, seen]), remedy, move)
+                    label, seen = "pad" if noise else "causal", ", ".join([*how, seen])
+                    yield ctx.finding(label, seen, remedy, move)
                     return
     require(watched, NONE_COUNTS)
 
@@ -72,7 +71,7 @@ def cross_row(ctx: Context) -> Iterator[Finding]:
     modes = (False, False), (True, False), (True, True)
     settings = [(work, *mode, [~odd, odd]) for mode in modes]
     seen = "{where} with tokens of other rows"
-    return leaks(ctx, settings, "cross_row", "causal", seen, "rows")
+    return leaks(ctx, settings, "cross_row", seen, "rows")
 
 
 def future(ctx: Context) -> Iterator[Finding]:
@@ -94,7 +93,7 @@ def future(ctx: Context) -> Iterator[Finding]:
         settings.append((batch, train, rescaled, _cuts(batch, tried, count)))
         tried += count
     seen = "{where}, though its target counts, when later tokens are swapped, such as token "
-    yield from leaks(ctx, settings, "future", "causal", seen, "mask future")
+    yield from leaks(ctx, settings, "future", seen, "mask future")
     if "future" not in ctx.explained and tried < width - 1:
         ctx.report.sampled.append(f"future: {tried} of {width - 1} cuts in each of {rows} rows")
 
@@ -161,7 +160,7 @@ def documents(ctx: Context) -> Iterator[Finding]:
     parts = [work.real & (bit == side) for bit in bits for side in (0, 1)]
     settings = [(work, both, both, parts) for both in (False, True)]
     seen = "{where} with tokens of other documents in the row"
-    return leaks(ctx, settings, "documents", "causal", seen, "documents")
+    return leaks(ctx, settings, "documents", seen, "documents")
 
 
 def context(ctx: Context) -> Iterator[Finding]:
