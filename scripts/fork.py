@@ -55,6 +55,7 @@ PARTS = {
 OWN = (  # pages and commands of this repository, which no fork has
     "README* CHANGELOG* CONTRIBUTING* CITATION* .ci/* .github/workflows/* docs/* scripts/fork*"
     " scripts/prune.py tests/test_fork.py scripts/peers.py tests/test_peers.py"
+    " tests/test_torchrun.py"
 )
 INHERITED = "docs/extending.md docs/pitfalls.md"  # of these, unless their part is left out
 

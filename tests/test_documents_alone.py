@@ -129,21 +129,22 @@ def test_other_numbers_of_documents_are_compiled_once_more_at_most(on_meta):
 @pytest.mark.parametrize(
     ("device", "dtype", "autocast", "d_head", "capability", "expected"),
     [
-        ("cuda", torch.bfloat16, False, 64, (9, 0), True),
-        ("cuda", torch.float16, False, 64, (8, 0), True),
-        ("cuda", torch.float32, True, 64, (8, 0), True),
-        ("cuda", torch.float32, False, 64, (9, 0), False),
-        ("cuda", torch.bfloat16, False, 64, (7, 5), False),
-        ("cuda", torch.bfloat16, False, 60, (9, 0), False),
-        ("cuda", torch.bfloat16, False, 512, (9, 0), False),
-        ("cpu", torch.bfloat16, False, 64, (9, 0), False),
+        ("cuda", torch.bfloat16, False, 64, 9, True),
+        ("cuda", torch.float16, False, 64, 8, True),
+        ("cuda", torch.float32, True, 64, 8, True),
+        ("cuda", torch.float32, False, 64, 9, False),
+        ("cuda", torch.bfloat16, False, 64, 7, False),
+        ("cuda", torch.bfloat16, False, 60, 9, False),
+        ("cuda", torch.bfloat16, False, 512, 9, False),
+        ("cpu", torch.bfloat16, False, 64, 9, False),
     ],
 )  # fmt: skip
 def test_when_the_kernel_can_run(
     device, dtype, autocast, d_head, capability, expected, monkeypatch
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    weight = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)
+    found = SimpleNamespace(major=capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    weight = SimpleNamespace(is_cuda=device == "cuda", device=device, dtype=dtype)
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", autocast)

@@ -201,7 +201,7 @@ class CausalLM(L.LightningModule):
     def configure_model(self) -> None:
         """Under trainer=fsdp, shard the weights over all ranks."""
         if self.device_mesh is not None:
-            shard(self.model)
+            shard(self.model, self.device_mesh.device_type)
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a module without an optimizer cannot be trained"

@@ -1,7 +1,6 @@
 """The preflight of a configured run, as a Lightning callback."""
 
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ WHERE_TO_LOOK = {  # label of a fault -> key or file to change, unless a pitfall
     "position": "model, or data/collate.py",
 }
 
-BATCHES = 11  # within which the preflight finds one that has a target, or gives up
-
 
 class Preflight(lightning.Preflight):
     """:class:`causal_preflight.lightning.Preflight` with metrics for ``summary.json``."""
@@ -34,8 +31,10 @@ class Preflight(lightning.Preflight):
         if is_sharded and stage == "fit" and self.on_fault != "off":
             pl_module.to(strategy.root_device)
             batches = map(strategy.batch_to_device, trainer.datamodule.train_dataloader())
-            for number, batch in enumerate(islice(batches, BATCHES)):
+            for number, batch in enumerate(batches):
                 self.on_train_batch_start(trainer, pl_module, batch, number)
+                if self.report is not None:
+                    break
 
     def figures(self) -> dict[str, Any]:
         """``preflight/*`` and ``seconds/preflight``; empty if the preflight did not run."""

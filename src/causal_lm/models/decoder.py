@@ -197,7 +197,7 @@ def _has_varlen_kernel(weight: Tensor, d_head: int) -> bool:
     is_mixed = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if is_mixed else weight.dtype
     fits = dtype in (torch.bfloat16, torch.float16) and d_head % 8 == 0 and d_head <= 256
-    return fits and weight.is_cuda and torch.cuda.get_device_capability() >= (8, 0)
+    return fits and weight.is_cuda and torch.cuda.get_device_properties(weight.device).major >= 8
 
 
 class Decoder(BaseCausalModel):
