@@ -92,6 +92,10 @@ def test_a_job_gets_the_directory_of_its_run_and_never_that_of_another(tmp_path)
 
 
 def test_a_named_ledger_serves_sweeps_in_other_folders_and_can_be_moved(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b", target_is_directory=True)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    linked = claim(job(tmp_path / "link"))
+    assert claim(job(tmp_path / "a" / "b", 1)) == linked == tmp_path / "a/b/sweep/0_fix"
     first = claim(job(tmp_path, sweep="monday"), path="night.sqlite")
     assert claim(job(tmp_path, sweep="tuesday"), path="night.sqlite") == first
     end(first)
