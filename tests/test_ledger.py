@@ -4,14 +4,16 @@ import json
 import os
 import sqlite3
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from causal_lm import ledger
-from causal_lm.cli import SweepTable, _BypassHydraError
+from causal_lm import cli, ledger
 from causal_lm.config import ConfigError
 from causal_lm.ledger import Ledger, key_of, outcome, settings_of
 from causal_lm.report.table import sweep_table
@@ -90,6 +92,10 @@ def test_a_job_gets_the_directory_of_its_run_and_never_that_of_another(tmp_path)
 
 
 def test_a_named_ledger_serves_sweeps_in_other_folders_and_can_be_moved(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b", target_is_directory=True)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    linked = claim(job(tmp_path / "link"))
+    assert claim(job(tmp_path / "a" / "b", 1)) == linked == tmp_path / "a/b/sweep/0_fix"
     first = claim(job(tmp_path, sweep="monday"), path="night.sqlite")
     assert claim(job(tmp_path, sweep="tuesday"), path="night.sqlite") == first
     end(first)
@@ -108,6 +114,43 @@ def test_sweeps_that_claim_at_once_share_each_run(tmp_path):
     assert len(set(a)) == 6 and others == [a, a, a]
     found = Ledger("shared.sqlite", job(tmp_path, sweep="c")).summaries(since=0.0)
     assert [run["directory"] for run in found] == a
+
+
+def test_two_sweeps_at_once_run_each_job_once(tmp_path, monkeypatch):
+    """Each in a thread, with runs that hold the lock of their directory as a real one does."""
+    here, trained = threading.local(), []
+
+    def run(cfg, directory, command):
+        assert cfg.ckpt_path == "auto"
+        with RunDir(directory):
+            if not (directory / "summary.json").exists():
+                trained.append((cfg.seed, cfg.own))
+                time.sleep(0.01)
+                end(directory, **{"val/loss": float(cfg.seed)})
+        return outcome(directory)
+
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: here.hydra)
+    monkeypatch.setattr(cli, "_run", run)
+    plain = {"trainer": {"devices": 1}, "ckpt_path": None}
+
+    def sweep(name):
+        found = []
+        for n in range(10):
+            here.hydra = job(tmp_path, n, sweep=name)
+            own = here.hydra.runtime.output_dir
+            config = plain | {"seed": n, "ledger": "shared.sqlite", "own": f"{own}/x"}
+            found.append(cli._run_in_sweep(OmegaConf.create(config), Path(own)))
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(sweep, "ab"))
+    assert [seed for seed, _ in sorted(trained)] == list(range(10))
+    for found in both:
+        assert {s["status"] for s in found} <= {"finished", "running"}
+        assert all(s["val/loss"] in (n, None) for n, s in enumerate(found))
+    for run in Ledger(tmp_path / "shared.sqlite").summaries():
+        assert run["status"] == "finished" and run["settings"]["own"] == "./x"
+        assert (run["val/loss"], f"{run['directory']}/x") in trained
 
 
 @pytest.mark.parametrize("content", [b"no database at all, but a text", b"SQLite format 3\0rest"])
@@ -146,7 +189,7 @@ def test_the_table_has_the_jobs_of_this_sweep_and_fails_with_them(tmp_path, caps
     config = OmegaConf.create({"hydra": {"sweep": {"dir": "sweep"}, "runtime": {"cwd": "."}}})
     config.hydra.runtime.cwd = str(tmp_path)
     old = claim(job(tmp_path, 7, "seed=7"), FIX | {"seed": 7})  # of an earlier sweep, interrupted
-    table = SweepTable()
+    table = cli.SweepTable()
     table.on_multirun_start(config)
     directory = claim(job(tmp_path, 0, "seed=0", "model=gru"))
     other = claim(job(tmp_path, 1, "seed=1", "model=gru"), FIX | {"seed": 1})
@@ -164,7 +207,7 @@ def test_the_table_has_the_jobs_of_this_sweep_and_fails_with_them(tmp_path, caps
         assert stop.value.code == 1 and status in capsys.readouterr().out
         end(other, status="failed")
     (other / "summary.json").write_text("{")
-    with pytest.raises(_BypassHydraError) as damaged:
+    with pytest.raises(cli._BypassHydraError) as damaged:
         table.on_multirun_end(config)
     assert str(other / "summary.json") in str(damaged.value.__cause__)
 

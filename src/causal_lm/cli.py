@@ -194,17 +194,20 @@ def _run_in_sweep(cfg: DictConfig, own_directory: Path) -> dict[str, Any]:
             handler.close()  # it opens the other file at the next line
             handler.baseFilename = str(directory / Path(handler.baseFilename).name)
     config = replace_text(config, str(own_directory), str(directory))
-    if any(directory.glob("checkpoints/*.ckpt")):
+    # From its own checkpoint; also where another process runs it in this very moment.
+    if config.get("ckpt_path") is None or any(directory.glob("checkpoints/*.ckpt")):
         config["ckpt_path"] = "auto"
     is_single = OmegaConf.select(cfg, "trainer.devices") == 1
     try:
         command = [] if is_single else _command(raw, config, directory)
         summary = _run(OmegaConf.create(config), directory, command)
     except Exception as error:
-        log.error(f"error: {describe(error)}")
-        if not (directory / "summary.json").exists():
-            write_json(directory / "summary.json", {"status": "failed", "error": describe(error)})
-        return outcome(directory) | {"val/loss": None}
+        if (summary := outcome(directory))["status"] != "running":  # by another, faster process
+            log.error(f"error: {describe(error)}")
+            if not (directory / "summary.json").exists():
+                summary |= {"status": "failed", "error": describe(error)}
+                write_json(directory / "summary.json", summary)
+        return summary | {"val/loss": None}
     reason, _, name = str(summary["stopped_because"]).partition(" ")
     if reason == "signal":
         log.info(f"the sweep ends; the same command with ledger={ledger.path} goes on")

@@ -92,7 +92,7 @@ class Ledger:
     def __init__(self, path: str | Path | None, hydra: Any = None) -> None:
         self.sweep = str(Path(hydra.runtime.cwd, hydra.sweep.dir)) if hydra else ""
         self.path = Path(hydra.runtime.cwd if hydra else "", path or f"{self.sweep}/ledger.sqlite")
-        self.folder = self.path.absolute().parent
+        self.folder = self.path.resolve().parent
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._open() as database:
             for table in TABLES:
@@ -111,15 +111,20 @@ class Ledger:
     def claim(self, settings: Mapping[str, Any], hydra: Any) -> Path:
         """The directory of the run that a job asks for: that of an earlier job with this key, or
         the job's own, or where that is taken, a new one beside it."""
-        key, own = key_of(settings), Path(hydra.runtime.output_dir)
+        key, own = key_of(settings), Path(hydra.runtime.output_dir).resolve()
         beside = (own.with_name(f"{own.name}_{n}") for n in count(1))
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")  # no other process claims until the block ends
             job = [self.sweep, hydra.job.num, time.time(), key]
             database.execute("REPLACE INTO jobs VALUES (?, ?, ?, ?)", job)
             row = database.execute("SELECT directory FROM runs WHERE key = ?", [key]).fetchone()
-            free = (path for path in chain([own], beside) if not _names(path))
-            directory = self._absolute(row[0]) if row else next(free)
+            free = (
+                path
+                for path in chain([own], beside)
+                if not path.exists()
+                or all(fullmatch(files.HYDRA_FILES, name) for name in os.listdir(path))
+            )
+            directory = (self.folder / row[0]).resolve() if row else next(free)
             files.claim_directory(directory, ignored=files.HYDRA_FILES)
             overrides = OmegaConf.to_container(hydra.overrides.task)  # interpolations as typed
             texts = (json.dumps(each, default=str) for each in (overrides, settings))
@@ -139,15 +144,6 @@ class Ledger:
         with self._open() as database:
             rows = database.execute(query, given).fetchall()
         for place, overrides, config in rows:
-            run = outcome(directory := self._absolute(place))
+            run = outcome(directory := (self.folder / place).resolve())
             run |= {"name": directory.name, "directory": directory}
             yield run | {"overrides": json.loads(overrides), "settings": json.loads(config)}
-
-    def _absolute(self, place: str) -> Path:
-        return Path(os.path.normpath(self.folder / place))
-
-
-def _names(directory: Path) -> list[str]:
-    """What is in a directory besides the files of Hydra."""
-    names = os.listdir(directory) if directory.is_dir() else []
-    return [name for name in names if not fullmatch(files.HYDRA_FILES, name)]
