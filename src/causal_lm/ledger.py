@@ -93,16 +93,18 @@ class Ledger:
         self.sweep = str(Path(hydra.runtime.cwd, hydra.sweep.dir)) if hydra else ""
         self.path = Path(hydra.runtime.cwd if hydra else "", path or f"{self.sweep}/ledger.sqlite")
         self.folder = self.path.resolve().parent
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._open() as database:
-            for table in TABLES:
-                database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        if self.path.exists():
+            with self._open():
+                pass
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection, which waits a minute for others; a block that raises changes nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+                for table in TABLES:
+                    database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
                 yield database
         except sqlite3.Error as error:
             todo = "name another file with ledger=PATH"
