@@ -4,6 +4,7 @@ python scripts/benchmark.py layouts    real tokens per second of each layout, on
 python scripts/benchmark.py loss       seconds and peak memory of head and loss, whole and in chunks
 python scripts/benchmark.py peers --nanogpt FOLDER     beside other people's models (peers.py)
 python scripts/benchmark.py gpu --device cuda --nanogpt FOLDER     model=llama_124m beside GPT-2
+python scripts/benchmark.py trainer    Lightning's Trainer beside a bare loop, same batches
 python scripts/benchmark.py text data.path=FILE.txt    experiment=text_cpu beside nanoGPT's recipe
 """
 
@@ -222,6 +223,14 @@ def gpu(args: argparse.Namespace) -> None:
     _show(measure(args, _machine(args.device), _PeakMemory), table_of, args.json)
 
 
+def trainer(args: argparse.Namespace) -> None:
+    """Milliseconds a step of Lightning's Trainer, and of a bare loop over the same batches."""
+    from trainer_overhead import measure, table_of
+
+    print(table_of(measure(args.rounds, args.steps, args.overrides), args.steps))
+    print(f"{args.rounds} rounds of {args.steps} steps, {_machine('cpu')}")
+
+
 def _show(result: dict[str, Any], table_of: Callable, path: Path | None) -> None:
     if path is not None:
         write_json(path, result)
@@ -250,8 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layouts", "loss", "peers", "gpu", "text"])
-    parser.add_argument("overrides", nargs="*", help="of train.py, for layouts, gpu and text")
+    parser.add_argument("what", choices=["layouts", "loss", "peers", "gpu", "trainer", "text"])
+    parser.add_argument("overrides", nargs="*", help="of train.py, not for loss and peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round")
     parser.add_argument("--device", default="cpu")

@@ -47,8 +47,9 @@ PARTS = {
     "examples": Part("examples/* docs/extending.md tests/test_examples.py", r"^'?examples\b"),
     "benchmarks": Part(
         "scripts/benchmark.py scripts/memory.py scripts/nanogpt_baseline.py tests/test_memory.py"
-        " tests/test_small_text.py scripts/gpu_throughput.py tests/test_gpu_throughput.py",
-        "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline|gpu_throughput",
+        " tests/test_small_text.py scripts/gpu_throughput.py tests/test_gpu_throughput.py"
+        " scripts/trainer_overhead.py tests/test_trainer_overhead.py",
+        "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline|gpu_throughput|trainer_overhead",
     ),
     "crashtest": Part("scripts/crashtest.py tests/test_crash.py", "crashtest"),
 }  # fmt: skip

@@ -30,6 +30,7 @@ from causal_lm.data.documents import Corpus
 from causal_lm.failures import explain
 from causal_lm.ledger import settings_of
 from causal_lm.metrics_csv import MetricsCSV
+from causal_lm.models.base import blocks_of
 from causal_lm.module import CausalLM
 from causal_lm.report.files import is_rank_zero
 from causal_lm.report.samples import SampleStatistics
@@ -116,6 +117,10 @@ def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAf
     if isinstance(cfg.trainer.get("val_check_interval"), float):  # a fraction of each epoch
         cfg.trainer.check_val_every_n_epoch = cfg.trainer.get("check_val_every_n_epoch") or 1
     data, corpus, module = build.prepare(cfg)
+    if cfg.get("compile"):
+        parts: list[Any] = blocks_of(module.model) or [module.model]
+        for part in parts:
+            part.compile()
     if cfg.get("test"):
         data.test_dataloader()  # raises where there is no test split
     metadata, step = _prepare(cfg, run_dir, corpus, module)

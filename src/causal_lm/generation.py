@@ -67,7 +67,8 @@ def sample_in_batches(
     The same weights and ``seed`` give the same samples, whatever the global random state."""
     options["generator"] = torch.Generator().manual_seed(seed)
     parts = prompts.to(module.device).split(batch_size)
-    return torch.cat([sample(module, part, length, **options).cpu() for part in parts])
+    with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+        return torch.cat([sample(module, part, length, **options).cpu() for part in parts])
 
 
 def generate_text(

@@ -83,7 +83,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (optional(STRING), """data.special_tokens.* data.cache_dir data.root data.val_path data.name
         data.val_split data.test_path data.test_split data.prompt_field model.init_from
         ledger"""),
-    (BOOLEAN, """test data.pad_is_eos data.shuffle data.streaming model.tied model.qk_norm
+    (BOOLEAN, """test compile data.pad_is_eos data.shuffle data.streaming model.tied model.qk_norm
         model.zero_init_residual trainer.deterministic trainer.benchmark trainer.detect_anomaly
         trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
         trainer.inference_mode trainer.sync_batchnorm extras.print_config

@@ -11,14 +11,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from causal_lm.models.base import blocks_of
+
 
 def shard(model: Any, device: str) -> None:
     """Shard a ``CausalModel`` over all ranks, unless it is: each module of its ModuleLists, such as
     a block, whose weights are gathered only while they are used; then what these leave."""
     if not isinstance(model, FSDPModule):
         mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-        blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
-        for part in (*blocks, model):
+        for part in (*blocks_of(model), model):
             fully_shard(part, mesh=mesh)
         register_fsdp_forward_method(model, "hidden_states")
 

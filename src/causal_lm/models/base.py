@@ -54,6 +54,12 @@ class CausalModel(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The modules of its ModuleLists, such as blocks: what is compiled, and sharded, one by one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
+
+
 def check_length(length: int, max_positions: int | None) -> None:
     """Raise ValueError where a row of ``length`` tokens does not fit the model's positions."""
     if max_positions is not None and length > max_positions:

@@ -262,7 +262,8 @@ class Decoder(BaseCausalModel):
         nn.init.constant_(self.final_norm.weight, LOGIT_STD / (EMBEDDING_STD * width**0.5))
 
     def hidden_states(self, input_ids, position_ids, attention_mask=None, cache=None) -> Tensor:
-        if cache is None and attention_mask is not None and _by_document(attention_mask):
+        is_eager = self.blocks[0]._compiled_call_impl is None
+        if is_eager and cache is None and attention_mask and _by_document(attention_mask):
             real = attention_mask.document_ids >= 0  # (B, T)
             inputs = input_ids[real][None], position_ids[real][None]  # (1, N): no slot is PAD
             found = self._blocks(*inputs, attention_mask.document_lengths, None)
