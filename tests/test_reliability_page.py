@@ -10,6 +10,7 @@ from support import ROOT
 PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 GROUPS = {
     "Data", "Configuration", "Disk", "Signals", "Numbers", "Ranks", "Files", "Checkpoints",
+    "Sweeps",
 }  # fmt: skip
 
 
