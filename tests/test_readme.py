@@ -63,7 +63,10 @@ def elsewhere(tmp_path_factory):
     for name in ("configs", "docs", "examples", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "train.py", folder)
-    short = "# @package _global_\ntrainer: {max_steps: 40, val_check_interval: 20}\n"
+    short = """# @package _global_
+trainer: {max_steps: 40, val_check_interval: 20}
+samples: {count: 8, self_check: {count: 8}}
+"""
     (folder / "configs" / "local").mkdir(exist_ok=True)
     (folder / "configs" / "local" / "default.yaml").write_text(short)
     return folder
