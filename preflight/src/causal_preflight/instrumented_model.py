@@ -48,7 +48,7 @@ class Head(NamedTuple):
     bias: Tensor | None = None
     accepted: bool = False
 
-    def btv(self, t: Tensor, i: int) -> Tensor:
+    def to_btv(self, t: Tensor, i: int) -> Tensor:
         """The i-th logits (b, t, V), or their gradients, of a tensor that the module puts out."""
         wide = locate.to_btv(t, self.layout)
         return wide[i] if wide.ndim == 4 else wide
@@ -179,7 +179,7 @@ class InstrumentedModel:
         """Run the loss and keep the logits; they are NaN where none were made."""
         loss, placed = self._catch(batch, train, lambda t: t)
         head = self.head
-        pieces = [(slots, head.logits(head.btv(t.detach(), i))) for slots, t, i in placed]
+        pieces = [(slots, head.logits(head.to_btv(t.detach(), i))) for slots, t, i in placed]
         size, vocab = batch.ids.numel(), pieces[0][1].shape[-1]
         logits = torch.full((size, vocab), float("nan"), device=batch.ids.device)
         made = torch.zeros(size, dtype=torch.bool, device=logits.device)
@@ -222,7 +222,7 @@ class InstrumentedModel:
             self.head = head._replace(replaceable=False)
             return self.gradients(batch, train)
         pairs = [(*piece, g) for piece, g in zip(placed, grads, strict=True) if g is not None]
-        wide = [(slots, head.btv(z.detach(), i), head.btv(g, i)) for slots, z, i, g in pairs]
+        wide = [(slots, head.to_btv(z.detach(), i), head.to_btv(g, i)) for slots, z, i, g in pairs]
         return float(loss.detach()), wide
 
     def readout(self, batch: AuditBatch, train: bool = False, noise_size: float = 1.0) -> Readout:
@@ -292,12 +292,12 @@ class InstrumentedModel:
             for t, first in made:
                 for i in range(t.shape[head.layout[0]] if t.ndim == 4 else 1):
                     # Chunks of a head fit beside each other; where they do not, the next begins.
-                    size = head.btv(t, i).shape[1]
+                    size = head.to_btv(t, i).shape[1]
                     number, left = (number, left) if size <= left else (number + 1, room)
                     left -= size
                     mine += [(t, first, i)] if number == head.number + 1 else []
             self.count = max(self.count, number)
-            shapes = [head.btv(t, i).shape for t, _, i in mine]
+            shapes = [head.to_btv(t, i).shape for t, _, i in mine]
             where = locate.place(slots, shapes, mine[0][1], batch) if mine else []
             for slots, (t, _, i) in zip(where, mine, strict=True):
                 inside = (slots >= 0) & (slots % width < width - head.ahead)

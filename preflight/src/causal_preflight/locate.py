@@ -75,11 +75,11 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
 
 def made_of(t: Tensor, source: Tensor) -> bool:
     """Whether a tensor was computed from another one, by its graph."""
-    todo, seen = [(t.grad_fn, t.output_nr)], set[Any]()
-    while todo:
-        if (edge := todo.pop()) not in seen and edge[0] is not None:
+    edges, seen = [(t.grad_fn, t.output_nr)], set[Any]()
+    while edges:
+        if (edge := edges.pop()) not in seen and edge[0] is not None:
             seen.add(edge)
-            todo += edge[0].next_functions
+            edges += edge[0].next_functions
     return (source.grad_fn, source.output_nr) in seen
 
 
