@@ -59,3 +59,13 @@ def test_two_ranks_do_too(tmp_path):
     for rank in (0, 1):
         same = (tmp_path / f"rank{rank}.txt").read_text().split()
         assert len(same) >= 5 and set(same) == {"True"}
+
+
+@pytest.mark.parametrize("missing", ["causal_lm_training", "position", "unfinished"])
+def test_a_checkpoint_without_a_position_is_refused_in_words(tmp_path, missing):
+    fit(tmp_path, 1)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (saved if missing in saved else saved["causal_lm_training"]).pop(missing)
+    torch.save(saved, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="ckpt_path"):
+        fit(tmp_path, 2, tmp_path / "old.ckpt")

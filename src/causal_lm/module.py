@@ -252,7 +252,10 @@ class CausalLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Repeat the micro-batches after the last optimizer step, and go on in the documents."""
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        state: dict[str, Any] = checkpoint[TRAINING_STATE]
+        state: dict[str, Any] = checkpoint.get(TRAINING_STATE, {})
+        if not {"guard", "random", "unfinished", "position"} <= state.keys():
+            problem = "the checkpoint does not say where it stopped in the documents"
+            raise ValueError(f"{problem}: set ckpt_path to one of this version, or to null")
         for name in ("total", "current"):
             batches[name] = {k: n - state["unfinished"] for k, n in batches[name].items()}
         data: Any = getattr(self.trainer, "datamodule", None)
