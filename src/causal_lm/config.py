@@ -134,10 +134,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = [name for name in error.options or () if not name.startswith("_")]
-        if not options:
-            return f"there is no group {group!r}; valid groups: {', '.join(GROUPS)}"
         if group == "hydra/launcher" and (extra := option.partition("_")[0]) in LAUNCHER_EXTRAS:
             return f"{group}={option} is not installed: pip install -e '.[{extra}]'"
+        if not options:
+            return f"there is no group {group!r}; valid groups: {', '.join(GROUPS)}"
         guess = _did_you_mean(option, options)
         return f"there is no {group}={option}{guess}; valid options: {', '.join(options)}"
     if isinstance(cause, errors.ConfigKeyError | errors.ConfigAttributeError):
