@@ -13,6 +13,7 @@ from typing import Any
 
 from causal_lm import cli
 from causal_lm.report.files import write_text
+from causal_lm.report.seeds import group, seed_table
 from causal_lm.report.table import common_cells, sweep_table
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
@@ -20,7 +21,7 @@ BEGIN, END = "<!-- table -->", "<!-- /table -->"
 
 def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
     """One row per run, for a Markdown page."""
-    head = ["preset", "reported, nats", "true, nats", "× floor's perplexity",
+    head = ["preset", "reported, nats", "true, nats", "perplexity ÷ that of the floor",
             "legal transitions", "PAD or EOS generated", "preflight"]  # fmt: skip
     rows = [[f"`{s['experiment']}`", *common_cells(s)] for s in summaries]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
@@ -41,25 +42,30 @@ def main() -> None:
         "--pictures", type=Path, metavar="FOLDER", help="with --html: pictures as PNG and SVG"
     )
     args = parser.parse_args()
-    from compare_runs import group, read_runs
+    from compare_runs import read_runs
 
     runs = read_runs(args.paths)
-    summaries = [run.summary for run in runs]
     if not runs:
         raise FileNotFoundError(f"no summary.json found below {', '.join(map(str, args.paths))}")
     if args.html is not None:
         from compare_page import page
 
-        measured = group(run for run in runs if run.summary["val/loss"] is not None)
-        write_text(args.html, page(measured, args.pictures))
+        groups = group(run for run in runs if run["val/loss"] is not None)
+        shown = [run for g in groups for run in g.runs]
+        others = [run["name"] for run in runs if not any(run is each for each in shown)]
+        if not shown:
+            raise ValueError(f"none of the {len(runs)} runs has a validation loss to show")
+        why = "without a validation loss, or with the seed of a later run"
+        left_out = f"Not shown, {why}: {', '.join(others)}." if others else ""
+        write_text(args.html, page(groups, args.pictures, left_out))
     if args.into is None:
-        print(sweep_table(summaries))
+        print("\n\n".join(filter(None, [sweep_table(runs), seed_table(runs)])))
         return
     before, begin, rest = args.into.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{args.into} has no lines {BEGIN} and {END} to write between")
-    table = markdown_table(summaries)
+    table = markdown_table(runs)
     write_text(args.into, f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 

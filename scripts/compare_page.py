@@ -9,9 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from compare_runs import Group, differences, is_better
-
 from causal_lm.report.files import write_text
+from causal_lm.report.seeds import Group, differences, rows_of, settings_but_seed
 from causal_lm.report.table import number, percent
 
 REPORTED, TRUE, FLOOR, INK = "#d9822b", "#3b7dd8", "#7a8791", "#010203"  # INK becomes the page's
@@ -54,26 +53,29 @@ def loss_picture(pyplot: Any, groups: Sequence[Group]) -> Any:
             label = [{"label": text} if i == 0 else {} for text in ("reported", "true")]
             axis.plot(*run.curve("train/loss"), color=REPORTED, lw=1, **label[0])
             axis.plot(*run.curve("val/loss"), color=TRUE, lw=2, marker="o", ms=3, **label[1])
-        if (floor := g.first.summary["floor/loss"]) is not None:
+        if (floor := g.first["floor/loss"]) is not None:
             axis.axhline(floor, color=FLOOR, ls="--", lw=1, label="entropy floor")
         axis.set(title=g.name, xlabel="step", yscale="symlog")
-    axes[0, 0].set_ylabel("nats per token")
-    axes[0, 0].legend()
+    axes[0, 0].set_ylabel("nats per token (from 2 on, logarithmic)")
+    found = [a.get_legend_handles_labels() for a in figure.axes]
+    lines = {text: line for each in found for line, text in zip(*each, strict=True)}
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=3)
     return figure
 
 
 def bins_picture(pyplot: Any, groups: Sequence[Group]) -> Any:
-    """Loss by position in the document and by its length, a line per configuration."""
+    """Loss by position in the window and by its length, a line per configuration."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
     for axis, name in zip(axes, ("position", "length"), strict=True):
         for g in groups:
-            if bins := g.losses.get(name):
+            if bins := g.first.losses.get(name):
                 axis.plot(range(len(bins)), list(bins.values()), marker="o", ms=3, label=g.name)
                 axis.set_xticks(range(len(bins)), [f"{edge}" for edge in bins])
-        axis.set(xlabel=f"{name} of the document, from … tokens on".replace(
-            "position of", "position in"), yscale="symlog")  # fmt: skip
+        where = {"position": "in", "length": "of"}[name]
+        axis.set(xlabel=f"{name} {where} the window, from … tokens on", yscale="symlog")
     axes[0].set_ylabel("true nats per token")
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     return figure
 
 
@@ -81,7 +83,11 @@ def map_picture(pyplot: Any, groups: Sequence[Group]) -> Any:
     """What each logit was measured to see, a panel per configuration; gray: not tried."""
     figure, axes = pyplot.subplots(1, len(groups), figsize=(2.4 * len(groups), 2.7), squeeze=False)
     for g, axis in zip(groups, axes.flat, strict=True):
-        seen = g.first.pictures.get("visibility") or {"cells": [[0.0]], "swapped": [False]}
+        axis.set(title=g.name, xlabel="input token", ylabel="logit", xticks=[], yticks=[])
+        seen = g.first.pictures.get("visibility")
+        if not seen:
+            axis.text(0.5, 0.5, "no preflight", ha="center", transform=axis.transAxes)
+            continue
         cells = [[c**0.25 if tried else math.nan
                   for c, tried in zip(line, seen["swapped"], strict=True)]
                  for line in seen["cells"]]  # fmt: skip
@@ -89,7 +95,6 @@ def map_picture(pyplot: Any, groups: Sequence[Group]) -> Any:
         colors.set_bad(FLOOR)
         axis.imshow(cells, cmap=colors, vmin=0, vmax=1)
         axis.plot([-0.5, len(cells) - 0.5], [-0.5, len(cells) - 0.5], color="white", lw=0.8)
-        axis.set(title=g.name, xlabel="input token", ylabel="logit", xticks=[], yticks=[])
     return figure
 
 
@@ -115,23 +120,24 @@ def _svg_text(figure: Any) -> str:
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "train/loss": ("reported, nats", number),
     "val/loss": ("true, nats", number),
-    "val/ppl_over_floor": ("× floor's perplexity", number),
+    "val/ppl_over_floor": ("perplexity ÷ that of the floor", number),
     "sample/legal_rate": ("legal transitions", percent),
-    "sample/pad_eos_share": ("PAD or EOS written", percent),
+    "sample/pad_eos_share": ("PAD or EOS generated", percent),
     "train/pad_share": ("slots that are PAD", percent),
     "train/tokens_per_second": ("targets a second", number),
 }
 
 
-def page(groups: Sequence[Group], folder: Path | None = None) -> str:
-    """The HTML page of the runs; with a folder, each picture is written there as PNG and SVG."""
+def page(groups: Sequence[Group], folder: Path | None = None, left_out: str = "") -> str:
+    """The HTML page of the runs; with a folder, each picture is written there as PNG and SVG.
+    ``left_out`` says which runs are not shown."""
     pictures = {
         "losses": (loss_picture, "Reported and true loss over the optimizer steps. Where the two "
                    "part, the reported one is wrong."),
         "visibility": (map_picture, "Which logit moves with which input token, as the preflight "
                        "measured. Above the white diagonal is the future. Gray was not tried."),
-        "bins": (bins_picture, "True loss by the position of a token in its document, and by the "
-                 "length of the document."),
+        "bins": (bins_picture, "True loss by the position of a token in its window, and by the "
+                 "length of the window. A document longer than data.max_length is several."),
     }  # fmt: skip
     svgs = {}
     with _style() as pyplot:
@@ -144,21 +150,22 @@ def page(groups: Sequence[Group], folder: Path | None = None) -> str:
                 # As a file, an SVG has no page whose color it could take.
                 write_text(folder / f"{name}.svg", _svg_text(figure).replace(INK, FLOOR))
             pyplot.close(figure)
-    everything = [g.first.settings for g in groups]
+    everything = [settings_but_seed(g.first) for g in groups]
     settings = [["", *(g.name for g in groups)]] + [
-        [key, *(str(g.first.settings.get(key, "–")) for g in groups)]
+        [key, *(str(each.get(key, "–")) for each in everything)]
         for key in differences(everything, everything[0])
     ]
     template = Path(__file__).with_name("compare_page.html").read_text(encoding="utf-8")
     return Template(template).substitute(
-        svgs, n=sum(len(g.runs) for g in groups), runs=_runs(groups), seeds=_seeds(groups),
-        alignment="".join(map(_alignment, groups)), settings=_table(settings),
+        svgs, n=sum(len(g.runs) for g in groups), left_out=escape(left_out),
+        runs=_table("runs", _runs(groups)), seeds=_table("seeds", rows_of(groups)),
+        alignment="".join(map(_alignment, groups)), settings=_table("settings", settings),
         samples="".join(f"<h3>{escape(g.name)}</h3><pre>{escape(g.first.samples)}</pre>"
                         for g in groups),
     )  # fmt: skip
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(name: str, rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
@@ -166,31 +173,19 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
         for first, *rest in rows[1:]
     )  # fmt: skip
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wrap" tabindex="0">{table}</div>'
+    return f'<div class="wrap" role="region" aria-label="{escape(name)}" tabindex="0">{table}</div>'
 
 
-def _runs(groups: Sequence[Group]) -> str:
+def _runs(groups: Sequence[Group]) -> list[list[str]]:
     rows = [["run", "seed", *(title for title, _ in COLUMNS.values()), "preflight"]]
     for g in groups:
-        for run in g.runs:
-            s = run.summary
+        for s in g.runs:
             faults = ", ".join(s["preflight/faults"] or []) or (
                 "clean" if s["preflight/audited"] else "not audited"
             )
             cells = (show(s[key]) for key, (_, show) in COLUMNS.items())
             rows.append([g.name, str(s["seed"]), *cells, faults])
-    return _table(rows)
-
-
-def _seeds(groups: Sequence[Group]) -> str:
-    """Mean and interval over the seeds, and which configurations are better than which."""
-    rows = [["configuration", "seeds", "true loss, mean ± 95 %", "lower than, intervals apart"]]
-    for g in groups:
-        mean, half = g.interval("val/loss")
-        spread = "" if math.isnan(half) else f" ± {half:.4f}"
-        better = ", ".join(other.name for other in groups if is_better(g, other))
-        rows.append([g.name, str(len(g.runs)), f"{mean:.4f}{spread}", better or "–"])
-    return _table(rows)
+    return rows
 
 
 def _alignment(g: Group) -> str:
@@ -202,4 +197,4 @@ def _alignment(g: Group) -> str:
         [f"{g.name}: input", *(str(c["input"]) for c in cells)],
         ["trained on", *("·" if c["target"] is None else str(c["target"]) for c in cells)],
     ]
-    return _table(rows)
+    return _table(g.name, rows)

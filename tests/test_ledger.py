@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from causal_lm import cli, ledger
 from causal_lm.config import ConfigError
+from causal_lm.fit import SUMMARY_KEYS
 from causal_lm.ledger import Ledger, key_of, outcome, settings_of
 from causal_lm.report.table import sweep_table
 from causal_lm.run_dir import RunDir
@@ -221,19 +222,31 @@ def test_the_swept_values_are_those_in_which_jobs_differ():
 
 
 def test_four_hundred_runs_are_a_table_in_two_seconds(tmp_path):
-    hydra = job(tmp_path, 0, "seed=0")
-    end(claim(hydra, {f"key_{n}": n for n in range(150)}), **{"val/loss": None})
+    """Half of two hundred seeds have one rate and half another."""
+    hydra, figures = job(tmp_path, 0, "seed=0"), dict.fromkeys(SUMMARY_KEYS)
+    figures |= {
+        "status": "finished",
+        "experiment": "fix",
+        "train/loss": 1.0,
+        "seconds/total": 1,
+        "preflight/faults": [],
+    }
+    claim(hydra, FIX | {f"key_{n}": n for n in range(150)})
     with sqlite3.connect(tmp_path / "sweep/ledger.sqlite") as database:
         ((_, _, overrides, config),) = database.execute("SELECT * FROM runs").fetchall()
-        for n in range(1, 400):
-            (tmp_path / f"sweep/{n}").mkdir()
-            end(tmp_path / f"sweep/{n}", **{"val/loss": None})
-            row = (f"{n}", f"{n}", overrides.replace("seed=0", f"seed={n}"), config)
-            database.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", row)
+        for n in range(400):
+            (folder := tmp_path / f"sweep/{n}").mkdir(exist_ok=True)
+            end(folder, **figures | {"val/loss": 1 + n % 2 + n / 1000, "seed": n})
+            settings = json.dumps(json.loads(config) | {"seed": n, "lr": n % 2})
+            row = (f"{n}", f"{n}", overrides.replace("seed=0", f"seed={n}"), settings)
+            database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", row)
+        database.execute("DELETE FROM runs WHERE directory = '0_fix'")
     started = sum(os.times()[:4])  # of this process and its children
     done = command("scripts/compare.py", str(tmp_path / "sweep/ledger.sqlite"))
     runs = compare_runs.read_runs([tmp_path / "sweep/ledger.sqlite"])
     assert sum(os.times()[:4]) - started < 2
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 402 and " 399 " in done.stdout
-    assert len(runs) == 400 and runs[0].settings["key_149"] == 149
+    table, seeds = done.stdout.split("\n\n")
+    assert len(table.splitlines()) == 402 and " 399 " in table
+    assert [line.split()[2] for line in seeds.splitlines()[2:]] == ["200", "200"]
+    assert len(runs) == 400 and runs[0]["settings"]["key_149"] == 149

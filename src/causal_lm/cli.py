@@ -30,6 +30,7 @@ from causal_lm.config import (
 )
 from causal_lm.ledger import Ledger, outcome, replace_text, settings_of
 from causal_lm.report.files import claim_directory, is_rank_zero, read_summary, write_json
+from causal_lm.report.seeds import seed_table
 from causal_lm.report.table import sweep_table
 from causal_lm.signals import STOP_SIGNALS, StoppedRun, stop_at_once
 
@@ -146,7 +147,8 @@ class SweepTable(Callback):
         with _bypass_hydra():
             runs = list(self._ledger.summaries(since=self._started))
         where = f"written below {config.hydra.sweep.dir}, and listed in {self._ledger.path}"
-        print(f"\n{sweep_table(runs)}\n\n{where}")
+        tables = [text for text in (sweep_table(runs), seed_table(runs), where) if text]
+        print("\n" + "\n\n".join(tables))
         if any(run["status"] in ("failed", "interrupted") for run in runs):
             sys.exit(1)
 
