@@ -1,17 +1,18 @@
-"""Every command that the README, docs/howto.md and docs/scaling.md print works as printed."""
+"""Every command that the README and the pages of PAGES print works as printed."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from support import ROOT
 
-PAGES = ["README.md", "docs/howto.md", "docs/scaling.md"]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "howto", "runs", "scaling"))]
 BLOCKS = [
     block.splitlines()
     for page in PAGES
@@ -45,6 +46,12 @@ def test_ci_installs_the_extras():
     named = set[str]().union(*(extras_in((ROOT / page).read_text("utf-8")) for page in PAGES))
     assert named >= {"huggingface", "loggers", "peft", "plots", "x-transformers"}
     assert named <= extras_in((ROOT / ".ci/run").read_text("utf-8"))
+
+
+def test_the_readme_names_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    table = (ROOT / "README.md").read_text("utf-8").partition("| extra | for |")[2]
+    assert [name for name in project["optional-dependencies"] if f"`{name}`" not in table] == []
 
 
 def extras_in(text):
@@ -82,7 +89,7 @@ def marked(line):
     "line",
     [
         marked(c)
-        for c in COMMANDS
+        for c in dict.fromkeys(COMMANDS)
         if c not in SETUP + IN_OTHER_TESTS and not c.startswith("pip install")
     ],
 )
