@@ -5,6 +5,8 @@ python scripts/benchmark.py loss       seconds and peak memory of head and loss,
 python scripts/benchmark.py peers --nanogpt FOLDER     beside other people's models (peers.py)
 python scripts/benchmark.py gpu --device cuda --nanogpt FOLDER     model=llama_124m beside GPT-2
 python scripts/benchmark.py trainer    Lightning's Trainer beside a bare loop, same batches
+python scripts/benchmark.py start      from a command to its first optimizer step
+python scripts/benchmark.py tokenize data.path=FILE.txt    lines beside datasets.map
 python scripts/benchmark.py text data.path=FILE.txt    experiment=text_cpu beside nanoGPT's recipe
 """
 
@@ -231,6 +233,23 @@ def trainer(args: argparse.Namespace) -> None:
     print(f"{args.rounds} rounds of {args.steps} steps, {_machine('cpu')}")
 
 
+def start(args: argparse.Namespace) -> None:
+    """Seconds from the start of a command to its first optimizer step."""
+    from start_time import measure
+
+    print(f"{measure(args.rounds)}\n\n{args.rounds} rounds, {_machine('cpu')}")
+
+
+def tokenize(args: argparse.Namespace) -> None:
+    """MB/s of tokenizing and packing the lines of ``data.path``, beside ``datasets.map``."""
+    from tokenize_speed import measure
+
+    files = [Path(o.removeprefix("data.path=")) for o in args.overrides if "data.path=" in o]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError("name a text file: data.path=FILE.txt")
+    print(f"{measure(args.rounds, files[0])}\n\n{args.rounds} rounds, {_machine('cpu')}")
+
+
 def _show(result: dict[str, Any], table_of: Callable, path: Path | None) -> None:
     if path is not None:
         write_json(path, result)
@@ -259,7 +278,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layouts", "loss", "peers", "gpu", "trainer", "text"])
+    parser.add_argument(
+        "what", choices=["layouts", "loss", "peers", "gpu", "trainer", "start", "tokenize", "text"]
+    )
     parser.add_argument("overrides", nargs="*", help="of train.py, not for loss and peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps a round")

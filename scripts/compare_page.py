@@ -13,6 +13,7 @@ from causal_lm.report.files import write_text
 from causal_lm.report.seeds import Group, differences, rows_of, settings_but_seed
 from causal_lm.report.table import number, percent
 
+TICKS = (0, 1, 2, 5, 10, 20, 50, 100)  # of losses, in nats
 REPORTED, TRUE, FLOOR, INK = "#d9822b", "#3b7dd8", "#7a8791", "#010203"  # INK becomes the page's
 
 
@@ -56,7 +57,7 @@ def loss_picture(pyplot: Any, groups: Sequence[Group]) -> Any:
         if (floor := g.first["floor/loss"]) is not None:
             axis.axhline(floor, color=FLOOR, ls="--", lw=1, label="entropy floor")
         axis.set(title=g.name, xlabel="step", yscale="symlog")
-    axes[0, 0].set_ylabel("nats per token (from 2 on, logarithmic)")
+    _label_losses(axes[0, 0], "nats per token")
     found = [a.get_legend_handles_labels() for a in figure.axes]
     lines = {text: line for each in found for line, text in zip(*each, strict=True)}
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=3)
@@ -73,10 +74,19 @@ def bins_picture(pyplot: Any, groups: Sequence[Group]) -> Any:
                 axis.set_xticks(range(len(bins)), [f"{edge}" for edge in bins])
         where = {"position": "in", "length": "of"}[name]
         axis.set(xlabel=f"{name} {where} the window, from … tokens on", yscale="symlog")
-    axes[0].set_ylabel("true nats per token")
+    _label_losses(axes[0], "true nats per token")
     if axes[0].lines:
         axes[0].legend()
     return figure
+
+
+def _label_losses(axis: Any, label: str) -> None:
+    """Label a scale that shows losses near 0 beside those of 20 nats: a logarithm from 2 on."""
+    axis.set_ylabel(label)
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.set_yticks([], minor=True)
 
 
 def map_picture(pyplot: Any, groups: Sequence[Group]) -> Any:

@@ -25,6 +25,7 @@ from causal_lm import config
 from causal_lm.build import CHUNK_TOKENS, instantiate
 from causal_lm.data.collate import Batch, Collate
 from causal_lm.data.documents import Document
+from causal_lm.models.base import blocks_of
 from causal_lm.module import CausalLM
 from causal_lm.objective import LossConfig
 
@@ -128,7 +129,8 @@ def _ours(cfg: Any, documents: list[Document], args: Namespace, peak_memory: Any
         tied = model.lm_head.weight is model.token_embedding.weight
         size = used_parameters(model, () if tied else (model.token_embedding,))
         if args.compile:
-            model.hidden_states = torch.compile(model.hidden_states)
+            for block in blocks_of(model):
+                block.compile()
 
         def work(batch: Batch) -> list[int]:
             module.accumulated_loss(batch.to(args.device, non_blocking=True)).backward()

@@ -31,7 +31,7 @@ OURS = {
     "seed model": ["model=tiny", "model.d_model=256", "model.n_heads=4", "model.n_layers=4",
                    "model.d_ff=1024"],
 }  # fmt: skip
-BASE = "nanoGPT, contiguous stream"
+BASE, PACKED = "nanoGPT, contiguous stream", "llama, packed"
 Take = Callable[[], tuple[int, int]]  # trains on a few batches; the targets and slots in them
 
 
@@ -57,21 +57,28 @@ def measure(rounds: int, steps: int, nanogpt: Path | None, machine: str) -> dict
 
 def table_of(result: dict[str, Any]) -> str:
     """The table of a measurement in Markdown, with how it was made."""
-    medians = {name: statistics.median(v) for name, v in result["targets_per_second"].items()}
-    base = medians.get(BASE)
-    head = ["", "targets/s", "spread", "slots/s", "slots with a target"]
-    rows = [[*head, "× the stream"] if base else head]
-    for name, rate in medians.items():
+    found, ours = result["targets_per_second"], result["targets_per_second"][PACKED]
+    rows = [["", "targets/s", "spread", "slots/s", "slots with a target", "packed ÷ this"]]
+    if BASE in found:
+        rows[0].append("this ÷ the stream")
+    for name, values in found.items():
+        rate = statistics.median(values)
         slots = statistics.median(result["slots_per_second"][name])
-        values = result["targets_per_second"][name]
         spread = (max(values) - min(values)) / rate
-        row = [name, f"{rate:,.0f}", f"{spread:.0%}", f"{slots:,.0f}", f"{rate / slots:.2f}"]
-        rows.append([*row, f"{rate / base:.2f}"] if base else row)
+        row = [name, f"{rate:,.0f}", f"{spread:.0%}", f"{slots:,.0f}", f"{rate / slots:.2f}",
+               _ratio(ours, values)]  # fmt: skip
+        rows.append([*row, _ratio(values, found[BASE])] if BASE in found else row)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    made = f"Medians of {result['rounds']} rounds in turns; spread = (largest - smallest) / median."
+    how = f"{result['rounds']} rounds of {result['steps']} steps in turns"
+    made = f"Medians of {how}, also of ratios; spread = (largest - smallest) / median."
     return "\n".join([*lines, "", f"{made} {result['machine']}; {versions}."])
+
+
+def _ratio(a: list[float], b: list[float]) -> str:
+    """The median over the rounds: the rates of one round had the same neighbors."""
+    return f"{statistics.median(x / y for x, y in zip(a, b, strict=True)):.2f}"
 
 
 def _contestants(nanogpt: Path | None, steps: int) -> Iterator[tuple[str, Take]]:

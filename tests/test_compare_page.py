@@ -63,6 +63,14 @@ def test_the_page_in_a_browser(tmp_path):
         assert ("shift" in cells[-1]) == (name == "bug")
 
 
+def test_the_picture_of_the_readme_is_of_bug_and_fix():
+    """Its titles, axes and lines, as the script names them."""
+    picture = (ROOT / "docs/bug_and_fix.svg").read_text("utf-8")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+    assert {"bug", "fix", "reported", "true", "entropy floor", "nats per token"} <= set(texts)
+    assert texts.count("step") == 2 and {"0", "1", "20"} <= set(texts)
+
+
 @pytest.mark.extras
 def test_the_page_of_whole_runs_is_small(tmp_path):
     """Two presets and three seeds, with a row for each of 750 steps."""

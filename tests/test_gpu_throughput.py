@@ -8,31 +8,10 @@ import pytest
 import torch
 
 from support import ROOT, load_script
+from support.models import NANOGPT
 
 SIZES = ["model.d_model=16", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=1",
          "model.d_ff=24"]  # fmt: skip
-NANOGPT = '''
-from types import SimpleNamespace as GPTConfig
-from torch import nn
-import torch.nn.functional as F
-
-
-class GPT(nn.Module):
-    """As large as nanoGPT's where it matters here: the sizes come from the configuration."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
-        })
-        self.heads, self.layers = config.n_head, config.n_layer
-
-    def forward(self, ids, targets):
-        table = self.transformer["wte"]
-        logits = F.linear(table(ids), table.weight)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-'''
 
 
 @pytest.fixture

@@ -5,13 +5,15 @@ import json
 import pytest
 
 from support import ROOT, command, load_script
+from support.models import NANOGPT
 
 
 @pytest.mark.extras
 @pytest.mark.slow
 def test_one_round_of_one_step(tmp_path):
     figures = tmp_path / "figures.json"
-    options = ("--rounds", "1", "--steps", "1", "--json", figures)
+    (tmp_path / "model.py").write_text(NANOGPT)
+    options = ("--rounds", "1", "--steps", "1", "--json", figures, "--nanogpt", tmp_path)
     done = command("scripts/benchmark.py", "peers", *map(str, options))
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(figures.read_text())
@@ -21,6 +23,7 @@ def test_one_round_of_one_step(tmp_path):
     }
     assert {"llama, packed", "x-transformers, padded", "transformers, padded"} <= set(shares)
     assert shares["llama, packed"] > 0.97 > shares["llama, padded"]
+    assert shares["nanoGPT, contiguous stream"] == 1 > shares["nanoGPT, padded"]
     for name in shares:
         assert f"| {name} | " in done.stdout
 

@@ -76,7 +76,8 @@ def test_two_ranks_of_a_node_stop_at_a_signal_with_the_checkpoint_of_one_process
 
 
 @pytest.mark.slow
-def test_two_machines_that_shard_the_weights(tmp_path):
+@pytest.mark.parametrize("trainer", ["fsdp", "ddp"])
+def test_two_machines(tmp_path, trainer):
     """Two torchruns on this one, of a rank each; with all that a run does besides training."""
     folder, more = tmp_path / "runs", ["preflight.on_fault=error"]
     words = ["model=llama", "model.d_model=16", "model.d_ff=16", "gradients.report_every=2",
@@ -84,6 +85,7 @@ def test_two_machines_that_shard_the_weights(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"HOST": "127.0.0.1", "PORT": str(probe.getsockname()[1])}
+    address["trainer=fsdp"] = f"trainer={trainer}"
     nodes = [
         start(folder, "torchrun --nnodes=2", *words, *more, replaced=address | {"rank=0": rank})
         for rank in ("rank=0", "rank=1")

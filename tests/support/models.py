@@ -89,3 +89,28 @@ def by_document(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     if len(logits) == 2:
         return logits[batch.document_ids >= 0]
     return torch.cat([logits[row, : LENGTHS[row]] for row in (0, 2, 1, 3)])
+
+
+NANOGPT = '''
+from types import SimpleNamespace as GPTConfig
+from torch import nn
+import torch.nn.functional as F
+
+
+class GPT(nn.Module):
+    """As large as nanoGPT's where it matters here: the sizes come from the configuration."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+        })
+        self.heads, self.layers = config.n_head, config.n_layer
+
+    def forward(self, ids, targets):
+        table = self.transformer["wte"]
+        logits = F.linear(table(ids), table.weight)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+'''
+"""In the place of nanoGPT's ``model.py``."""
