@@ -1,5 +1,6 @@
 """Where files are looked for."""
 
+import csv
 import json
 
 import pytest
@@ -57,8 +58,8 @@ def test_under_hydra_job_chdir_other_paths_are_too(tmp_path, monkeypatch):
 def test_under_hydra_job_chdir_a_command_reads_where_it_was_typed(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(40)))
     words = [
-        "data=text", "data.path=a.jsonl", "data.val_share=0.3", "hydra.job.chdir=true", "model.d_ff=16",
-        "model.d_model=16", "trainer=cpu", "preflight.on_fault=off", "samples.count=0",
+        "data=text", "data.path=a.jsonl", "data.val_share=0.3", "hydra.job.chdir=true",
+        "model.d_ff=16", "model.d_model=16", "trainer=cpu", "preflight.on_fault=off", "samples.count=0",
         "samples.self_check.count=1", "trainer.val_check_interval=2",
     ]  # fmt: skip
     for steps, more in ((2, []), (4, ["ckpt_path=runs/2/checkpoints/last.ckpt"])):
@@ -68,8 +69,9 @@ def test_under_hydra_job_chdir_a_command_reads_where_it_was_typed(tmp_path):
         summary = json.loads((tmp_path / "runs" / str(steps) / "summary.json").read_text())
         assert (summary["steps"], summary["status"]) == (steps, "finished")
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "runs"}
-    # The second one went on from the first, with what that had trained on.
-    ...
+    with (tmp_path / "runs" / "4" / "metrics.csv").open() as file:
+        trained = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert trained == [2, 3]  # numbers from 0: it goes on from the first run
 
 
 @pytest.mark.parametrize(

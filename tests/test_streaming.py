@@ -297,11 +297,11 @@ def test_documents_that_are_passed_over_are_counted_in_each_pass(path, tmp_path,
     data = make(path, val_path=twice, max_held_out=20, max_overlap=1)
     for _ in range(2):
         read(data)
-    assert figures(caplog, "INFO", "passed over") == [[N, len({*texts[:20]})]] * 2
+    assert figures(caplog, "INFO", "stream") == [[N, len({*texts[:20]})]] * 2
     caplog.clear()
     data = make(path, val_share=0.7)
     read(data)
-    assert figures(caplog, "INFO", "passed over") == [[N, len(data.corpus.val)]]
+    assert figures(caplog, "INFO", "stream") == [[N, len(data.corpus.val)]]
     assert len(data.corpus.val) > N / 2 and not figures(caplog, "WARNING", "split")
 
 

@@ -43,15 +43,12 @@ class TextStream(Dataset[list[Document]]):
 
     open_at: OpenAt
     tokenizer: TextTokenizer
-    held_out: list[tuple[list[bytes], int | None]]  # documents to pass over, see ``Overlap.add``
-    max_overlap: float  # of which more may not be in another split, or before the :attr:`first`
+    held_out: set[bytes]  # hashes of documents to pass over
+    overlap: Overlap  # of the held out documents
+    max_overlap: float  # the most with each other, and with those read for :attr:`first`
     processes: int = 1  # if more than one, others tokenize ahead of this one
     max_length: int = sys.maxsize  # tokens of a window
-
-    def __post_init__(self) -> None:
-        self.overlap, self.has_warned = Overlap(), False  # of what the vocabulary lacks
-        for hashes, separate in self.held_out:
-            self.overlap.add(hashes, separate)
+    has_warned: bool = False  # of what the vocabulary lacks
 
     def windows(self, max_length: int) -> "TextStream":
         """The same stream in windows, see :meth:`Documents.windows`."""
@@ -92,7 +89,6 @@ class TextStream(Dataset[list[Document]]):
         what the vocabulary lacks as some is met, and the figures of all at the end."""
         states, tokenizer = deque([state]), self.tokenizer.state()
         documents, tell = self.open_at(state)
-        held_out = {digest for hashes, _ in self.held_out for digest in hashes}
         n_read, n_passed, unknown = 0, 0, Counter[str]()
 
         def read() -> Iterator[Chunk]:
@@ -102,15 +98,14 @@ class TextStream(Dataset[list[Document]]):
 
         for chunk in tokenize_corpus.tokenize_chunks(read(), tokenizer, self.processes):
             self.overlap.add(chunk.hashes, None)
-            kept = np.array([digest not in held_out for digest in chunk.hashes])
+            kept = np.array([digest not in self.held_out for digest in chunk.hashes])
             n_read, n_passed = n_read + len(kept), n_passed + int((~kept).sum())
             unknown.update(chunk.unknown)
             if unknown and not self.has_warned:
                 warn_of_unknown(unknown, f"{n_read:,} training documents")
                 self.has_warned = True
             yield as_documents(chunk, kept).windows(self.max_length), states.popleft()
-        passed = f"{n_passed:,} of them passed over, which equal held out ones"
-        log.info(f"end of the stream: {n_read:,} training documents read, {passed}")
+        log.info(f"stream: {n_read:,} documents read, {n_passed:,} of them held out: the end")
         check_overlap(self.overlap.fractions())
         warn_of_unknown(unknown, f"{n_read:,} training documents")
 
@@ -126,8 +121,8 @@ def as_documents(chunk: TokenizedChunk, chosen: np.ndarray) -> Documents:
 def take_held_out(
     documents: Iterable[DocumentPart], fractions: HeldOut, split: int, most: int, tokenizer: Any
 ) -> TokenizedChunk:
-    """The first ``most`` documents of a split, an index in ``token_cache.SPLITS``, by a
-    :class:`TextTokenizer`; logs what it lacks. Raises ValueError where there is no document."""
+    """Tokenize the first ``most`` documents of a split, an index in ``token_cache.SPLITS``; logs
+    what the vocabulary lacks. Raises ValueError where there is no document."""
     chunks, name = cut_chunks(documents, fractions), SPLITS[split]
     pairs = (zip(c.documents, c.splits(c.hashes()), strict=True) for c in chunks)
     found = list(islice((d for pair in pairs for d, s in pair if s == split), most))

@@ -9,6 +9,7 @@ from typing import Any
 
 from causal_lm import extras
 from causal_lm.data.documents import Corpus
+from causal_lm.data.sources.base import Overlap
 from causal_lm.data.sources.file_io import local_path, text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
 from causal_lm.data.streaming import TextStream, as_documents, take_held_out
@@ -102,11 +103,11 @@ class HuggingFaceDataset(FileReader):
             index: take_held_out(self.open_at(path, split)[0], held_out, index, most, tokenizer)
             for path, split, held_out in self.splits for index in (1, 2) if held_out[index - 1]
         }  # fmt: skip
-        train = TextStream(
-            partial(self.open_at, self.path, self.split), tokenizer,
-            [(chunk.hashes, chunk.separate) for chunk in taken.values()],
-            self.max_overlap, self.num_proc or 1,
-        )  # fmt: skip
+        overlap, open_at = Overlap(), partial(self.open_at, self.path, self.split)
+        for chunk in taken.values():
+            overlap.add(chunk.hashes, chunk.separate)
+        hashes, n_proc = {h for chunk in taken.values() for h in chunk.hashes}, self.num_proc or 1
+        train = TextStream(open_at, tokenizer, hashes, overlap, self.max_overlap, n_proc)
         val, *test = (as_documents(taken[i], taken[i].splits == i) for i in sorted(taken))
         return Corpus(train, val, tokenizer, test=test[0] if test else None)
 
