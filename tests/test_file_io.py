@@ -59,7 +59,8 @@ def test_under_hydra_job_chdir_a_command_reads_where_it_was_typed(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(40)))
     words = [
         "data=text", "data.path=a.jsonl", "data.val_share=0.3", "hydra.job.chdir=true",
-        "model.d_ff=16", "model.d_model=16", "trainer=cpu", "preflight.on_fault=off", "samples.count=0",
+        "model.d_ff=16", "model.d_model=16", "trainer=cpu", "preflight.on_fault=off",
+        "samples.count=0",
         "samples.self_check.count=1", "trainer.val_check_interval=2",
     ]  # fmt: skip
     for steps, more in ((2, []), (4, ["ckpt_path=runs/2/checkpoints/last.ckpt"])):

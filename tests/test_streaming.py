@@ -246,9 +246,9 @@ def test_what_is_skipped_or_unknown_is_said(tmp_path, caplog):
     n_val = len(data.corpus.val)
     assert figures(caplog, "WARNING", "'b'") == [[n_val, n_val], [80, 80]]  # at the start
     caplog.clear()
-    for _ in range(2):  # passes, each with its total
+    for _ in range(2):  # passes, each with its beginning and its total
         read(data)
-    assert figures(caplog, "WARNING", "'b'") == [[80, 80]] * 2
+    assert figures(caplog, "WARNING", "'b'") == [[80, 80]] * 4
     assert [found[-1] for found in figures(caplog, "WARNING", "records")] == [10, 10]
 
 
@@ -258,7 +258,8 @@ def test_what_the_vocabulary_lacks_is_said_as_it_is_met(tmp_path, caplog):
     data = make(path, max_length=10_100, val_path=write(tmp_path / "val.jsonl", "c"))
     assert not figures(caplog, "WARNING", "'b'")
     read(data)
-    assert figures(caplog, "WARNING", "'b'") == [[1, 151]] * 2  # then, and at the end of the pass
+    (n, n_read), total = figures(caplog, "WARNING", "'b'")
+    assert n == 1 and 0 < n_read < 100 and total == [1, 151]  # then, and at the end of the pass
 
 
 def test_windows_that_a_prompt_fills_are_said(tmp_path, caplog):
@@ -310,7 +311,7 @@ def test_an_empty_stream_is_refused(tmp_path):
     (tmp_path / "b.txt").write_text("b\n")
     with pytest.raises(ValueError, match="no document for val"):
         make(tmp_path / "a.txt", val_share=1e-9)
-    with pytest.raises(ValueError, match="no document for training"):
+    with pytest.raises(ValueError, match=r"train .* no document"):
         make(tmp_path / "a.txt", val_path=str(tmp_path / "a.txt"), max_overlap=1)
     assert len(read(make(tmp_path / "a.txt", val_path=str(tmp_path / "b.txt")))) == 1
 

@@ -109,12 +109,11 @@ class DataModule(L.LightningDataModule):
             progress["current"] = {name: n + change for name, n in progress["current"].items()}
 
     def _windows(self, split: str, documents: Any) -> Any:
-        windows = known = documents.windows(self.max_length)
-        if isinstance(windows, TextStream):
-            known = windows.first
-        elif not len(documents):
+        windows = documents.windows(self.max_length)
+        known = windows.first if isinstance(windows, TextStream) else windows
+        if not len(known):
             raise ValueError(f"the {split} split of the corpus holds no document")
-        else:
+        if known is windows:
             n_long = int((documents.lengths > self.max_length).sum())
             sizes = f"{len(documents):,} documents, {len(documents.tokens):,} tokens"
             cut = f"{n_long:,} were longer than data.max_length={self.max_length}"
@@ -125,8 +124,9 @@ class DataModule(L.LightningDataModule):
             empty = sum(not mask[1:].any() for mask in masks if mask is not None) / len(masks)
             if empty:
                 todo = f"raise data.max_length={self.max_length}, or shorten the prompts"
-                found = f"{empty:.1%} of {len(masks):,} windows have a prompt alone"
-                log.warning(f"{split}: {found}: {todo}")
+                log.warning(
+                    f"{split}: {empty:.1%} of {len(masks):,} windows have no target: {todo}"
+                )
         return windows
 
     def _batches_done(self) -> int:

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -43,12 +43,27 @@ class TextStream(Dataset[list[Document]]):
 
     open_at: OpenAt
     tokenizer: TextTokenizer
-    held_out: set[bytes]  # hashes of documents to pass over
-    overlap: Overlap  # of the held out documents
-    max_overlap: float  # the most with each other, and with those read for :attr:`first`
+    max_overlap: float  # of held out files with each other, and with what is read for ``first``
     processes: int = 1  # if more than one, others tokenize ahead of this one
     max_length: int = sys.maxsize  # tokens of a window
-    has_warned: bool = False  # of what the vocabulary lacks
+    held_out: set[bytes] = field(default_factory=set)  # hashes of documents to pass over
+    overlap: Overlap = field(default_factory=Overlap)
+
+    def hold_out(
+        self, documents: Iterable[DocumentPart], fractions: HeldOut, split: int, most: int
+    ) -> Documents:
+        """Take the first ``most`` documents of a split, an index in ``token_cache.SPLITS``, out of
+        the training documents. Raises ValueError where there is none."""
+        chunks, name = cut_chunks(documents, fractions), SPLITS[split]
+        pairs = (zip(c.documents, c.splits(c.hashes()), strict=True) for c in chunks)
+        found = list(islice((d for pair in pairs for d, s in pair if s == split), most))
+        if not found:
+            raise ValueError(f"the stream holds no document for {name}: raise data.{name}_share")
+        chunk = tokenize_corpus.tokenize(Chunk(found, False, fractions, None), self.tokenizer)
+        self.held_out.update(chunk.hashes)
+        self.overlap.add(chunk.hashes, chunk.separate)
+        warn_of_unknown(chunk.unknown, f"{len(found):,} {name} documents")
+        return as_documents(chunk, chunk.splits == split)
 
     def windows(self, max_length: int) -> "TextStream":
         """The same stream in windows, see :meth:`Documents.windows`."""
@@ -61,12 +76,9 @@ class TextStream(Dataset[list[Document]]):
 
     @cached_property
     def first(self) -> Documents:
-        """The windows that come first, about 1 MB. Raises ValueError where there is none, or for
-        more than ``max_overlap``."""
-        found = next((windows for windows, _ in self._pieces(None) if len(windows)), None)
+        """The windows that come first, about 1 MB. Raises ValueError above ``max_overlap``."""
+        found = next((w for w, _ in self._pieces(None) if len(w)), Documents.from_lists([]))
         check_overlap(self.overlap.fractions(), self.max_overlap)
-        if found is None:
-            raise ValueError("the stream holds no document for training")
         return found
 
     def read(self, address: Address) -> Iterator[tuple[Window, Address]]:
@@ -76,8 +88,7 @@ class TextStream(Dataset[list[Document]]):
         for windows, before in self._pieces(state):
             for i in range(skip, len(windows)):
                 tokens, mask = windows[i]
-                window = tokens.numpy(), None if mask is None else mask.numpy()
-                yield window, (before, i + 1)
+                yield (tokens.numpy(), None if mask is None else mask.numpy()), (before, i + 1)
             skip = 0
 
     def __getitem__(self, batch: list[Window]) -> list[Document]:
@@ -85,8 +96,7 @@ class TextStream(Dataset[list[Document]]):
         return [Document(as_tensor(t), None if m is None else as_tensor(m)) for t, m in batch]
 
     def _pieces(self, state: Any) -> Iterator[tuple[Documents, Any]]:
-        """The windows of about 1 MB at a time, each with the state of the source before it. Logs
-        what the vocabulary lacks as some is met, and the figures of all at the end."""
+        """Windows of about 1 MB at a time, each with the source's state before it; logs figures."""
         states, tokenizer = deque([state]), self.tokenizer.state()
         documents, tell = self.open_at(state)
         n_read, n_passed, unknown = 0, 0, Counter[str]()
@@ -100,12 +110,13 @@ class TextStream(Dataset[list[Document]]):
             self.overlap.add(chunk.hashes, None)
             kept = np.array([digest not in self.held_out for digest in chunk.hashes])
             n_read, n_passed = n_read + len(kept), n_passed + int((~kept).sum())
+            if chunk.unknown and not unknown:
+                warn_of_unknown(chunk.unknown, f"{len(kept):,} training documents")
             unknown.update(chunk.unknown)
-            if unknown and not self.has_warned:
-                warn_of_unknown(unknown, f"{n_read:,} training documents")
-                self.has_warned = True
             yield as_documents(chunk, kept).windows(self.max_length), states.popleft()
-        log.info(f"stream: {n_read:,} documents read, {n_passed:,} of them held out: the end")
+        log.info(
+            f"the stream ends: {n_read:,} documents, not trained on {n_passed:,} held out ones"
+        )
         check_overlap(self.overlap.fractions())
         warn_of_unknown(unknown, f"{n_read:,} training documents")
 
@@ -116,21 +127,6 @@ def as_documents(chunk: TokenizedChunk, chosen: np.ndarray) -> Documents:
     in_chosen = np.repeat(chosen, chunk.lengths)
     mask = None if chunk.loss_mask is None else torch.from_numpy(chunk.loss_mask[in_chosen])
     return Documents(torch.from_numpy(chunk.ids[in_chosen].astype(np.int32)), offsets, mask)
-
-
-def take_held_out(
-    documents: Iterable[DocumentPart], fractions: HeldOut, split: int, most: int, tokenizer: Any
-) -> TokenizedChunk:
-    """Tokenize the first ``most`` documents of a split, an index in ``token_cache.SPLITS``; logs
-    what the vocabulary lacks. Raises ValueError where there is no document."""
-    chunks, name = cut_chunks(documents, fractions), SPLITS[split]
-    pairs = (zip(c.documents, c.splits(c.hashes()), strict=True) for c in chunks)
-    found = list(islice((d for pair in pairs for d, s in pair if s == split), most))
-    if not found:
-        raise ValueError(f"the stream holds no document for {name}: raise data.{name}_share")
-    chunk = tokenize_corpus.tokenize(Chunk(found, False, fractions, None), tokenizer)
-    warn_of_unknown(chunk.unknown, f"{len(found):,} {name} documents")
-    return chunk
 
 
 class StreamSampler(Sampler[list[Window]]):

@@ -33,29 +33,25 @@ def warn_of_unknown(unknown: Mapping[str, int], where: str) -> None:
     """Log the most frequent characters or words of a text that a tokenizer lacks, if any."""
     found = Counter(unknown).most_common(EXAMPLES)
     if examples := ", ".join(f"{unit!r} ({n:,})" for unit, n in found):
-        what = f"the tokenizer's vocabulary lacks {examples} of {where}"
-        log.warning(f"{what}; set another data.tokenizer")
+        log.warning(f"the tokenizer lacks {examples} of {where}; set another data.tokenizer")
 
 
 class Overlap:
     """Which documents of data that are held out as a whole are in another split, too."""
 
     def __init__(self) -> None:
-        self.separate = {1: set[bytes](), 2: set[bytes]()}  # hashes of such data, by split
-        self.shared = {1: set[bytes](), 2: set[bytes]()}
+        self.is_elsewhere = {1: dict[bytes, bool](), 2: dict[bytes, bool]()}  # by split and hash
 
     def add(self, hashes: list[bytes], separate: int | None) -> None:
         """Documents of a split that is held out as a whole, or else (None) of other data."""
-        for split, own in self.separate.items():
-            if split == separate:
-                own.update(hashes)
-            else:
-                self.shared[split].update(own.intersection(hashes))
+        for split, own in self.is_elsewhere.items():
+            found = hashes if split == separate else own.keys() & hashes
+            own.update(dict.fromkeys(found, split != separate))
 
     def fractions(self) -> dict[str, float]:
         """Of the documents of each split that shares some."""
-        sizes = {split: len(found) for split, found in self.shared.items() if found}
-        return {token_cache.SPLITS[s]: n / len(self.separate[s]) for s, n in sizes.items()}
+        found = ((token_cache.SPLITS[i], own.values()) for i, own in self.is_elsewhere.items())
+        return {split: sum(own) / len(own) for split, own in found if any(own)}
 
 
 def check_overlap(fractions: Mapping[str, float], most: float = 1.0) -> None:
@@ -171,10 +167,9 @@ class TextSource(abc.ABC):
         if not train or not val:
             hint = "set data.val_path or another data.val_share, or give more or smaller documents"
             raise ValueError(f"{summary}: both first need a document; {hint}")
-        about = {"tokenizer": state, "dtype": dtype, "summary": summary,
-                 "overlap": overlap.fractions(),
-                 "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
-        token_cache.write_about(folder, about)
+        about = {"tokenizer": state, "dtype": dtype, "summary": summary}
+        found = {"overlap": overlap.fractions(), "unknown": unknown.most_common(EXAMPLES)}
+        token_cache.write_about(folder, about | found)
 
     def _train_bpe(self) -> SubwordTokenizer:
         """A BPE of the training documents, from a subset of the chunks if the corpus is large."""
