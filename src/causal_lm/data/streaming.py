@@ -96,7 +96,8 @@ class TextStream(Dataset[list[Document]]):
         return [Document(as_tensor(t), None if m is None else as_tensor(m)) for t, m in batch]
 
     def _pieces(self, state: Any) -> Iterator[tuple[Documents, Any]]:
-        """Windows of about 1 MB at a time, each with the source's state before it; logs figures."""
+        """The windows of about 1 MB at a time, each with the state of the source before it. Logs
+        what the vocabulary lacks as it lacks some, and at the end what was read and passed over."""
         states, tokenizer = deque([state]), self.tokenizer.state()
         documents, tell = self.open_at(state)
         n_read, n_passed, unknown = 0, 0, Counter[str]()
@@ -114,9 +115,7 @@ class TextStream(Dataset[list[Document]]):
                 warn_of_unknown(chunk.unknown, f"{len(kept):,} training documents")
             unknown.update(chunk.unknown)
             yield as_documents(chunk, kept).windows(self.max_length), states.popleft()
-        log.info(
-            f"the stream ends: {n_read:,} documents, not trained on {n_passed:,} held out ones"
-        )
+        log.info(f"end of the stream: {n_read:,} documents, {n_passed:,} passed over as held out")
         check_overlap(self.overlap.fractions())
         warn_of_unknown(unknown, f"{n_read:,} training documents")
 
