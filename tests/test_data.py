@@ -286,6 +286,14 @@ def test_docstrings_split_does_not_move_when_others_are_added(tmp_path):
     assert {t for t in texts(corpus.val) if t.startswith("a.py")} == first
 
 
+def test_hidden_files_have_no_docstrings_that_are_read(tmp_path):
+    names = ("a.py", ".b.py", ".ipynb_checkpoints/a.py", "c/.venv/lib/d.py", "tests/e.py", "c/f.py")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(f'"""{name}"""')
+    assert Docstrings(root=str(tmp_path)).texts == ["a.py", "c/f.py"]
+
+
 def test_a_folder_without_docstrings_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         Docstrings(val_share=0.1, root=str(tmp_path)).load()

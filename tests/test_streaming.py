@@ -1,10 +1,9 @@
 """A stream of text: every document once per pass on any ranks, and exact resumption."""
 
 import json
-import os
+import logging
 import random
 import re
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from causal_lm import config
+from causal_lm.build import instantiate
 from causal_lm.config import ConfigError
 from causal_lm.data.datamodule import DataModule
 from causal_lm.data.sources.huggingface import HuggingFaceDataset
@@ -210,25 +210,100 @@ def test_a_file_that_is_read_as_a_whole_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "a"}]')
     with pytest.raises(ValueError, match=r"a\.json"):
         make(tmp_path / "a.json")
+    write(tmp_path / "a.json", map(str, range(20)))
+    words = ["data=huggingface", "data.streaming=true", "data.format=jsonl", "data.unit=record"]
+    cfg = config.load([*words, f"data.path={tmp_path / 'a.json'}", "data.val_share=0.5"])
+    assert 0 < len(instantiate(cfg.data).load().val) < 20
     (tmp_path / "a.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"a\.txt"):
         make(tmp_path / "a.txt", unit="file")
 
 
-class Lacking(ByteTokenizer):
-    def unknown(self, texts):
-        return Counter("".join(texts)) & Counter(b=1000)
+def write(path, texts, **more):
+    path.write_text("".join(json.dumps({"text": text} | more) + "\n" for text in texts))
+    return str(path)
 
 
+def figures(caplog, level, word):
+    """The figures in each line of a level that has a word."""
+    found = (r.getMessage() for r in caplog.records if r.levelname == level)
+    return [[*map(float, re.findall(r"\d+\.?\d*", line))] for line in found if word in line]
+
+
+@pytest.fixture
+def _lacking(monkeypatch):
+    """A tokenizer that lacks the letter b."""
+    lacked = Counter(b=1000)
+    monkeypatch.setattr(ByteTokenizer, "unknown", lambda _, texts: Counter("".join(texts)) & lacked)
+
+
+@pytest.mark.usefixtures("_lacking")
 def test_what_is_skipped_or_unknown_is_said(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     rows = [{"text": f"b{i}"} if i % 9 else {} for i in range(90)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = make(path, on_error="skip", val_share=0.3, tokenizer=Lacking())
-    assert [r.levelname for r in caplog.records if f"'b' ({len(data.corpus.val)})" in r.message]
+    data = make(path, on_error="skip", val_share=0.3)
+    n_val = len(data.corpus.val)
+    assert figures(caplog, "WARNING", "'b'") == [[n_val, n_val], [80, 80]]  # at the start
     caplog.clear()
+    for _ in range(2):  # passes, each with its beginning and its total
+        read(data)
+    assert figures(caplog, "WARNING", "'b'") == [[80, 80]] * 4
+    assert [found[-1] for found in figures(caplog, "WARNING", "records")] == [10, 10]
+
+
+@pytest.mark.usefixtures("_lacking")
+def test_what_the_vocabulary_lacks_is_said_as_it_is_met(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", [*(f"{i} " + "a" * 9990 for i in range(150)), "b"])
+    data = make(path, max_length=10_100, val_path=write(tmp_path / "val.jsonl", "c"))
+    assert not figures(caplog, "WARNING", "'b'")
     read(data)
-    assert [r.levelname for r in caplog.records if "10 records" in r.message] == ["WARNING"]
+    (n, n_read), total = figures(caplog, "WARNING", "'b'")
+    assert n == 1 and 0 < n_read < 100 and total == [1, 151]  # then, and at the end of the pass
+
+
+def test_windows_that_a_prompt_fills_are_said(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", map(str, range(90)), q="a question of some 30 letters")
+    make(path, prompt_field="q", max_length=60)
+    assert not figures(caplog, "WARNING", "max_length")
+    make(path, prompt_field="q", max_length=20)
+    train, val = figures(caplog, "WARNING", "max_length")
+    assert train[0] == val[0] == 50 and train[1] + val[1] == 2 * 90
+
+
+def test_held_out_documents_that_are_elsewhere_are_counted_or_refused(path, tmp_path, caplog):
+    copy = write(tmp_path / "copy.jsonl", [json.loads(row)["text"] for row in path.open()])
+    other, quarter = ([f"{word} {i}" for i in range(40)] for word in ("other", "new"))
+    quarter = write(tmp_path / "quarter.jsonl", other[:10] + quarter[10:])
+    other = write(tmp_path / "other.jsonl", other)
+    for split, options in (
+        ("val", {"val_path": str(path)}), ("val", {"val_path": copy, "max_held_out": 100}),
+        ("test", {"test_path": copy}), ("test", {"test_path": other, "val_path": other}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"100\.0% of the {split} .*data\.max_overlap=0\.5"):
+            make(path, **options)
+    options = {"test_path": other, "val_path": quarter}
+    with pytest.raises(ValueError, match=r"25\.0% of the test .*data\.max_overlap=0\.2"):
+        make(path, **options, max_overlap=0.2)
+    caplog.clear()
+    assert len(flat(read(make(path, **options)))) > N
+    assert figures(caplog, "WARNING", "test") == [[25.0]] * 2  # as it starts, and as it ends
+
+
+def test_documents_that_are_passed_over_are_counted_in_each_pass(path, tmp_path, caplog):
+    """Those of a file that is not held out as a whole are no fault, however many they are."""
+    caplog.set_level(logging.INFO)
+    texts = [json.loads(row)["text"] for row in path.open()]
+    twice = write(tmp_path / "twice.jsonl", [*texts[:20], *texts])
+    data = make(path, val_path=twice, max_held_out=20, max_overlap=1)
+    for _ in range(2):
+        read(data)
+    assert figures(caplog, "INFO", "stream") == [[N, len({*texts[:20]})]] * 2
+    caplog.clear()
+    data = make(path, val_share=0.7)
+    read(data)
+    assert figures(caplog, "INFO", "stream") == [[N, len(data.corpus.val)]]
+    assert len(data.corpus.val) > N / 2 and not figures(caplog, "WARNING", "split")
 
 
 def test_an_empty_stream_is_refused(tmp_path):
@@ -236,8 +311,8 @@ def test_an_empty_stream_is_refused(tmp_path):
     (tmp_path / "b.txt").write_text("b\n")
     with pytest.raises(ValueError, match="no document for val"):
         make(tmp_path / "a.txt", val_share=1e-9)
-    with pytest.raises(ValueError, match="no document for training"):
-        make(tmp_path / "a.txt", val_path=str(tmp_path / "a.txt"))
+    with pytest.raises(ValueError, match=r"train .* no document"):
+        make(tmp_path / "a.txt", val_path=str(tmp_path / "a.txt"), max_overlap=1)
     assert len(read(make(tmp_path / "a.txt", val_path=str(tmp_path / "b.txt")))) == 1
 
 
@@ -301,48 +376,3 @@ def test_a_prompt_is_no_target(tmp_path):
         for s in (True, False)
     ]
     assert targets[0] == targets[1] and len(targets[0]) > 40
-
-
-MEMORY = """
-import resource, sys
-from causal_lm.data.datamodule import DataModule
-from causal_lm.data.sources.huggingface import HuggingFaceDataset
-if sys.argv[1].endswith("parquet"):
-    import pyarrow.parquet
-
-def megabytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-
-before = megabytes()
-data = DataModule(HuggingFaceDataset, path=sys.argv[1], streaming=True, batch_size=100,
-                  max_length=1024)
-data.setup("fit")
-for number, batch in enumerate(data.train_dataloader()):
-    if number in (150, 450):
-        print(megabytes() - before)
-    if number == 450:
-        break
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.extras)])
-def test_a_gigabyte_is_read_within_a_bound_of_memory(tmp_path, kind):
-    """Of which 45,000 documents of 1 kB are; the memory for them all would be 180 MB of tokens."""
-    draw, path = random.Random(0), tmp_path / f"a.{kind}"
-    rows = [{"text": "".join(draw.choices("abcdefgh ", k=1000))} for _ in range(1000)]
-    if kind == "jsonl":
-        block = "".join(f"{json.dumps(row)}\n" for row in rows)
-        with path.open("w") as file:
-            for _ in range(1000):
-                file.write(block)
-    else:
-        parquet = pytest.importorskip("pyarrow.parquet")
-        arrow = pytest.importorskip("pyarrow")
-        table = arrow.concat_tables([arrow.Table.from_pylist(rows)] * 1000)
-        parquet.write_table(table, path, use_dictionary=False, compression="none")
-    assert path.stat().st_size > 10**9
-    done = command("-c", MEMORY, str(path), PYTHONPATH=os.pathsep.join(sys.path))
-    assert done.returncode == 0, done.stderr
-    early, late = map(float, done.stdout.split())
-    assert late < 300 and late < early + 60

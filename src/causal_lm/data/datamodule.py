@@ -109,22 +109,24 @@ class DataModule(L.LightningDataModule):
             progress["current"] = {name: n + change for name, n in progress["current"].items()}
 
     def _windows(self, split: str, documents: Any) -> Any:
-        if isinstance(documents, TextStream):
-            return documents.windows(self.max_length)
-        if not len(documents):
-            raise ValueError(f"the {split} split of the corpus holds no document")
         windows = documents.windows(self.max_length)
-        n_long = int((documents.lengths > self.max_length).sum())
-        sizes = f"{len(documents):,} documents, {len(documents.tokens):,} tokens"
-        cut = f"{n_long:,} were longer than data.max_length={self.max_length}"
-        log.info(f"{split}: {sizes}, {len(windows):,} windows ({cut})")
-        if documents.loss_mask is not None:
-            step = -(-len(windows) // CHECKED_WINDOWS)
-            masks = [windows[i].loss_mask for i in range(0, len(windows), step)]
+        known = windows.first if isinstance(windows, TextStream) else windows
+        if not len(known):
+            raise ValueError(f"the {split} split of the corpus holds no document")
+        if known is windows:
+            n_long = int((documents.lengths > self.max_length).sum())
+            sizes = f"{len(documents):,} documents, {len(documents.tokens):,} tokens"
+            cut = f"{n_long:,} were longer than data.max_length={self.max_length}"
+            log.info(f"{split}: {sizes}, {len(windows):,} windows ({cut})")
+        if known.loss_mask is not None:
+            step = -(-len(known) // CHECKED_WINDOWS)
+            masks = [known[i].loss_mask for i in range(0, len(known), step)]
             empty = sum(not mask[1:].any() for mask in masks if mask is not None) / len(masks)
             if empty:
                 todo = f"raise data.max_length={self.max_length}, or shorten the prompts"
-                log.warning(f"{split}: {empty:.1%} of the windows have a prompt alone: {todo}")
+                log.warning(
+                    f"{split}: {empty:.1%} of {len(masks):,} windows have no target: {todo}"
+                )
         return windows
 
     def _batches_done(self) -> int:
@@ -181,7 +183,7 @@ class Loader(DataLoader):
 def document_fingerprint(documents: Documents | TextStream) -> list[int]:
     """Number of documents, number of tokens, and a CRC of chunks spread evenly over the tokens; of
     a stream, of its beginning."""
-    documents = documents.first() if isinstance(documents, TextStream) else documents
+    documents = documents.first if isinstance(documents, TextStream) else documents
     tokens, crc = documents.tokens, 0
     step = max(-(-len(tokens) // CRC_CHUNKS), CRC_TOKENS)
     for start in range(0, len(tokens), step):

@@ -1,9 +1,11 @@
 """Text that is read and tokenized while it is trained on, instead of before."""
 
+import logging
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -15,10 +17,12 @@ from torch.utils.data import Dataset, Sampler
 from causal_lm.data import tokenize_corpus
 from causal_lm.data.documents import Document, Documents
 from causal_lm.data.sampler import DocumentSampler, Start
-from causal_lm.data.sources.base import EXAMPLES, cut_chunks, warn_of_unknown
+from causal_lm.data.sources.base import Overlap, check_overlap, cut_chunks, warn_of_unknown
 from causal_lm.data.token_cache import SPLITS, TokenizedChunk
-from causal_lm.data.tokenize_corpus import TRAIN, Chunk, DocumentPart, HeldOut, Segments, hash_of
+from causal_lm.data.tokenize_corpus import TRAIN, Chunk, DocumentPart, HeldOut
 from causal_lm.data.tokenizers import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 Address = tuple[Any, int]  # state of a source, and windows to pass over from there on
 OpenAt = Callable[[Any], tuple[Iterable[DocumentPart], Callable[[], Any]]]
@@ -39,9 +43,27 @@ class TextStream(Dataset[list[Document]]):
 
     open_at: OpenAt
     tokenizer: TextTokenizer
-    held_out: set[bytes]  # hashes of documents to pass over
+    max_overlap: float  # of held out files with each other, and with what is read for ``first``
     processes: int = 1  # if more than one, others tokenize ahead of this one
     max_length: int = sys.maxsize  # tokens of a window
+    held_out: set[bytes] = field(default_factory=set)  # hashes of documents to pass over
+    overlap: Overlap = field(default_factory=Overlap)
+
+    def hold_out(
+        self, documents: Iterable[DocumentPart], fractions: HeldOut, split: int, most: int
+    ) -> Documents:
+        """Take the first ``most`` documents of a split, an index in ``token_cache.SPLITS``, out of
+        the training documents. Raises ValueError where there is none."""
+        chunks, name = cut_chunks(documents, fractions), SPLITS[split]
+        pairs = (zip(c.documents, c.splits(c.hashes()), strict=True) for c in chunks)
+        found = list(islice((d for pair in pairs for d, s in pair if s == split), most))
+        if not found:
+            raise ValueError(f"the stream holds no document for {name}: raise data.{name}_share")
+        chunk = tokenize_corpus.tokenize(Chunk(found, False, fractions, None), self.tokenizer)
+        self.held_out.update(chunk.hashes)
+        self.overlap.add(chunk.hashes, chunk.separate)
+        warn_of_unknown(chunk.unknown, f"{len(found):,} {name} documents")
+        return as_documents(chunk, chunk.splits == split)
 
     def windows(self, max_length: int) -> "TextStream":
         """The same stream in windows, see :meth:`Documents.windows`."""
@@ -52,68 +74,58 @@ class TextStream(Dataset[list[Document]]):
         """(1,) The most tokens that a window may have."""
         return torch.tensor([self.max_length])
 
+    @cached_property
     def first(self) -> Documents:
-        """The windows that come first, about 1 MB. Raises ValueError where there is none."""
-        for chunk, _ in self._chunks(None):
-            return as_documents(chunk).windows(self.max_length)
-        raise ValueError("the stream holds no document for training")
+        """The windows that come first, about 1 MB. Raises ValueError above ``max_overlap``."""
+        found = next((w for w, _ in self._pieces(None) if len(w)), Documents.from_lists([]))
+        check_overlap(self.overlap.fractions(), self.max_overlap)
+        return found
 
     def read(self, address: Address) -> Iterator[tuple[Window, Address]]:
         """The windows from an address on, as NumPy arrays, which are quick to send to data-loader
         workers; each with the address of the next one."""
         state, skip = address
-        for chunk, before in self._chunks(state):
-            windows = as_documents(chunk).windows(self.max_length)
+        for windows, before in self._pieces(state):
             for i in range(skip, len(windows)):
                 tokens, mask = windows[i]
-                window = tokens.numpy(), None if mask is None else mask.numpy()
-                yield window, (before, i + 1)
+                yield (tokens.numpy(), None if mask is None else mask.numpy()), (before, i + 1)
             skip = 0
 
     def __getitem__(self, batch: list[Window]) -> list[Document]:
         as_tensor = torch.from_numpy
         return [Document(as_tensor(t), None if m is None else as_tensor(m)) for t, m in batch]
 
-    def _chunks(self, state: Any) -> Iterator[tuple[TokenizedChunk, Any]]:
-        """Tokenized chunks, each with the state of the source before it."""
+    def _pieces(self, state: Any) -> Iterator[tuple[Documents, Any]]:
+        """The windows of about 1 MB at a time, each with the state of the source before it. Logs
+        what the vocabulary lacks as it lacks some, and at the end what was read and passed over."""
         states, tokenizer = deque([state]), self.tokenizer.state()
         documents, tell = self.open_at(state)
-        kept = (part for part in documents if hash_of(part[0]) not in self.held_out)
+        n_read, n_passed, unknown = 0, 0, Counter[str]()
 
         def read() -> Iterator[Chunk]:
-            for chunk in cut_chunks(kept, TRAIN):
+            for chunk in cut_chunks(documents, TRAIN):
                 states.append(tell())  # no document after the chunk has been read yet
                 yield chunk
 
         for chunk in tokenize_corpus.tokenize_chunks(read(), tokenizer, self.processes):
-            yield chunk, states.popleft()
+            self.overlap.add(chunk.hashes, None)
+            kept = np.array([digest not in self.held_out for digest in chunk.hashes])
+            n_read, n_passed = n_read + len(kept), n_passed + int((~kept).sum())
+            if chunk.unknown and not unknown:
+                warn_of_unknown(chunk.unknown, f"{len(kept):,} training documents")
+            unknown.update(chunk.unknown)
+            yield as_documents(chunk, kept).windows(self.max_length), states.popleft()
+        log.info(f"end of the stream: {n_read:,} documents, {n_passed:,} passed over as held out")
+        check_overlap(self.overlap.fractions())
+        warn_of_unknown(unknown, f"{n_read:,} training documents")
 
 
-def as_documents(chunk: TokenizedChunk) -> Documents:
-    """The documents of a chunk, all of which are whole."""
-    offsets = torch.from_numpy(np.append(0, chunk.lengths.cumsum()))
-    mask = None if chunk.loss_mask is None else torch.from_numpy(chunk.loss_mask)
-    return Documents(torch.from_numpy(chunk.ids.astype(np.int32)), offsets, mask)
-
-
-def tokenized(documents: list[Segments], tokenizer: TextTokenizer) -> Documents:
-    """Whole documents, in memory; logs what the tokenizer's vocabulary lacks of them."""
-    chunk = tokenize_corpus.tokenize(Chunk(documents, False, TRAIN, None), tokenizer)
-    warn_of_unknown(chunk.unknown.most_common(EXAMPLES))
-    return as_documents(chunk)
-
-
-def take_held_out(
-    documents: Iterable[DocumentPart], fractions: HeldOut, split: int, most: int
-) -> list[Segments]:
-    """The first ``most`` documents of a split, an index in ``token_cache.SPLITS``. Raises
-    ValueError where there is none."""
-    chunks = cut_chunks(documents, fractions)
-    pairs = (zip(c.documents, c.splits(c.hashes()), strict=True) for c in chunks)
-    if found := list(islice((d for pair in pairs for d, s in pair if s == split), most)):
-        return found
-    name = SPLITS[split]
-    raise ValueError(f"the stream holds no document for {name}: raise data.{name}_share")
+def as_documents(chunk: TokenizedChunk, chosen: np.ndarray) -> Documents:
+    """Some documents of a chunk, bool (D,), all of which are whole."""
+    offsets = torch.from_numpy(np.append(0, chunk.lengths[chosen].cumsum()))
+    in_chosen = np.repeat(chosen, chunk.lengths)
+    mask = None if chunk.loss_mask is None else torch.from_numpy(chunk.loss_mask[in_chosen])
+    return Documents(torch.from_numpy(chunk.ids[in_chosen].astype(np.int32)), offsets, mask)
 
 
 class StreamSampler(Sampler[list[Window]]):

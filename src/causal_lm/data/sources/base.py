@@ -29,10 +29,38 @@ EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks s
 FORMAT = 4  # version of the cached files and of how text is cut; older caches are not read
 
 
-def warn_of_unknown(found: Iterable[tuple[str, int]]) -> None:
-    """Log the characters or words that a tokenizer lacks, each with its number."""
+def warn_of_unknown(unknown: Mapping[str, int], where: str) -> None:
+    """Log the most frequent characters or words of a text that a tokenizer lacks, if any."""
+    found = Counter(unknown).most_common(EXAMPLES)
     if examples := ", ".join(f"{unit!r} ({n:,})" for unit, n in found):
-        log.warning(f"the tokenizer's vocabulary lacks {examples}; set another data.tokenizer")
+        log.warning(f"the tokenizer lacks {examples} of {where}; set another data.tokenizer")
+
+
+class Overlap:
+    """Which documents of data that are held out as a whole are in another split, too."""
+
+    def __init__(self) -> None:
+        self.is_elsewhere = {1: dict[bytes, bool](), 2: dict[bytes, bool]()}  # by split and hash
+
+    def add(self, hashes: list[bytes], separate: int | None) -> None:
+        """Documents of a split that is held out as a whole, or else (None) of other data."""
+        for split, own in self.is_elsewhere.items():
+            found = hashes if split == separate else own.keys() & hashes
+            own.update(dict.fromkeys(found, split != separate))
+
+    def fractions(self) -> dict[str, float]:
+        """Of the documents of each split that shares some."""
+        found = ((token_cache.SPLITS[i], own.values()) for i, own in self.is_elsewhere.items())
+        return {split: sum(own) / len(own) for split, own in found if any(own)}
+
+
+def check_overlap(fractions: Mapping[str, float], most: float = 1.0) -> None:
+    """Warn of :meth:`Overlap.fractions`; ValueError for one of more than ``most``."""
+    for split, fraction in fractions.items():
+        message = f"{fraction:.1%} of the {split} documents are also in another split"
+        if fraction > most:
+            raise ValueError(f"{message}: more than data.max_overlap={most}")
+        log.warning(message)
 
 
 def cut_chunks(parts: Iterable[DocumentPart], held_out: HeldOut) -> Iterator[Chunk]:
@@ -98,12 +126,8 @@ class TextSource(abc.ABC):
         token_cache.build_once(folder, self._build, token_cache.find_damage)
         (train, val, test), about = token_cache.read_corpus(folder)
         log.info(f"{about['summary']}; kept in {folder} ({time.perf_counter() - started:.1f} s)")
-        for split, overlap in about["overlap"].items():
-            message = f"{overlap:.1%} of the {split} documents are also in another split"
-            if overlap > self.max_overlap:
-                raise ValueError(f"{message}: more than data.max_overlap={self.max_overlap}")
-            log.warning(message)
-        warn_of_unknown(about["unknown"])
+        check_overlap(about["overlap"], self.max_overlap)
+        warn_of_unknown(dict(about["unknown"]), "all documents")
         return Corpus(train, val, from_state(about["tokenizer"]), test=test)
 
     def chunks(self) -> Iterator[Chunk]:
@@ -126,19 +150,14 @@ class TextSource(abc.ABC):
         # Sending text to another process costs more than encoding it as bytes.
         single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
         processes = 1 if single else self.num_proc or 1
-        separate = {1: set[bytes](), 2: set[bytes]()}  # hashes of held out data, by split
-        shared, unknown = {1: set[bytes](), 2: set[bytes]()}, Counter[str]()
+        overlap, unknown = Overlap(), Counter[str]()
         self.skipped.clear()
 
         def observed() -> Iterator[token_cache.TokenizedChunk]:
             for chunk in tokenize_chunks(self.chunks(), state, processes):
                 bar.update(chunk.characters)
                 unknown.update(chunk.unknown)
-                for split, hashes in separate.items():
-                    if chunk.separate == split:
-                        hashes.update(chunk.hashes)
-                    else:
-                        shared[split].update(hashes.intersection(chunk.hashes))
+                overlap.add(chunk.hashes, chunk.separate)
                 yield chunk
 
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -148,11 +167,9 @@ class TextSource(abc.ABC):
         if not train or not val:
             hint = "set data.val_path or another data.val_share, or give more or smaller documents"
             raise ValueError(f"{summary}: both first need a document; {hint}")
-        about = {"tokenizer": state, "dtype": dtype, "summary": summary,
-                 "overlap": {token_cache.SPLITS[split]: len(found) / len(separate[split])
-                             for split, found in shared.items() if found},
-                 "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
-        token_cache.write_about(folder, about)
+        about = {"tokenizer": state, "dtype": dtype, "summary": summary}
+        found = {"overlap": overlap.fractions(), "unknown": unknown.most_common(EXAMPLES)}
+        token_cache.write_about(folder, about | found)
 
     def _train_bpe(self) -> SubwordTokenizer:
         """A BPE of the training documents, from a subset of the chunks if the corpus is large."""

@@ -3,6 +3,7 @@
 import ast
 import functools
 import logging
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from causal_lm.data.tokenize_corpus import DocumentPart, HeldOut
 log = logging.getLogger(__name__)
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+SKIPPED = re.compile(r"(^|/)(\.|(site-packages|dist-packages|tests?|__pycache__)/)")
 
 
 def python_files(root: Path) -> list[Path]:
-    """The .py files below ``root``, sorted, without tests and installed packages."""
+    """The .py files below ``root``, sorted, without hidden ones, tests and installed packages."""
     paths = sorted(root.rglob("*.py"))
-    return [p for p in paths if not SKIPPED_FOLDERS.intersection(p.relative_to(root).parts)]
+    return [p for p in paths if not SKIPPED.search(p.relative_to(root).as_posix())]
 
 
 def docstrings(root: Path) -> Iterator[str]:

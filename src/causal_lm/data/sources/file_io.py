@@ -30,12 +30,12 @@ def find_files(pattern: str, key: str, any_format: bool = False) -> list[Path]:
     root = local_path(pattern)
     if root.is_file():
         return [root]
-    is_folder = root.is_dir()
-    paths = root.rglob("*") if is_folder else map(Path, glob.glob(str(root), recursive=True))
+    base = next(p for p in (root, *root.parents) if p.is_dir())
+    matches = glob.glob(str(root), recursive=True, include_hidden=True)
+    paths = root.rglob("*") if base == root else map(Path, matches)
     found, others = [], collections.Counter[str]()
     for path in sorted(path for path in paths if path.is_file()):
-        below = path.relative_to(root).parts if is_folder else path.parts[-1:]
-        if any(part.startswith(".") for part in below):
+        if any(part.startswith(".") for part in path.relative_to(base).parts):
             others["hidden"] += 1
         elif any_format or known_format(path):
             found.append(path)

@@ -11,9 +11,9 @@ from causal_lm import extras
 from causal_lm.data.documents import Corpus
 from causal_lm.data.sources.file_io import local_path, text_size
 from causal_lm.data.sources.file_reader import FileReader, arrow_rows
-from causal_lm.data.streaming import TextStream, take_held_out, tokenized
+from causal_lm.data.streaming import TextStream
 from causal_lm.data.token_cache import file_identity
-from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut, hash_of
+from causal_lm.data.tokenize_corpus import TEST, VAL, DocumentPart, HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -90,22 +90,19 @@ class HuggingFaceDataset(FileReader):
                 yield self.records(arrow_rows(f"{path} (split {split})", batches)), held_out
 
     def _load_stream(self) -> Corpus:
-        """Read the held out documents; the others are read by the :class:`TextStream`, without
-        those that equal one of them."""
+        """Read the held out documents; the :class:`TextStream` reads those that equal none."""
         for path in {path for path, _, _ in self.splits if local_path(path).is_file()}:
             self.check(local := local_path(path))
             if self.format_of(local) == "json" or self.unit_of(local) == "file":
-                todo = "name a file of a record or text in each line, or set +data.format=jsonl"
+                todo = "name a file of a record or text in each line, or set data.format=jsonl"
                 raise ValueError(f"data.streaming=true: {local} is read as a whole: {todo}")
-        taken = {
-            index: take_held_out(self.open_at(path, split)[0], held_out, index, self.max_held_out)
-            for path, split, held_out in self.splits for index in (1, 2) if held_out[index - 1]
+        open_at = partial(self.open_at, self.path, self.split)
+        train = TextStream(open_at, self._given_tokenizer, self.max_overlap, self.num_proc or 1)
+        held_out = {
+            index: train.hold_out(self.open_at(path, split)[0], shares, index, self.max_held_out)
+            for path, split, shares in self.splits for index in (1, 2) if shares[index - 1]
         }  # fmt: skip
-        tokenizer, open_at = self._given_tokenizer, partial(self.open_at, self.path, self.split)
-        hashes = {hash_of(document) for found in taken.values() for document in found}
-        train = TextStream(open_at, tokenizer, hashes, self.num_proc or 1)
-        val, *test = (tokenized(taken[index], tokenizer) for index in sorted(taken))
-        return Corpus(train, val, tokenizer, test=test[0] if test else None)
+        return Corpus(train, held_out[1], train.tokenizer, test=held_out.get(2))
 
     def open_at(
         self, path: str, split: str, state: Any = None
