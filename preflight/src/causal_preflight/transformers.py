@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from causal_preflight.audit import audit_batch
 from causal_preflight.batch import IGNORE
+from causal_preflight.collectives import LocalCollectives
 from causal_preflight.report import PreflightError, Report
 
 
@@ -71,8 +73,9 @@ class PreflightCallback(TrainerCallback):
             batch = {k: torch.cat([b[k][:, :width] for b in batches]) for k in batch}
         options = {"parted": args.gradient_accumulation_steps > 1, **self.options}
         loss_of = _loss_of(self.trainer, fused)
-        try:
-            report = audit_batch(self.trainer.model, batch, loss_of, **options)
+        try:  # the other ranks wait: a collective of a `compute_loss` would wait for them
+            with LocalCollectives() if args.world_size > 1 else nullcontext():
+                report = audit_batch(self.trainer.model, batch, loss_of, **options)
         except ValueError as error:  # the first training step raises the trainer's own error
             return Report(skipped={"preflight": str(error)})
         report.remarks += fused
