@@ -2,14 +2,21 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}  # bookkeeping of nn.Module itself
+_CONTAINERS = (list, OrderedDict, dict, set, deque)
+_BASIC = {"builtins", "abc", "typing", "types", "collections"}  # packages of plain objects
+_LARGE = 10_000  # entries above which those of a container are not looked into
+_ATOMS = (str, bytes, int, float, type, type(None), FunctionType, MethodType, ModuleType)
 _VECTOR_SIZE = 0.5  # root mean square given to a gate or bias that is zero
 
 
@@ -20,14 +27,9 @@ class Sandbox:
         self.modules = list(model.modules())
         self.params = list(model.parameters())
         self.values = [p.detach().clone() for p in self.params]
-        self.grads = [(p.grad, p.requires_grad) for p in self.params]
-        homes = [(vars(m), _TORCH_OWN) for m in self.modules]
-        homes += [(m._buffers, frozenset()) for m in self.modules]
-        self.saved = [
-            (home, own, {k: (v, _content(v)) for k, v in home.items() if k not in own})
-            for home, own in homes
-        ]
-        for p in self.params:
+        self.undo, held = _undo_changes(self.modules)
+        self.grads = [(p, p.grad, p.requires_grad) for p in [*self.params, *held]]
+        for p, _, _ in self.grads:
             p.grad = None
 
     @torch.no_grad()
@@ -51,22 +53,15 @@ class Sandbox:
     def restore(self) -> None:
         """Everything as it was found, gradients included."""
         self._restore_state()
-        for p, v, (grad, requires_grad) in zip(self.params, self.values, self.grads, strict=True):
+        for p, v in zip(self.params, self.values, strict=True):
             p.copy_(v)
+        for p, grad, requires_grad in self.grads:
             p.grad = grad
             p.requires_grad_(requires_grad)
 
     def _restore_state(self) -> None:
-        for home, own, saved in self.saved:
-            for k in [k for k in home if k not in own and k not in saved]:
-                del home[k]
-            for k, (v, content) in saved.items():
-                home[k] = v
-                if isinstance(v, Tensor):
-                    v.detach().copy_(content)  # always: batch norm writes past the version counter
-                elif content is not None:
-                    v.clear()
-                    (v.extend if type(v) is list else v.update)(content)
+        for undo in self.undo:
+            undo()
 
     @contextmanager
     def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:
@@ -100,11 +95,74 @@ class Sandbox:
                     p.copy_(v)
 
 
-def _content(value: Any) -> Any:
-    """What is needed to undo a change made inside `value`."""
+def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], list[nn.Parameter]]:
+    """Calls that put back what modules hold now, and parameters of modules in plain containers.
+
+    Containers are followed, and objects whose class comes from a package of the model's modules or
+    from Python's basic types: trainers, loggers and data loaders are left alone.
+    """
+    packages = {_package(type(m)) for m in modules} - {"torch", "lightning"} | _BASIC
+    own = {id(p) for m in modules for p in m._parameters.values()}
+    todo, seen, undo, held = list[Any](modules), set[int](), list[Callable[[], Any]](), []
+    for value in todo:  # which grows, and keeps alive what `seen` numbers
+        if id(value) in seen or isinstance(value, _ATOMS):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Parameter):
+            held += [] if id(value) in own else [value]
+        elif isinstance(value, nn.Module):
+            undo.append(_undo(vars(value), _TORCH_OWN))
+            todo += [v for k, v in vars(value).items() if k not in _TORCH_OWN]
+            todo += [value._buffers, *value._parameters.values(), *value._modules.values()]
+        elif change := _undo(value):
+            undo.append(change)
+            if isinstance(value, _CONTAINERS) and len(value) <= _LARGE:
+                todo += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            todo += value
+        elif hasattr(value, "__dict__") and (
+            packages.issuperset(map(_package, type(value).__mro__))
+            or isinstance(value, torch.amp.GradScaler)
+        ):
+            todo.append(vars(value))
+    return undo, held
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _undo(value: Any, but: Set[str] = frozenset()) -> Any:
+    """What puts back the content that a value has now, `but` some keys; None if it has none."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.copy() if type(value) in (list, dict, set) else None
+        if value.is_inference() or value.layout != torch.strided:  # cannot be changed in place
+            return None
+        if any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+            return None
+        content: Any = value.detach().clone()
+        return partial(value.detach().copy_, content)  # batch norm writes past the version counter
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if type(value).__name__ == "ndarray" and value.flags.writeable:
+        return partial(value.__setitem__, ..., value.copy())
+    if not isinstance(value, _CONTAINERS):
+        return None
+    kind: Any = next(k for k in _CONTAINERS if isinstance(value, k))  # a subclass may refuse
+    content = list(value)
+    if isinstance(value, dict):
+        content = {k: v for k, v in kind.items(value) if k not in but}
+
+    def put_back() -> None:
+        if but:
+            for k in value.keys() - content.keys() - but:
+                del value[k]
+        else:
+            kind.clear(value)
+        (kind.update if isinstance(value, dict | set) else kind.extend)(value, content)
+
+    return put_back
 
 
 @contextmanager
