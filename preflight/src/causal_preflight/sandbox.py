@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 _TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}  # bookkeeping of nn.Module itself
-_CONTAINERS = (list, OrderedDict, dict, set, deque)
 _BASIC = {"builtins", "abc", "typing", "types", "collections"}  # packages of plain objects
 _LARGE = 10_000  # entries above which those of a container are not looked into
 _ATOMS = (str, bytes, int, float, type, type(None), FunctionType, MethodType, ModuleType)
@@ -110,16 +109,24 @@ def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], li
         seen.add(id(value))
         if isinstance(value, nn.Parameter):
             held += [] if id(value) in own else [value]
-        elif isinstance(value, nn.Module):
-            undo.append(_undo(vars(value), _TORCH_OWN))
-            todo += [v for k, v in vars(value).items() if k not in _TORCH_OWN]
-            todo += [value._buffers, *value._parameters.values(), *value._modules.values()]
-        elif change := _undo(value):
-            undo.append(change)
-            if isinstance(value, _CONTAINERS) and len(value) <= _LARGE:
-                todo += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, Tensor):
+            dense = value.layout == torch.strided and torch._debug_has_internal_overlap(value) != 1
+            if dense and not value.is_inference():  # else nothing can change it in place
+                undo.append(partial(value.detach().copy_, value.detach().clone()))
+        elif isinstance(value, torch.Generator):
+            undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, list | dict | set | deque):
+            content = dict(value) if isinstance(value, dict) else list(value)
+            undo.append(partial(_put_back, value, content))
+            if len(content) <= _LARGE:
+                todo += content.values() if isinstance(content, dict) else content
         elif isinstance(value, tuple):
             todo += value
+        elif isinstance(value, nn.Module):
+            content = {k: v for k, v in vars(value).items() if k not in _TORCH_OWN}
+            undo.append(partial(_put_back, vars(value), content, _TORCH_OWN))
+            todo += [*content.values(), value._buffers]
+            todo += [*value._parameters.values(), *value._modules.values()]
         elif hasattr(value, "__dict__") and (
             packages.issuperset(map(_package, type(value).__mro__))
             or isinstance(value, torch.amp.GradScaler)
@@ -132,37 +139,15 @@ def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _undo(value: Any, but: Set[str] = frozenset()) -> Any:
-    """What puts back the content that a value has now, `but` some keys; None if it has none."""
-    if isinstance(value, Tensor):
-        if value.is_inference() or value.layout != torch.strided:  # cannot be changed in place
-            return None
-        if any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
-            return None
-        content: Any = value.detach().clone()
-        return partial(value.detach().copy_, content)  # batch norm writes past the version counter
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if type(value).__name__ == "ndarray" and value.flags.writeable:
-        return partial(value.__setitem__, ..., value.copy())
-    if not isinstance(value, _CONTAINERS):
-        return None
-    kind: Any = next(k for k in _CONTAINERS if isinstance(value, k))  # a subclass may refuse
-    content = list(value)
-    if isinstance(value, dict):
-        content = {k: v for k, v in kind.items(value) if k not in but}
-
-    def put_back() -> None:
-        if but:
-            for k in value.keys() - content.keys() - but:
-                del value[k]
-        else:
-            kind.clear(value)
-        (kind.update if isinstance(value, dict | set) else kind.extend)(value, content)
-
-    return put_back
+def _put_back(value: Any, content: Any, but: Set[str] = frozenset()) -> None:
+    """Give a container its content again, `but` some keys, by the methods of its plain base."""
+    kind: Any = next(k for k in (list, OrderedDict, dict, set, deque) if isinstance(value, k))
+    if but:
+        for k in value.keys() - content.keys() - but:
+            del value[k]
+    else:
+        kind.clear(value)
+    (kind.update if isinstance(value, dict | set) else kind.extend)(value, content)
 
 
 @contextmanager
