@@ -15,7 +15,8 @@ extras = pytest.mark.extras
 
 def test_every_recipe_is_at_most_twelve_lines() -> None:
     assert list(RECIPES) == [
-        "A Hugging Face model", "transformers' Trainer", "TRL", "nanoGPT", "litgpt: pretraining", "litgpt: fine-tuning",
+        "A Hugging Face model", "transformers' Trainer", "TRL", "nanoGPT",
+        "litgpt: pretraining", "litgpt: fine-tuning",
         "a loop of your own, with accumulation".capitalize(),
     ]  # fmt: skip
     lines = [[x for x in block.splitlines() if x.strip()] for block in RECIPES.values()]

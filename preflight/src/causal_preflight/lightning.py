@@ -179,7 +179,8 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     for optimizer in optimizers:  # where training_step reaches it by the trainer
         vars(optimizer).update(step=_nothing, zero_grad=_nothing)
     trainer.loggers = [DummyLogger() for _ in loggers]
-    scaler = dict.fromkeys(("unscale_", "step", "update"), _nothing) | {"scale": lambda _, x: x}
+    scaler: dict[str, Any] = dict.fromkeys(("unscale_", "step", "update"), _nothing)
+    scaler["scale"] = lambda _, outputs: outputs
     try:
         with patch.multiple(module, **stubs), patch.multiple(torch.amp.GradScaler, **scaler):
             yield losses
