@@ -58,8 +58,7 @@ def named_tensors(
 def _mapping(kind: Callable[..., Any], /, **fields: Any) -> Any:
     """A mapping of this kind with these fields, or a dict where its constructor gives another."""
     with suppress(Exception):
-        made = kind(fields)
-        if dict(made).keys() == fields.keys():
+        if dict(made := kind(fields)).keys() == fields.keys():
             return made
     return fields
 

@@ -100,7 +100,8 @@ def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], li
     Containers are followed, and objects whose class comes from a package of the model's modules or
     from Python's basic types: trainers, loggers and data loaders are left alone.
     """
-    packages = {_package(type(m)) for m in modules} - {"torch", "lightning"} | _BASIC
+    packages = {type(m).__module__.partition(".")[0] for m in modules} - {"torch", "lightning"}
+    packages |= _BASIC
     own = {id(p) for m in modules for p in m._parameters.values()}
     todo, seen, undo, held = list[Any](modules), set[int](), list[Callable[[], Any]](), []
     for value in todo:  # which grows, and keeps alive what `seen` numbers
@@ -128,15 +129,11 @@ def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], li
             todo += [*content.values(), value._buffers]
             todo += [*value._parameters.values(), *value._modules.values()]
         elif hasattr(value, "__dict__") and (
-            packages.issuperset(map(_package, type(value).__mro__))
-            or isinstance(value, torch.amp.GradScaler)
+            isinstance(value, torch.amp.GradScaler)
+            or packages.issuperset(c.__module__.partition(".")[0] for c in type(value).__mro__)
         ):
             todo.append(vars(value))
     return undo, held
-
-
-def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
 
 
 def _put_back(value: Any, content: Any, but: Set[str] = frozenset()) -> None:

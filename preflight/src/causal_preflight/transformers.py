@@ -92,8 +92,6 @@ def _loss_of(trainer: Any, fused: set[str]) -> Callable[..., Tensor]:
     take = type(trainer).get_batch_samples
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     accelerator.backward = lambda loss, **kwargs: losses.append(loss.sum())
-    accelerator.gather = lambda x: torch.cat([x.reshape(-1)] * args.world_size)  # all have this one
-    accelerator.gather_for_metrics = accelerator.gather
     vars(twin).update({k: _copied(v) for k, v in vars(trainer).items() if "dataset" not in k})
     twin.accelerator, twin.args, twin.log = accelerator, args, lambda *args, **kwargs: None
     twin.optimizer = SimpleNamespace(param_groups=trainer.optimizer.param_groups)
