@@ -37,17 +37,15 @@ class TwoArguments(UserDict):
         super().__init__(fields)
 
 
-@pytest.mark.parametrize("kind", [Attributes, Dotted])
-@pytest.mark.parametrize(("shift", "faults"), [(1, set()), (2, {"shift"})])
-def test_attributes_of_a_mapping(kind: Any, shift: int, faults: set[str]) -> None:
+@pytest.mark.parametrize(("kind", "shift"), [(Attributes, 1), (Dotted, 1), (Attributes, 2)])
+def test_attributes_of_a_mapping(kind: Any, shift: int) -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         assert type(batch) is kind
         logits = model(batch.input_ids, batch.attention_mask)
         return ce(logits, targets(batch) if shift == 1 else targets(batch).roll(-1, 1))
 
     report = preflight(Tiny(), kind(padded(0)), loss, **KNOWN)
-    assert report.audited and ("shift" in report.faults) == bool(faults), str(report)
-    assert faults or report.clean, str(report)
+    assert report.clean if shift == 1 else "shift" in report.faults, str(report)
 
 
 @pytest.mark.parametrize(
