@@ -10,7 +10,7 @@ from torch import nn
 
 from causal_preflight.lightning import PreflightError
 from causal_preflight.loop_probe import LoopProbe
-from loop_cases import base, gradients
+from loop_cases import base, gradients, settings
 
 
 class SeededByRank(base.Right):
@@ -38,10 +38,15 @@ class BufferPerRank(base.Right):
         return net
 
 
+# Faults that one rank shows as well, and their right twins.
+WRONG = gradients.SomeParameters, gradients.NotZeroed, settings.Copied, settings.IntegerDivision
+TWINS = gradients.Frozen, settings.Untied, settings.Scheduled
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for case in (base.Right, BufferPerRank, SeededByRank, OwnGradients):
+    for case in (base.Right, BufferPerRank, SeededByRank, OwnGradients, *WRONG, *TWINS):
         for manual in (False, True):
             probe, stopped = LoopProbe(), False
             try:

@@ -119,21 +119,25 @@ def test_right_loops_pass(check, case, options, manual):
 
 
 @pytest.mark.slow
-def test_two_ranks_whose_weights_differ(tmp_path):
-    """At the start or after a step; both ranks stop, and neither waits for the other."""
+def test_faults_on_two_ranks(tmp_path):
+    """Weights that differ at the start or after a step, and faults of each rank: both stop."""
     script = Path(__file__).with_name("loop_ranks.py")
     paths = [str(script.parent), *sys.path]
     env = os.environ | {"RECORDS": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     records = [(tmp_path / rank).read_text() for rank in "01"]
     assert records[0] == records[1]
     expected = [["Right", [], False, True], ["BufferPerRank", [], False, True]]
     expected += [["SeededByRank", [["ranks", True]], True, False]]
     expected += [["OwnGradients", [["ranks", False]], True, False]]
+    faults = {"SomeParameters": "parameters", "NotZeroed": "zeroing", "Copied": "tie"}
+    faults |= {"IntegerDivision": "rate"}
+    expected += [[name, [[check, False]], True, True] for name, check in faults.items()]
+    expected += [[name, [], False, True] for name in ("Frozen", "Untied", "Scheduled")]
     seen = [json.loads(line) for line in records[0].splitlines()]
     assert seen == [[name, manual, *rest] for name, *rest in expected for manual in (False, True)]
-    assert done.stderr.decode().count("FAULTS") == 4  # rank zero alone speaks, once for each
+    assert done.stderr.decode().count("FAULTS") == 12  # rank zero alone speaks, once for each
 
 
 def test_a_fault_stops_the_fit_or_is_only_told(caplog):

@@ -357,13 +357,22 @@ def test_the_callback_without_lightning_names_the_extra() -> None:
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
+# The report on the page, without its first line, which holds seconds.
+PAGE = README.read_text(encoding="utf-8")
+SAMPLE = PAGE.partition("FAULTS shift")[2].partition("  ...")[0].splitlines()[1:]
+
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_the_readme_examples_run_as_printed(code: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_readme_examples_run_as_printed(
+    code: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     if "lightning" in code:
         pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
+    if code == BLOCKS[0]:
+        said = capsys.readouterr().out
+        assert len(SAMPLE) > 5 and all(line in said for line in SAMPLE)
 
 
 def test_the_readme_has_examples() -> None:

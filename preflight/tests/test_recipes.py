@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audit_cases.parts import EOS, PAD, Batch, Tiny, V, full, nll, padded, targets
-from trainer_parts import RECIPES, run_recipe
+from trainer_parts import RECIPES, documents, llama, run_recipe, tokenizer
 
 extras = pytest.mark.extras
 
 
 def test_every_recipe_is_at_most_twelve_lines() -> None:
     assert list(RECIPES) == [
-        "transformers", "TRL", "nanoGPT", "litgpt: pretraining", "litgpt: fine-tuning",
+        "A Hugging Face model", "transformers' Trainer", "TRL", "nanoGPT",
+        "litgpt: pretraining", "litgpt: fine-tuning",
         "a loop of your own, with accumulation".capitalize(),
     ]  # fmt: skip
     lines = [[x for x in block.splitlines() if x.strip()] for block in RECIPES.values()]
@@ -65,6 +66,27 @@ def test_a_loop_of_ones_own() -> None:
     assert run_recipe(recipe, summed_loss=mean, **names).faults == {"reduction"}
 
 
+@extras
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (lambda labels, ids: labels, set()),
+        (lambda labels, ids: labels.roll(-1, 1), {"shift"}),
+        (lambda labels, ids: ids.clone(), {"pad"}),
+        (lambda labels, ids: labels.masked_fill(ids == EOS, -100), {"eos"}),
+    ],
+)
+def test_a_hugging_face_model(edit: Any, fault: set[str]) -> None:
+    """Batches of the collator for language modeling, whose type is BatchEncoding."""
+    transformers = pytest.importorskip("transformers")
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer(), mlm=False)
+    batch = collate([{"input_ids": ids} for ids in documents(4)])
+    batch["labels"] = edit(batch["labels"], batch["input_ids"])
+    names = {"model": llama(), "tokenizer": tokenizer(), "train_dataloader": [batch]}
+    report = run_recipe("A Hugging Face model", **names)
+    assert report.faults == fault and report.audited, str(report)
+
+
 @pytest.fixture
 def litgpt() -> Any:
     module = pytest.importorskip("litgpt")
@@ -80,10 +102,11 @@ def litgpt() -> Any:
 
 @extras
 def test_litgpt_pretraining(litgpt: Any) -> None:
-    report = run_recipe(
-        "litgpt: pretraining", model=litgpt, train_dataloader=[full(0)["input_ids"]]
-    )
+    names = {"model": litgpt, "train_dataloader": [full(0)["input_ids"]]}
+    report = run_recipe("litgpt: pretraining", **names)
     assert report.clean and {"alignment", "future"} <= set(report.passed), str(report)
+    litgpt.lm_head.register_forward_hook(lambda module, args, out: out + out.roll(-1, 1))
+    assert run_recipe("litgpt: pretraining", **names).faults == {"causal"}
 
 
 @extras

@@ -134,10 +134,15 @@ def test_faults_are_named(case: str, tmp_path: Path) -> None:
 
 
 def test_an_error_stops_before_the_first_step(tmp_path: Path, capsys: Any) -> None:
+    right = trainer(tmp_path)
+    run_recipe("transformers' Trainer", trainer=right)
+    (callback,) = [c for c in right.callback_handler.callbacks if type(c) is PreflightCallback]
+    assert callback.report.clean and right.state.global_step > 0
+    assert capsys.readouterr().err.count("preflight: no fault found") == 1
     run = trainer(tmp_path, collator=shifted)
     before = [p.detach().clone() for p in run.model.parameters()]
     with pytest.raises(PreflightError, match="shift"):
-        run_recipe("transformers", trainer=run)
+        run_recipe("transformers' Trainer", trainer=run)
     assert run.state.global_step == 0
     assert all(map(torch.equal, before, run.model.parameters()))
     assert capsys.readouterr().err.count("preflight: FAULTS shift") == 1
@@ -175,6 +180,7 @@ def test_a_first_step_without_targets_waits_for_the_next(tmp_path: Path, capsys:
     report = audited(trainer(tmp_path, collator=no_target_at_first), "error").report
     assert report is not None and report.clean, str(report)
     assert len(calls) >= 2
+    assert capsys.readouterr().err.count("no label counts; waits for another") == 1
 
 
 def test_other_names_and_ids_are_passed_on(tmp_path: Path) -> None:
@@ -184,7 +190,7 @@ def test_other_names_and_ids_are_passed_on(tmp_path: Path) -> None:
     assert PreflightCallback(trainer(tmp_path), eos_id=7).options["eos_id"] == 7
 
 
-@pytest.mark.parametrize("kind", ["right", "wrong"])
+@pytest.mark.parametrize("kind", ["right", "wrong", "collective"])
 def test_two_ranks(kind: str, tmp_path: Path) -> None:
     """Rank zero audits, both know the result and stop or go on; the weights are as without."""
 
@@ -203,10 +209,10 @@ def test_two_ranks(kind: str, tmp_path: Path) -> None:
 
     found = results("audit")
     assert {x["rank"] for x in found} == {0, 1} and all(x["ranks"] == 2 for x in found)
-    assert all(x["clean"] == (kind == "right") for x in found)
+    assert all(x["clean"] == (kind != "wrong") for x in found)
     assert all(x["stopped"] == (kind == "wrong") for x in found)
     if kind == "right":
         plain = results("none")
         assert len({x["weights"] for x in [*found, *plain]}) == 1
-    else:
+    elif kind == "wrong":
         assert all(x["faults"] == ["shift"] for x in found)

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from causal_preflight.report import PreflightError
@@ -11,7 +13,17 @@ from causal_preflight.transformers import PreflightCallback
 from trainer_parts import documents, llama, tokenizer
 
 
-def main(folder: str, audit: bool, wrong: bool) -> None:
+def divided_by_collective(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor
+) -> torch.Tensor:
+    """Right: every rank has the count of all, so its mean over ranks is that count."""
+    count = num_items_in_batch.clone()
+    torch.distributed.all_reduce(count)
+    logits, ranks = outputs.logits[:, :-1].mT, torch.distributed.get_world_size()
+    return F.cross_entropy(logits, labels[:, 1:], reduction="sum") / count * ranks
+
+
+def main(folder: str, audit: bool, kind: str) -> None:
     args = transformers.TrainingArguments(
         folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2,
         use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", learning_rate=1e-2,
@@ -24,7 +36,8 @@ def main(folder: str, audit: bool, wrong: bool) -> None:
 
     trainer = transformers.Trainer(
         llama(), args, train_dataset=[{"input_ids": ids} for ids in documents(32)],
-        data_collator=shifted if wrong else collator, processing_class=tokenizer(),
+        data_collator=shifted if kind == "wrong" else collator, processing_class=tokenizer(),
+        compute_loss_func=divided_by_collective if kind == "collective" else None,
     )  # fmt: skip
     callback = PreflightCallback(trainer)
     stopped = False
@@ -43,4 +56,4 @@ def main(folder: str, audit: bool, wrong: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "audit", sys.argv[3] == "wrong")
+    main(sys.argv[1], sys.argv[2] == "audit", sys.argv[3])

@@ -4,7 +4,7 @@ The *input module* is the first that is called with the token ids. A *head* puts
 whose gradient looks like that of a cross-entropy. One head is looked at at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -308,7 +308,7 @@ class InstrumentedModel:
 
 
 def loss_of_model(model: Any, batch: Any) -> Tensor:
-    loss = locate.get_path(model(**batch), ("loss",)) if isinstance(batch, dict) else None
+    loss = locate.get_path(model(**batch), ("loss",)) if isinstance(batch, Mapping) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the model returns no `.loss`: pass loss_fn(model, batch)")
     return loss

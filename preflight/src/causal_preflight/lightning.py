@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor
 
 from causal_preflight.audit import audit_batch
+from causal_preflight.collectives import LocalCollectives
 from causal_preflight.report import PreflightError, Report, to_html
 from causal_preflight.targets import NO_TARGET
 
 try:
     import lightning as L
     from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ImportError as missing:
     raise ImportError(
         "causal_preflight.lightning needs Lightning: pip install 'causal-preflight[lightning]'"
@@ -60,6 +64,10 @@ class Preflight(L.Callback):
         self.override, self.name = override, name
         self.report: Report | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.on_fault != "off" and self.report is None and (why := sharded(trainer)):
+            self._conclude(trainer, Report(skipped={"preflight": why}))
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -71,6 +79,12 @@ class Preflight(L.Callback):
             if trainer.is_global_zero:
                 _announce(f"preflight: batch {batch_idx} has no target; trying the next", False)
             return
+        self._conclude(trainer, report)
+        if report.faults and self.on_fault == "error":
+            raise PreflightError(self.message(report))
+
+    def _conclude(self, trainer: L.Trainer, report: Report) -> None:
+        """Keep the report on every rank, and let the first one announce and write it."""
         self.report = report
         if trainer.is_global_zero:
             pairs = f"trained pairs: {trained_pairs(report, self.name)}"
@@ -79,8 +93,6 @@ class Preflight(L.Callback):
                 text = json.dumps(report.to_dict(), indent=2) + "\n"
                 _write(Path(self.directory) / "preflight.json", text)
                 _write(Path(self.directory) / "preflight.html", to_html(report, self.name))
-        if report.faults and self.on_fault == "error":
-            raise PreflightError(self.message(report))
 
     def audit(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> Report:
         """Audit `training_step` under the trainer's precision; nothing that it logs is kept.
@@ -88,7 +100,8 @@ class Preflight(L.Callback):
         Where an optimizer step takes several micro-batches or ranks, the batch is split in two and
         the losses are averaged, as Lightning and DDP do, so that a mean of means is found. A module
         that divides its gradients itself defines `accumulated_loss(*micro_batches)`, the loss that
-        a step minimizes.
+        a step minimizes. A loss that calls collectives, as to count the targets of all ranks, is
+        computed as if every rank had this batch.
         """
 
         def mean_of_steps(*micro_batches: Any) -> Tensor:
@@ -98,10 +111,15 @@ class Preflight(L.Callback):
             with trainer.precision_plugin.train_step_context():
                 return getattr(module, "accumulated_loss", mean_of_steps)(*micro_batches)
 
-        parted = trainer.accumulate_grad_batches * trainer.world_size > 1
-        with _without_effects(trainer, module) as losses:
+        ranks, parted = trainer.world_size, trainer.accumulate_grad_batches > 1
+        alone, audit = LocalCollectives(), partial(audit_batch, module, batch, loss_of)
+        with _without_effects(trainer, module) as losses, alone if ranks > 1 else nullcontext():
             try:
-                return audit_batch(module, batch, loss_of, parted=parted, **self.options)
+                report = audit(parted=parted or ranks > 1, **self.options)
+                if alone.used:
+                    report = report if parted else audit(**self.options)
+                    report.remarks.append("collectives: every rank is taken to have this batch")
+                return report
             except ValueError as error:  # the first training step raises the model's own error
                 return Report(skipped={"preflight": str(error)})
 
@@ -110,6 +128,13 @@ class Preflight(L.Callback):
         ours = {label: f"change {where}" for label, where in self.remedies.items()}
         faults = (f"{f.label}: {f.seen}; {ours.get(f.label, f.remedy)}" for f in report.findings)
         return f"preflight found {'. '.join(faults)}. To train in spite of it: {self.override}"
+
+
+def sharded(trainer: L.Trainer) -> str:
+    """Why the weights cannot be read as a whole: the strategy shards them; else empty."""
+    names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    found = re.search("FSDP|DeepSpeed|ModelParallel|XLA", " ".join(names))
+    return f"{names[0]} shards the parameters" if found else ""
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
@@ -154,8 +179,10 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     for optimizer in optimizers:  # where training_step reaches it by the trainer
         vars(optimizer).update(step=_nothing, zero_grad=_nothing)
     trainer.loggers = [DummyLogger() for _ in loggers]
+    scaler: dict[str, Any] = dict.fromkeys(("unscale_", "step", "update"), _nothing)
+    scaler["scale"] = lambda _, outputs: outputs
     try:
-        with patch.multiple(module, **stubs):
+        with patch.multiple(module, **stubs), patch.multiple(torch.amp.GradScaler, **scaler):
             yield losses
     finally:
         trainer.loggers = loggers
@@ -167,7 +194,9 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
 def _step_loss(module: L.LightningModule, batch: Any, losses: list[Tensor]) -> Tensor:
     """The loss that `training_step` returns or, in manual optimization, passes to backward."""
     losses.clear()
-    out = module.training_step(batch, 0)
+    step: Any = module.training_step
+    index = (0,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
+    out = step(batch, *index)
     loss = out.get("loss") if isinstance(out, Mapping) else out
     if losses and not (isinstance(loss, Tensor) and loss.requires_grad):
         return torch.stack([part.sum() for part in losses]).sum()

@@ -1,7 +1,6 @@
 """Lightning callback that finds silent faults of the training loop in its first optimizer steps."""
 
 import math
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from causal_preflight import loop_checks
-from causal_preflight.lightning import PreflightError, _announce
+from causal_preflight.lightning import PreflightError, _announce, sharded
 from causal_preflight.loop_checks import REMEDIES, STEPS, FirstSteps, sample, some
 from causal_preflight.report import Finding, Report
 
@@ -56,12 +55,12 @@ class LoopProbe(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.first, self.told, self.batches = None, -1, 0
-        sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
-        self.active = self.on_fault != "off" and not sharded
+        why = sharded(trainer)
+        self.active = self.on_fault != "off" and not why
         self.watching = self.modes_due = self.active  # the first steps; the next batch
         self.report = LoopReport(skipped=dict.fromkeys(REMEDIES, "nothing to examine so far"))
-        if sharded and self.on_fault != "off":
-            self.report.skipped = {"loop": "the strategy shards the parameters"}
+        if why and self.on_fault != "off":
+            self.report.skipped = {"loop": why}
             self._tell(trainer)
 
     def _examine(self, name: str, check: Any) -> None:

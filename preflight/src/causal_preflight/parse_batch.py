@@ -6,6 +6,7 @@ from numbers that state where documents begin (`cu_seqlens`, `doc_lens`), or pos
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import Any
@@ -22,7 +23,8 @@ def named_tensors(
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
     """Name the parts of a batch `input_ids`, `labels`, ...; and the way back to its own type.
 
-    A dataclass is rebuilt by its constructor, so that cached properties are computed anew.
+    A dataclass is rebuilt by its constructor, so that cached properties are computed anew; a
+    mapping by its own, or as a dict where that takes no dict.
 
     Raises:
         ValueError: no token ids are found in it; one line that names what was found.
@@ -36,7 +38,7 @@ def named_tensors(
         return dict(zip(keys, batch, strict=True)), lambda raw: type(batch)(raw[k] for k in keys)
     make: Callable[..., Any] = type(batch)
     if isinstance(batch, Mapping):
-        fields, make = dict(batch), dict
+        fields, make = dict(batch), partial(_mapping, make)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
     elif hasattr(batch, "_asdict"):
@@ -51,6 +53,14 @@ def named_tensors(
     ours = {theirs: name for name, theirs in own.items()}
     raw = {ours.get(k, k): v for k, v in fields.items()}
     return raw, lambda raw: make(**{own.get(k, k): v for k, v in raw.items()})
+
+
+def _mapping(kind: Callable[..., Any], /, **fields: Any) -> Any:
+    """A mapping of this kind with these fields, or a dict where its constructor gives another."""
+    with suppress(Exception):
+        if dict(made := kind(fields)).keys() == fields.keys():
+            return made
+    return fields
 
 
 def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> AuditBatch:

@@ -2,14 +2,20 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}  # bookkeeping of nn.Module itself
+_BASIC = {"builtins", "abc", "typing", "types", "collections"}  # packages of plain objects
+_LARGE = 10_000  # entries above which those of a container are not looked into
+_ATOMS = (str, bytes, int, float, type, type(None), FunctionType, MethodType, ModuleType)
 _VECTOR_SIZE = 0.5  # root mean square given to a gate or bias that is zero
 
 
@@ -20,14 +26,9 @@ class Sandbox:
         self.modules = list(model.modules())
         self.params = list(model.parameters())
         self.values = [p.detach().clone() for p in self.params]
-        self.grads = [(p.grad, p.requires_grad) for p in self.params]
-        homes = [(vars(m), _TORCH_OWN) for m in self.modules]
-        homes += [(m._buffers, frozenset()) for m in self.modules]
-        self.saved = [
-            (home, own, {k: (v, _content(v)) for k, v in home.items() if k not in own})
-            for home, own in homes
-        ]
-        for p in self.params:
+        self.undo, held = _undo_changes(self.modules)
+        self.grads = [(p, p.grad, p.requires_grad) for p in [*self.params, *held]]
+        for p, _, _ in self.grads:
             p.grad = None
 
     @torch.no_grad()
@@ -51,22 +52,15 @@ class Sandbox:
     def restore(self) -> None:
         """Everything as it was found, gradients included."""
         self._restore_state()
-        for p, v, (grad, requires_grad) in zip(self.params, self.values, self.grads, strict=True):
+        for p, v in zip(self.params, self.values, strict=True):
             p.copy_(v)
+        for p, grad, requires_grad in self.grads:
             p.grad = grad
             p.requires_grad_(requires_grad)
 
     def _restore_state(self) -> None:
-        for home, own, saved in self.saved:
-            for k in [k for k in home if k not in own and k not in saved]:
-                del home[k]
-            for k, (v, content) in saved.items():
-                home[k] = v
-                if isinstance(v, Tensor):
-                    v.detach().copy_(content)  # always: batch norm writes past the version counter
-                elif content is not None:
-                    v.clear()
-                    (v.extend if type(v) is list else v.update)(content)
+        for undo in self.undo:
+            undo()
 
     @contextmanager
     def rescaled_weights(self, seed: int, add_noise: bool = False) -> Iterator[None]:
@@ -100,11 +94,57 @@ class Sandbox:
                     p.copy_(v)
 
 
-def _content(value: Any) -> Any:
-    """What is needed to undo a change made inside `value`."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.copy() if type(value) in (list, dict, set) else None
+def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], list[nn.Parameter]]:
+    """Calls that put back what modules hold now, and parameters of modules in plain containers.
+
+    Containers are followed, and objects whose class comes from a package of the model's modules or
+    from Python's basic types: trainers, loggers and data loaders are left alone.
+    """
+    packages = {type(m).__module__.partition(".")[0] for m in modules} - {"torch", "lightning"}
+    packages |= _BASIC
+    own = {id(p) for m in modules for p in m._parameters.values()}
+    todo, seen, undo, held = list[Any](modules), set[int](), list[Callable[[], Any]](), []
+    for value in todo:  # which grows, and keeps alive what `seen` numbers
+        if id(value) in seen or isinstance(value, _ATOMS):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Parameter):
+            held += [] if id(value) in own else [value]
+        elif isinstance(value, Tensor):
+            dense = value.layout == torch.strided and torch._debug_has_internal_overlap(value) != 1
+            if dense and not value.is_inference():  # else nothing can change it in place
+                undo.append(partial(value.detach().copy_, value.detach().clone()))
+        elif isinstance(value, torch.Generator):
+            undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, list | dict | set | deque):
+            content = dict(value) if isinstance(value, dict) else list(value)
+            undo.append(partial(_put_back, value, content))
+            if len(content) <= _LARGE:
+                todo += content.values() if isinstance(content, dict) else content
+        elif isinstance(value, tuple):
+            todo += value
+        elif isinstance(value, nn.Module):
+            content = {k: v for k, v in vars(value).items() if k not in _TORCH_OWN}
+            undo.append(partial(_put_back, vars(value), content, _TORCH_OWN))
+            todo += [*content.values(), value._buffers]
+            todo += [*value._parameters.values(), *value._modules.values()]
+        elif hasattr(value, "__dict__") and (
+            isinstance(value, torch.amp.GradScaler)
+            or packages.issuperset(c.__module__.partition(".")[0] for c in type(value).__mro__)
+        ):
+            todo.append(vars(value))
+    return undo, held
+
+
+def _put_back(value: Any, content: Any, but: Set[str] = frozenset()) -> None:
+    """Give a container its content again, `but` some keys, by the methods of its plain base."""
+    kind: Any = next(k for k in (list, OrderedDict, dict, set, deque) if isinstance(value, k))
+    if but:
+        for k in value.keys() - content.keys() - but:
+            del value[k]
+    else:
+        kind.clear(value)
+    (kind.update if isinstance(value, dict | set) else kind.extend)(value, content)
 
 
 @contextmanager

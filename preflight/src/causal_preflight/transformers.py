@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from causal_preflight.audit import audit_batch
 from causal_preflight.batch import IGNORE
+from causal_preflight.collectives import LocalCollectives
 from causal_preflight.report import PreflightError, Report
 
 
@@ -71,8 +73,9 @@ class PreflightCallback(TrainerCallback):
             batch = {k: torch.cat([b[k][:, :width] for b in batches]) for k in batch}
         options = {"parted": args.gradient_accumulation_steps > 1, **self.options}
         loss_of = _loss_of(self.trainer, fused)
-        try:
-            report = audit_batch(self.trainer.model, batch, loss_of, **options)
+        try:  # the other ranks wait: a collective of a `compute_loss` would wait for them
+            with LocalCollectives() if args.world_size > 1 else nullcontext():
+                report = audit_batch(self.trainer.model, batch, loss_of, **options)
         except ValueError as error:  # the first training step raises the trainer's own error
             return Report(skipped={"preflight": str(error)})
         report.remarks += fused
@@ -89,8 +92,6 @@ def _loss_of(trainer: Any, fused: set[str]) -> Callable[..., Tensor]:
     take = type(trainer).get_batch_samples
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     accelerator.backward = lambda loss, **kwargs: losses.append(loss.sum())
-    accelerator.gather = lambda x: torch.cat([x.reshape(-1)] * args.world_size)  # all have this one
-    accelerator.gather_for_metrics = accelerator.gather
     vars(twin).update({k: _copied(v) for k, v in vars(trainer).items() if "dataset" not in k})
     twin.accelerator, twin.args, twin.log = accelerator, args, lambda *args, **kwargs: None
     twin.optimizer = SimpleNamespace(param_groups=trainer.optimizer.param_groups)
