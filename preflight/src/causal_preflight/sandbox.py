@@ -103,8 +103,8 @@ def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], li
     packages = {type(m).__module__.partition(".")[0] for m in modules} - {"torch", "lightning"}
     packages |= _BASIC
     own = {id(p) for m in modules for p in m._parameters.values()}
-    todo, seen, undo, held = list[Any](modules), set[int](), list[Callable[[], Any]](), []
-    for value in todo:  # which grows, and keeps alive what `seen` numbers
+    pending, seen, undo, held = list[Any](modules), set[int](), list[Callable[[], Any]](), []
+    for value in pending:  # which grows, and keeps alive what `seen` numbers
         if id(value) in seen or isinstance(value, _ATOMS):
             continue
         seen.add(id(value))
@@ -120,19 +120,19 @@ def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], li
             content = dict(value) if isinstance(value, dict) else list(value)
             undo.append(partial(_put_back, value, content))
             if len(content) <= _LARGE:
-                todo += content.values() if isinstance(content, dict) else content
+                pending += content.values() if isinstance(content, dict) else content
         elif isinstance(value, tuple):
-            todo += value
+            pending += value
         elif isinstance(value, nn.Module):
             content = {k: v for k, v in vars(value).items() if k not in _TORCH_OWN}
             undo.append(partial(_put_back, vars(value), content, _TORCH_OWN))
-            todo += [*content.values(), value._buffers]
-            todo += [*value._parameters.values(), *value._modules.values()]
+            pending += [*content.values(), value._buffers]
+            pending += [*value._parameters.values(), *value._modules.values()]
         elif hasattr(value, "__dict__") and (
             isinstance(value, torch.amp.GradScaler)
             or packages.issuperset(c.__module__.partition(".")[0] for c in type(value).__mro__)
         ):
-            todo.append(vars(value))
+            pending.append(vars(value))
     return undo, held
 
 
