@@ -131,6 +131,36 @@ def test_what_cannot_or_need_not_be_put_back_does_no_harm():
     assert len(model.documents) == 20_000 and model.circle["model"][0] is model
 
 
+def test_an_optimizer_inside_backward_takes_no_step():
+    """As those that free each gradient as soon as it is there."""
+    model = Tiny()
+    before = [p.detach().clone() for p in model.parameters()]
+    steps = []
+    for p in model.parameters():
+        own = torch.optim.SGD([p], lr=0.1)
+        p.register_post_accumulate_grad_hook(lambda _, own=own: steps.append(own.step()))
+    assert preflight(model, padded(0), token_mean, pad_id=PAD, eos_id=EOS).clean
+    assert steps == [] and all(map(torch.equal, before, model.parameters()))
+    token_mean(model, padded(0)).backward()
+    assert len(steps) == len(before) and not all(map(torch.equal, before, model.parameters()))
+
+
+class Redrawn(Tiny):
+    """Its `reset` draws new weights, and clears nothing between batches."""
+
+    def reset(self) -> None:
+        for p in self.parameters():
+            nn.init.normal_(p)
+
+
+def test_a_reset_that_draws_weights_changes_none():
+    model = Redrawn()
+    before = [p.detach().clone() for p in model.parameters()]
+    report = preflight(model, padded(0), token_mean, pad_id=PAD, eos_id=EOS)
+    assert report.clean, str(report)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 class OwnScaler(Holder):
     """Manual optimization in half precision's way, with a scaler of one's own."""
 

@@ -183,6 +183,36 @@ def test_a_first_step_without_targets_waits_for_the_next(tmp_path: Path, capsys:
     assert capsys.readouterr().err.count("no label counts; waits for another") == 1
 
 
+def test_the_trainer_has_its_own_methods_again(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    audited(run)
+    assert "get_batch_samples" not in vars(run)
+    with pytest.raises(PreflightError):
+        audited(wrong := trainer(tmp_path, collator=shifted), "error")
+    assert "get_batch_samples" not in vars(wrong)
+
+
+def test_rows_are_put_together_only_where_all_have_one_shape(tmp_path: Path) -> None:
+    """A number beside each row is no column of tokens, and a key may be in some batches alone."""
+    model, seen = llama(), list[tuple[int, ...]]()
+    run, ids, plain_forward = trainer(tmp_path, model=model), documents(1)[0], model.forward
+
+    def forward(task: Any = None, **batch: Any) -> Any:
+        seen.append(tuple(batch["input_ids"].shape))
+        return plain_forward(**batch)
+
+    model.forward = forward
+    run.create_optimizer()
+    plain = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
+    for first, second in (
+        (plain | {"task": torch.tensor([[3]])}, plain | {"task": torch.tensor([[4]])}),
+        (plain, plain | {"attention_mask": torch.ones(1, len(ids))}),
+    ):
+        seen.clear()
+        PreflightCallback(run, "warn").audit([first, second])
+        assert len(seen) > 5 and seen[0] == (1, len(ids)) != (1, 1)
+
+
 def test_other_names_and_ids_are_passed_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="on_fault"):
         PreflightCallback(trainer(tmp_path), "stop")

@@ -140,18 +140,9 @@ def sharded(trainer: L.Trainer) -> str:
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
-class _NoOp:
-    """Stands in for an optimizer or a scheduler: it can be read, and its steps do nothing."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.zero_grad, self.toggle_model = inner, _nothing, nullcontext
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def step(self, *args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        closure = closure or next(filter(callable, args), None)
-        return closure() if closure else None
+def _run_closure(*args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    closure = closure or next(filter(callable, args), None)
+    return closure() if closure else None
 
 
 @contextmanager
@@ -163,8 +154,7 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     a scheduler is undone.
     """
 
-    def one_or_all(inner: list[Any]) -> Callable[..., Any]:
-        found = [_NoOp(x) for x in inner]
+    def one_or_all(found: list[Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: found[0] if len(found) == 1 else found or None
 
     losses, loggers, optimizers = list[Tensor](), trainer.loggers, trainer.optimizers
@@ -176,8 +166,9 @@ def _without_effects(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     settings = [group for optimizer in optimizers for group in optimizer.param_groups]
     settings += [vars(x) for x in [*optimizers, *schedulers]]
     kept = [dict(group) for group in settings]
-    for optimizer in optimizers:  # where training_step reaches it by the trainer
-        vars(optimizer).update(step=_nothing, zero_grad=_nothing)
+    for x in [*optimizers, *schedulers]:  # also where training_step reaches it by the trainer
+        stub = {"step": _run_closure, "zero_grad": _nothing}
+        vars(x).update(stub, toggle_model=lambda *args, **kwargs: nullcontext())
     trainer.loggers = [DummyLogger() for _ in loggers]
     scaler: dict[str, Any] = dict.fromkeys(("unscale_", "step", "update"), _nothing)
     scaler["scale"] = lambda _, outputs: outputs

@@ -30,6 +30,11 @@ class Sandbox:
         self.grads = [(p, p.grad, p.requires_grad) for p in [*self.params, *held]]
         for p, _, _ in self.grads:
             p.grad = None
+        # An optimizer that steps inside backward would train the model.
+        found = [hooks for p in self.params if (hooks := p._post_accumulate_grad_hooks)]
+        self.hooks = [(hooks, dict(hooks)) for hooks in found]
+        for hooks in found:
+            hooks.clear()
 
     @torch.no_grad()
     def rewind(self, seed: int, train: bool) -> None:
@@ -38,15 +43,17 @@ class Sandbox:
         root = self.modules[0]
         if not (train and root.training):  # else submodules in eval mode stay in it
             root.train(train)
-        for m in self.modules:
-            reset = getattr(m, "reset", None)
-            if callable(reset):
-                with suppress(TypeError):  # takes arguments: not one that clears a hidden state
-                    reset()
         torch.manual_seed(seed)
         random.seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed % 2**32)
+        for m in self.modules:
+            if callable(reset := getattr(m, "reset", None)):
+                kept = [(p, p.clone()) for p in m.parameters()]  # some draw new weights
+                with suppress(TypeError):  # takes arguments: not one that clears a hidden state
+                    reset()
+                for p, value in kept:
+                    p.copy_(value)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -57,6 +64,8 @@ class Sandbox:
         for p, grad, requires_grad in self.grads:
             p.grad = grad
             p.requires_grad_(requires_grad)
+        for hooks, were in self.hooks:
+            hooks.update(were)
 
     def _restore_state(self) -> None:
         for undo in self.undo:

@@ -39,12 +39,16 @@ class PreflightCallback(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Look at the batches that the trainer takes, until one of them has been audited."""
-        take = self.trainer.get_batch_samples
+        take, own = self.trainer.get_batch_samples, "get_batch_samples" in vars(self.trainer)
 
         def take_and_audit(*args: Any, **kwargs: Any) -> Any:
             samples, count = take(*args, **kwargs)
-            if self.report is None:
+            try:
                 self._audit_step(samples)
+            finally:
+                if self.report is not None:
+                    vars(self.trainer).pop("get_batch_samples")
+                    vars(self.trainer).update({"get_batch_samples": take} if own else {})
             return samples, count
 
         self.trainer.get_batch_samples = take_and_audit
@@ -66,11 +70,15 @@ class PreflightCallback(TrainerCallback):
         """Audit the first batch; if each has one row, all of them, cut to the shortest."""
         args, kind = self.trainer.args, self.trainer.accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or args.n_gpu > 1:
-            return Report(skipped={"preflight": f"{kind} and nn.DataParallel divide the model"})
-        every, batch, fused = [v for b in batches for v in b.values()], batches[0], set[str]()
-        if all(isinstance(v, Tensor) and v.ndim == 2 and len(v) == 1 for v in every):
-            width = min(v.shape[1] for v in every)
-            batch = {k: torch.cat([b[k][:, :width] for b in batches]) for k in batch}
+            kind = "nn.DataParallel" if args.n_gpu > 1 else kind
+            return Report(skipped={"preflight": f"{kind} divides the model"})
+        batch, fused, widths = batches[0], set[str](), []
+        for b in batches:  # those whose entries all have one row of one width
+            shapes = {tuple(getattr(v, "shape", ())) for v in b.values()}
+            if b.keys() == batch.keys() and [len(s) for s in shapes] == [2] and min(shapes)[0] == 1:
+                widths.append(min(shapes)[1])
+        if len(widths) == len(batches):
+            batch = {k: torch.cat([b[k][:, : min(widths)] for b in batches]) for k in batch}
         options = {"parted": args.gradient_accumulation_steps > 1, **self.options}
         loss_of = _loss_of(self.trainer, fused)
         try:  # the other ranks wait: a collective of a `compute_loss` would wait for them
