@@ -16,29 +16,22 @@ from causal_lm.data.tokenizers import ByteTokenizer, from_state
 
 tokenizers = pytest.importorskip("tokenizers")
 from causal_lm.data.subwords import WORD, SubwordTokenizer  # noqa: E402
+from support.tokenizer_json import (  # noqa: E402
+    CHARACTERS,
+    SENTENCE,
+    SPECIAL,
+    gpt2,
+    library_of,
+)
 
 pytestmark = pytest.mark.extras
 
-SENTENCE = "The cat sat on the mat; the café's cat didn't. <eos> ∂ 12 "
 LIKE_SPECIAL = "<eos> <pad></s> <|endoftext|>\n<bos>[PAD]<eos>"
 
 
 @pytest.fixture(scope="module")
 def bpe():
     return SubwordTokenizer.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
-
-
-def gpt2(**changes) -> str:
-    """The JSON of a tokenizer made like GPT-2's: one special token, for everything."""
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, show_progress=False, special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    library.train_from_iterator([SENTENCE], trainer)
-    return json.dumps(json.loads(library.to_str()) | changes)
 
 
 @settings(max_examples=200)
@@ -98,32 +91,6 @@ def test_text_that_looks_special_is_text(tokenizer):
     ids = tokenizer.encode(LIKE_SPECIAL)
     assert not {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
     assert tokenizer.decode(ids) == LIKE_SPECIAL
-
-
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-CHARACTERS = "abps</> "
-
-
-def library_of(kind: str) -> str:
-    """The JSON of a small tokenizer whose vocabulary holds its special tokens."""
-    models, pre = tokenizers.models, tokenizers.pre_tokenizers
-    ids = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS, "ab"])}
-    if kind == "Unigram":
-        scores = [(token, -float(i > 3)) for token, i in ids.items()]
-        library = tokenizers.Tokenizer(models.Unigram(scores, unk_id=3))
-    elif kind == "WordPiece":
-        ids |= {f"##{token}": 50 + i for token, i in ids.items()}
-        library = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
-    elif kind == "WordLevel":
-        library = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    else:
-        whole = kind == "BPE with ignore_merges"
-        bpe = models.BPE(ids, [("a", "b")], unk_token="<unk>", ignore_merges=whole)
-        library = tokenizers.Tokenizer(bpe)
-    if kind in ("WordLevel", "BPE with ignore_merges"):
-        library.pre_tokenizer = pre.WhitespaceSplit()
-    library.add_special_tokens(SPECIAL)
-    return library.to_str()
 
 
 KINDS = ["Unigram", "WordPiece", "WordLevel", "BPE", "BPE with ignore_merges"]
@@ -225,49 +192,6 @@ def test_added_tokens_that_are_text_have_their_bytes():
     assert 280 in ids
     assert tokenizer.decode(ids) == "a  ∂b"
     assert int(tokenizer.token_bytes()[ids].sum()) == len("a  ∂b".encode())
-
-
-SCHEMES = ["prepended", "always", "first", "never", "byte level"]
-
-
-def with_prefix_space(scheme: str, **changes) -> str:
-    """The JSON of a tokenizer with ByteFallback, as Llama's, or of one like GPT-2's; both put a
-    space before each text, but for the scheme ``never``."""
-    if scheme == "byte level":
-        pre = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
-        return gpt2(pre_tokenizer=pre | {"use_regex": True}, **changes)
-    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc", "▁a"]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    options = {"unk_token": "<unk>", "byte_fallback": True}
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("▁", "a")], **options))
-    if scheme == "prepended":
-        steps = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
-        library.normalizer = tokenizers.normalizers.Sequence(list(steps))
-    else:
-        library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    library.decoder = tokenizers.decoders.ByteFallback()
-    library.add_special_tokens(SPECIAL)
-    return json.dumps(json.loads(library.to_str()) | changes)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@given(st.text("abcé漢 \n\u0301ﬁ-"))
-def test_bytes_are_those_of_the_text(scheme, text):
-    """The tokens of a document have the bytes of its text, with no space that was put before it."""
-    tokenizer = SubwordTokenizer.resolve(with_prefix_space(scheme), {"bos": "<s>"})
-    sizes, text = tokenizer.token_bytes(), text.lstrip(" ")  # such tokenizers drop one there
-    document = [*tokenizer.encode(text), tokenizer.eos_id]
-    assert int(sizes[document].sum()) == len(text.encode()) or not text
-    assert int(sizes.min()) == (0 if scheme == "never" else -1)
-    assert not tokenizer.unknown([text])
-
-
-@pytest.mark.parametrize("kind", ["NFKC", "Lowercase"])
-def test_of_a_tokenizer_that_changes_the_text_no_bytes_are_known(kind):
-    for scheme in ("never", "byte level"):
-        plain = SubwordTokenizer.resolve(with_prefix_space(scheme), {})
-        changed = SubwordTokenizer.resolve(with_prefix_space(scheme, normalizer={"type": kind}), {})
-        assert plain.token_bytes() is not None and changed.token_bytes() is None
 
 
 @pytest.mark.parametrize("name", ["bpe", "gpt2"])

@@ -62,10 +62,14 @@ class Documents(Dataset[Document]):
         tokens: (N,) the tokens of all documents.
         offsets: (D + 1,) index of the first token of each document, and N at the end.
         loss_mask: bool (N,), see :class:`Document`.
+        text_bytes: UTF-8 bytes of all text that is learned; 0 where that is not known.
     """
 
-    def __init__(self, tokens: Array, offsets: Array, loss_mask: Array | None = None) -> None:
+    def __init__(
+        self, tokens: Array, offsets: Array, loss_mask: Array | None = None, text_bytes: int = 0
+    ) -> None:
         self.tokens, self.offsets, self.loss_mask = tokens, offsets, loss_mask
+        self.text_bytes = text_bytes
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
@@ -100,6 +104,13 @@ class Documents(Dataset[Document]):
             lengths[start:stop] = self.offsets[start : stop + 1].diff()
         return lengths
 
+    def bytes_per_target(self) -> float:
+        """UTF-8 bytes of the learned text over the number of targets; 0 where not known."""
+        if not self.text_bytes:
+            return 0.0
+        learned = len(self.tokens) if self.loss_mask is None else int(self.loss_mask[:].sum())
+        return self.text_bytes / (learned - (len(self.offsets) - 1))  # BOS is no target
+
     def windows(self, max_length: int) -> "Documents":
         """Cut documents longer than ``max_length`` tokens into windows, keeping every target.
 
@@ -120,7 +131,9 @@ class Windows(Documents):
     """The windows of :meth:`Documents.windows`; where each lies is computed when it is read."""
 
     def __init__(self, documents: Documents, max_length: int, window_ends: np.ndarray) -> None:
-        super().__init__(documents.tokens, documents.offsets, documents.loss_mask)
+        super().__init__(
+            documents.tokens, documents.offsets, documents.loss_mask, documents.text_bytes
+        )
         self.documents, self.max_length = documents, max_length
         self.window_ends = window_ends  # (D,) windows up to and including those of each document
 

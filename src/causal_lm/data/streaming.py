@@ -93,7 +93,8 @@ def as_documents(chunk: TokenizedChunk) -> Documents:
     """The documents of a chunk, all of which are whole."""
     offsets = torch.from_numpy(np.append(0, chunk.lengths.cumsum()))
     mask = None if chunk.loss_mask is None else torch.from_numpy(chunk.loss_mask)
-    return Documents(torch.from_numpy(chunk.ids.astype(np.int32)), offsets, mask)
+    tokens, size = torch.from_numpy(chunk.ids.astype(np.int32)), int(chunk.text_bytes.sum())
+    return Documents(tokens, offsets, mask, size)
 
 
 def tokenized(documents: list[Segments], tokenizer: TextTokenizer) -> Documents:

@@ -26,7 +26,7 @@ CHUNK_CHARACTERS = 1 << 20  # characters that are tokenized at a time
 BPE_TRAINING_BYTES = 16 << 20  # of a BPE's training text, spread evenly over the training documents
 SINGLE_PROCESS_BYTES = 16 << 20  # below which one process tokenizes: starting more takes a second
 EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks some
-FORMAT = 4  # version of the cached files and of how text is cut; older caches are not read
+FORMAT = 5  # version of the cached files and of how text is cut; older caches are not read
 
 
 def warn_of_unknown(found: Iterable[tuple[str, int]]) -> None:
@@ -128,12 +128,14 @@ class TextSource(abc.ABC):
         processes = 1 if single else self.num_proc or 1
         separate = {1: set[bytes](), 2: set[bytes]()}  # hashes of held out data, by split
         shared, unknown = {1: set[bytes](), 2: set[bytes]()}, Counter[str]()
+        text_bytes = np.zeros(len(token_cache.SPLITS), np.int64)
         self.skipped.clear()
 
         def observed() -> Iterator[token_cache.TokenizedChunk]:
             for chunk in tokenize_chunks(self.chunks(), state, processes):
                 bar.update(chunk.characters)
                 unknown.update(chunk.unknown)
+                np.add.at(text_bytes, chunk.splits, chunk.text_bytes)
                 for split, hashes in separate.items():
                     if chunk.separate == split:
                         hashes.update(chunk.hashes)
@@ -151,7 +153,8 @@ class TextSource(abc.ABC):
         about = {"tokenizer": state, "dtype": dtype, "summary": summary,
                  "overlap": {token_cache.SPLITS[split]: len(found) / len(separate[split])
                              for split, found in shared.items() if found},
-                 "unknown": unknown.most_common(EXAMPLES)}  # fmt: skip
+                 "unknown": unknown.most_common(EXAMPLES),
+                 "text_bytes": text_bytes.tolist()}  # fmt: skip
         token_cache.write_about(folder, about)
 
     def _train_bpe(self) -> SubwordTokenizer:
