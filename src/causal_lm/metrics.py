@@ -49,11 +49,13 @@ class TokenPerplexity(Metric):
             self.token_bytes = self.token_bytes.to(labels.device)
             self.bytes += self.token_bytes[labels[counted]].sum()
 
-    def count_text(self, documents: Any) -> None:
+    def count_text(self, *documents: Any) -> None:
         """Without ``token_bytes``, count the text of the ``Documents`` that were measured, in
         proportion where these were not all of their targets."""
-        if self.token_bytes is None and hasattr(documents, "bytes_per_target"):
-            self.bytes += round(documents.bytes_per_target() * int(self.tokens))
+        sizes = [getattr(part, "text_bytes", 0) for part in documents]
+        if self.token_bytes is None and all(sizes):
+            targets = sum(part.count_targets() for part in documents)
+            self.bytes += round(sum(sizes) * int(self.tokens) / targets)
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` in nats per token, ``ppl`` = exp(loss), ``bpb`` in bits per UTF-8 byte: *all*

@@ -104,12 +104,10 @@ class Documents(Dataset[Document]):
             lengths[start:stop] = self.offsets[start : stop + 1].diff()
         return lengths
 
-    def bytes_per_target(self) -> float:
-        """UTF-8 bytes of the learned text over the number of targets; 0 where not known."""
-        if not self.text_bytes:
-            return 0.0
+    def count_targets(self) -> int:
+        """Tokens that are learned: all but BOS, and the False ones of a loss mask."""
         learned = len(self.tokens) if self.loss_mask is None else int(self.loss_mask[:].sum())
-        return self.text_bytes / (learned - (len(self.offsets) - 1))  # BOS is no target
+        return learned - (len(self.offsets) - 1)
 
     def windows(self, max_length: int) -> "Documents":
         """Cut documents longer than ``max_length`` tokens into windows, keeping every target.
@@ -130,11 +128,9 @@ class Documents(Dataset[Document]):
 class Windows(Documents):
     """The windows of :meth:`Documents.windows`; where each lies is computed when it is read."""
 
-    def __init__(self, documents: Documents, max_length: int, window_ends: np.ndarray) -> None:
-        super().__init__(
-            documents.tokens, documents.offsets, documents.loss_mask, documents.text_bytes
-        )
-        self.documents, self.max_length = documents, max_length
+    def __init__(self, whole: Documents, max_length: int, window_ends: np.ndarray) -> None:
+        super().__init__(whole.tokens, whole.offsets, whole.loss_mask, whole.text_bytes)
+        self.documents, self.max_length = whole, max_length
         self.window_ends = window_ends  # (D,) windows up to and including those of each document
 
     def __len__(self) -> int:

@@ -180,10 +180,9 @@ class SubwordTokenizer:
         return b"".join(self._bytes_of_token.get(i, b"") for i in ids).decode(errors="replace")
 
     def token_bytes(self) -> Tensor | None:
-        if (bytes_of := self._bytes_of_token) is None:
-            return None
+        bytes_of = self._bytes_of_token or {}
         sizes = torch.tensor([len(bytes_of.get(i, b"")) for i in range(self.vocab_size)])
-        # Not so where the tokenizer changes some characters, or adds a space before each text.
+        # A tokenizer may change some characters, or add a space before each text.
         return sizes if int(sizes[self.encode(PROBE)].sum()) == len(PROBE.encode()) else None
 
     def state(self) -> dict[str, Any]:
