@@ -1,5 +1,6 @@
 """Subword tokenizers: text round-trips, bytes add up, text never makes a special token."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -58,6 +59,16 @@ RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, ByteToken
 PIECES = [" ", "\n", "'s", "'ll", "'", "it's", "é", "—", "\u0301", "²", "_", "١", "\u3000", "漢字"]
 
 
+def examples(quick, slow=20_000):
+    """Parametrizes a test with its number of examples, which is larger among the slow tests."""
+    return pytest.mark.parametrize("n", [quick, pytest.param(slow, marks=pytest.mark.slow)])
+
+
+def check(n, *strategies):
+    """Calls a function at once, with ``n`` examples."""
+    return lambda function: settings(max_examples=n)(given(*strategies)(function))()
+
+
 def test_a_contraction_before_a_character_beyond_ascii():
     assert WORD.findall("it's—well") == ["it", "'s", "—well"]
 
@@ -76,6 +87,47 @@ def test_word_by_word_is_what_the_library_does(text):
     whole = BPE.backend.encode(text, add_special_tokens=False).ids
     assert BPE.encode(text) == whole
     assert BPE._cached_words or not text  # the word cache was used
+
+
+WHITE = [c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f"]
+ASCII = "".join(map(chr, range(128)))
+OF_CATEGORIES = (  # a character, or some, of each category of Unicode but surrogates
+    "a1.' \n\x85\u2028\u2029\u3000éÉǅʰ漢\u0301\u0bbe\u20dd٢ⅷ²‿—⟮⟯«»·±€¨©\u200b\ue000\u0378"
+)
+OF_GPT2 = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def cuts_of(text: str) -> tuple[set[int], set[int]]:
+    """Where WORD cuts a text, and where the library does."""
+    words = WORD.findall(text)
+    assert "".join(words) == text
+    theirs = OF_GPT2.pre_tokenize_str(text)
+    return {0, *itertools.accumulate(map(len, words))}, {0, *(stop for _, (_, stop) in theirs)}
+
+
+def test_words_of_each_three_kinds_of_character_end_where_the_library_ends_some():
+    """One character of each category, in each order: no cut depends on luck."""
+    for triple in itertools.product(OF_CATEGORIES, repeat=3):
+        ours, theirs = cuts_of("".join(triple))
+        assert ours <= theirs, triple
+
+
+@examples(200)
+def test_words_end_where_the_library_ends_some(n):
+    """Of text with characters of each category of Unicode."""
+
+    @check(n, st.one_of(st.text(), st.text(ASCII + OF_CATEGORIES)))
+    def _(text):
+        ours, theirs = cuts_of(text)
+        assert ours <= theirs
+
+
+@examples(200)
+def test_words_without_letters_beyond_ascii_end_where_those_of_the_library_do(n):
+    @check(n, st.one_of(st.text([*ASCII, *WHITE]), st.text(["'", *"strevdlm 1.\n", *WHITE])))
+    def _(text):
+        ours, theirs = cuts_of(text)
+        assert ours == theirs
 
 
 def test_trained_here(bpe):
@@ -98,16 +150,21 @@ OF_KINDS = {kind: SubwordTokenizer.resolve(library_of(kind), {}) for kind in KIN
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(st.lists(st.sampled_from([*SPECIAL, *CHARACTERS, "ab", " </s> ", "é"])).map("".join))
-def test_no_text_makes_a_special_token(kind, text):
+@examples(100, slow=4000)
+def test_no_text_makes_a_special_token(n, kind):
     """<unk> aside, which stands for what the vocabulary lacks."""
     tokenizer = OF_KINDS[kind]
-    assert not {0, 1, 2} & set(tokenizer.encode(text))
     library = tokenizers.Tokenizer.from_str(tokenizer.json)
     library.encode_special_tokens = True
-    plain = library.encode(text, add_special_tokens=False).ids
-    if not {0, 1, 2, 3} & set(plain):  # nothing else changes
-        assert tokenizer.encode(text) == plain
+    like_special = st.sampled_from([*SPECIAL, *CHARACTERS, "ab", " </s> ", "é"])
+
+    @check(n, st.one_of(st.text(), st.lists(like_special).map("".join)))
+    def _(text):
+        ids = tokenizer.encode(text)
+        assert not {0, 1, 2} & set(ids)
+        plain = library.encode(text, add_special_tokens=False).ids
+        if not {0, 1, 2, 3} & set(plain):  # nothing else changes
+            assert ids == plain
 
 
 @pytest.mark.parametrize("kind", KINDS)
