@@ -1,5 +1,6 @@
 """Subword tokenizers: text round-trips, bytes add up, text never makes a special token."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -16,29 +17,22 @@ from causal_lm.data.tokenizers import ByteTokenizer, from_state
 
 tokenizers = pytest.importorskip("tokenizers")
 from causal_lm.data.subwords import WORD, SubwordTokenizer  # noqa: E402
+from support.tokenizer_json import (  # noqa: E402
+    CHARACTERS,
+    SENTENCE,
+    SPECIAL,
+    gpt2,
+    library_of,
+)
 
 pytestmark = pytest.mark.extras
 
-SENTENCE = "The cat sat on the mat; the café's cat didn't. <eos> ∂ 12 "
 LIKE_SPECIAL = "<eos> <pad></s> <|endoftext|>\n<bos>[PAD]<eos>"
 
 
 @pytest.fixture(scope="module")
 def bpe():
     return SubwordTokenizer.train([[SENTENCE * 9], [SENTENCE]], vocab_size=280)
-
-
-def gpt2(**changes) -> str:
-    """The JSON of a tokenizer made like GPT-2's: one special token, for everything."""
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, show_progress=False, special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    library.train_from_iterator([SENTENCE], trainer)
-    return json.dumps(json.loads(library.to_str()) | changes)
 
 
 @settings(max_examples=200)
@@ -65,6 +59,16 @@ RESTORED = [from_state(tokenizer.state()) for tokenizer in (BPE, GPT2, ByteToken
 PIECES = [" ", "\n", "'s", "'ll", "'", "it's", "é", "—", "\u0301", "²", "_", "١", "\u3000", "漢字"]
 
 
+def examples(quick, slow=20_000):
+    """Parametrizes a test with its number of examples, which is larger among the slow tests."""
+    return pytest.mark.parametrize("n", [quick, pytest.param(slow, marks=pytest.mark.slow)])
+
+
+def check(n, *strategies):
+    """Calls a function at once, with ``n`` examples."""
+    return lambda function: settings(max_examples=n)(given(*strategies)(function))()
+
+
 def test_a_contraction_before_a_character_beyond_ascii():
     assert WORD.findall("it's—well") == ["it", "'s", "—well"]
 
@@ -85,6 +89,47 @@ def test_word_by_word_is_what_the_library_does(text):
     assert BPE._cached_words or not text  # the word cache was used
 
 
+WHITE = [c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f"]
+ASCII = "".join(map(chr, range(128)))
+OF_CATEGORIES = (  # a character, or some, of each category of Unicode but surrogates
+    "a1.' \n\x85\u2028\u2029\u3000éÉǅʰ漢\u0301\u0bbe\u20dd٢ⅷ²‿—⟮⟯«»·±€¨©\u200b\ue000\u0378"
+)
+OF_GPT2 = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def cuts_of(text: str) -> tuple[set[int], set[int]]:
+    """Where WORD cuts a text, and where the library does."""
+    words = WORD.findall(text)
+    assert "".join(words) == text
+    theirs = OF_GPT2.pre_tokenize_str(text)
+    return {0, *itertools.accumulate(map(len, words))}, {0, *(stop for _, (_, stop) in theirs)}
+
+
+def test_words_of_each_three_kinds_of_character_end_where_the_library_ends_some():
+    """One character of each category, in each order: no cut depends on luck."""
+    for triple in itertools.product(OF_CATEGORIES, repeat=3):
+        ours, theirs = cuts_of("".join(triple))
+        assert ours <= theirs, triple
+
+
+@examples(200)
+def test_words_end_where_the_library_ends_some(n):
+    """Of text with characters of each category of Unicode."""
+
+    @check(n, st.one_of(st.text(), st.text(ASCII + OF_CATEGORIES)))
+    def _(text):
+        ours, theirs = cuts_of(text)
+        assert ours <= theirs
+
+
+@examples(200)
+def test_words_without_letters_beyond_ascii_end_where_those_of_the_library_do(n):
+    @check(n, st.one_of(st.text([*ASCII, *WHITE]), st.text(["'", *"strevdlm 1.\n", *WHITE])))
+    def _(text):
+        ours, theirs = cuts_of(text)
+        assert ours == theirs
+
+
 def test_trained_here(bpe):
     assert bpe.vocab_size == 280
     assert sorted([bpe.pad_id, bpe.bos_id, bpe.eos_id]) == [277, 278, 279]
@@ -100,47 +145,26 @@ def test_text_that_looks_special_is_text(tokenizer):
     assert tokenizer.decode(ids) == LIKE_SPECIAL
 
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-CHARACTERS = "abps</> "
-
-
-def library_of(kind: str) -> str:
-    """The JSON of a small tokenizer whose vocabulary holds its special tokens."""
-    models, pre = tokenizers.models, tokenizers.pre_tokenizers
-    ids = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS, "ab"])}
-    if kind == "Unigram":
-        scores = [(token, -float(i > 3)) for token, i in ids.items()]
-        library = tokenizers.Tokenizer(models.Unigram(scores, unk_id=3))
-    elif kind == "WordPiece":
-        ids |= {f"##{token}": 50 + i for token, i in ids.items()}
-        library = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
-    elif kind == "WordLevel":
-        library = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    else:
-        whole = kind == "BPE with ignore_merges"
-        bpe = models.BPE(ids, [("a", "b")], unk_token="<unk>", ignore_merges=whole)
-        library = tokenizers.Tokenizer(bpe)
-    if kind in ("WordLevel", "BPE with ignore_merges"):
-        library.pre_tokenizer = pre.WhitespaceSplit()
-    library.add_special_tokens(SPECIAL)
-    return library.to_str()
-
-
 KINDS = ["Unigram", "WordPiece", "WordLevel", "BPE", "BPE with ignore_merges"]
 OF_KINDS = {kind: SubwordTokenizer.resolve(library_of(kind), {}) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(st.lists(st.sampled_from([*SPECIAL, *CHARACTERS, "ab", " </s> ", "é"])).map("".join))
-def test_no_text_makes_a_special_token(kind, text):
+@examples(100, slow=4000)
+def test_no_text_makes_a_special_token(n, kind):
     """<unk> aside, which stands for what the vocabulary lacks."""
     tokenizer = OF_KINDS[kind]
-    assert not {0, 1, 2} & set(tokenizer.encode(text))
     library = tokenizers.Tokenizer.from_str(tokenizer.json)
     library.encode_special_tokens = True
-    plain = library.encode(text, add_special_tokens=False).ids
-    if not {0, 1, 2, 3} & set(plain):  # nothing else changes
-        assert tokenizer.encode(text) == plain
+    like_special = st.sampled_from([*SPECIAL, *CHARACTERS, "ab", " </s> ", "é"])
+
+    @check(n, st.one_of(st.text(), st.lists(like_special).map("".join)))
+    def _(text):
+        ids = tokenizer.encode(text)
+        assert not {0, 1, 2} & set(ids)
+        plain = library.encode(text, add_special_tokens=False).ids
+        if not {0, 1, 2, 3} & set(plain):  # nothing else changes
+            assert ids == plain
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,49 +249,6 @@ def test_added_tokens_that_are_text_have_their_bytes():
     assert 280 in ids
     assert tokenizer.decode(ids) == "a  ∂b"
     assert int(tokenizer.token_bytes()[ids].sum()) == len("a  ∂b".encode())
-
-
-SCHEMES = ["prepended", "always", "first", "never", "byte level"]
-
-
-def with_prefix_space(scheme: str, **changes) -> str:
-    """The JSON of a tokenizer with ByteFallback, as Llama's, or of one like GPT-2's; both put a
-    space before each text, but for the scheme ``never``."""
-    if scheme == "byte level":
-        pre = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
-        return gpt2(pre_tokenizer=pre | {"use_regex": True}, **changes)
-    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc", "▁a"]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    options = {"unk_token": "<unk>", "byte_fallback": True}
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("▁", "a")], **options))
-    if scheme == "prepended":
-        steps = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
-        library.normalizer = tokenizers.normalizers.Sequence(list(steps))
-    else:
-        library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    library.decoder = tokenizers.decoders.ByteFallback()
-    library.add_special_tokens(SPECIAL)
-    return json.dumps(json.loads(library.to_str()) | changes)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@given(st.text("abcé漢 \n\u0301ﬁ-"))
-def test_bytes_are_those_of_the_text(scheme, text):
-    """The tokens of a document have the bytes of its text, with no space that was put before it."""
-    tokenizer = SubwordTokenizer.resolve(with_prefix_space(scheme), {"bos": "<s>"})
-    sizes, text = tokenizer.token_bytes(), text.lstrip(" ")  # such tokenizers drop one there
-    document = [*tokenizer.encode(text), tokenizer.eos_id]
-    assert int(sizes[document].sum()) == len(text.encode()) or not text
-    assert int(sizes.min()) == (0 if scheme == "never" else -1)
-    assert not tokenizer.unknown([text])
-
-
-@pytest.mark.parametrize("kind", ["NFKC", "Lowercase"])
-def test_of_a_tokenizer_that_changes_the_text_no_bytes_are_known(kind):
-    for scheme in ("never", "byte level"):
-        plain = SubwordTokenizer.resolve(with_prefix_space(scheme), {})
-        changed = SubwordTokenizer.resolve(with_prefix_space(scheme, normalizer={"type": kind}), {})
-        assert plain.token_bytes() is not None and changed.token_bytes() is None
 
 
 @pytest.mark.parametrize("name", ["bpe", "gpt2"])

@@ -7,19 +7,52 @@ import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
 from causal_lm import build, config
+from causal_lm.fit import run
 from support.runs import SHORT, short_run
 
 PLAIN = ["val/loss", "train/loss", "val/ppl_over_floor", "checkpoint/best"]
 
 
-@pytest.mark.parametrize("model", ["tiny", "llama"])
+SMALL = {
+    "huggingface_llama": [
+        "model.config.hidden_size=16", "model.config.intermediate_size=16",
+        "model.config.num_attention_heads=2", "model.config.num_key_value_heads=1",
+    ],
+    "x_transformers": ["model.d_model=64"], "gru": ["model.d_model=16"],
+}  # fmt: skip
+
+
+def check_precision(directory, model, precision, *more):
+    """A short run in this precision learns something, and its preflight finds no fault."""
+    own = SMALL.get(model, ["model.d_model=16", "model.d_ff=16"])
+    shared = [word for word in SHORT if not word.startswith("model.")]
+    words = [f"model={model}", f"trainer.precision={precision}", "trainer.max_steps=20", *own]
+    quick = ["trainer.val_check_interval=1000", "samples.count=0", "data.source.symbols=8"]
+    summary = run(config.load([*shared, *words, *quick, "optimizer.lr=0.02", *more]), directory)
+    assert summary["status"] == "finished" and summary["preflight/faults"] == []
+    assert summary["val/loss"] < math.log(10)  # below that of a uniform guess
+    return summary
+
+
+@pytest.mark.parametrize("model", ["tiny", "llama", "gru"])
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_true_precisions_train(precision, model, tmp_path):
-    quick = ["trainer.val_check_interval=1000", "preflight.on_fault=off", "samples.count=0"]
-    words = [f"model={model}", f"trainer.precision={precision}", "trainer.max_steps=20", *quick]
-    summary = short_run(tmp_path, *words, "data.source.symbols=8", "optimizer.lr=0.02")
-    assert summary["status"] == "finished"
-    assert summary["val/loss"] < math.log(10)  # below that of a uniform guess
+    is_audited = (model, precision) in [("gru", "bf16-true"), ("llama", "16-true")]
+    summary = check_precision(
+        tmp_path, model, precision, f"preflight.on_fault={'error' if is_audited else 'off'}"
+    )
+    assert (summary["seconds/preflight"] is not None) == is_audited
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("library", "model", "precision"),
+    [("transformers", "huggingface_llama", "bf16-true"),
+     ("x_transformers", "x_transformers", "64-true")],
+)  # fmt: skip
+def test_models_of_other_libraries_train_in_true_precisions(library, model, precision, tmp_path):
+    pytest.importorskip(library)
+    assert check_precision(tmp_path, model, precision)["seconds/preflight"] > 0
 
 
 def test_without_validation_its_figures_are_null(tmp_path):

@@ -44,6 +44,7 @@ def evaluate(
         for batch in chain.from_iterable(loaders):
             batch = batch.to(device)
             metric.update(module.token_nll(batch), batch.labels)
+    metric.count_text(*(loader.dataset for loader in loaders))
     figures = {name: float(value) for name, value in metric.compute().items()}
     figures |= {"tokens": int(metric.tokens), "bytes": int(metric.bytes)}
     return {"checkpoint": str(checkpoint), "split": split} | figures

@@ -7,6 +7,7 @@ counts in a ``bfloat16`` module. This one keeps nats in float64 and counts in in
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class TokenPerplexity(Metric):
     bytes: Tensor
 
     def __init__(self, token_bytes: Tensor | None = None) -> None:
-        """token_bytes: (V,) UTF-8 bytes of each token, 0 for special ones; None where tokens are
-        not text (bits per byte is then NaN)."""
+        """token_bytes: (V,) UTF-8 bytes of each token, 0 for special ones; None where they do not
+        add up to those of the text (bits per byte is NaN without :meth:`count_text`)."""
         super().__init__()
         for name, dtype in ("nats", torch.float64), ("tokens", torch.int64), ("bytes", torch.int64):
             self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
@@ -47,6 +48,14 @@ class TokenPerplexity(Metric):
         if self.token_bytes is not None:
             self.token_bytes = self.token_bytes.to(labels.device)
             self.bytes += self.token_bytes[labels[counted]].sum()
+
+    def count_text(self, *documents: Any) -> None:
+        """Without ``token_bytes``, count the text of the ``Documents`` that were measured, in
+        proportion where these were not all of their targets."""
+        sizes = [getattr(part, "text_bytes", 0) for part in documents]
+        if self.token_bytes is None and all(sizes):
+            targets = sum(part.count_targets() for part in documents)
+            self.bytes += round(sum(sizes) * int(self.tokens) / targets)
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` in nats per token, ``ppl`` = exp(loss), ``bpb`` in bits per UTF-8 byte: *all*

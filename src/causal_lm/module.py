@@ -181,6 +181,7 @@ class CausalLM(L.LightningModule):
             self.train_objective_metric.update(nats / denominator.clamp(min=1), denominator)
 
     def on_validation_epoch_end(self) -> None:
+        self.val_metric.count_text(getattr(self.trainer.val_dataloaders, "dataset", None))
         values = self.val_metric.compute()
         differs, own = self.train_objective_differs, self.train_objective_metric
         values |= {"loss_as_trained": own.compute() if differs else values["loss"]}
@@ -193,6 +194,7 @@ class CausalLM(L.LightningModule):
         self.val_metric.update(self.token_nll(batch), batch.labels)
 
     def on_test_epoch_end(self) -> None:
+        self.val_metric.count_text(getattr(self.trainer.test_dataloaders, "dataset", None))
         self.log_dict({f"test/{k}": v.float() for k, v in self.val_metric.compute().items()})
         self.val_metric.reset()
 

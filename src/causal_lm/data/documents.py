@@ -62,10 +62,14 @@ class Documents(Dataset[Document]):
         tokens: (N,) the tokens of all documents.
         offsets: (D + 1,) index of the first token of each document, and N at the end.
         loss_mask: bool (N,), see :class:`Document`.
+        text_bytes: UTF-8 bytes of all text that is learned; 0 where that is not known.
     """
 
-    def __init__(self, tokens: Array, offsets: Array, loss_mask: Array | None = None) -> None:
+    def __init__(
+        self, tokens: Array, offsets: Array, loss_mask: Array | None = None, text_bytes: int = 0
+    ) -> None:
         self.tokens, self.offsets, self.loss_mask = tokens, offsets, loss_mask
+        self.text_bytes = text_bytes
 
     @classmethod
     def from_lists(cls, documents: Iterable[Sequence[int]]) -> "Documents":
@@ -100,6 +104,11 @@ class Documents(Dataset[Document]):
             lengths[start:stop] = self.offsets[start : stop + 1].diff()
         return lengths
 
+    def count_targets(self) -> int:
+        """Tokens that are learned: all but BOS, and the False ones of a loss mask."""
+        learned = len(self.tokens) if self.loss_mask is None else int(self.loss_mask[:].sum())
+        return learned - (len(self.offsets) - 1)
+
     def windows(self, max_length: int) -> "Documents":
         """Cut documents longer than ``max_length`` tokens into windows, keeping every target.
 
@@ -119,9 +128,9 @@ class Documents(Dataset[Document]):
 class Windows(Documents):
     """The windows of :meth:`Documents.windows`; where each lies is computed when it is read."""
 
-    def __init__(self, documents: Documents, max_length: int, window_ends: np.ndarray) -> None:
-        super().__init__(documents.tokens, documents.offsets, documents.loss_mask)
-        self.documents, self.max_length = documents, max_length
+    def __init__(self, whole: Documents, max_length: int, window_ends: np.ndarray) -> None:
+        super().__init__(whole.tokens, whole.offsets, whole.loss_mask, whole.text_bytes)
+        self.documents, self.max_length = whole, max_length
         self.window_ends = window_ends  # (D,) windows up to and including those of each document
 
     def __len__(self) -> int:

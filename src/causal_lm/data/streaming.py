@@ -125,7 +125,8 @@ def as_documents(chunk: TokenizedChunk, chosen: np.ndarray) -> Documents:
     offsets = torch.from_numpy(np.append(0, chunk.lengths[chosen].cumsum()))
     in_chosen = np.repeat(chosen, chunk.lengths)
     mask = None if chunk.loss_mask is None else torch.from_numpy(chunk.loss_mask[in_chosen])
-    return Documents(torch.from_numpy(chunk.ids[in_chosen].astype(np.int32)), offsets, mask)
+    tokens = torch.from_numpy(chunk.ids[in_chosen].astype(np.int32))
+    return Documents(tokens, offsets, mask, int(chunk.text_bytes[chosen].sum()))
 
 
 class StreamSampler(Sampler[list[Window]]):

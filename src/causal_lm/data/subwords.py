@@ -180,13 +180,10 @@ class SubwordTokenizer:
         return b"".join(self._bytes_of_token.get(i, b"") for i in ids).decode(errors="replace")
 
     def token_bytes(self) -> Tensor | None:
-        if (bytes_of := self._bytes_of_token) is None:
-            return None
+        bytes_of = self._bytes_of_token or {}
         sizes = torch.tensor([len(bytes_of.get(i, b"")) for i in range(self.vocab_size)])
-        # A space that is put before each text is none of its bytes: the EOS behind it takes it off.
-        added = int(sizes[self.encode(PROBE)].sum()) - len(PROBE.encode())
-        sizes[self.eos_id] -= added
-        return sizes if added in (0, 1) else None  # None: the tokenizer changes some characters
+        # A tokenizer may change some characters, or add a space before each text.
+        return sizes if int(sizes[self.encode(PROBE)].sum()) == len(PROBE.encode()) else None
 
     def state(self) -> dict[str, Any]:
         ids = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}

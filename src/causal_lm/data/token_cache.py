@@ -88,6 +88,7 @@ class TokenizedChunk(NamedTuple):
     separate: int | None  # split of data that are held out as a whole; None: of other data
     characters: int  # of the text
     unknown: Counter[str]  # characters or words that the vocabulary lacks, with their number
+    text_bytes: np.ndarray  # (D,) UTF-8 bytes of the learned text of each document; 0: not known
 
 
 def write_corpus(folder: Path, chunks: Iterable[TokenizedChunk], dtype: str) -> list[int]:
@@ -166,8 +167,8 @@ def read_corpus(folder: Path) -> tuple[list[Documents], dict[str, Any]]:
     """The documents of each of :data:`SPLITS`, and the data of :data:`ABOUT`."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     kinds = tuple(zip(KINDS, (about["dtype"], "int64", "bool"), strict=True))
-    splits = []
-    for split in SPLITS:
+    splits, sizes = [], about.get("text_bytes", [0] * len(SPLITS))
+    for split, size in zip(SPLITS, sizes, strict=True):
         tokens, offsets, mask = (FileArray(folder / f"{split}.{k}", dtype) for k, dtype in kinds)
-        splits.append(Documents(tokens, offsets, mask if len(mask) else None))
+        splits.append(Documents(tokens, offsets, mask if len(mask) else None, size))
     return splits, about

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from causal_lm.data.token_cache import TokenizedChunk
-from causal_lm.data.tokenizers import TextTokenizer, from_state
+from causal_lm.data.tokenizers import ByteTokenizer, TextTokenizer, from_state
 from causal_lm.signals import leave_to_parent
 
 HeldOut = tuple[float, float]  # fractions for validation and testing, by a hash of each document
@@ -57,10 +57,13 @@ def tokenize(chunk: Chunk, tokenizer: TextTokenizer) -> TokenizedChunk:
     ids, lengths, loss_mask = (_encode_rendered if is_rendered else _encode)(chunk, tokenizer)
     hashes = chunk.hashes()
     splits = np.array(chunk.splits(hashes))
+    text_bytes = np.zeros(len(hashes), np.int64)
+    if not is_rendered and not isinstance(tokenizer, ByteTokenizer):  # whose tokens are bytes
+        text_bytes[:] = [len("".join(segments[::-2]).encode()) for segments in chunk.documents]
     return TokenizedChunk(
         ids, lengths, loss_mask, splits, chunk.ends_mid_document, hashes,
         int(splits[0]) if max(chunk.held_out) == 1 else None,
-        sum(map(len, texts)), tokenizer.unknown(texts),
+        sum(map(len, texts)), tokenizer.unknown(texts), text_bytes,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
         """The text of ``ids``; special tokens are dropped."""
 
     def token_bytes(self) -> Tensor | None:
-        """(V,) UTF-8 bytes of each token, 0 for special ones; None where tokens are not text."""
+        """(V,) UTF-8 bytes of each token, 0 for special ones; None where they are not a text's."""
 
     def state(self) -> dict[str, Any]:
         """Plain data from which :func:`from_state` makes the same tokenizer."""

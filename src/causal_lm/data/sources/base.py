@@ -26,7 +26,7 @@ CHUNK_CHARACTERS = 1 << 20  # characters that are tokenized at a time
 BPE_TRAINING_BYTES = 16 << 20  # of a BPE's training text, spread evenly over the training documents
 SINGLE_PROCESS_BYTES = 16 << 20  # below which one process tokenizes: starting more takes a second
 EXAMPLES = 8  # characters that are named where a tokenizer's vocabulary lacks some
-FORMAT = 4  # version of the cached files and of how text is cut; older caches are not read
+FORMAT = 5  # version of the cached files and of how text is cut; older caches are not read
 
 
 def warn_of_unknown(unknown: Mapping[str, int], where: str) -> None:
@@ -151,6 +151,7 @@ class TextSource(abc.ABC):
         single = size < SINGLE_PROCESS_BYTES or isinstance(tokenizer, ByteTokenizer)
         processes = 1 if single else self.num_proc or 1
         overlap, unknown = Overlap(), Counter[str]()
+        text_bytes = np.zeros(len(token_cache.SPLITS), np.int64)
         self.skipped.clear()
 
         def observed() -> Iterator[token_cache.TokenizedChunk]:
@@ -158,6 +159,7 @@ class TextSource(abc.ABC):
                 bar.update(chunk.characters)
                 unknown.update(chunk.unknown)
                 overlap.add(chunk.hashes, chunk.separate)
+                np.add.at(text_bytes, chunk.splits, chunk.text_bytes)
                 yield chunk
 
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -168,7 +170,8 @@ class TextSource(abc.ABC):
             hint = "set data.val_path or another data.val_share, or give more or smaller documents"
             raise ValueError(f"{summary}: both first need a document; {hint}")
         about = {"tokenizer": state, "dtype": dtype, "summary": summary}
-        found = {"overlap": overlap.fractions(), "unknown": unknown.most_common(EXAMPLES)}
+        found = {"overlap": overlap.fractions(), "unknown": unknown.most_common(EXAMPLES),
+                 "text_bytes": text_bytes.tolist()}  # fmt: skip
         token_cache.write_about(folder, about | found)
 
     def _train_bpe(self) -> SubwordTokenizer:
