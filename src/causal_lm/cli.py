@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 log = logging.getLogger(__name__)
 TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"  # set by it; "True": ranks share its key-value store
 FULL_ERROR, USER_FULL_ERROR = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
+ONE_DEVICE = r"1|[0-9]+,|\[[0-9]+\]"  # as values of trainer.devices
 PROGRAM = "CAUSAL_LM_PROGRAM"  # arguments of Python, by lines; also for the workers of a launcher
 
 
@@ -197,8 +199,8 @@ def _run_in_sweep(cfg: DictConfig, own_directory: Path) -> dict[str, Any]:
     # From its own checkpoint; also where another process runs it in this very moment.
     if config.get("ckpt_path") is None or any(directory.glob("checkpoints/*.ckpt")):
         config["ckpt_path"] = "auto"
-    is_single = OmegaConf.select(cfg, "trainer.devices") == 1
     try:
+        is_single = re.fullmatch(ONE_DEVICE, str(cfg.trainer.devices))
         command = [] if is_single else _command(raw, config, directory)
         summary = _run(OmegaConf.create(config), directory, command)
     except Exception as error:
