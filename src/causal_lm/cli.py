@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
@@ -39,6 +40,11 @@ from causal_lm.signals import STOP_SIGNALS, StoppedRun, stop_at_once
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
+# Options that begin with _ are parts of others: Hydra's help and completion leave them out.
+list_options = ConfigLoaderImpl.get_group_options
+ConfigLoaderImpl.get_group_options = lambda *args, **kwargs: [  # type: ignore[method-assign]
+    name for name in list_options(*args, **kwargs) if not name.startswith("_")
+]
 log = logging.getLogger(__name__)
 TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"  # set by it; "True": ranks share its key-value store
 FULL_ERROR, USER_FULL_ERROR = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"

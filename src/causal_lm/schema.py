@@ -86,6 +86,8 @@ STRATEGY = matching(
     "a strategy of Lightning, such as auto, ddp or fsdp",
 )
 BATCHES = optional(either(integer(1), real(above=0, high=1)))
+PRECISION = one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", "32",
+                   "16", "64", "bf16", "auto")  # fmt: skip
 DEVICES = r"-1|'(-1|auto|[1-9][0-9]{0,3}|[0-9]+,|[0-9]+(,[0-9]+)+)'|\[[0-9]+(, [0-9]+)*\]"
 
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
@@ -138,7 +140,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (optional(either(integer(0), FRACTION_OR_ONE)),
      "trainer.limit_val_batches trainer.limit_test_batches"),
     (BATCHES, "trainer.limit_train_batches"),
-    (Rule(BATCHES.accepts, f"{BATCHES.description} (by the clock, each run would have others)"),
+    (Rule(BATCHES.accepts, f"{BATCHES.description} (no duration: runs would differ)"),
      "trainer.val_check_interval"),
     (Rule(lambda v: v is None, "null: a run does not predict"), "trainer.limit_predict_batches"),
     (one_of("simple", "advanced", "pytorch", "xla", None), "trainer.profiler"),
@@ -161,8 +163,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (one_of("stop", "skip"), "gradients.on_nonfinite"),
     (one_of("error", "warn", "off"), "preflight.on_fault"),
     (one_of("auto", "cpu", "gpu", "cuda", "mps"), "trainer.accelerator"),
-    (one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64,
-            "32", "16", "64", "bf16", "auto"), "trainer.precision"),
+    (Rule(lambda v: PRECISION.accepts(str(v)), PRECISION.description), "trainer.precision"),
     (Rule(one_of("norm", None).accepts, "norm, which is logged and must be finite, or null"),
      "trainer.gradient_clip_algorithm"),
     (ANY, "model.config.* model.decoder.* model.lora.target_modules paths.*"),
