@@ -150,9 +150,7 @@ def test_help_is_a_page_with_every_group():
     assert "callbacks: " + ", ".join(p.stem for p in FILES if p.parent.name == "callbacks") in lines
     assert "--shell-completion" in done.stdout and "${" not in done.stdout
     assert not re.search(r"[ ,]_\w", done.stdout)  # parts of other options
-    assert {"configs/local/default.yaml", "docs/reference.md"} <= set(
-        re.split(r"[ ,\n]", done.stdout)
-    )
+    assert "configs/local/default.yaml" in done.stdout and "docs/reference.md" in done.stdout
 
 
 def test_tab_completes_options():
