@@ -21,15 +21,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf, errors
 
-from causal_lm.schema import (
-    HYDRA_KEYS,
-    RULES,
-    ConfigError,
-    check_combinations,
-    check_values,
-    place_of,
-    rule_of,
-)
+from causal_lm import schema
+from causal_lm.schema import HYDRA_KEYS, RULES, ConfigError, check_values, rule_of
 
 CONFIG_DIR = next(d for p in Path(__file__).resolve().parents if (d := p / "configs").is_dir())
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
@@ -48,6 +41,11 @@ REQUIRED = (  # the code reads them
 UNRESOLVED = object()  # a value that depends on the node ``hydra``, before the job starts
 GROUPS = sorted(path.name for path in CONFIG_DIR.glob("*/") if path.name != "hydra")
 ADDED_GROUPS = ("callbacks", "logger", "debug", "hparams_search")  # their default is no option
+_parts = [key.replace("*", "").split(".") for key in RULES]
+_keys = {".".join(parts[:end]) for parts in _parts for end in range(2, len(parts) + 1)}
+_files = [path for group in ADDED_GROUPS[:2] for path in CONFIG_DIR.glob(f"{group}/*.yaml")]
+PLACES = [f"{path.parent.name}={path.stem}" for path in _files]
+PLACES += sorted(_keys, key=lambda key: (key.count("."), key))  # of what is below the top level
 LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an extra of that name
     "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",
     "TrackioLogger": "trackio", "CometLogger": "comet_ml",
@@ -161,13 +159,17 @@ def unknown_key(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -
     parent, _, last = key.rpartition(".")
     groups = [] if parent else GROUPS
     guess = _did_you_mean(last, [*siblings, *groups], f"{parent}." if parent else "")
-    same = [other for other in others if other.endswith(f".{last}")]  # in another group
+    same = [other for other in others if _ends_in(last, other)]  # in another group
     if same and not guess:
         guess = f" (did you mean {same[0]!r}?)"
     names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra", *groups))
     message = f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
     more = f"; other arguments of lightning.Trainer are added: +{key}=…" * (parent == "trainer")
     return f"{message}; valid groups: {', '.join(groups)}" if groups else message + more
+
+
+def _ends_in(name: str, key: str) -> bool:
+    return key.endswith((f".{name}", f"={name}"))
 
 
 def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
@@ -196,7 +198,7 @@ def validate(cfg: DictConfig) -> None:
         target_nodes(cfg, key)
     ours = _values_to_check(values)
     check_values(ours)
-    check_combinations(ours)
+    schema.check_combinations(ours)
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -243,14 +245,10 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
         elif value == {} and any(k.startswith(f"{key}.") for k in RULES):
             continue
         elif group not in groups:  # the user's own, unless it is one of ours, not in its place
-            if _did_you_mean(group, groups):
-                raise ConfigError(unknown_key(group, groups))
-            files = (CONFIG_DIR / kind / f"{group}.yaml" for kind in ("callbacks", "logger"))
-            options = (f"{file.parent.name}={group}" for file in files if file.is_file())
-            place = next(options, place_of(group))
-            if place or group in GROUPS:
-                todo = f"did you mean {place!r}?" if place else "is '# @package _global_' missing?"
-                raise ConfigError(f"nothing reads {key} ({todo})")
+            if _did_you_mean(group, groups) or any(_ends_in(group, place) for place in PLACES):
+                raise ConfigError(unknown_key(group, groups, PLACES))
+            if group in GROUPS:
+                raise ConfigError(f"nothing reads {key} (is '# @package _global_' missing?)")
         elif not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
             raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))

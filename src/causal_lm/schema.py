@@ -206,12 +206,6 @@ def is_float16(precision: str | int) -> bool:
     return precision in ("16-mixed", 16, "16")
 
 
-def place_of(name: str) -> str | None:
-    """The first of the least nested keys that end in this name: ``optimizer.lr`` for ``lr``."""
-    keys = (f"{key}.".replace("*", "").partition(f".{name}.") for key in RULES)
-    return min((a + b[:-1] for a, b, _ in keys if b), key=lambda k: k.count("."), default=None)
-
-
 def check_values(values: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` for the first value, by dotted key, that breaks its rule."""
     for key, value in values.items():
