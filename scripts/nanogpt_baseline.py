@@ -130,6 +130,8 @@ def compare(args: Namespace, machine: str) -> None:
     cfg = config.load(
         ["experiment=text_cpu", "data=text", "trainer.enable_progress_bar=false", *args.overrides]
     )
+    if cfg.trainer.max_steps < 1:
+        raise config.ConfigError("trainer.max_steps must be above 0, as it is divided into turns")
     data, corpus, module = prepare(cfg)
     baseline = NanoGPTBaseline(corpus.train.tokens, corpus.val.tokens, args.baseline_steps)
 

@@ -13,7 +13,7 @@ import yaml
 
 from causal_lm.config import CONFIG_DIR
 from causal_lm.report.files import write_text
-from causal_lm.schema import RULES, rule_of
+from causal_lm.schema import ANY, RULES, Rule, rule_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 TITLE = """# All configuration keys
@@ -59,13 +59,31 @@ def _option(file: Path, group: str) -> Iterator[str]:
     lines = file.read_text(encoding="utf-8").splitlines()
     head = [line for line in lines[: _first_key(lines)] if not line.startswith("# @package")]
     keys = keys_of(file)
-    classes = [f"`{key.default}`" for key in keys if key.name.endswith("._target_")]
+    classes = [
+        f"`{key.default}`" + f" (`{owner}`)" * (owner != group)
+        for key in keys
+        if (owner := key.name.removesuffix("._target_")) != key.name
+    ]
     if group:
         yield f"### {group}={file.stem}".replace("=_", ": part of other options, _") + "\n"
     yield "\n".join(line.removeprefix("# ") for line in head) + "\n"
+    if bases := list(_bases(file, group)):
+        yield f"Based on: {', '.join(f'`{base}`' for base in bases)}\n"
     if classes:
         yield f"Class: {', '.join(classes)}\n"
     yield from _table([key for key in keys if key.name.rpartition(".")[2][:1] != "_"])
+
+
+def _bases(file: Path, group: str) -> Iterator[str]:
+    """The options that the ``defaults`` of a file name, as the command line names them."""
+    for entry in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", []):
+        if isinstance(entry, str):
+            if entry != "_self_":
+                yield f"{group.removeprefix('hydra/')}={entry.partition('@')[0]}"
+            continue
+        for name, option in entry.items():
+            if option is not None:
+                yield f"{name.split()[-1].lstrip('/')}={option}"
 
 
 def _first_key(lines: list[str]) -> int:
@@ -106,13 +124,17 @@ def _table(keys: list[Key]) -> Iterator[str]:
     for key in keys:
         rule = rule_of(key.name) if key.default or not key.comment else None
         cells = [f"`{key.name}`", f"`{key.default}`" if key.default else "",
-                 rule.description if rule else "", key.comment]  # fmt: skip
+                 _valid(rule) if rule else "", key.comment]  # fmt: skip
         yield (
             "| "
             + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
             + " |"
         )
     yield ""
+
+
+def _valid(rule: Rule) -> str:
+    return "(not checked here)" if rule is ANY else rule.description
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     cfg = config.load(args.overrides)
-    total = cfg.trainer.max_steps
+    total, epochs = cfg.trainer.max_steps, cfg.trainer.get("max_epochs")
+    if total < 1 or epochs not in (None, -1):
+        needs = "the schedule is drawn over trainer.max_steps above 0, with trainer.max_epochs=-1"
+        raise config.ConfigError(f"{needs}: the steps of an epoch are known once data are loaded")
     factor = instantiate(cfg.scheduler)(total)
     name = cfg.scheduler._target_.rpartition(".")[2]
     title = f"{name}: fraction of optimizer.lr={cfg.optimizer.lr} over {total} optimizer steps"

@@ -75,11 +75,11 @@ def test_counting_allocates_nothing_and_draws_nothing(name):
     ],
 )
 def test_a_model_that_cannot_be_allocated_is_refused_with_its_parameters(words, parameters):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match="model has at least") as error:
         build.make_module(config.load(words), ByteTokenizer())
     assert parameters <= numbers_in(str(error.value))[0] < 1.1 * parameters
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_memory_is_known_here():
@@ -100,11 +100,11 @@ def test_memory_is_known_here():
 )
 def test_a_stored_model_larger_than_its_weights_is_refused(model, altered):
     path = altered(model=model | ({"d_model": 256} if "n_layers" in model else {}))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=r"at least|model\.(n_layers|d_model) must be") as error:
         restore(path)
     assert path in str(error.value)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.extras

@@ -121,6 +121,15 @@ def test_no_gpu_is_said_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+ADVICE = (
+    "💡",
+    "Tip:",
+    "litlogger",
+    "GPU available",
+    "num_workers",
+    "Trainer.fit",
+    "checkpoint dir",
+)
 OWN = """# @package _global_
 experiment: own
 callbacks: {mine: {_target_: support.outside.Figure, value: 3.0}}
@@ -141,6 +150,8 @@ def test_a_configuration_directory_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "summary.json").read_text())["own/figure"] == 3.0
     assert list((run / "logs").rglob("metrics.csv"))
+    written = done.stdout + done.stderr + (run / "train.log").read_text()
+    assert "preflight" in written and [word for word in ADVICE if word in written] == []
     done = command("train.py", "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert done.returncode == 2  # the sweeper's own axis is validated too
     assert "seed" in done.stderr and not (tmp_path / "sweep").exists()

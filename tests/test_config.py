@@ -1,12 +1,15 @@
 """What the command line refuses, in how long, and in which words."""
 
+import copy
 import re
 import shutil
 
 import pytest
+import yaml
 from hydra import initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from causal_lm import config
 from causal_lm.build import instantiate
@@ -63,6 +66,40 @@ REFUSED = [  # an override, and what the error must name: the key, the value, th
 ]
 
 
+READ_BY_NOTHING = [  # Hydra accepts these with a plus
+    ("lr=0.5", "lr", "mean 'optimizer.lr'"),
+    ("max_epochs=1", "mean 'trainer.max_epochs'"),
+    ("batch_size=8", "mean 'data.batch_size'"),
+    ("tags=[a]", "mean 'extras.tags'"),
+    ("symbols=8", "mean 'data.source.symbols'"),
+    ("self_check.count=8", "'self_check'", "mean 'samples.self_check'"),
+    ("early_stopping.patience=3", "'early_stopping'", "mean 'callbacks=early_stopping'"),
+    ("tensorboard.name=a", "mean 'logger=tensorboard'"),
+    ("debug.trainer.max_steps=1", "debug.trainer.max_steps", "# @package _global_"),
+    ("trainer.logger=true", "trainer.logger", "_target_", "True"),
+    ("trainer.plugins=foo", "trainer.plugins", "_target_", "foo"),
+    ("trainer.plugins=[foo]", "trainer.plugins[0]", "_target_", "foo"),
+    ("trainer.callbacks=[early_stopping]", "trainer.callbacks[0]", "callbacks=early_stopping"),
+    ("trainer.callbacks=[{monitor: val/loss}]", "trainer.callbacks[0]", "_target_"),
+    ("trainer.callbacks.own.every=1", "trainer.callbacks.own", "_target_"),
+    ("callbacks.early_stopping=true", "callbacks.early_stopping", "callbacks=early_stopping"),
+    ("callbacks.chekpoint.every_minutes=1", "callbacks.chekpoint", "_target_"),
+    ("logger.tensorboard=true", "logger.tensorboard", "logger=tensorboard"),
+]
+
+
+@pytest.fixture(scope="module")
+def default():
+    return config.load([])
+
+
+def changed(cfg, override):
+    """A copy with a key that Hydra would add by a plus."""
+    cfg, (key, _, value) = copy.deepcopy(cfg), override.partition("=")
+    OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=True)
+    return cfg
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("data", ["synthetic", "docstrings"])
 def test_every_preset_composes(preset, data):
@@ -81,6 +118,14 @@ def test_refused_by_name(override, named):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("added", "named"), [(first, rest) for first, *rest in READ_BY_NOTHING])
+def test_what_nothing_would_read_is_refused_by_name(added, named, default):
+    with pytest.raises(config.ConfigError) as error:
+        config.validate(changed(default, added))
+    assert [word for word in named if word not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
 def test_a_guess_is_made_only_where_it_is_close():
     for override in ("optimizer.xyz=1", "experiment=fux", "+pitfalls=1", "exp=fix"):
         with pytest.raises(config.ConfigError) as error:
@@ -93,11 +138,12 @@ def test_a_guess_is_made_only_where_it_is_close():
     [
         ["+trainer.fast_dev_run=true"],
         ["~trainer.val_check_interval"],
-        ["+tags=[a,b]", "+paths.own=here"],
+        ["+corpora=[a,b]", "+width=8", "+paths.own=here", "model.d_model=${width}"],
         ["model._target_=mine.Model", "+model.width=3", "model.n_heads=5"],
         ["data=text", "data.path=x", "data.source._target_=mine.Source", "+data.own=1"],
         ["+callbacks.mine._target_=mine.Callback", "+callbacks.mine.every=3"],
-        ["+trainer.callbacks=[{_target_: mine.Callback}]"],
+        ["+trainer.callbacks=[{_target_: mine.Callback}]", "+trainer.logger=false"],
+        ["+trainer.callbacks={_target_: mine.Callback}", "+callbacks.none=null"],
         ["optimizer._target_=torch.optim.RMSprop", "+optimizer.alpha=0.9"],
         ["trainer.strategy={_target_: mine.Strategy}"],
         ["data.batch_size='${oc.decode:${oc.env:NOT_THERE,8}}'"],

@@ -1,9 +1,16 @@
 """The pages of docs/ and the Chinese README keep up with the code and with the README."""
 
+import argparse
 import re
+import shlex
+import sys
+from functools import partialmethod
+from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
 
+from causal_lm import config
 from causal_lm.config import CONFIG_DIR, GROUPS
 from causal_lm.fit import SUMMARY_KEYS
 from causal_lm.schema import RULES
@@ -32,6 +39,43 @@ def test_the_reference_has_every_group_option_and_key():
 def test_the_page_of_runs_has_every_figure_of_a_summary():
     page = read("docs/runs.md")
     assert [key for key in SUMMARY_KEYS if f"`{key}`" not in page] == []
+
+
+COMMANDS = [
+    pytest.param(page, line, marks=[pytest.mark.slow] * (" -m " in line))
+    for page in ("docs/performance.md", "docs/pitfalls.md")
+    for line in re.findall(r"^python .*|(?<=`)python [^`]*", read(page), re.MULTILINE)
+]
+
+
+class ParsedError(Exception):
+    """The arguments of a script are valid."""
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text[:50])
+def test_a_long_command_is_valid(page, line, monkeypatch):
+    """It is composed, or parsed by its script, but does not run."""
+    script, *words = shlex.split(line)[1:]
+    if script == "train.py":
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config.validate_sweep([word for word in words if word != "-m"])
+        return
+    for name in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, name)
+        monkeypatch.setattr(argparse.ArgumentParser, name, partialmethod(parse_alone, parse))
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    module = load_script(Path(script).stem)
+    if not hasattr(module, "main"):  # it takes files alone
+        assert all((ROOT / word).is_file() for word in words)
+        return
+    with pytest.raises(ParsedError):
+        module.main()
+
+
+def parse_alone(parser, parse, *args):
+    parse(parser, *args)
+    raise ParsedError
 
 
 def sections(page: str) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,7 @@ def test_parts_that_are_left_out_are_not_in_it(made):
 
 @pytest.mark.slow
 def test_a_fork_trains_evaluates_and_passes_tests(made):
-    """A part of its tests, over all it has: composing, training, resuming, the preflight."""
+    """One of them all of its default tests, and mypy; the others a part that touches all it has."""
     dest, without = made
     inside(dest, "train.py", *SHORT, "hydra.run.dir=runs/one")
     checkpoint = "runs/one/checkpoints/last.ckpt"
@@ -223,6 +224,13 @@ def test_a_fork_trains_evaluates_and_passes_tests(made):
     )
     assert inside(dest, "scripts/generate.py", checkpoint, "--count=2").count("---") == 2
     inside(dest, "-m", dest.name.replace("-", "_"), "pitfalls.nothing=true", code=2)
+    if without == ["pitfalls"]:
+        started = time.perf_counter()
+        passed = inside(dest, "-m", "pytest", "-n", "2", "-q", "-p", "no:cacheprovider")
+        print(f"the default tests of a fork take {time.perf_counter() - started:.0f} s")
+        assert int(re.search(r"(\d+) passed", passed)[1]) > 1000 and "failed" not in passed
+        inside(dest, "-m", "mypy", "--cache-dir", os.devnull)
+        return
     names = ["test_module", "test_model_contract", "test_optim", "test_objective",
              "test_parameter_groups", "test_preflight_use"]  # fmt: skip
     names += ["test_config"] * ("gru" in without)  # with all parts that can be left out

@@ -7,6 +7,7 @@ import shlex
 import shutil
 
 import pytest
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from causal_lm import config
@@ -17,6 +18,13 @@ from support.runs import SHORT, short_run
 GROUPS = ["callbacks", "logger", "debug", "paths", "extras", "hparams_search"]
 FILES = [path for group in GROUPS for path in sorted((ROOT / "configs" / group).glob("*.yaml"))]
 DEBUG = [path.stem for path in FILES if path.parent.name == "debug"]
+
+
+COMMANDS = [  # of all comments in configs/
+    (str(path.relative_to(ROOT / "configs")), script, line)
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    for script, line in re.findall(r"`python ([\w/]+\.py) ((?!--).*?)`", path.read_text("utf-8"))
+]
 
 
 def words_of(path):
@@ -42,10 +50,33 @@ def test_the_comment_of_each_option_ends_in_its_command():
         assert [word for word in words_of(path) if word.startswith(expected)], path
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the names FILE and FOLDER in a command may stand for."""
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_every_group_has_commands():
+    assert len(COMMANDS) > 60
+    groups = {name.partition("/")[0] for name, _, _ in COMMANDS}
+    assert {*config.GROUPS, "hydra", "train.yaml"} - groups == set()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_the_command_in_a_comment_composes(path, installed):
-    config.load(words_of(path))
+@pytest.mark.parametrize(("name", "script", "line"), COMMANDS, ids=lambda text: str(text)[:60])
+def test_the_command_in_a_comment_composes(name, script, line, installed, folder):
+    line = re.sub(r"FILE\b(?!\.)", f"{folder}/tokenizer.json", line.replace("FOLDER", str(folder)))
+    words = shlex.split(line.replace("runs/…/checkpoints/last.ckpt", f"{folder}/tokenizer.json"))
+    assert (ROOT / script).is_file() and "…" not in str(words)
+    if "hydra/launcher=slurm" in words:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="extra submitit")
+    if words[0] == "-m":
+        with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
+            config.validate_sweep(words[1:])
+    else:
+        config.load(words)
 
 
 def test_options_are_chosen_together_with_and_without_a_plus(installed):
@@ -118,12 +149,15 @@ def test_help_is_a_page_with_every_group():
     assert [group for group in config.GROUPS if not any(x.startswith(group) for x in lines)] == []
     assert "callbacks: " + ", ".join(p.stem for p in FILES if p.parent.name == "callbacks") in lines
     assert "--shell-completion" in done.stdout and "${" not in done.stdout
+    assert not re.search(r"[ ,]_\w", done.stdout)  # parts of other options
+    assert "configs/local/default.yaml" in done.stdout
 
 
 def test_tab_completes_options():
-    line = "python train.py debug="
+    options = [p.stem for p in sorted((ROOT / "configs" / "data").glob("[!_]*.yaml"))]
+    line = "python train.py data="
     done = command("train.py", "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
-    assert done.stdout.split() == [f"debug={name}" for name in DEBUG]
+    assert done.stdout.split() == [f"data={name}" for name in options]
     assert "complete" in command("train.py", "--shell-completion", "install=bash").stdout
 
 

@@ -4,8 +4,10 @@ import json
 import struct
 
 import pytest
+from lightning.pytorch.loggers import CometLogger
 
 from causal_lm import build, config
+from causal_lm.callbacks.loggers import send_file
 from causal_preflight.lightning import PreflightError
 from support import command
 from support.outside import Recorder
@@ -46,6 +48,32 @@ def test_a_logger_whose_package_is_missing_names_the_extra(name, monkeypatch):
     monkeypatch.setattr(config, "find_spec", lambda package: None)
     with pytest.raises(config.ConfigError, match=rf"pip install .*\[{name}\]"):
         config.load([f"logger={name}"])
+
+
+class FakeComet:
+    """Records the calls of an experiment of comet_ml, with its signatures."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log_text(self, text, step=None, metadata=None):
+        self.calls.append(("text", text, step, metadata))
+
+    def log_asset(self, file_data, file_name=None, overwrite=False, copy_to_tmp=True, step=None):
+        self.calls.append(("asset", file_data, file_name, step))
+
+
+def test_comet_gets_samples_and_the_page(tmp_path):
+    logger = object.__new__(CometLogger)  # its own __init__ needs comet_ml
+    logger._experiment = fake = FakeComet()
+    samples, page = tmp_path / "samples.txt", tmp_path / "preflight.html"
+    samples.write_text("--- 1")
+    page.write_text("<!doctype html>")
+    send_file(logger, "final_samples", samples, 6)
+    send_file(logger, "preflight", page, 3)
+    text, asset = fake.calls
+    assert text == ("text", "--- 1", 6, {"name": "final_samples"})
+    assert asset == ("asset", str(page), "preflight.html", 3)
 
 
 @pytest.fixture(scope="module")

@@ -168,3 +168,10 @@ def test_from_the_command_line(tmp_path):
     assert points.findall(file.read_text()) == points.findall(drawn)
     refused = command("scripts/schedule.py", "scheduler=stepp")
     assert refused.returncode == 2 and "stepp" in refused.stderr
+
+
+@pytest.mark.parametrize("word", ["trainer.max_steps=-1", "trainer.max_steps=100"])
+def test_a_run_by_epochs_cannot_be_drawn(word):
+    done = command("scripts/schedule.py", word, "trainer.max_epochs=1")
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert "trainer.max_steps" in done.stderr and "trainer.max_epochs" in done.stderr

@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from causal_lm import extras, precision
+from causal_lm import config, extras, precision
 from causal_lm.checkpoint_file import CONFIG, TOKENIZER, AtomicCheckpointIO, read_checkpoint
 from causal_lm.config import HYDRA_KEYS, ConfigError, check_values, leaves, unknown_key
 from causal_lm.data.datamodule import DataModule
@@ -28,7 +28,7 @@ from causal_lm.data.tokenizers import Tokenizer, from_state
 from causal_lm.module import CausalLM
 from causal_lm.nonfinite import NonFiniteGuard
 from causal_lm.objective import LossConfig
-from causal_lm.schema import is_float16
+from causal_lm.schema import check_classes, is_float16
 
 OWN_MODELS = (  # every ``_target_`` that a checkpoint may name without being trusted
     "causal_lm.models.tiny.Tiny", "causal_lm.models.decoder.Decoder", "causal_lm.models.gru.GRU",
@@ -76,13 +76,6 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
         return hydra.utils.instantiate(node, _convert_="all", **more)
     except InstantiationException as error:  # re-raise the object's own error
         raise (error.__cause__ or error) from None
-
-
-def instantiate_all(nodes: Any) -> list[Any]:
-    """The objects of a mapping of nodes, such as the group ``callbacks``, or of a list of nodes."""
-    nodes = nodes.values() if isinstance(nodes, Mapping) else nodes
-    nodes = nodes if isinstance(nodes, Iterable) else []
-    return [instantiate(node) for node in nodes if node and "_target_" in node]
 
 
 def make_module(cfg: DictConfig, tokenizer: Tokenizer) -> CausalLM:
@@ -151,18 +144,26 @@ def make_trainer(
     """Lightning's Trainer with these callbacks and loggers, and those of the configuration."""
     # Lightning's tips stay out of the log, but not the table of callbacks=model_summary.
     logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
-    for group in (cfg, cfg.trainer):
-        callbacks = [*callbacks, *instantiate_all(group.get("callbacks"))]
-        node = group.get("logger")
-        logger = [] if node is False else [*logger, *instantiate_all(node)]
-    more["plugins"] = [AtomicCheckpointIO(), *instantiate_all(cfg.trainer.get("plugins"))]
+    more |= {"callbacks": [*callbacks], "logger": [*logger], "plugins": [AtomicCheckpointIO()]}
+    for key in config.NODE_KEYS:
+        more[key.rpartition(".")[2]] += map(instantiate, config.target_nodes(cfg, key))
+    if cfg.trainer.get("logger") is False:
+        more["logger"] = []
+    node = cfg.copy().trainer  # with its parent, which it may interpolate
+    node.update(dict.fromkeys(more.keys() & node.keys()))  # Hydra would merge these with more
     try:
-        return instantiate(cfg.trainer, callbacks=callbacks, logger=logger or False, **more)
-    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        trainer = instantiate(node, **more)
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        if "CPUAccelerator" in str(error):
+            given = f"trainer.devices={cfg.trainer.devices} numbers GPUs, and this runs on the CPU"
+            raise ConfigError(f"{given}: give a number of processes") from error
         if "can not run on your system" in str(error) or "No supported gpu" in str(error):
             missing = f"trainer.accelerator={cfg.trainer.accelerator} is not available here"
             raise ValueError(f"{missing}: type trainer=cpu, or trainer=auto") from error
         raise
+    parts = [trainer.strategy, *trainer.callbacks]
+    check_classes([kind.__name__ for part in parts for kind in type(part).__mro__])
+    return trainer
 
 
 def prepare(cfg: DictConfig) -> tuple[DataModule, Corpus, CausalLM]:

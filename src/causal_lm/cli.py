@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
@@ -39,9 +41,15 @@ from causal_lm.signals import STOP_SIGNALS, StoppedRun, stop_at_once
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
+# Options that begin with _ are parts of others: Hydra's help and completion leave them out.
+list_options = ConfigLoaderImpl.get_group_options
+ConfigLoaderImpl.get_group_options = lambda *args, **kwargs: [  # type: ignore[method-assign]
+    name for name in list_options(*args, **kwargs) if not name.startswith("_")
+]
 log = logging.getLogger(__name__)
 TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"  # set by it; "True": ranks share its key-value store
 FULL_ERROR, USER_FULL_ERROR = "HYDRA_FULL_ERROR", "CAUSAL_LM_FULL_ERROR"
+ONE_DEVICE = r"1|[0-9]+,|\[[0-9]+\]"  # as values of trainer.devices
 PROGRAM = "CAUSAL_LM_PROGRAM"  # arguments of Python, by lines; also for the workers of a launcher
 
 
@@ -199,8 +207,8 @@ def _run_in_sweep(cfg: DictConfig, own_directory: Path) -> dict[str, Any]:
     # From its own checkpoint; also where another process runs it in this very moment.
     if config.get("ckpt_path") is None or any(directory.glob("checkpoints/*.ckpt")):
         config["ckpt_path"] = "auto"
-    is_single = OmegaConf.select(cfg, "trainer.devices") == 1
     try:
+        is_single = re.fullmatch(ONE_DEVICE, str(cfg.trainer.devices))
         command = [] if is_single else _command(raw, config, directory)
         summary = _run(OmegaConf.create(config), directory, command)
     except Exception as error:

@@ -21,7 +21,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf, errors
 
-from causal_lm.schema import RULES, STREAM_RULES, is_float16, rule_of
+from causal_lm import schema
+from causal_lm.schema import HYDRA_KEYS, RULES, ConfigError, check_values, rule_of
 
 CONFIG_DIR = next(d for p in Path(__file__).resolve().parents if (d := p / "configs").is_dir())
 MAX_VALUES_CHECKED = 16  # of one axis of a sweep, before the first job starts
@@ -40,6 +41,11 @@ REQUIRED = (  # the code reads them
 UNRESOLVED = object()  # a value that depends on the node ``hydra``, before the job starts
 GROUPS = sorted(path.name for path in CONFIG_DIR.glob("*/") if path.name != "hydra")
 ADDED_GROUPS = ("callbacks", "logger", "debug", "hparams_search")  # their default is no option
+_parts = [key.replace("*", "").split(".") for key in RULES]
+_keys = {".".join(parts[:end]) for parts in _parts for end in range(2, len(parts) + 1)}
+_files = [path for group in ADDED_GROUPS[:2] for path in CONFIG_DIR.glob(f"{group}/*.yaml")]
+PLACES = [f"{path.parent.name}={path.stem}" for path in _files]
+PLACES += sorted(_keys, key=lambda key: (key.count("."), key))  # of what is below the top level
 LOGGER_PACKAGES = {  # class of a logger -> the package that it needs, in an extra of that name
     "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",
     "TrackioLogger": "trackio", "CometLogger": "comet_ml",
@@ -48,11 +54,7 @@ PATH_KEYS = (  # besides data.path, val_path and test_path, which the sources re
     "ckpt_path", "data.tokenizer", "data.cache_dir", "data.root", "model.init_from",
     "samples.embedder")  # fmt: skip
 LAUNCHER_EXTRAS = ("joblib", "submitit", "ray")
-HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-
-
-class ConfigError(ValueError):
-    """The configuration is not valid; the message is one line and says what to change."""
+NODE_KEYS = ("callbacks", "logger", "trainer.callbacks", "trainer.logger", "trainer.plugins")
 
 
 def load(overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> DictConfig:
@@ -157,18 +159,22 @@ def unknown_key(key: str, siblings: Sequence[Any], others: Sequence[str] = ()) -
     parent, _, last = key.rpartition(".")
     groups = [] if parent else GROUPS
     guess = _did_you_mean(last, [*siblings, *groups], f"{parent}." if parent else "")
-    same = [other for other in others if other.endswith(f".{last}")]  # in another group
+    same = [other for other in others if _ends_in(last, other)]  # in another group
     if same and not guess:
-        guess = f"; did you mean {same[0]!r}?"
+        guess = f" (did you mean {same[0]!r}?)"
     names = ", ".join(name for name in siblings if name not in (*HYDRA_KEYS, "hydra", *groups))
     message = f"unknown key {key!r}{guess}; valid keys{f' of {parent}' if parent else ''}: {names}"
     more = f"; other arguments of lightning.Trainer are added: +{key}=…" * (parent == "trainer")
     return f"{message}; valid groups: {', '.join(groups)}" if groups else message + more
 
 
+def _ends_in(name: str, key: str) -> bool:
+    return key.endswith((f".{name}", f"={name}"))
+
+
 def _did_you_mean(word: str, options: Sequence[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, options, n=1, cutoff=SIMILAR)
-    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+    return f" (did you mean {prefix + close[0]!r}?)" if close else ""
 
 
 def validate(cfg: DictConfig) -> None:
@@ -187,10 +193,12 @@ def validate(cfg: DictConfig) -> None:
                 values[key] = there
     for key in REQUIRED:
         if key not in values:
-            raise ConfigError(f"{key} is missing: a run needs it")
+            raise ConfigError(f"{key} has no value of its own: a run needs one")
+    for key in NODE_KEYS:
+        target_nodes(cfg, key)
     ours = _values_to_check(values)
     check_values(ours)
-    _check_combinations(ours)
+    schema.check_combinations(ours)
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -225,80 +233,44 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
         group, parent, name = key.partition(".")[0], *key.rpartition(".")[::2]
         owner = max((t for t in targets if key.startswith(f"{t}.")), key=len, default="")
         has_rule = owner not in foreign and (rule_of(key) or parent in RULES)
+        is_built = group in ("trainer", *NODE_KEYS) and parent != "callbacks.checkpoint"
         package = LOGGER_PACKAGES.get(str(value).rpartition(".")[2])
         if package and not getattr(find_spec(package), "origin", None):  # no package, or a folder
             install = f"pip install -e '.[{package.removesuffix('_ml')}]'"
             raise ConfigError(f"{key}={value} needs {package}, which is not installed: {install}")
         if value is not UNRESOLVED and (has_rule or name in HYDRA_KEYS):
             ours[key] = value
-        elif value is UNRESOLVED or owner in foreign or group == "trainer":
+        elif value is UNRESOLVED or owner in foreign or is_built:
             continue  # those of the Trainer are checked before the data are loaded
         elif value == {} and any(k.startswith(f"{key}.") for k in RULES):
             continue
-        elif group not in groups:  # the user's own, unless it is a misspelled one of ours
-            if _did_you_mean(group, groups):
-                raise ConfigError(unknown_key(group, groups))
-        elif group in ("callbacks", "logger") and parent != "callbacks.checkpoint":
-            if not owner and "." in parent:  # others are checked when they are built
-                raise ConfigError(f"{parent} has no _target_: choose {parent.replace('.', '=')}")
+        elif group not in groups:  # the user's own, unless it is one of ours, not in its place
+            if _did_you_mean(group, groups) or any(_ends_in(group, place) for place in PLACES):
+                raise ConfigError(unknown_key(group, groups, PLACES))
+            if group in GROUPS:
+                raise ConfigError(f"nothing reads {key} (is '# @package _global_' missing?)")
         elif not (parent == "data" and "data.source" in foreign):
             siblings = [k.rpartition(".")[2] for k in values if k.rpartition(".")[0] == parent]
             raise ConfigError(unknown_key(key, [s for s in siblings if rule_of(f"{parent}.{s}")]))
     return ours
 
 
-def check_values(values: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` for the first value, by dotted key, that breaks its rule."""
-    for key, value in values.items():
-        parent, _, name = key.rpartition(".")
-        if parent in RULES and name not in HYDRA_KEYS:
-            raise ConfigError(f"{parent} must be {RULES[parent].description}, not a group of keys")
-        if (rule := rule_of(key)) and not rule.accepts(value):
-            given = "null" if value is None else f"{value!r:.200}"
-            raise ConfigError(f"{key} must be {rule.description}, not {given}")
+def target_nodes(cfg: DictConfig, key: str) -> list[Any]:
+    """The nodes at a key of :data:`NODE_KEYS`: one, or those of a list or a mapping.
 
-
-def _check_combinations(v: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` for the first values that do not go together."""
-    rotary = bool(v.get("model.n_kv_heads"))
-    width = "rotary heads cannot have an odd width" if rotary else "all heads have the same width"
-    for whole, part, times, why in (
-        ("model.d_model", "model.n_heads", 2 if rotary else 1, width),
-        ("model.n_heads", "model.n_kv_heads", 1, "query heads share them evenly"),
-    ):
-        if v.get(whole) and v.get(part) and v[whole] % (times * v[part]):
-            factor = f"{f'{times} times ' if times > 1 else ''}{part}={v[part]}"
-            raise ConfigError(f"{whole}={v[whole]} must be a multiple of {factor}: {why}")
-    for low, high, room, why in (
-        ("data.max_length", "model.max_positions", 0, "positions of a row"),
-        ("samples.self_check.length", "model.max_positions", 0, "positions of a row"),
-        ("data.source.successors", "data.source.symbols", 1, "a symbol does not follow itself"),
-        ("data.source.copies", "data.source.max_length", 2, "BOS and EOS"),
-    ):
-        if v.get(high) and v.get(low, 0) + room > v[high]:
-            most = f"{high}={v[high]}{f' - {room}' if room else ''}"
-            raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
-    if v["trainer.max_steps"] == -1 and v.get("trainer.max_epochs", -1) == -1:
-        endless = "trainer.max_steps=-1 and trainer.max_epochs=-1 make an endless run"
-        raise ConfigError(f"{endless}: set one of them above 0")
-    for key, rule in STREAM_RULES.items() if v.get("data.streaming") else ():
-        if key in v and not rule.accepts(v[key]):
-            raise ConfigError(
-                f"data.streaming=true: {key} must be {rule.description}, not {v[key]}"
-            )
-    if any("StochasticWeightAveraging" in str(value) for value in v.values()):
-        reason = "replaces the schedule, and its runs do not continue as they were"
-        raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")
-    if str(v.get("trainer.strategy")).startswith("fsdp"):
-        reason = "clips each rank's part of the gradient by itself"
-        raise ConfigError(f"trainer.strategy=fsdp {reason}: type trainer=fsdp")
-    is_sharded = str(v.get("trainer.strategy._target_")).startswith("causal_lm.")
-    if is_sharded and any(str(value).endswith("WeightAveraging") for value in v.values()):
-        raise ConfigError("trainer=fsdp cannot average weights: remove callbacks=ema")
-    if v.get("data.val_share", 0) + v.get("data.test_share", 0) >= 1:
-        raise ConfigError("data.val_share and data.test_share leave no document for training")
-    if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
-        clip = "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed"
-        raise ConfigError(f"{clip}: set optimizer.fused=auto")
-    if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
-        raise ConfigError("samples.patience needs samples.count and samples.per_prompt above 0")
+    Raises :class:`ConfigError` for an entry, other than null, without one.
+    """
+    node, group = OmegaConf.select(cfg, key), key.rpartition(".")[2]
+    if key == "trainer.logger" and node is False:
+        return []
+    is_group = isinstance(node, Mapping) and not node.get("_target_")
+    names: Any = node if is_group else range(len(node)) if OmegaConf.is_list(node) else None
+    entries = {key: node} if names is None else {node._get_full_key(n): node[n] for n in names}
+    nodes = {k: v for k, v in entries.items() if v is not None and k != "callbacks.checkpoint"}
+    for name, entry in nodes.items():
+        if not isinstance(entry, Mapping) or not entry.get("_target_"):
+            word = entry if isinstance(entry, str) else name.rpartition(".")[2]
+            is_option = (CONFIG_DIR / group / f"{word}.yaml").is_file()
+            todo = f": choose {group}={word}" if is_option else ""
+            raise ConfigError(f"{name} must be null or keys with a _target_, not {entry}{todo}")
+    return list(nodes.values())

@@ -114,7 +114,7 @@ def _run_with_summary(cfg: DictConfig, run_dir: RunDir) -> dict[str, Any]:
 def _run(cfg: DictConfig, run_dir: RunDir, summary: dict[str, Any], stop: StopAfterStep) -> None:
     """Fill ``summary`` as the run proceeds, so that a failed run keeps what is known."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    if isinstance(cfg.trainer.get("val_check_interval"), float):  # a fraction of each epoch
+    if not isinstance(cfg.trainer.get("val_check_interval"), int):  # a fraction of each epoch
         cfg.trainer.check_val_every_n_epoch = cfg.trainer.get("check_val_every_n_epoch") or 1
     data, corpus, module = build.prepare(cfg)
     if cfg.get("compile"):

@@ -1,14 +1,22 @@
-"""The valid values of each configuration key. Imports nothing that is slow to load."""
+"""The valid values of each configuration key, and of several together.
 
-from collections.abc import Callable
+Imports nothing that is slow to load.
+"""
+
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from math import inf, isfinite
 from os.path import isdir, isfile
 from re import fullmatch
 from typing import Any, NamedTuple
 
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 MAX_INTEGER = 2**31 - 1
 MAX_VOCABULARY = 2**22  # ids of a tokenizer: sixteen times the largest in use
+
+
+class ConfigError(ValueError):
+    """The configuration is not valid; the message is one line and says what to change."""
 
 
 class Rule(NamedTuple):
@@ -77,6 +85,10 @@ STRATEGY = matching(
     r"|deepspeed(_stage_(1|[23](_offload)?|3_offload_nvme))?|single_(device|tpu|xla)|xla(_debug)?",
     "a strategy of Lightning, such as auto, ddp or fsdp",
 )
+BATCHES = optional(either(integer(1), real(above=0, high=1)))
+PRECISION = one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", "32",
+                   "16", "64", "bf16", "auto")  # fmt: skip
+DEVICES = r"-1|'(-1|auto|[1-9][0-9]{0,3}|[0-9]+,|[0-9]+(,[0-9]+)+)'|\[[0-9]+(, [0-9]+)*\]"
 
 _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (STRING, "experiment data.split data.field paths.log_dir paths.output_dir"),
@@ -84,13 +96,15 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
         data.val_split data.test_path data.test_split data.prompt_field model.init_from
         ledger"""),
     (BOOLEAN, """test compile data.pad_is_eos data.shuffle data.streaming model.tied model.qk_norm
-        model.zero_init_residual trainer.deterministic trainer.benchmark trainer.detect_anomaly
-        trainer.enable_progress_bar trainer.enable_model_summary trainer.use_distributed_sampler
-        trainer.inference_mode trainer.sync_batchnorm extras.print_config
-        model.checkpoint_activations pitfalls.*"""),
+        model.zero_init_residual model.checkpoint_activations extras.print_config pitfalls.*
+        trainer.detect_anomaly trainer.enable_progress_bar trainer.enable_model_summary
+        trainer.use_distributed_sampler trainer.inference_mode trainer.sync_batchnorm"""),
     (or_auto(BOOLEAN), "optimizer.fused"),
-    (integer(-1), "trainer.num_sanity_val_steps"),
-    (either(integer(1), one_of(-1)), "trainer.max_steps trainer.max_epochs"),
+    (optional(BOOLEAN), "trainer.benchmark"),
+    (either(BOOLEAN, one_of("warn", None)), "trainer.deterministic"),
+    (optional(integer(-1)), "trainer.num_sanity_val_steps"),
+    (either(integer(1), one_of(-1)), "trainer.max_steps"),
+    (either(integer(1), one_of(-1, None)), "trainer.max_epochs"),
     (integer(0, 1024), "data.num_workers"),
     (integer(0), """data.source.copies_after data.source.test_documents
         model.token_smear gradients.max_skipped samples.count samples.self_check.shown"""),
@@ -98,7 +112,7 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (integer(1), """
         data.batch_size data.shuffle_buffer data.max_held_out data.source.successors
         data.source.copies model.n_heads model.n_kv_heads loss.length scheduler.every
-        trainer.num_nodes trainer.accumulate_grad_batches trainer.log_every_n_steps
+        trainer.num_nodes trainer.accumulate_grad_batches
         samples.batch_size samples.prompts samples.prompt_length samples.self_check.count
         samples.keep_last metrics.keep_steps"""),
     (integer(1, 1000), """model.n_layers model.config.n_layer
@@ -107,7 +121,8 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (integer(1, 10**7), "data.source.train_documents data.source.val_documents"),  # in memory
     (optional(integer(1, 1024)), "data.num_proc"),
     (optional(integer(1)), """gradients.report_every samples.patience samples*.top_k
-        model.lora.r callbacks.checkpoint.every_n_steps trainer.check_val_every_n_epoch"""),
+        model.lora.r callbacks.checkpoint.every_n_steps trainer.check_val_every_n_epoch
+        trainer.log_every_n_steps"""),
     (optional(or_auto(integer(1))), "loss.chunk_tokens"),
     (integer(2), "model.max_positions scheduler.period samples*.length"),
     (integer(2, 62), "data.source.symbols"),
@@ -121,10 +136,14 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (real(above=0, high=1000), "optimizer.muon_lr model.lora.alpha"),
     (real(above=0, below=1), "data.val_share"),
     (optional(real(above=0)), "trainer.gradient_clip_val callbacks.checkpoint.every_minutes"),
-    (either(integer(0), FRACTION_OR_ONE),
-     "trainer.limit_val_batches trainer.limit_test_batches trainer.overfit_batches"),
-    (either(integer(1), real(above=0, high=1)), """trainer.limit_train_batches
-        trainer.val_check_interval"""),
+    (either(integer(0), FRACTION_OR_ONE), "trainer.overfit_batches"),
+    (optional(either(integer(0), FRACTION_OR_ONE)),
+     "trainer.limit_val_batches trainer.limit_test_batches"),
+    (BATCHES, "trainer.limit_train_batches"),
+    (Rule(BATCHES.accepts, f"{BATCHES.description} (no duration: runs would differ)"),
+     "trainer.val_check_interval"),
+    (Rule(lambda v: v is None, "null: a run does not predict"), "trainer.limit_predict_batches"),
+    (one_of("simple", "advanced", "pytorch", "xla", None), "trainer.profiler"),
     (Rule(lambda v: v is True, "true: a run needs its checkpoints"),
      "trainer.enable_checkpointing"),
     (Rule(lambda v: v is False, "false: a run needs its logs"), "trainer.barebones"),
@@ -144,9 +163,9 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (one_of("stop", "skip"), "gradients.on_nonfinite"),
     (one_of("error", "warn", "off"), "preflight.on_fault"),
     (one_of("auto", "cpu", "gpu", "cuda", "mps"), "trainer.accelerator"),
-    (one_of("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", 32, 16, 64,
-            "bf16", "auto"), "trainer.precision"),
-    (one_of("norm"), "trainer.gradient_clip_algorithm"),
+    (Rule(lambda v: PRECISION.accepts(str(v)), PRECISION.description), "trainer.precision"),
+    (Rule(one_of("norm", None).accepts, "norm, which is logged and must be finite, or null"),
+     "trainer.gradient_clip_algorithm"),
     (ANY, "model.config.* model.decoder.* model.lora.target_modules paths.*"),
     (matching(r"\w+(\.\w+)+", "the dotted name of a class or function"), "*._target_"),
     (BOOLEAN, "*._partial_"),
@@ -158,9 +177,12 @@ _KEYS_BY_RULE: list[tuple[Rule, str]] = [
     (either(integer(2), one_of(0)), "samples.per_prompt"),
     (Rule(lambda v: isinstance(v, list) and all(map(STRING.accepts, v)),
           "a list of words, such as [baseline,small]"), "extras.tags"),
-    (or_auto(either(integer(1, 1024), one_of(-1))), "trainer.devices"),
+    (either(integer(1, 1024), Rule(lambda v: bool(fullmatch(DEVICES, repr(v))),
+            "-1, auto, or numbers of GPUs, as in [0,1]")), "trainer.devices"),
     (optional(matching("[0-9]{1,4}(:[0-9]{2}){3}",
-                       "days:hours:minutes:seconds, as in '00:01:30:00'")), "trainer.max_time"),
+        "days:hours:minutes:seconds, as in '00:01:30:00', {hours: 1}")), "trainer.max_time"),
+    (real(low=0, high=10**6), """trainer.max_time.weeks trainer.max_time.days
+        trainer.max_time.hours trainer.max_time.minutes trainer.max_time.seconds"""),
 ]  # fmt: skip
 RULES: dict[str, Rule] = {key: rule for rule, keys in _KEYS_BY_RULE for key in keys.split()}
 """Dotted key, as a pattern of ``fnmatch`` -> its rule."""
@@ -181,4 +203,67 @@ def rule_of(key: str) -> Rule | None:
 
 def is_float16(precision: str | int) -> bool:
     """Whether ``trainer.precision`` is float16 with a loss scaler."""
-    return precision in ("16-mixed", 16)
+    return precision in ("16-mixed", 16, "16")
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` for the first value, by dotted key, that breaks its rule."""
+    for key, value in values.items():
+        parent, _, name = key.rpartition(".")
+        if parent in RULES and name not in HYDRA_KEYS and not rule_of(key):
+            raise ConfigError(f"{parent} must be {RULES[parent].description}, not a group of keys")
+        if (rule := rule_of(key)) and not rule.accepts(value):
+            given = "null" if value is None else f"{value!r:.200}"
+            raise ConfigError(f"{key} must be {rule.description}, not {given}")
+
+
+def check_combinations(v: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` for the first values that do not go together."""
+    rotary = bool(v.get("model.n_kv_heads"))
+    width = "rotary heads cannot have an odd width" if rotary else "all heads have the same width"
+    for whole, part, times, why in (
+        ("model.d_model", "model.n_heads", 2 if rotary else 1, width),
+        ("model.n_heads", "model.n_kv_heads", 1, "query heads share them evenly"),
+    ):
+        if v.get(whole) and v.get(part) and v[whole] % (times * v[part]):
+            factor = f"{f'{times} times ' if times > 1 else ''}{part}={v[part]}"
+            raise ConfigError(f"{whole}={v[whole]} must be a multiple of {factor}: {why}")
+    for low, high, room, why in (
+        ("data.max_length", "model.max_positions", 0, "positions of a row"),
+        ("samples.self_check.length", "model.max_positions", 0, "positions of a row"),
+        ("data.source.successors", "data.source.symbols", 1, "a symbol does not follow itself"),
+        ("data.source.copies", "data.source.max_length", 2, "BOS and EOS"),
+    ):
+        if v.get(high) and v.get(low, 0) + room > v[high]:
+            most = f"{high}={v[high]}{f' - {room}' if room else ''}"
+            raise ConfigError(f"{low}={v[low]} must be at most {most} ({why})")
+    if v["trainer.max_steps"] == -1 and v.get("trainer.max_epochs") in (None, -1):
+        endless = "trainer.max_steps=-1 without trainer.max_epochs gives the schedule no end"
+        raise ConfigError(f"{endless}: set one of them above 0")
+    for key, rule in STREAM_RULES.items() if v.get("data.streaming") else ():
+        if key in v and not rule.accepts(v[key]):
+            problem = f"{key} must be {rule.description}, not {v[key]}"
+            raise ConfigError(f"data.streaming=true: {problem}")
+    strategy = ["FSDPStrategy"] * str(v.get("trainer.strategy")).startswith("fsdp")
+    targets = [str(v[key]).rpartition(".")[2] for key in v if key.endswith("._target_")]
+    check_classes(strategy + targets)
+    if v.get("data.val_share", 0) + v.get("data.test_share", 0) >= 1:
+        raise ConfigError("data.val_share and data.test_share leave no document for training")
+    if v.get("optimizer.fused") is True and is_float16(v["trainer.precision"]):
+        clip = "optimizer.fused=true cannot clip gradients under trainer.precision=16-mixed"
+        raise ConfigError(f"{clip}: set optimizer.fused=auto")
+    if v.get("samples.patience") and not (v["samples.count"] and v.get("samples.per_prompt")):
+        raise ConfigError("samples.patience needs samples.count and samples.per_prompt above 0")
+
+
+def check_classes(names: Collection[str]) -> None:
+    """Raise :class:`ConfigError` where a class of these names would make a run wrong: a strategy or
+    a callback, or one that they are derived from."""
+    if "StochasticWeightAveraging" in names:
+        reason = "replaces the schedule, and its runs do not continue as they were"
+        raise ConfigError(f"StochasticWeightAveraging {reason}: use EMAWeightAveraging")
+    if "FSDPStrategy" in names:
+        reason = "clips each rank's part of the gradient by itself"
+        raise ConfigError(f"trainer.strategy=fsdp {reason}: type trainer=fsdp")
+    if "FullyShardedStrategy" in names and any(x.endswith("WeightAveraging") for x in names):
+        raise ConfigError("trainer=fsdp cannot average weights: remove callbacks=ema")

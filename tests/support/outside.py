@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 
 from causal_lm.models.tiny import Tiny
@@ -21,6 +22,13 @@ class Figure(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("own/figure", self.value)
+
+
+class Averaging(StochasticWeightAveraging):
+    """A subclass with a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(swa_lrs=0.1)
 
 
 class Recorder(Logger):

@@ -63,6 +63,10 @@ def send_file(logger: Any, name: str, path: Path, step: int) -> None:
             logger.log_metrics({name: value}, step)
         case loggers.MLFlowLogger():
             logger.experiment.log_artifact(logger.run_id, str(path), name)
+        case loggers.CometLogger() if is_page:
+            logger.experiment.log_asset(str(path), f"{name}.html", step=step)
+        case loggers.CometLogger():
+            logger.experiment.log_text(text, step, {"name": name})
         case TrackioLogger() if is_page:
             logger.experiment.log_artifact(str(path), name, "report")
         case TrackioLogger():
