@@ -95,7 +95,7 @@ class Sandbox:
                     elif size < wanted and (p.ndim > 1 or size < 0.01):
                         p.mul_(wanted / size)
                     if add_noise:
-                        p.add_(noise(p) * p.std())
+                        p.add_(noise(p) * p.std(correction=0))
             yield
         finally:
             with torch.no_grad():
