@@ -38,9 +38,14 @@ def arrange(ctx: Context) -> float:
         number, model.count = 0, 1
         while number < model.count:
             model.head = head._replace(number=number)
-            with suppress(RuntimeError):  # as for a classifier of rows
+            try:
                 r = model.readout(ctx.full, True)
                 read.append((model.head, r, targets.offset_of(ctx.full, r, 8)))
+            except UnexaminableError:  # as for a classifier of rows
+                pass
+            except Exception as problem:
+                why = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                ctx.report.skipped["logits"] = f"not read: {why}"[:200]
             number += 1
     if not read:
         model.heads = []
@@ -126,7 +131,7 @@ def _examine(ctx: Context, head: Head, *probes: Probe) -> list[Finding]:
     own = replace(ctx, report=Report(), explained=set(), _readouts={}, _observed={})
     try:
         own.observe(ctx.work)
-    except RuntimeError:  # made in training only
+    except UnexaminableError:  # made in training only
         model.always_train = True
     for probe in probes:
         if model.always_train and probe is invariance.extension:

@@ -82,6 +82,7 @@ class InstrumentedModel:
     sandbox: Sandbox
     seed: int
     rebuild: Callable[[dict[str, Any]], Any]
+    parted: bool = False
     forwards: int = 0
     input_module: nn.Module | None = None
     heads: list[Head] = field(default_factory=list)
@@ -94,14 +95,17 @@ class InstrumentedModel:
 
     def run(self, batch: AuditBatch, train: bool = False, hooks: Iterable[Any] = ()) -> Tensor:
         """The loss with its graph, always from the same state and seed; `hooks` are removed."""
-        raw = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.raw.items()}
-        at = batch.noised
-        noise = None if at is None else locate.EmbeddingNoise(batch, at, self.seed)
+        at, noise = batch.noised, None
         self.forwards += 1
         try:
+            raws = [
+                {k: v.clone() if isinstance(v, Tensor) else v for k, v in part.raw.items()}
+                for part in (batch.halves() if self.parted else [batch])
+            ]
+            noise = None if at is None else locate.EmbeddingNoise(batch, at, self.seed)
             self.sandbox.rewind(self.seed, train or self.always_train)
             with torch.enable_grad(), noise or nullcontext():
-                loss = (self.loss_fn or loss_of_model)(self.module, self.rebuild(raw))
+                loss = (self.loss_fn or loss_of_model)(self.module, *map(self.rebuild, raws))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -112,22 +116,36 @@ class InstrumentedModel:
         return loss
 
     def grads(self, loss: Tensor, tensors: list[Any]) -> list[Tensor | None]:
-        """Gradients by `backward`, as checkpointing needs, unless the loss has called it itself."""
+        """Gradients by `backward`, as checkpointing needs, unless the loss has called it itself.
+
+        Leaves beyond the model, as the parameters of `loss_fn`, keep the gradients that they have.
+        """
+        own = set(map(id, [*self.sandbox.params, *tensors]))
+        leaves = [node.variable for node, _ in locate.graph(loss) if hasattr(node, "variable")]
+        kept = [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in own]
+        for leaf, _ in kept:
+            leaf.grad = None
         if loss.requires_grad:
             loss.backward()
         grads = [t.grad for t in tensors]
-        for p in self.sandbox.params:
-            p.grad = None
+        for leaf, grad in [*kept, *((p, None) for p in self.sandbox.params)]:
+            leaf.grad = grad
         return grads
 
-    def discover(self, batch: AuditBatch) -> None:
-        """Find input module and heads, one for each module; without logits there are none."""
+    def discover(self, batch: AuditBatch, top: int) -> None:
+        """Find input module and heads, one for each module; without logits there are none.
+
+        IndexError if embeddings are too small for `top`, which a GPU would not say clearly.
+        """
         found: dict[tuple[int, locate.Layout], tuple[Head, Tensor]] = {}
         used, slots, last = set[int](), list[Tensor](), None  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if (hit := locate.slots_of_call((args, kwargs), batch, used)) is not None:
+                rows = module.num_embeddings if isinstance(module, nn.Embedding) else top + 1
+                if top >= rows and args and int(args[0].max()) == int(batch.ids.max()):
+                    raise IndexError(f"id {top} is looked up in an embedding of {rows} rows")
                 slots[:] = [hit]
                 self.input_module = module if self.input_module is None else self.input_module
 
@@ -186,7 +204,7 @@ class InstrumentedModel:
         for slots, t in pieces:
             keep = slots >= 0
             made[slots[keep]] = True
-            logits[slots[keep]] = t[keep]
+            logits[slots[keep]] = t.to(logits.device)[keep]
         shape = batch.ids.shape
         return Observation(float(loss.detach()), logits.view(*shape, -1), made.view(shape))
 
@@ -211,7 +229,7 @@ class InstrumentedModel:
                 noise = noise.softmax(-1) if is_distribution(wide) else noise
                 z = torch.where(torch.isneginf(wide), wide, noise)
                 back = sorted(range(len(head.layout)), key=head.layout.__getitem__)
-                t = (z.permute(back) if back else z[0]).clone().requires_grad_()
+                t = (z.permute(back) if back else z[0]).contiguous().requires_grad_()
             elif t.requires_grad:
                 t.retain_grad()
             return t
@@ -222,8 +240,11 @@ class InstrumentedModel:
             self.head = head._replace(replaceable=False)
             return self.gradients(batch, train)
         pairs = [(*piece, g) for piece, g in zip(placed, grads, strict=True) if g is not None]
-        wide = [(slots, head.to_btv(z.detach(), i), head.to_btv(g, i)) for slots, z, i, g in pairs]
-        return float(loss.detach()), wide
+
+        def wide(t: Tensor, i: int) -> Tensor:
+            return head.to_btv(t.detach(), i).to(batch.ids.device)
+
+        return float(loss.detach()), [(slots, wide(z, i), wide(g, i)) for slots, z, i, g in pairs]
 
     def readout(self, batch: AuditBatch, train: bool = False, noise_size: float = 1.0) -> Readout:
         """Run the loss and read targets and weights off d loss / d logits.
@@ -246,8 +267,8 @@ class InstrumentedModel:
             residual = max(residual, rest)
         if weight is not None:
             residual = 0.0 if head.accepted else residual
-            nll = head.logits(torch.zeros_like(weight[:1])).log_softmax(-1)[0, target] * -values[0]
-            total, mean = float(values[0].sum()), float(nll.sum())
+            log_p = head.logits(torch.zeros_like(weight[:1])).log_softmax(-1)[0].to(values)
+            total, mean = float(values[0].sum()), -float(log_p[target] @ values[0])
             # A mean, of logits scaled on their way or of smoothed labels: its weights are 1.
             if mean and abs(loss / mean * total - 1) < 0.02 and abs(total - 1) > 1e-3:
                 values /= total
@@ -282,7 +303,8 @@ class InstrumentedModel:
                 return None
             slots, made = calls[-1]
             made.append((new := edit(t), locate.first_column(t, slots.shape[1])))
-            return None if new is t else locate.set_path(output, head.path, new)
+            # A copy: a loss may edit its logits in place, which is forbidden for leaves.
+            return None if new is t else locate.set_path(output, head.path, new.clone())
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, head.module.register_forward_hook(after)])
@@ -302,8 +324,7 @@ class InstrumentedModel:
             for slots, (t, _, i) in zip(where, mine, strict=True):
                 inside = (slots >= 0) & (slots % width < width - head.ahead)
                 placed.append((torch.where(inside, slots + head.ahead, -1), t, i))
-        if not placed:
-            raise RuntimeError("the logits were not seen in this run")
+        require(placed, "the logits were not seen in this run")
         return loss, placed
 
 

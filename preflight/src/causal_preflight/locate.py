@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from causal_preflight.batch import IGNORE, AuditBatch
+from causal_preflight.report import require
 
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
@@ -73,14 +74,19 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
     return t.permute(layout) if layout else t[None]
 
 
-def made_of(t: Tensor, source: Tensor) -> bool:
-    """Whether a tensor was computed from another one, by its graph."""
+def graph(t: Tensor) -> set[Any]:
+    """The nodes that a tensor was computed by, each with the number of an output of it."""
     edges, seen = [(t.grad_fn, t.output_nr)], set[Any]()
     while edges:
         if (edge := edges.pop()) not in seen and edge[0] is not None:
             seen.add(edge)
             edges += edge[0].next_functions
-    return (source.grad_fn, source.output_nr) in seen
+    return seen
+
+
+def made_of(t: Tensor, source: Tensor) -> bool:
+    """Whether a tensor was computed from another one, by its graph."""
+    return (source.grad_fn, source.output_nr) in graph(t)
 
 
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
@@ -173,7 +179,7 @@ def place(
 
     Pieces, as of a head applied chunk by chunk, follow each other. Fewer logits than ids begin at
     column `first`, more are the last. Flat ones (1, n, V) are all slots, all but the last column,
-    or only those that are real or have a target. RuntimeError if none of these fits.
+    or only those that are real or have a target. UnexaminableError if none of these fits.
     """
     b, widths = len(slots), [s[1] for s in shapes]
     flat, total = b > 1 and all(s[0] == 1 for s in shapes), sum(widths)
@@ -186,8 +192,7 @@ def place(
         slots = next((o[None] for o in options if len(o) == total), slots[:, :0])
     elif total > slots.shape[1] > 0:
         slots = torch.cat([slots.new_full((b, total - slots.shape[1]), -1), slots], 1)
-    if slots.shape[1] < total:
-        raise RuntimeError("the positions of the logits are unknown")
+    require(slots.shape[1] >= total, "the positions of the logits are unknown")
     return list(slots[:, :total].split(widths, 1))
 
 
@@ -206,7 +211,7 @@ class EmbeddingNoise(TorchFunctionMode):
         for _, t in iter_tensors((args[1:] if name == "__getitem__" else args, kwargs), 3):
             slots = locate(t, self.batch, set())
             if slots is not None and out.is_floating_point() and out.shape[:-1] == t.shape:
-                hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape)
+                hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape).to(out.device)
                 self.hits += int(hit.sum())
                 gen = torch.Generator().manual_seed(self.seed)
                 noise = torch.randn(out.shape, generator=gen).to(out) * hit[..., None]

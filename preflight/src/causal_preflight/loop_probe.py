@@ -4,11 +4,12 @@ import math
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce
@@ -56,7 +57,8 @@ class LoopProbe(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.first, self.told, self.batches = None, -1, 0
-        sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
+        kinds = " ".join(kind.__name__ for kind in type(trainer.strategy).__mro__)
+        sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", kinds)
         self.active = self.on_fault != "off" and not sharded
         self.watching = self.modes_due = self.active  # the first steps; the next batch
         self.report = LoopReport(skipped=dict.fromkeys(REMEDIES, "nothing to examine so far"))
@@ -103,8 +105,6 @@ class LoopProbe(L.Callback):
             names = loop_checks.in_eval_mode(module)
             self._settle("train mode", names, f"{some(names)} trained in eval mode")
         if self.watching and self.first:
-            if self.batches == 1:  # now: earlier, other callbacks may call the model
-                self.first.record_calls()
             if self._all_ranks_ready(module, "after a step"):
                 self._conclude(trainer)
         elif self.modes_due:
@@ -158,13 +158,16 @@ class LoopProbe(L.Callback):
         self.calls.close()
         pairs = [pair for x in self.states for pair in zip(x[::2], x[1::2], strict=False)]
         if pairs:
-            names = [n for n, m in module.named_modules() if m.training and getattr(m, "p", 0)]
+            drop = nn.modules.dropout._DropoutNd
+            names = [n for n, m in module.named_modules() if m.training and isinstance(m, drop)]
             seen = f"random numbers are drawn; in train mode: {some(names) or 'no module'}"
             self._settle("validation mode", any(not torch.equal(*pair) for pair in pairs), seen)
 
     def on_validation_end(self, trainer: Any, module: L.LightningModule) -> None:
         if self.active and not trainer.sanity_checking:
             self._settle_perplexity(trainer, sum(trainer.num_val_batches))
+            if self.batches >= _PATIENCE * trainer.accumulate_grad_batches:
+                self._settle_uncalled()
             self.modes_due = True
             if not self.watching:
                 self._tell(trainer)
@@ -172,15 +175,23 @@ class LoopProbe(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.active:
             self._settle_perplexity(trainer, trainer.num_training_batches)
-            (self._conclude if self.watching else self._tell)(trainer)
+            if self.watching:
+                self._conclude(trainer)
+            self._settle_uncalled()
+            self._tell(trainer)
+
+    def _settle_uncalled(self) -> None:
+        """Decide on modules that were not called in the first steps."""
+        if self.first and self.first.idle:
+            self._examine("gradients", partial(self.first.gradients, final=True))
 
     def _settle_perplexity(self, trainer: Any, batches: float) -> None:
-        """Compare what is a mean over the batches of an epoch, or logged at its end."""
+        """Compare what one hook logs: for each batch, or at the end of an epoch."""
         results = [r for r in trainer._results.values() if r.meta.on_epoch and r.is_tensor]
-        own = {r.meta.name + "_epoch" * r.meta.on_step for r in results}
+        own = {r.meta.name + "_epoch" * r.meta.on_step: r.meta.fx for r in results}
         logged = {name: value for name, value in trainer.callback_metrics.items() if name in own}
         for name, loss, gap in loop_checks.perplexities(logged):
-            if gap > _LOG_GAP or batches > 1:
+            if own[name] == own[loss] and (gap > _LOG_GAP or batches > 1):
                 seen = f"{name} is {math.exp(gap):.5g} times the exponential of {loss}"
                 self._settle("perplexity", gap > _LOG_GAP, seen)
 
