@@ -15,12 +15,19 @@ torch.set_num_threads(1)
 KNOWN = {"pad_id": PAD, "eos_id": EOS}
 
 
-def test_a_lone_id_of_pad_at_the_start_is_a_bos() -> None:
-    """Where PAD, EOS and BOS share an id: [0, a, b, 0]. Two of them are PAD on the left."""
-    ids = torch.tensor([[0, 5, 6, 7, 4, 0], [0, 8, 9, 0, 0, 0], [0, 0, 3, 4, 5, 0]])
-    real = parse_batch({"input_ids": ids}, 0, 0).real
-    assert real.long().tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
-    assert parse_batch({"input_ids": ids[:, :1]}, 0, 0).real.sum() == 0
+@pytest.mark.parametrize(
+    ("rows", "real"),
+    [
+        ([[0, 5, 6, 7, 0], [0, 8, 0, 0, 0]], [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        ([[0, 0, 5, 6, 0], [0, 8, 7, 6, 0]], [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]),
+        ([[0, 5, 6, 7, 0], [0, 0, 0, 0, 0]], [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]),
+        ([[0], [5]], [[0], [1]]),
+    ],
+)
+def test_an_id_of_pad_that_opens_each_row_is_a_bos(rows: list, real: list) -> None:
+    """PAD, EOS and BOS share an id; where PAD is on the left of any row, it opens all of them."""
+    found = parse_batch({"input_ids": torch.tensor(rows)}, 0, 0).real
+    assert found.long().tolist() == real
 
 
 @pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])

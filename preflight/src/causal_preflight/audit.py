@@ -89,16 +89,13 @@ def preflight(
     return report
 
 
-def audit_batch(
-    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
-    **options: Any,
-) -> Report:  # fmt: skip
-    """`preflight` with the scalar `loss_of(batch)`, or `loss_of(half, half)` if `parted`."""
+def audit_batch(model: nn.Module, batch: Any, loss: Callable[..., Any], **options: Any) -> Report:
+    """`preflight` with the scalar `loss(batch)`, or `loss(half, half)` if `parted`."""
     keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
     labels = named_tensors(batch, **keys)[0].get("labels")
     if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
         return Report(skipped={"preflight": targets.NO_TARGET})
-    return preflight(model, batch, lambda _, *parts: loss_of(*parts), parted=parted, **options)
+    return preflight(model, batch, lambda _, *parts: loss(*parts), **options)
 
 
 def _find_logits(ctx: Context) -> None:

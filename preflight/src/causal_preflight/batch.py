@@ -73,7 +73,7 @@ class AuditBatch:
 
     @cached_property
     def opening_eos(self) -> Tensor:
-        """(B, T) bool: EOS numbered with the document that it separates from the one before."""
+        """(B, T) bool: an EOS that is numbered as the first token of the next document."""
         return (self.ids == self.eos_id) & self.opens & shift(self.real, -1, False)
 
     @cached_property
@@ -214,7 +214,7 @@ def shift(x: Tensor, by: int, fill: int | bool) -> Tensor:
 
 
 def one_a_row(where: Tensor, sixths: int) -> Tensor:
-    """(B, T) bool: of those that are True in each row, the one after so many sixths of them."""
+    """(B, T) bool: in each row one of the True places, after `sixths` / 6 of them."""
     rank = where.long().cumsum(1)
     return where & (rank == 1 + rank[:, -1:] * sixths // 6)
 

@@ -35,7 +35,7 @@ class Move:
 class Context:
     """One audit in progress; `work` is a few rows of `full`, for the probes that compare logits.
 
-    What a mechanism in `explained` ("future", "padding", ...) explains is not reported again.
+    Effects of what is in `explained` ("future", "padding", ...) are not reported by later probes.
     """
 
     model: InstrumentedModel

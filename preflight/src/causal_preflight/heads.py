@@ -26,9 +26,9 @@ _SIGHT = (
 def arrange(ctx: Context) -> float:
     """Read every head once, and look at the main one: the next token, the largest weight.
 
-    Right are offsets 1, 2, 3, ... without a gap, each once; that of the main head is also right
-    before it, and where there is no other (deep supervision). Over a frozen model they may begin
-    at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
+    The heads must have the offsets 1, 2, 3, ..., each once. Heads before the main one, or all of
+    them, may repeat its offset (deep supervision). Over a frozen model the offsets may begin at 2
+    (Medusa, arXiv:2401.10774). A head of another offset is left for `alignment` to report.
 
     Returns:
         The residual below which logits rebuilt of a fused loss replace those found; 0: these fit.
@@ -45,7 +45,7 @@ def arrange(ctx: Context) -> float:
                 pass
             except Exception as problem:
                 why = f"{type(problem).__name__}: {problem}".splitlines()[0]
-                ctx.report.skipped["logits"] = f"not read: {why}"[:200]
+                ctx.report.skipped["logits"] = why
             number += 1
     if not read:
         model.heads = []

@@ -32,7 +32,7 @@ Piece = tuple[Tensor, Tensor, int]
 
 
 class Head(NamedTuple):
-    """The `number`-th logits for the same positions at `path` of a module's output.
+    """Where logits are made: at `path` of a module's output, the `number`-th for each position.
 
     They belong `ahead` columns later. `replaceable`: the loss is computed from that output. With a
     `weight`, these are hidden states of which a fused loss makes the logits; `accepted` ones fit.
@@ -116,16 +116,13 @@ class InstrumentedModel:
         return loss
 
     def grads(self, loss: Tensor, tensors: list[Any]) -> list[Tensor | None]:
-        """Gradients by `backward`, as checkpointing needs, unless the loss has called it itself.
-
-        Leaves beyond the model, as the parameters of `loss_fn`, keep the gradients that they have.
-        """
+        """Gradients by `backward`, as checkpointing needs; leaves of `loss_fn` keep their own."""
         own = set(map(id, [*self.sandbox.params, *tensors]))
         leaves = [node.variable for node, _ in locate.graph(loss) if hasattr(node, "variable")]
         kept = [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in own]
         for leaf, _ in kept:
             leaf.grad = None
-        if loss.requires_grad:
+        if loss.requires_grad:  # else the loss has called it itself
             loss.backward()
         grads = [t.grad for t in tensors]
         for leaf, grad in [*kept, *((p, None) for p in self.sandbox.params)]:
@@ -133,10 +130,7 @@ class InstrumentedModel:
         return grads
 
     def discover(self, batch: AuditBatch, top: int) -> None:
-        """Find input module and heads, one for each module; without logits there are none.
-
-        IndexError if embeddings are too small for `top`, which a GPU would not say clearly.
-        """
+        """Find input module and heads; `top` is the largest id that embeddings must hold."""
         found: dict[tuple[int, locate.Layout], tuple[Head, Tensor]] = {}
         used, slots, last = set[int](), list[Tensor](), None  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
@@ -181,7 +175,8 @@ class InstrumentedModel:
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
             residual = _NO_GRADIENT if blank else max(1e-5, fit(z[None], g[None])[2])
             # Of tensors that are made of one another, one is taken; others are further heads.
-            rivals = [n for n, hit in best.items() if blank or locate.made_of(t, hit[2])]
+            of = locate.graph(t) if best else set()
+            rivals = [n for n, (_, _, s) in best.items() if blank or (s.grad_fn, s.output_nr) in of]
             least = min((best[n][0] for n in rivals), default=2 * _NO_LOGITS)
             # Soft targets: the gradient of each softmax sums to 0, whatever its target.
             soft = (
@@ -269,7 +264,7 @@ class InstrumentedModel:
             residual = 0.0 if head.accepted else residual
             log_p = head.logits(torch.zeros_like(weight[:1])).log_softmax(-1)[0].to(values)
             total, mean = float(values[0].sum()), -float(log_p[target] @ values[0])
-            # A mean, of logits scaled on their way or of smoothed labels: its weights are 1.
+            # Scaled logits or smoothed labels change the weights; those of a mean add up to 1.
             if mean and abs(loss / mean * total - 1) < 0.02 and abs(total - 1) > 1e-3:
                 values /= total
         values = values.view(4, *ids.shape)

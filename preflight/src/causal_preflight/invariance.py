@@ -26,43 +26,41 @@ def finite(ctx: Context) -> Iterator[Finding]:
     sound = all(bool(torch.isfinite(p).all()) for p in model.sandbox.params)
     require(sound, "the parameters themselves are not finite")
 
-    def trains(batch: AuditBatch) -> bool:
+    def look(batch: AuditBatch, *losses: float) -> str:
+        o = ctx.observe(batch)
+        if not all(map(math.isfinite, (o.loss, *losses))):
+            return "the loss"
+        if bool((torch.isnan(o.logits).any(-1) & o.made & batch.real).any()):
+            return "the logits of a real token"
         grads = model.grads(model.run(batch, True), model.sandbox.params)
-        return all(g is None or bool(torch.isfinite(g).all()) for g in grads)
+        return "" if all(g is None or bool(torch.isfinite(g).all()) for g in grads) else "gradients"
 
-    broken = torch.isnan(ctx.base.logits).any(-1) & ctx.base.made & batch.real
-    losses = float(model.run(ctx.full, True).detach()), ctx.base.loss
-    bad_loss = not all(map(math.isfinite, losses))
-    if not bad_loss and not bool(broken.any()) and trains(batch):
+    loss = float(model.run(ctx.full, True).detach())
+    if not (what := look(batch, loss)):
         return
     ctx.explained.add("finite")
     o = model.observe(ctx.full)
-    if bad_loss and not bool(torch.isnan(o.logits[o.made]).any()):
+    nan = torch.isnan(o.logits).any(-1) & o.made
+    if what == "the loss" and not bool(nan.any()):
         require(ctx.full.has_target.any(), "no position of the batch has a next token")
-        # Noise in place of the logits is finite in any loss: what is left is 0/0.
+        # Noise in place of the logits gives a finite loss unless it divides by 0.
         empty = any(math.isnan(model.readout(ctx.full, train).loss) for train in (True, False))
-        why, remedy = (
-            ("a mean over no targets", "clamp") if empty else ("log(0) or an overflow", "overflow")
-        )
-        bad = next(loss for loss in losses if not math.isfinite(loss))
-        seen = f"the loss is {bad} though no logit is NaN: {why}"
+        why = "a mean over no targets" if empty else "log(0) or an overflow"
+        loss = ctx.base.loss if math.isfinite(loss) else loss
+        seen = f"the loss is {loss} though no logit is NaN: {why}"
+        remedy = "clamp" if empty else "overflow"
         yield ctx.finding("reduction", seen, remedy, Move(float("nan")))
         return
-    slot = int(batch.slot.flatten()[broken.long().argmax()]) if bool(broken.any()) else -1
-    move = Move(float("nan"), slot)
-    what = "the loss" if bad_loss else "gradients" if slot < 0 else "the logits of a real token"
+    broken = (nan & ctx.full.real).flatten()
+    move = Move(float("nan"), int(broken.long().argmax()) if bool(broken.any()) else -1)
     bare = batch.unpadded()
     tried = [("finite once the PAD is removed", "no key", bare)] if batch.has_pad else []
     if (mask := like_ids(bare.raw, "attention_mask")) is not None:
         inverted = bare.with_tensor("attention_mask", (mask == 0).to(mask))
         tried.append(("finite once attention_mask is inverted", "pad keys", inverted))
     for text, remedy, other in tried:
-        o = model.observe(other)
-        sound = math.isfinite(o.loss) and not bool(torch.isnan(o.logits[o.made]).any())
-        if sound and (what != "gradients" or trains(other)):
-            yield ctx.finding(
-                "pad", f"{what}: not finite as the batch stands, {text}", remedy, move
-            )
+        if not look(other):
+            yield ctx.finding("pad", f"{what}: not finite in this batch, {text}", remedy, move)
             return
     seen = f"{what}: not finite without any PAD; a query may have no key, as by an inverted mask"
     yield ctx.finding("causal", seen, "mask future", move)
@@ -109,7 +107,7 @@ def extension(ctx: Context) -> Iterator[Finding]:
         before, after = r.weight[r.trained], s.weight[longer.slot >= 0][r.trained.flatten()]
         if not len(before):
             continue
-        if bool((after == 0).any()):  # of a model that makes the logits of the last columns alone?
+        if bool((after == 0).any()):  # a model may make the logits of the last columns alone
             made = ctx.model.observe(longer).made[longer.slot >= 0][r.trained.flatten()]
             require(made.all(), "with PAD added, the loss is that of other positions")
         examined, change = True, (after / before - 1).abs()

@@ -84,11 +84,6 @@ def graph(t: Tensor) -> set[Any]:
     return seen
 
 
-def made_of(t: Tensor, source: Tensor) -> bool:
-    """Whether a tensor was computed from another one, by its graph."""
-    return (source.grad_fn, source.output_nr) in graph(t)
-
-
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
     """The slots of the largest part of the batch among the arguments of a call, if there is any."""
     found = [locate(t, batch, used) for _, t in iter_tensors(arguments, 3)]

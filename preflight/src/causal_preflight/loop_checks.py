@@ -49,17 +49,14 @@ STEP_CHECKS = {
 
 @dataclass(eq=False)
 class WatchedOptimizer:
-    """What is seen of one optimizer; `rates` has one entry a step, `norms` one an unscaling.
-
-    Norms are the Euclidean and the largest one of all gradients, with the sum of their elements.
-    """
+    """What is seen of one optimizer; `norms`: Euclidean, largest value and sum at an unscaling."""
 
     optimizer: torch.optim.Optimizer
     params: list[Tensor]
     rates: list[float] = field(default_factory=list)
     norms: list[tuple[float, float, float]] = field(default_factory=list)
-    left_over: bool | None = False  # gradients of before the last step; None: no backward since
-    carried: int = 0  # steps that used such gradients
+    left_over: bool | None = False  # whether old gradients remain; None: no backward since a step
+    carried: int = 0  # steps that used old gradients
 
 
 class FirstSteps:
@@ -80,7 +77,7 @@ class FirstSteps:
         self.names = {id(p): name for name, p in module.named_parameters()}
         held = {id(p): p for w in self.watched for p in w.params}
         trained = {id(p): p for p in module.parameters() if p.requires_grad}
-        # Those of the optimizers that got no gradient so far; what trains in none, and its values.
+        # Parameters of the optimizers without a gradient so far; parameters of none, with values.
         self.without = {i: p for i, p in held.items() if i in trained or i not in self.names}
         self.outside = {i: (p, sample(p)) for i, p in trained.items() if i not in held}
         self.missed, self.ran, self.dtypes = set[int](), set[int](), set[torch.dtype]()
@@ -106,12 +103,11 @@ class FirstSteps:
         return [len(w.rates) for w in self.watched] or [0]
 
     def _called(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.module._current_fx_name != "training_step":  # but a callback, or validation
-            return
-        self.ran.add(id(module))
-        self.mixed |= any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")))
-        if isinstance(module, nn.Linear | nn.MultiheadAttention):
-            self.dtypes.add((output[0] if isinstance(output, tuple) else output).dtype)
+        if self.module._current_fx_name == "training_step":  # else a callback, or validation
+            self.ran.add(id(module))
+            self.mixed |= any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")))
+            if isinstance(module, nn.Linear | nn.MultiheadAttention):
+                self.dtypes.add((output[0] if isinstance(output, tuple) else output).dtype)
 
     def before_backward(self, loss: Tensor) -> None:
         """Look for gradients of an earlier step, and ask for the token weights of this loss."""
@@ -164,10 +160,7 @@ class FirstSteps:
         return f"{some(lost)} train, but are in no optimizer" if len(lost) > self._stale() else ""
 
     def gradients(self, final: bool = False) -> str:
-        """Those of modules that were called; of others when it is `final` that nothing calls them.
-
-        Experts are not judged: their optimizer holds others like them that got gradients.
-        """
+        """Of modules that were called; if `final`, of others too, unless one like them got some."""
         self.idle = self.idle or {i: sample(p) for i, p in self.without.items()}
         still = {i: p for i, p in self.without.items() if torch.equal(sample(p), self.idle[i])}
         kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
@@ -187,11 +180,11 @@ class FirstSteps:
     def clipping(self) -> str:
         norms = [w.norms for w in self.watched if len(w.norms) >= STEPS]
         require(norms, f"no GradScaler has unscaled gradients {STEPS} times")
-        same = False
-        for two, largest, total in (map(torch.tensor, zip(*n, strict=True)) for n in norms):
-            require(total.max() - total.min() > 0.01 * two.max(), "the gradients hardly change")
-            same |= any(bool(x.max() < 1.001 * x.min()) for x in (two, largest))
-        return "gradients have one norm at each unscale_: clipped before" if same else ""
+        for low, high in (torch.tensor(n).aminmax(dim=0) for n in norms):
+            require(high[2] - low[2] > 0.01 * high[0], "the gradients hardly change")
+            if bool((high < 1.001 * low)[:2].any()):
+                return "gradients have one norm at each unscale_: clipped before"
+        return ""
 
     def division(self) -> str:
         """Each micro-batch's token weights make 1/n, or 1/n squared if divided twice."""
@@ -227,10 +220,10 @@ class FirstSteps:
             if not self.module.automatic_optimization:
                 by_epoch = scheduler.last_epoch == position
             if by_epoch and type(scheduler).__name__ not in BY_EPOCH:
-                known = 0 < steps < math.inf and trainer.num_training_batches < math.inf
-                require(known, "the length of the run, or of an epoch, is unknown")
-                batches = steps * trainer.accumulate_grad_batches
-                epochs = max(1, math.ceil(batches / trainer.num_training_batches))
+                epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+                require(0 < steps < math.inf, "the length of the run is unknown")
+                require(epoch < math.inf, "the length of an epoch is unknown")
+                epochs = max(1, math.ceil(steps / epoch))
                 if seen := meant_for_steps(scheduler, epochs, steps, trainer, self.module):
                     return f"the rate {seen} epochs, in a run of {epochs}"
         return ""

@@ -83,16 +83,15 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
 def _real(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> tuple[Tensor, int | None]:
     """(B, T) bool, and the id at PAD slots where it can be told."""
     ids, mask, docs = raw["input_ids"], like_ids(raw, "attention_mask"), raw.get("document_ids")
-    real = torch.ones_like(ids).bool()
-    if mask is not None:
-        real &= mask != 0
+    real = torch.ones_like(ids).bool() if mask is None else mask != 0
     if isinstance(docs, Tensor):
         real &= docs >= 0
     elif mask is None:
         pad_id = _pad_by_labels(raw) if pad_id is None else pad_id
         run = _edge_runs(ids == (-1 if pad_id is None else pad_id))
         if pad_id == eos_id and ids.shape[1] > 1:
-            run[:, 0] &= run[:, 1]  # one alone is a BOS of the same id
+            if not bool((run[:, :2].all(1) & ~run.all(1)).any()):  # no PAD on the left
+                run[:, 0] &= run[:, 1]  # it is a BOS of the same id
             run[:, 1:] &= run[:, :-1].clone()  # the first that closes a document is its EOS
         real = ~run
     if pad_id is None and not bool(real.all()):
@@ -172,8 +171,7 @@ def writer(value: Tensor, doc: Tensor) -> Callable[[Tensor], Tensor] | None:
 
     PAD may be left out, or be a document.
     """
-    options = product((False, True), (False, True), (False, True))
-    ways = (partial(_write, value, *option) for option in options)
+    ways = (partial(_write, value, *option) for option in product((False, True), repeat=3))
     return next((way for way in ways if torch.equal(way(doc), value)), None)
 
 

@@ -32,8 +32,6 @@ REMEDIES = {
     "axis": "index positions along time, not along the batch (check batch_first)",
     "cache": "offset positions and masks by the length of what is cached already",
 }
-
-
 PLAIN_WORDS = {  # probe -> what it checks
     "finite": "finite numbers", "alignment": "next-token targets",
     "soft": "next-token targets", "dropped": "next-token targets",

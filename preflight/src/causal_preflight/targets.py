@@ -147,8 +147,8 @@ def _first(ctx: Context, r: Readout, hit: Tensor, label: str, text: str) -> Find
 def dropped(ctx: Context) -> Iterator[Finding]:
     """A real target that the batch labels must count; without labels, the ends of rows must.
 
-    Right are: what another entry of the batch is zero at; what follows an EOS; a selection by the
-    loss itself; the last k logits of rows labeled in full; and EOS, which has a probe of its own.
+    One may be left out where another entry of the batch is zero, after an EOS, by a selection that
+    the loss makes from logits, and before the last k logits of a row labeled in full.
     """
     known = {"shift", "pad target", "soft targets"} & ctx.explained
     require(not known, "which targets count cannot be told")
