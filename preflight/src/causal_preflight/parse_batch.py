@@ -69,7 +69,7 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
         raise ValueError("`input_ids` holds negative ids: -100 belongs in `labels`, not here")
     for key in ("labels", "document_ids"):
         if raw.get(key) is not None and like_ids(raw, key) is None:
-            raise ValueError(f"`{key}` must be a tensor as `input_ids` is, {tuple(ids.shape)}")
+            raise ValueError(f"`{key}` must be a tensor of the shape {tuple(ids.shape)} of the ids")
     raw = {k: v.detach() if isinstance(v, Tensor) else v for k, v in raw.items()}
     real, pad_id = _real(raw, pad_id, eos_id)
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
