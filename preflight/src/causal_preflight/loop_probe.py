@@ -57,8 +57,7 @@ class LoopProbe(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.first, self.told, self.batches = None, -1, 0
-        kinds = " ".join(kind.__name__ for kind in type(trainer.strategy).__mro__)
-        sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", kinds)
+        sharded = re.search("FSDP|DeepSpeed|ModelParallel|XLA", type(trainer.strategy).__name__)
         self.active = self.on_fault != "off" and not sharded
         self.watching = self.modes_due = self.active  # the first steps; the next batch
         self.report = LoopReport(skipped=dict.fromkeys(REMEDIES, "nothing to examine so far"))
