@@ -171,7 +171,8 @@ def writer(value: Tensor, doc: Tensor) -> Callable[[Tensor], Tensor] | None:
 
     PAD may be left out, or be a document.
     """
-    ways = (partial(_write, value, *option) for option in product((False, True), repeat=3))
+    options = product((False, True), (False, True), (False, True))
+    ways = (partial(_write, value, *option) for option in options)
     return next((way for way in ways if torch.equal(way(doc), value)), None)
 
 
