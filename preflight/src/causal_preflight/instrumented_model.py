@@ -175,8 +175,8 @@ class InstrumentedModel:
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
             residual = _NO_GRADIENT if blank else max(1e-5, fit(z[None], g[None])[2])
             # Of tensors that are made of one another, one is taken; others are further heads.
-            of = locate.graph(t) if best else set()
-            rivals = [n for n, (_, _, s) in best.items() if blank or (s.grad_fn, s.output_nr) in of]
+            past = locate.graph(t) if best else set()
+            rivals = [n for n, (*_, s) in best.items() if blank or (s.grad_fn, s.output_nr) in past]
             least = min((best[n][0] for n in rivals), default=2 * _NO_LOGITS)
             # Soft targets: the gradient of each softmax sums to 0, whatever its target.
             soft = (

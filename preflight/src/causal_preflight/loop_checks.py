@@ -49,7 +49,7 @@ STEP_CHECKS = {
 
 @dataclass(eq=False)
 class WatchedOptimizer:
-    """What is seen of one optimizer; `norms`: Euclidean, largest value and sum at an unscaling."""
+    """What is seen of one optimizer; `norms`: Euclidean norm, maximum and sum at an unscaling."""
 
     optimizer: torch.optim.Optimizer
     params: list[Tensor]
@@ -160,7 +160,7 @@ class FirstSteps:
         return f"{some(lost)} train, but are in no optimizer" if len(lost) > self._stale() else ""
 
     def gradients(self, final: bool = False) -> str:
-        """Of modules that were called; if `final`, of others too, unless one like them got some."""
+        """A module that was not called is judged only if `final`, and if none like it got any."""
         self.idle = self.idle or {i: sample(p) for i, p in self.without.items()}
         still = {i: p for i, p in self.without.items() if torch.equal(sample(p), self.idle[i])}
         kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
