@@ -11,7 +11,7 @@ from typing import Any
 from causal_preflight import invariance, targets, visibility
 from causal_preflight.context import Context, Probe
 from causal_preflight.gradient_fit import Readout
-from causal_preflight.instrumented_model import Head
+from causal_preflight.locate import Head
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
 FITS, _UNFIT = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causal_preflight import locate
 from causal_preflight.batch import AuditBatch
 from causal_preflight.gradient_fit import EXACT, Readout, fit, fit_hidden, is_distribution
+from causal_preflight.locate import Head
 from causal_preflight.report import require
 from causal_preflight.sandbox import Sandbox
 
@@ -29,35 +29,6 @@ _SMALL_NOISE = 3e-3  # logits small enough that a cap or scale of them is a fact
 LossFn = Callable[[Any, Any], Tensor]
 Piece = tuple[Tensor, Tensor, int]
 """Slots (b, t); a tensor of logits; which of the heads that it stacks"""
-
-
-class Head(NamedTuple):
-    """Where logits are made: at `path` of a module's output, the `number`-th for each position.
-
-    They belong `ahead` columns later. `replaceable`: the loss is computed from that output. With a
-    `weight`, these are hidden states of which a fused loss makes the logits; `accepted` ones fit.
-    """
-
-    module: nn.Module
-    path: locate.KeyPath
-    layout: locate.Layout
-    number: int = 0
-    ahead: int = 0
-    replaceable: bool = True
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    accepted: bool = False
-
-    def to_btv(self, t: Tensor, i: int) -> Tensor:
-        """The i-th logits (b, t, V), or their gradients, of a tensor that the module puts out."""
-        wide = locate.to_btv(t, self.layout)
-        return wide[i] if wide.ndim == 4 else wide
-
-    def logits(self, out: Tensor) -> Tensor:
-        """The logits (..., V), in float32, of what the module puts out."""
-        if self.weight is not None:
-            out = F.linear(out.to(self.weight.dtype), self.weight, self.bias).detach()
-        return out.float()
 
 
 class Observation(NamedTuple):

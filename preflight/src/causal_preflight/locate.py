@@ -5,10 +5,11 @@ A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from causal_preflight.batch import IGNORE, AuditBatch
@@ -21,6 +22,35 @@ _TB = (1, 0, 2)  # (t, b, V), which is not told from (b, t, V) where b is t
 _ORDERS = {3: ((0, 1, 2), (0, 2, 1), _TB), 4: ((2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3))}
 _NODES = 30  # of the graph that makes the logits, from its end
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
+
+
+class Head(NamedTuple):
+    """Where logits are made: at `path` of a module's output, the `number`-th for each position.
+
+    They belong `ahead` columns later. `replaceable`: the loss is computed from that output. With a
+    `weight`, these are hidden states of which a fused loss makes the logits; `accepted` ones fit.
+    """
+
+    module: nn.Module
+    path: KeyPath
+    layout: Layout
+    number: int = 0
+    ahead: int = 0
+    replaceable: bool = True
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    accepted: bool = False
+
+    def to_btv(self, t: Tensor, i: int) -> Tensor:
+        """The i-th logits (b, t, V), or their gradients, of a tensor that the module puts out."""
+        wide = to_btv(t, self.layout)
+        return wide[i] if wide.ndim == 4 else wide
+
+    def logits(self, out: Tensor) -> Tensor:
+        """The logits (..., V), in float32, of what the module puts out."""
+        if self.weight is not None:
+            out = F.linear(out.to(self.weight.dtype), self.weight, self.bias).detach()
+        return out.float()
 
 
 def iter_tensors(value: Any, depth: int, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tensor]]:
