@@ -15,6 +15,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import IterableDataset
 
 from causal_preflight.lightning import PreflightError
 from causal_preflight.loop_checks import REMEDIES
@@ -97,6 +98,9 @@ RIGHT = [
     ("perplexity", settings.ExponentialOfMean, {}),
     ("perplexity", settings.SmoothedLoss, {}),
     (None, settings.Metered, {}),
+    (None, settings.TokenMeanAtTheEnd, {}),
+    ("gradients", gradients.CalledLate, {"max_steps": 8}),
+    (None, settings.HardlyMoves, OVERFIT),
     (None, base.Right, {"scaled": 2.0**20, "max_steps": -1}),  # the first steps are skipped
     (None, base.Right, OVERFIT),
 ]
@@ -186,7 +190,7 @@ def test_what_it_could_not_see_is_skipped_never_passed(capsys):
 def test_what_other_callbacks_call_is_not_trained():
     class CallsAll(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx == 0:
+            if batch_idx < 3:  # as the preflight does, until a batch has a target
                 [expert(torch.zeros(base.C)) for expert in pl_module.net.experts]
 
     probe = LoopProbe("warn")
@@ -215,6 +219,17 @@ def test_sharded_parameters_are_declined():
 
     report = watch(gradients.NotZeroed, strategy=FSDPStrategy("cpu"))
     assert not report.audited and set(report.skipped) == {"loop"}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.randint(0, base.V, (16, base.T)))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_an_epoch_of_unknown_length_tells_nothing_of_a_schedule(manual):
+    report = watch(settings.CosineByEpoch, manual, max_steps=8, data=Stream())
+    assert report.clean and "length" in report.skipped["schedule"]
 
 
 def test_a_perplexity_slightly_above_is_told_in_figures():

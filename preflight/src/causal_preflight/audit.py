@@ -37,7 +37,7 @@ PROBES: tuple[Probe, ...] = (
 def preflight(
     model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, pad_id: int | None = None,
     eos_id: int | None = None, seed: int = 0, input_key: str = "input_ids",
-    labels_key: str = "labels",
+    labels_key: str = "labels", parted: bool = False,
 ) -> Report:  # fmt: skip
     """Check label shift, PAD handling, causal mask, reduction, EOS and positions by behavior.
 
@@ -52,6 +52,7 @@ def preflight(
         pad_id, eos_id: ids of PAD and of the end of a document; PAD is inferred where it can be.
         seed: of the swapped tokens and of the dropout in train mode.
         input_key, labels_key: the keys of ids and labels in `batch`, where they have other names.
+        parted: call `loss_fn(model, half, half)` on the rows in two halves, as on micro-batches.
 
     Returns:
         A `Report`; the model and the random states are left exactly as they were.
@@ -61,15 +62,9 @@ def preflight(
     """
     started = time.perf_counter()
     raw, rebuild = named_tensors(batch, input_key, labels_key)
-    parsed = parse_batch(raw, pad_id, eos_id)
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    top = int(parsed.ids.max())
-    if sizes and top >= max(sizes):  # crashes late and, on a GPU, without a clear message
-        why = f"input_ids hold id {top}, but the largest embedding has {max(sizes)} rows: "
-        raise ValueError(f"{why}enlarge the embedding or check the tokenizer")
     report = Report()
-    full, work = _sampled(parsed, report)
-    instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild)
+    full, work = _sampled(parse_batch(raw, pad_id, eos_id), report)
+    instrumented = InstrumentedModel(model, loss_fn, Sandbox(model), seed, rebuild, parted)
     ctx = Context(instrumented, full, work, seed, report)
     # Hooks and new shapes would compile it anew each time.
     dynamo = "torch._dynamo" in sys.modules
@@ -88,33 +83,19 @@ def preflight(
     if "shifted inputs" in ctx.explained:  # shifted inside the model: offset 0 is the right one
         report.findings[:] = [f for f in report.findings if f.label != "shift"]
         report.passed.append("alignment")
+    if parted and len(full.ids) == 1:
+        report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
     report.forwards, report.seconds = instrumented.forwards, time.perf_counter() - started
     return report
 
 
-def audit_batch(
-    model: nn.Module, batch: Any, loss_of: Callable[..., Tensor], *, parted: bool = False,
-    **options: Any,
-) -> Report:  # fmt: skip
-    """`preflight` with the scalar `loss_of(batch)`, or `loss_of(half, half)` if `parted`."""
+def audit_batch(model: nn.Module, batch: Any, loss: Callable[..., Any], **options: Any) -> Report:
+    """`preflight` with the scalar `loss(batch)`, or `loss(half, half)` if `parted`."""
     keys = {k: options[k] for k in ("input_key", "labels_key") if k in options}
-    found = named_tensors(batch, **keys)[0]
-    labels, total = found.get("labels"), len(found["input_ids"])
+    labels = named_tensors(batch, **keys)[0].get("labels")
     if isinstance(labels, Tensor) and bool((labels == IGNORE).all()):
         return Report(skipped={"preflight": targets.NO_TARGET})
-
-    def loss(_: nn.Module, edited: Any) -> Tensor:
-        raw, rebuild = named_tensors(edited, **keys)
-        rows = len(raw["input_ids"])
-        size = (rows + 1) // 2 if parted else rows
-        wide = {k: v for k, v in raw.items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)}
-        parts = [{k: v[at : at + size] for k, v in wide.items()} for at in range(0, rows, size)]
-        return loss_of(*(rebuild(raw | part) for part in parts))
-
-    report = preflight(model, batch, loss, **options)
-    if parted and total == 1:
-        report.skipped["micro-batches"] = "the batch has one row, so it cannot be split in two"
-    return report
+    return preflight(model, batch, lambda _, *parts: loss(*parts), **options)
 
 
 def _find_logits(ctx: Context) -> None:
@@ -122,30 +103,30 @@ def _find_logits(ctx: Context) -> None:
     model = ctx.model
     for part in (ctx.work, ctx.full):
         try:
-            model.discover(part)
+            model.discover(part, int(ctx.full.ids.max()))
             break
         except Exception as raised:
             problem, ctx.work = raised, ctx.full
     else:
         why = f"{type(problem).__name__}: {problem}".splitlines()[0]
-        if isinstance(problem, IndexError):
-            why += f" (ids reach {int(ctx.full.ids.max())}: is the embedding large enough?)"
         raise ValueError(f"the loss could not be computed on the plain batch: {why}") from problem
     limit = heads.arrange(ctx)
     fused = heads.rebuild(ctx, limit) if limit else None
     if fused is not None:
+        ctx.report.skipped.pop("logits", None)
         ctx.report.remarks[:] = ["the loss is fused: logits are rebuilt of hidden states and head"]
         ctx.explained |= {"inexact weights"} if fused > heads.FITS else set()
         heads.arrange(ctx)
     elif not model.heads:
-        ctx.report.skipped["logits"] = "the loss shows neither logits, nor hidden states and a head"
+        why = "the loss shows neither logits, nor hidden states and a head"
+        ctx.report.skipped.setdefault("logits", why)
 
 
 def _sampled(batch: AuditBatch, report: Report) -> tuple[AuditBatch, AuditBatch]:
     """The batch for reading targets, and a smaller one of unlike rows for comparing logits."""
     rows, width = batch.ids.shape
     most = max(2, _MAX_LOGITS // max(1, width * (int(batch.ids.max()) + 1)))
-    if rows > most:
+    if rows > most and not batch.stale:
         report.sampled.append(f"loss: the first {most} of {rows} rows")
         batch, rows = batch.rows(list(range(most))), most
     part = batch
@@ -183,7 +164,7 @@ def _visibility(ctx: Context) -> dict[str, Any]:
 
     Copies of the longest row, each with one token swapped, in a single run.
     """
-    row = ctx.work.unpadded(int(ctx.work.real.sum(1).argmax())).cols(0, _WINDOW)
+    row = ctx.work.unpadded().rows([0]).cols(0, _WINDOW)
     n = row.ids.shape[1]
     one = torch.eye(n + 1, dtype=torch.bool, device=row.ids.device)[:, :n]
     edited = row.rows([0] * (n + 1)).swap(one, ctx.seed)

@@ -64,22 +64,17 @@ class AuditBatch:
     @cached_property
     def has_target(self) -> Tensor:
         """(B, T) bool: a real position followed by a real token of the same document."""
-        return self.real & (shift_left(self.doc, -1) == self.doc)
+        return self.real & (shift(self.doc, 1, -1) == self.doc)
 
     @cached_property
     def opens(self) -> Tensor:
         """(B, T) bool: real, and the first token of its row or document."""
-        opens = self.real.clone()
-        opens[:, 1:] &= self.doc[:, 1:] != self.doc[:, :-1]
-        return opens
+        return self.real & (shift(self.doc, -1, -2) != self.doc)
 
     @cached_property
     def opening_eos(self) -> Tensor:
-        """(B, T) bool: EOS numbered with the document that it separates from the one before."""
-        eos = (self.ids == self.eos_id) & self.opens
-        eos[:, 1:] &= self.real[:, :-1]
-        eos[:, 0] = False
-        return eos
+        """(B, T) bool: an EOS that is numbered as the first token of the next document."""
+        return (self.ids == self.eos_id) & self.opens & shift(self.real, -1, False)
 
     @cached_property
     def labels_shifted(self) -> int:
@@ -88,19 +83,19 @@ class AuditBatch:
             return 0
         kept = self.labels != IGNORE
         same = (self.labels == self.ids)[kept].float().mean()
-        shifted = (self.labels == shift_left(self.ids, IGNORE))[:, :-1][kept[:, :-1]].float().mean()
-        return int(bool(shifted > same))
+        next_ids = self.labels[:, :-1] == self.ids[:, 1:]
+        return int(bool(next_ids[kept[:, :-1]].float().mean() > same))
 
     @cached_property
     def label_of_next(self) -> Tensor:
         """(B, T): the label that the batch gives the token after t; its id without labels."""
         source = self.ids if self.labels is None else self.labels
-        return source if self.labels_shifted else shift_left(source, IGNORE)
+        return source if self.labels_shifted else shift(source, 1, IGNORE)
 
     @cached_property
     def ends(self) -> Tensor:
         """(B, T) bool: real, and followed by PAD or by another document."""
-        ends = self.real & (shift_left(self.doc, -1) != self.doc)
+        ends = self.real & (shift(self.doc, 1, -1) != self.doc)
         ends[:, -1] &= self.left_pad.any()  # elsewhere the right edge may cut a document
         return ends
 
@@ -116,8 +111,7 @@ class AuditBatch:
     @cached_property
     def ordinary(self) -> Tensor:
         """Ids that can replace one another: seen inside documents, and not special."""
-        inner = self.has_target.clone()
-        inner[:, 1:] &= self.has_target[:, :-1]
+        inner = self.has_target & shift(self.has_target, -1, True)
         top = int(self.ids.max()) + 1  # too few to swap among: take any id that is not special
         for pool in (self.ids[inner].unique(), torch.arange(top).to(self.ids)):
             pool = pool[~torch.isin(pool, self.special)]
@@ -148,7 +142,12 @@ class AuditBatch:
     def rows(self, index: Tensor | list[int]) -> "AuditBatch":
         """The rows of these numbers, in this order; a row may be repeated."""
         index = torch.as_tensor(index, device=self.ids.device)
-        return self.map_tensors(lambda _, v: v[index])
+        return self.map_tensors(lambda _, v: v[index.to(v.device)])
+
+    def halves(self) -> list["AuditBatch"]:
+        """The first and the last rows, of which one row gives the first alone."""
+        parts = torch.arange(len(self.ids)).split((len(self.ids) + 1) // 2)
+        return [replace(self, stale="").rows(part) for part in parts]
 
     def cols(self, start: int, stop: int) -> "AuditBatch":
         """Columns start to stop - 1."""
@@ -207,15 +206,15 @@ def like_ids(raw: dict[str, Any], name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.shape == raw["input_ids"].shape else None
 
 
-def shift_left(x: Tensor, fill: int | bool) -> Tensor:
-    """(B, T) -> (B, T): column t holds what column t + 1 held; the last column is `fill`."""
-    out = x.roll(-1, 1)
-    out[:, -1] = fill
+def shift(x: Tensor, by: int, fill: int | bool) -> Tensor:
+    """(B, T) -> (B, T): column t holds column t + `by`, which is 1 or -1; beyond it is `fill`."""
+    out = x.roll(-by, 1)
+    out[:, min(0, -by)] = fill
     return out
 
 
 def one_a_row(where: Tensor, sixths: int) -> Tensor:
-    """(B, T) bool: of those that are True in each row, the one after so many sixths of them."""
+    """(B, T) bool: in each row one of the True places, after `sixths` / 6 of them."""
     rank = where.long().cumsum(1)
     return where & (rank == 1 + rank[:, -1:] * sixths // 6)
 

@@ -25,18 +25,17 @@ NONE_COUNTS = "no logit that counts is left to watch"
 
 @dataclass(frozen=True)
 class Move:
-    """How far logits moved at most; at which slot (-1: at none), and in which row of the run."""
+    """How far logits moved at most, and at which slot (-1: at none)."""
 
     size: float
     slot: int = -1
-    row: int = 0
 
 
 @dataclass
 class Context:
     """One audit in progress; `work` is a few rows of `full`, for the probes that compare logits.
 
-    What a mechanism in `explained` ("future", "padding", ...) explains is not reported again.
+    Effects of what is in `explained` ("future", "padding", ...) are not reported by later probes.
     """
 
     model: InstrumentedModel
@@ -101,8 +100,7 @@ class Context:
         size = float(change.max())
         if not size > self.bound(old, watch) * (_RESHAPED if reshaped else 1.0):
             return None
-        at = int(change.argmax())
-        return Move(size, int(batch.slot.flatten()[at]), at // change.shape[1])
+        return Move(size, int(batch.slot.flatten()[change.argmax()]))
 
     def compare(self, batch: AuditBatch, other: AuditBatch) -> Move | None:
         """The largest move of a counted logit between two batches that share slots."""

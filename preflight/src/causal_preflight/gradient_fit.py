@@ -98,8 +98,9 @@ def fit_hidden(grad: Tensor, head: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
     A target y of weight w leaves w (sum_v p_v W_v - W_y): its direction names y, its size w.
     """
-    g, weight = grad.float(), head.detach().float()
-    p = (weight.new_zeros(len(weight)) if bias is None else bias.detach().float()).softmax(-1)
+    g = grad.float()
+    weight = head.detach().to(g)
+    p = (weight.new_zeros(len(weight)) if bias is None else bias.detach().to(g)).softmax(-1)
     by_target = p @ weight - weight
     norm = by_target.norm(dim=1)
     along = g @ by_target.T / norm

@@ -11,7 +11,7 @@ from typing import Any
 from causal_preflight import invariance, targets, visibility
 from causal_preflight.context import Context, Probe
 from causal_preflight.gradient_fit import Readout
-from causal_preflight.instrumented_model import Head
+from causal_preflight.locate import Head
 from causal_preflight.report import REMEDIES, Finding, Report, UnexaminableError, require
 
 FITS, _UNFIT = 0.05, 0.4  # residuals below which logits, or hidden states, are those of the loss
@@ -26,9 +26,9 @@ _SIGHT = (
 def arrange(ctx: Context) -> float:
     """Read every head once, and look at the main one: the next token, the largest weight.
 
-    Right are offsets 1, 2, 3, ... without a gap, each once; that of the main head is also right
-    before it, and where there is no other (deep supervision). Over a frozen model they may begin
-    at 2 (Medusa, arXiv:2401.10774). A wrong head is placed where `alignment` sees it.
+    The heads must have the offsets 1, 2, 3, ..., each once. Heads before the main one, or all of
+    them, may repeat its offset (deep supervision). Over a frozen model the offsets may begin at 2
+    (Medusa, arXiv:2401.10774). A head of another offset is left for `alignment` to report.
 
     Returns:
         The residual below which logits rebuilt of a fused loss replace those found; 0: these fit.
@@ -38,9 +38,14 @@ def arrange(ctx: Context) -> float:
         number, model.count = 0, 1
         while number < model.count:
             model.head = head._replace(number=number)
-            with suppress(RuntimeError):  # as for a classifier of rows
+            try:
                 r = model.readout(ctx.full, True)
                 read.append((model.head, r, targets.offset_of(ctx.full, r, 8)))
+            except UnexaminableError:  # as for a classifier of rows
+                pass
+            except Exception as problem:
+                why = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                ctx.report.skipped["logits"] = why
             number += 1
     if not read:
         model.heads = []
@@ -126,7 +131,7 @@ def _examine(ctx: Context, head: Head, *probes: Probe) -> list[Finding]:
     own = replace(ctx, report=Report(), explained=set(), _readouts={}, _observed={})
     try:
         own.observe(ctx.work)
-    except RuntimeError:  # made in training only
+    except UnexaminableError:  # made in training only
         model.always_train = True
     for probe in probes:
         if model.always_train and probe is invariance.extension:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causal_preflight import locate
 from causal_preflight.batch import AuditBatch
 from causal_preflight.gradient_fit import EXACT, Readout, fit, fit_hidden, is_distribution
+from causal_preflight.locate import Head
 from causal_preflight.report import require
 from causal_preflight.sandbox import Sandbox
 
@@ -29,35 +29,6 @@ _SMALL_NOISE = 3e-3  # logits small enough that a cap or scale of them is a fact
 LossFn = Callable[[Any, Any], Tensor]
 Piece = tuple[Tensor, Tensor, int]
 """Slots (b, t); a tensor of logits; which of the heads that it stacks"""
-
-
-class Head(NamedTuple):
-    """The `number`-th logits for the same positions at `path` of a module's output.
-
-    They belong `ahead` columns later. `replaceable`: the loss is computed from that output. With a
-    `weight`, these are hidden states of which a fused loss makes the logits; `accepted` ones fit.
-    """
-
-    module: nn.Module
-    path: locate.KeyPath
-    layout: locate.Layout
-    number: int = 0
-    ahead: int = 0
-    replaceable: bool = True
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    accepted: bool = False
-
-    def to_btv(self, t: Tensor, i: int) -> Tensor:
-        """The i-th logits (b, t, V), or their gradients, of a tensor that the module puts out."""
-        wide = locate.to_btv(t, self.layout)
-        return wide[i] if wide.ndim == 4 else wide
-
-    def logits(self, out: Tensor) -> Tensor:
-        """The logits (..., V), in float32, of what the module puts out."""
-        if self.weight is not None:
-            out = F.linear(out.to(self.weight.dtype), self.weight, self.bias).detach()
-        return out.float()
 
 
 class Observation(NamedTuple):
@@ -82,6 +53,7 @@ class InstrumentedModel:
     sandbox: Sandbox
     seed: int
     rebuild: Callable[[dict[str, Any]], Any]
+    parted: bool = False
     forwards: int = 0
     input_module: nn.Module | None = None
     heads: list[Head] = field(default_factory=list)
@@ -94,14 +66,17 @@ class InstrumentedModel:
 
     def run(self, batch: AuditBatch, train: bool = False, hooks: Iterable[Any] = ()) -> Tensor:
         """The loss with its graph, always from the same state and seed; `hooks` are removed."""
-        raw = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.raw.items()}
-        at = batch.noised
-        noise = None if at is None else locate.EmbeddingNoise(batch, at, self.seed)
+        at, noise = batch.noised, None
         self.forwards += 1
         try:
+            raws = [
+                {k: v.clone() if isinstance(v, Tensor) else v for k, v in part.raw.items()}
+                for part in (batch.halves() if self.parted else [batch])
+            ]
+            noise = None if at is None else locate.EmbeddingNoise(batch, at, self.seed)
             self.sandbox.rewind(self.seed, train or self.always_train)
             with torch.enable_grad(), noise or nullcontext():
-                loss = (self.loss_fn or loss_of_model)(self.module, self.rebuild(raw))
+                loss = (self.loss_fn or loss_of_model)(self.module, *map(self.rebuild, raws))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -112,22 +87,30 @@ class InstrumentedModel:
         return loss
 
     def grads(self, loss: Tensor, tensors: list[Any]) -> list[Tensor | None]:
-        """Gradients by `backward`, as checkpointing needs, unless the loss has called it itself."""
-        if loss.requires_grad:
+        """Gradients by `backward`, as checkpointing needs; leaves of `loss_fn` keep their own."""
+        own = set(map(id, [*self.sandbox.params, *tensors]))
+        leaves = [node.variable for node, _ in locate.graph(loss) if hasattr(node, "variable")]
+        kept = [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in own]
+        for leaf, _ in kept:
+            leaf.grad = None
+        if loss.requires_grad:  # else the loss has called it itself
             loss.backward()
         grads = [t.grad for t in tensors]
-        for p in self.sandbox.params:
-            p.grad = None
+        for leaf, grad in [*kept, *((p, None) for p in self.sandbox.params)]:
+            leaf.grad = grad
         return grads
 
-    def discover(self, batch: AuditBatch) -> None:
-        """Find input module and heads, one for each module; without logits there are none."""
+    def discover(self, batch: AuditBatch, top: int) -> None:
+        """Find input module and heads; `top` is the largest id that embeddings must hold."""
         found: dict[tuple[int, locate.Layout], tuple[Head, Tensor]] = {}
         used, slots, last = set[int](), list[Tensor](), None  # of the current call
         vocab = 1 + int(max(batch.ids.max(), 0 if batch.labels is None else batch.labels.max()))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if (hit := locate.slots_of_call((args, kwargs), batch, used)) is not None:
+                rows = module.num_embeddings if isinstance(module, nn.Embedding) else top + 1
+                if top >= rows and args and int(args[0].max()) == int(batch.ids.max()):
+                    raise IndexError(f"id {top} is looked up in an embedding of {rows} rows")
                 slots[:] = [hit]
                 self.input_module = module if self.input_module is None else self.input_module
 
@@ -163,7 +146,8 @@ class InstrumentedModel:
             blank = not bool(torch.isfinite(g).all()) or not bool((g != 0).any())
             residual = _NO_GRADIENT if blank else max(1e-5, fit(z[None], g[None])[2])
             # Of tensors that are made of one another, one is taken; others are further heads.
-            rivals = [n for n, hit in best.items() if blank or locate.made_of(t, hit[2])]
+            past = locate.graph(t) if best else set()
+            rivals = [n for n, (*_, s) in best.items() if blank or (s.grad_fn, s.output_nr) in past]
             least = min((best[n][0] for n in rivals), default=2 * _NO_LOGITS)
             # Soft targets: the gradient of each softmax sums to 0, whatever its target.
             soft = (
@@ -186,7 +170,7 @@ class InstrumentedModel:
         for slots, t in pieces:
             keep = slots >= 0
             made[slots[keep]] = True
-            logits[slots[keep]] = t[keep]
+            logits[slots[keep]] = t.to(logits.device)[keep]
         shape = batch.ids.shape
         return Observation(float(loss.detach()), logits.view(*shape, -1), made.view(shape))
 
@@ -211,7 +195,7 @@ class InstrumentedModel:
                 noise = noise.softmax(-1) if is_distribution(wide) else noise
                 z = torch.where(torch.isneginf(wide), wide, noise)
                 back = sorted(range(len(head.layout)), key=head.layout.__getitem__)
-                t = (z.permute(back) if back else z[0]).clone().requires_grad_()
+                t = (z.permute(back) if back else z[0]).contiguous().requires_grad_()
             elif t.requires_grad:
                 t.retain_grad()
             return t
@@ -222,8 +206,11 @@ class InstrumentedModel:
             self.head = head._replace(replaceable=False)
             return self.gradients(batch, train)
         pairs = [(*piece, g) for piece, g in zip(placed, grads, strict=True) if g is not None]
-        wide = [(slots, head.to_btv(z.detach(), i), head.to_btv(g, i)) for slots, z, i, g in pairs]
-        return float(loss.detach()), wide
+
+        def wide(t: Tensor, i: int) -> Tensor:
+            return head.to_btv(t.detach(), i).to(batch.ids.device)
+
+        return float(loss.detach()), [(slots, wide(z, i), wide(g, i)) for slots, z, i, g in pairs]
 
     def readout(self, batch: AuditBatch, train: bool = False, noise_size: float = 1.0) -> Readout:
         """Run the loss and read targets and weights off d loss / d logits.
@@ -246,9 +233,9 @@ class InstrumentedModel:
             residual = max(residual, rest)
         if weight is not None:
             residual = 0.0 if head.accepted else residual
-            nll = head.logits(torch.zeros_like(weight[:1])).log_softmax(-1)[0, target] * -values[0]
-            total, mean = float(values[0].sum()), float(nll.sum())
-            # A mean, of logits scaled on their way or of smoothed labels: its weights are 1.
+            log_p = head.logits(torch.zeros_like(weight[:1])).log_softmax(-1)[0].to(values)
+            total, mean = float(values[0].sum()), -float(log_p[target] @ values[0])
+            # Scaled logits or smoothed labels change the weights; those of a mean add up to 1.
             if mean and abs(loss / mean * total - 1) < 0.02 and abs(total - 1) > 1e-3:
                 values /= total
         values = values.view(4, *ids.shape)
@@ -282,7 +269,8 @@ class InstrumentedModel:
                 return None
             slots, made = calls[-1]
             made.append((new := edit(t), locate.first_column(t, slots.shape[1])))
-            return None if new is t else locate.set_path(output, head.path, new)
+            # A copy: a loss may edit its logits in place, which is forbidden for leaves.
+            return None if new is t else locate.set_path(output, head.path, new.clone())
 
         hooks = [self.input_module.register_forward_pre_hook(before, with_kwargs=True)]
         loss = self.run(batch, train, [*hooks, head.module.register_forward_hook(after)])
@@ -302,8 +290,7 @@ class InstrumentedModel:
             for slots, (t, _, i) in zip(where, mine, strict=True):
                 inside = (slots >= 0) & (slots % width < width - head.ahead)
                 placed.append((torch.where(inside, slots + head.ahead, -1), t, i))
-        if not placed:
-            raise RuntimeError("the logits were not seen in this run")
+        require(placed, "the logits were not seen in this run")
         return loss, placed
 
 

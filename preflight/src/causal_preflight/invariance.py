@@ -1,6 +1,7 @@
 """Probes of PAD and positions: neither PAD nor its row and slot change the logits of a token."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import like_ids, span
+from causal_preflight.batch import AuditBatch, like_ids, span
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
 from causal_preflight.locate import get_path, iter_tensors
 from causal_preflight.report import Finding, UnexaminableError, require
@@ -24,33 +25,44 @@ def finite(ctx: Context) -> Iterator[Finding]:
     model, batch = ctx.model, ctx.work
     sound = all(bool(torch.isfinite(p).all()) for p in model.sandbox.params)
     require(sound, "the parameters themselves are not finite")
-    nan = torch.isnan(ctx.base.logits).any(-1) & ctx.base.made
-    broken = nan & batch.real
-    losses = float(model.run(ctx.full, True).detach()), ctx.base.loss
-    bad_loss = not all(abs(loss) < float("inf") for loss in losses)
-    if not bad_loss and not bool(broken.any()):
+
+    def look(batch: AuditBatch, *losses: float) -> str:
+        o = ctx.observe(batch)
+        if not all(map(math.isfinite, (o.loss, *losses))):
+            return "the loss"
+        if bool((torch.isnan(o.logits).any(-1) & o.made & batch.real).any()):
+            return "the logits of a real token"
         grads = model.grads(model.run(batch, True), model.sandbox.params)
-        if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
-            return
-    ctx.explained.add("finite")
-    if bad_loss and not bool(nan.any()):  # 0/0
-        require(ctx.full.has_target.any(), "no position of the batch has a next token")
-        seen = "the loss is NaN though every logit is finite: a mean over no targets"
-        yield ctx.finding("reduction", seen, "clamp", Move(float("nan")))
+        return "" if all(g is None or bool(torch.isfinite(g).all()) for g in grads) else "gradients"
+
+    loss = float(model.run(ctx.full, True).detach())
+    if not (what := look(batch, loss)):
         return
-    move = Move(float("nan"), int(batch.slot.flatten()[broken.long().argmax()]))
-    what = "the loss" if bad_loss else "the logits of a real token" if broken.any() else "gradients"
-    bare = batch.unpadded(int(batch.real.sum(1).argmax()))
+    ctx.explained.add("finite")
+    o = model.observe(ctx.full)
+    nan = torch.isnan(o.logits).any(-1) & o.made
+    if what == "the loss" and not bool(nan.any()):
+        require(ctx.full.has_target.any(), "no position of the batch has a next token")
+        # Noise in place of the logits gives a finite loss unless it divides by 0.
+        empty = any(math.isnan(model.readout(ctx.full, train).loss) for train in (True, False))
+        why = "a mean over no targets" if empty else "log(0) or an overflow"
+        loss = ctx.base.loss if math.isfinite(loss) else loss
+        seen = f"the loss is {loss} though no logit is NaN: {why}"
+        remedy = "clamp" if empty else "overflow"
+        yield ctx.finding("reduction", seen, remedy, Move(float("nan")))
+        return
+    broken = (nan & ctx.full.real).flatten()
+    move = Move(float("nan"), int(broken.long().argmax()) if bool(broken.any()) else -1)
+    bare = batch.unpadded()
     tried = [("finite once the PAD is removed", "no key", bare)] if batch.has_pad else []
     if (mask := like_ids(bare.raw, "attention_mask")) is not None:
         inverted = bare.with_tensor("attention_mask", (mask == 0).to(mask))
         tried.append(("finite once attention_mask is inverted", "pad keys", inverted))
     for text, remedy, other in tried:
-        o = model.observe(other)
-        if o.loss == o.loss and not bool(torch.isnan(o.logits[o.made]).any()):
-            yield ctx.finding("pad", f"{what}: NaN as the batch stands, {text}", remedy, move)
+        if not look(other):
+            yield ctx.finding("pad", f"{what}: not finite in this batch, {text}", remedy, move)
             return
-    seen = f"{what}: NaN without any PAD; a query has no key left, as if the mask were inverted"
+    seen = f"{what}: not finite without any PAD; a query may have no key, as by an inverted mask"
     yield ctx.finding("causal", seen, "mask future", move)
 
 
@@ -95,7 +107,7 @@ def extension(ctx: Context) -> Iterator[Finding]:
         before, after = r.weight[r.trained], s.weight[longer.slot >= 0][r.trained.flatten()]
         if not len(before):
             continue
-        if bool((after == 0).any()):  # of a model that makes the logits of the last columns alone?
+        if bool((after == 0).any()):  # a model may make the logits of the last columns alone
             made = ctx.model.observe(longer).made[longer.slot >= 0][r.trained.flatten()]
             require(made.all(), "with PAD added, the loss is that of other positions")
         examined, change = True, (after / before - 1).abs()
@@ -175,7 +187,7 @@ def packed(ctx: Context) -> Iterator[Finding]:
     """A later document of a packed row gives the same logits as by itself; three are tried."""
     _require_clean(ctx)
     work, own = ctx.work, {"doc": ctx.work.doc, **ctx.work.raw}
-    first = [span(row)[0] for row in work.real]
+    first = work.real.long().argmax(1).tolist()
     later = [(b, d) for b, row in enumerate(work.doc) for d in row.unique().tolist()[-2:]]
     later = [(b, d) for b, d in later if d > int(work.doc[b, first[b]])]
     require(later, "one document a row (no document_ids)")
@@ -207,8 +219,9 @@ def decoding(ctx: Context) -> Iterator[Finding]:
     caches = [n for n in names if n.startswith("past") or (n != "use_cache" and "cache" in n)]
     require(caches, "the model's forward takes no cache")
     cache = "past_key_values" if "past_key_values" in caches else caches[0]
-    logits, row = partial(_logits, model, names, cache), ctx.work.unpadded(0).cols(0, 12)
+    logits, row = partial(_logits, model, names, cache), ctx.work.unpadded().rows([0]).cols(0, 12)
     width = row.ids.shape[1]
+    require(width > 1, "needs rows of two tokens")
     steps = [0, *range(width // 2, width + 1)]  # the first half in one pass
     ctx.model.sandbox.rewind(ctx.seed, False)
     with torch.no_grad():

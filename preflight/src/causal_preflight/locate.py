@@ -5,13 +5,15 @@ A slot is a place in the flattened batch, row * T + column; -1 stands for none.
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from causal_preflight.batch import IGNORE, AuditBatch
+from causal_preflight.report import require
 
 KeyPath = tuple[Any, ...]
 Layout = tuple[int, ...]
@@ -20,6 +22,35 @@ _TB = (1, 0, 2)  # (t, b, V), which is not told from (b, t, V) where b is t
 _ORDERS = {3: ((0, 1, 2), (0, 2, 1), _TB), 4: ((2, 0, 1, 3), (0, 1, 2, 3), (1, 0, 2, 3))}
 _NODES = 30  # of the graph that makes the logits, from its end
 _CLOSE = 0.6  # fraction of equal ids from which a shifted or altered copy counts as the batch
+
+
+class Head(NamedTuple):
+    """Where logits are made: at `path` of a module's output, the `number`-th for each position.
+
+    They belong `ahead` columns later. `replaceable`: the loss is computed from that output. With a
+    `weight`, these are hidden states of which a fused loss makes the logits; `accepted` ones fit.
+    """
+
+    module: nn.Module
+    path: KeyPath
+    layout: Layout
+    number: int = 0
+    ahead: int = 0
+    replaceable: bool = True
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    accepted: bool = False
+
+    def to_btv(self, t: Tensor, i: int) -> Tensor:
+        """The i-th logits (b, t, V), or their gradients, of a tensor that the module puts out."""
+        wide = to_btv(t, self.layout)
+        return wide[i] if wide.ndim == 4 else wide
+
+    def logits(self, out: Tensor) -> Tensor:
+        """The logits (..., V), in float32, of what the module puts out."""
+        if self.weight is not None:
+            out = F.linear(out.to(self.weight.dtype), self.weight, self.bias).detach()
+        return out.float()
 
 
 def iter_tensors(value: Any, depth: int, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tensor]]:
@@ -73,14 +104,14 @@ def to_btv(t: Tensor, layout: Layout) -> Tensor:
     return t.permute(layout) if layout else t[None]
 
 
-def made_of(t: Tensor, source: Tensor) -> bool:
-    """Whether a tensor was computed from another one, by its graph."""
+def graph(t: Tensor) -> set[Any]:
+    """The nodes that a tensor was computed by, each with the number of an output of it."""
     edges, seen = [(t.grad_fn, t.output_nr)], set[Any]()
     while edges:
         if (edge := edges.pop()) not in seen and edge[0] is not None:
             seen.add(edge)
             edges += edge[0].next_functions
-    return (source.grad_fn, source.output_nr) in seen
+    return seen
 
 
 def slots_of_call(arguments: Any, batch: AuditBatch, used: set[int]) -> Tensor | None:
@@ -173,7 +204,7 @@ def place(
 
     Pieces, as of a head applied chunk by chunk, follow each other. Fewer logits than ids begin at
     column `first`, more are the last. Flat ones (1, n, V) are all slots, all but the last column,
-    or only those that are real or have a target. RuntimeError if none of these fits.
+    or only those that are real or have a target. UnexaminableError if none of these fits.
     """
     b, widths = len(slots), [s[1] for s in shapes]
     flat, total = b > 1 and all(s[0] == 1 for s in shapes), sum(widths)
@@ -186,8 +217,7 @@ def place(
         slots = next((o[None] for o in options if len(o) == total), slots[:, :0])
     elif total > slots.shape[1] > 0:
         slots = torch.cat([slots.new_full((b, total - slots.shape[1]), -1), slots], 1)
-    if slots.shape[1] < total:
-        raise RuntimeError("the positions of the logits are unknown")
+    require(slots.shape[1] >= total, "the positions of the logits are unknown")
     return list(slots[:, :total].split(widths, 1))
 
 
@@ -206,7 +236,7 @@ class EmbeddingNoise(TorchFunctionMode):
         for _, t in iter_tensors((args[1:] if name == "__getitem__" else args, kwargs), 3):
             slots = locate(t, self.batch, set())
             if slots is not None and out.is_floating_point() and out.shape[:-1] == t.shape:
-                hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape)
+                hit = (self.where.flatten()[slots] & (slots >= 0)).reshape(t.shape).to(out.device)
                 self.hits += int(hit.sum())
                 gen = torch.Generator().manual_seed(self.seed)
                 noise = torch.randn(out.shape, generator=gen).to(out) * hit[..., None]

@@ -49,14 +49,14 @@ STEP_CHECKS = {
 
 @dataclass(eq=False)
 class WatchedOptimizer:
-    """What is seen of one optimizer; `rates` has one entry a step, `norms` one an unscaling."""
+    """What is seen of one optimizer; `norms`: Euclidean norm, maximum and sum at an unscaling."""
 
     optimizer: torch.optim.Optimizer
     params: list[Tensor]
     rates: list[float] = field(default_factory=list)
-    norms: list[tuple[float, float]] = field(default_factory=list)
-    left_over: bool | None = False  # gradients of before the last step; None: no backward since
-    carried: int = 0  # steps that used such gradients
+    norms: list[tuple[float, float, float]] = field(default_factory=list)
+    left_over: bool | None = False  # whether old gradients remain; None: no backward since a step
+    carried: int = 0  # steps that used old gradients
 
 
 class FirstSteps:
@@ -77,10 +77,11 @@ class FirstSteps:
         self.names = {id(p): name for name, p in module.named_parameters()}
         held = {id(p): p for w in self.watched for p in w.params}
         trained = {id(p): p for p in module.parameters() if p.requires_grad}
-        # Those of the optimizers that got no gradient so far; what trains in none, and its values.
+        # Parameters of the optimizers without a gradient so far; parameters of none, with values.
         self.without = {i: p for i, p in held.items() if i in trained or i not in self.names}
         self.outside = {i: (p, sample(p)) for i, p in trained.items() if i not in held}
         self.missed, self.ran, self.dtypes = set[int](), set[int](), set[torch.dtype]()
+        self.idle: dict[int, Tensor] = {}  # values of what got no gradient in these steps
         self.backwards, self.weights = 0, list[Tensor]()  # token weights of the next step
         self.weight_sums: list[tuple[int, float]] = []  # micro-batches of a step, weight of one
         self.mixed = "mixed" in str(trainer.precision)
@@ -91,23 +92,22 @@ class FirstSteps:
         for scaler in self.scalers:
             vars(scaler)["unscale_"] = partial(self._unscale, scaler.unscale_)
             self.hooks.callback(vars(scaler).pop, "unscale_")
+        # A hook would compile a compiled model again.
+        kinds = ((type(m).__name__, m._compiled_call_impl) for m in module.modules())
+        if not any(name == "OptimizedModule" or call is not None for name, call in kinds):
+            self.hooks.callback(register_module_forward_hook(self._called).remove)
 
     @property
     def steps(self) -> list[int]:
         """Steps of each optimizer."""
         return [len(w.rates) for w in self.watched] or [0]
 
-    def record_calls(self) -> None:
-        """From now on, record which modules run; a hook would compile a compiled model again."""
-        kinds = ((type(m).__name__, m._compiled_call_impl) for m in self.module.modules())
-        if not any(name == "OptimizedModule" or call is not None for name, call in kinds):
-            self.hooks.callback(register_module_forward_hook(self._called).remove)
-
     def _called(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.ran.add(id(module))
-        self.mixed |= any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")))
-        if isinstance(module, nn.Linear | nn.MultiheadAttention):
-            self.dtypes.add((output[0] if isinstance(output, tuple) else output).dtype)
+        if self.module._current_fx_name == "training_step":  # else a callback, or validation
+            self.ran.add(id(module))
+            self.mixed |= any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")))
+            if isinstance(module, nn.Linear | nn.MultiheadAttention):
+                self.dtypes.add((output[0] if isinstance(output, tuple) else output).dtype)
 
     def before_backward(self, loss: Tensor) -> None:
         """Look for gradients of an earlier step, and ask for the token weights of this loss."""
@@ -129,8 +129,9 @@ class FirstSteps:
         for w in self.watched:
             if w.optimizer in (optimizer, getattr(optimizer, "optimizer", None)):
                 grads = [p.grad for p in w.params if p.grad is not None]
-                norms = get_total_norm(grads).item(), get_total_norm(grads, math.inf).item()
-                w.norms += [norms] if math.isfinite(norms[0]) else []
+                norms = (get_total_norm(grads).item(), get_total_norm(grads, math.inf).item())
+                total = sum(g.sum(dtype=torch.float32).item() for g in grads)
+                w.norms += [(*norms, total)] if math.isfinite(norms[0]) else []
         unscale(optimizer)
 
     def _stepped(self, w: WatchedOptimizer, *_: Any) -> None:
@@ -158,15 +159,17 @@ class FirstSteps:
         lost = [self.names[i] for i in self.missed if torch.equal(*map(sample, self.outside[i]))]
         return f"{some(lost)} train, but are in no optimizer" if len(lost) > self._stale() else ""
 
-    def gradients(self) -> str:
-        """A module that was not called is no fault if one like it got gradients, as experts do."""
+    def gradients(self, final: bool = False) -> str:
+        """A module that was not called is judged only if `final`, and if none like it got any."""
+        self.idle = self.idle or {i: sample(p) for i, p in self.without.items()}
+        still = {i: p for i, p in self.without.items() if torch.equal(sample(p), self.idle[i])}
         kinds = {i: re.sub(r"\d+", "#", name) for i, name in self.names.items()}  # of equal layers
-        live = {kind for i, kind in kinds.items() if i not in self.without}
+        live = {kind for i, kind in kinds.items() if i not in still}
         called = [m for m in self.module.modules() if id(m) in self.ran]
         ran = {id(p) for m in called for p in m.parameters(recurse=False)}
-        dead = [i for i in map(id, self.module.parameters()) if i in self.without]
-        names = [self.names[i] for i in dead if i in ran or kinds[i] not in live]
-        require(names or not dead, f"not called: {some([self.names[i] for i in dead])}")
+        dead = [i for i in map(id, self.module.parameters()) if i in still]
+        names = [self.names[i] for i in dead if i in ran or (final and kinds[i] not in live)]
+        require(names or not dead, f"not called so far: {some([self.names[i] for i in dead])}")
         return f"{some(names)} got no gradient" if names else ""
 
     def zeroing(self) -> str:
@@ -177,8 +180,11 @@ class FirstSteps:
     def clipping(self) -> str:
         norms = [w.norms for w in self.watched if len(w.norms) >= STEPS]
         require(norms, f"no GradScaler has unscaled gradients {STEPS} times")
-        same = any(max(x) < 1.001 * min(x) for n in norms for x in zip(*n, strict=True))
-        return "gradients have one norm at each unscale_: clipped before" if same else ""
+        for low, high in (torch.tensor(n).aminmax(dim=0) for n in norms):
+            require(high[2] - low[2] > 0.01 * high[0], "the gradients hardly change")
+            if bool((high < 1.001 * low)[:2].any()):
+                return "gradients have one norm at each unscale_: clipped before"
+        return ""
 
     def division(self) -> str:
         """Each micro-batch's token weights make 1/n, or 1/n squared if divided twice."""
@@ -214,9 +220,10 @@ class FirstSteps:
             if not self.module.automatic_optimization:
                 by_epoch = scheduler.last_epoch == position
             if by_epoch and type(scheduler).__name__ not in BY_EPOCH:
+                epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
                 require(0 < steps < math.inf, "the length of the run is unknown")
-                batches = steps * trainer.accumulate_grad_batches
-                epochs = max(1, math.ceil(batches / trainer.num_training_batches))
+                require(epoch < math.inf, "the length of an epoch is unknown")
+                epochs = max(1, math.ceil(steps / epoch))
                 if seen := meant_for_steps(scheduler, epochs, steps, trainer, self.module):
                     return f"the rate {seen} epochs, in a run of {epochs}"
         return ""

@@ -3,18 +3,19 @@
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from causal_preflight import loop_checks
 from causal_preflight.lightning import PreflightError, _announce, sharded
 from causal_preflight.loop_checks import REMEDIES, STEPS, FirstSteps, sample, some
 from causal_preflight.report import Finding, Report
 
-_PATIENCE = 200  # batches, times accumulate_grad_batches, until three steps must have been seen
+_PATIENCE = 200  # batches, times accumulate_grad_batches, until steps and calls must be seen
 _LOG_GAP = 2e-4  # nats by which the log of a perplexity may exceed its loss
 
 
@@ -101,12 +102,10 @@ class LoopProbe(L.Callback):
         if self.modes_due:
             names = loop_checks.in_eval_mode(module)
             self._settle("train mode", names, f"{some(names)} trained in eval mode")
-        if self.watching and self.first:
-            if self.batches == 1:  # now: earlier, other callbacks may call the model
-                self.first.record_calls()
-            if self._all_ranks_ready(module, "after a step"):
-                self._conclude(trainer)
-        elif self.modes_due:
+        if self.watching and self.first and self._all_ranks_ready(module, "after a step"):
+            self._conclude()
+            self._tell(trainer)
+        elif self.modes_due and not self.watching:
             self.modes_due = False
             self._tell(trainer)
 
@@ -124,7 +123,7 @@ class LoopProbe(L.Callback):
         self._settle("ranks", differ.any(), f"{differ.float().mean():.0%} of weights differ {when}")
         return bool(rows[:, -1].all())
 
-    def _conclude(self, trainer: Any) -> None:
+    def _conclude(self) -> None:
         """Decide what the watched steps show."""
         self.watching = self.modes_due = False
         if first := self.first:
@@ -137,7 +136,6 @@ class LoopProbe(L.Callback):
             decaying = (p for g in groups if g.get("weight_decay") for p in g["params"])
             if names := [first.names.get(id(p), "?") for p in decaying if p.ndim < 2]:
                 self.report.remarks.append(f"weight decay acts on norms or biases: {some(names)}")
-        self._tell(trainer)
 
     def on_validation_batch_start(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         """Watch whether the module, or a part of it, draws random numbers."""
@@ -157,29 +155,35 @@ class LoopProbe(L.Callback):
         self.calls.close()
         pairs = [pair for x in self.states for pair in zip(x[::2], x[1::2], strict=False)]
         if pairs:
-            names = [n for n, m in module.named_modules() if m.training and getattr(m, "p", 0)]
+            drop = nn.modules.dropout._DropoutNd
+            names = [n for n, m in module.named_modules() if m.training and isinstance(m, drop)]
             seen = f"random numbers are drawn; in train mode: {some(names) or 'no module'}"
             self._settle("validation mode", any(not torch.equal(*pair) for pair in pairs), seen)
 
     def on_validation_end(self, trainer: Any, module: L.LightningModule) -> None:
         if self.active and not trainer.sanity_checking:
-            self._settle_perplexity(trainer, sum(trainer.num_val_batches))
+            final = self.batches >= _PATIENCE * trainer.accumulate_grad_batches
+            self._settle_late(trainer, sum(trainer.num_val_batches), final)
             self.modes_due = True
             if not self.watching:
                 self._tell(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.active:
-            self._settle_perplexity(trainer, trainer.num_training_batches)
-            (self._conclude if self.watching else self._tell)(trainer)
+            if self.watching:
+                self._conclude()
+            self._settle_late(trainer, trainer.num_training_batches, final=True)
+            self._tell(trainer)
 
-    def _settle_perplexity(self, trainer: Any, batches: float) -> None:
-        """Compare what is a mean over the batches of an epoch, or logged at its end."""
+    def _settle_late(self, trainer: Any, batches: float, final: bool) -> None:
+        """Compare what one hook logs over `batches`; if `final`, judge what nothing has called."""
+        if final and self.first and self.first.idle:
+            self._examine("gradients", partial(self.first.gradients, final=True))
         results = [r for r in trainer._results.values() if r.meta.on_epoch and r.is_tensor]
-        own = {r.meta.name + "_epoch" * r.meta.on_step for r in results}
+        own = {r.meta.name + "_epoch" * r.meta.on_step: r.meta.fx for r in results}
         logged = {name: value for name, value in trainer.callback_metrics.items() if name in own}
         for name, loss, gap in loop_checks.perplexities(logged):
-            if gap > _LOG_GAP or batches > 1:
+            if own[name] == own[loss] and (gap > _LOG_GAP or batches > 1):
                 seen = f"{name} is {math.exp(gap):.5g} times the exponential of {loss}"
                 self._settle("perplexity", gap > _LOG_GAP, seen)
 

@@ -32,9 +32,10 @@ def named_tensors(
     if isinstance(batch, Tensor):
         return {"input_ids": batch}, lambda raw: raw["input_ids"]
     if type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor):
-        second = getattr(batch[-1] if len(batch) == 1 else batch[1], "shape", None)
-        labels = "labels" if second == batch[0].shape else "1"
-        keys = ["input_ids", labels, *map(str, range(2, len(batch)))][: len(batch)]
+        keys = ["input_ids", *map(str, range(1, len(batch)))]
+        if len(batch) > 1 and getattr(batch[1], "shape", None) == batch[0].shape:
+            is_mask = not batch[0].le(1).all() and batch[1].unique().tolist() == [0, 1]
+            keys[1] = "attention_mask" if is_mask else "labels"
         return dict(zip(keys, batch, strict=True)), lambda raw: type(batch)(raw[k] for k in keys)
     make: Callable[..., Any] = type(batch)
     if isinstance(batch, Mapping):
@@ -49,10 +50,10 @@ def named_tensors(
     if input_key not in fields:
         has = ", ".join(map(str, fields)) or "nothing"
         raise ValueError(f"batch needs `{input_key}`, but has {has}: pass input_key=, labels_key=")
-    own = {"input_ids": input_key, "labels": labels_key}
-    ours = {theirs: name for name, theirs in own.items()}
-    raw = {ours.get(k, k): v for k, v in fields.items()}
-    return raw, lambda raw: make(**{own.get(k, k): v for k, v in raw.items()})
+    swap = {"input_ids": input_key, "labels": labels_key}  # both ways: a batch may have both names
+    swap |= {input_key: "input_ids", labels_key: "labels"}
+    raw = {swap.get(k, k): v for k, v in fields.items()}
+    return raw, lambda raw: make(**{swap.get(k, k): v for k, v in raw.items()})
 
 
 def _mapping(kind: Callable[..., Any], /, **fields: Any) -> Any:
@@ -77,8 +78,8 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
     if int(ids.min()) < 0:
         raise ValueError("`input_ids` holds negative ids: -100 belongs in `labels`, not here")
     for key in ("labels", "document_ids"):
-        if isinstance(raw.get(key), Tensor) and raw[key].shape != ids.shape:
-            raise ValueError(f"`{key}` must have the shape of `input_ids` {tuple(ids.shape)}")
+        if raw.get(key) is not None and like_ids(raw, key) is None:
+            raise ValueError(f"`{key}` must be a tensor of the shape {tuple(ids.shape)} of the ids")
     raw = {k: v.detach() if isinstance(v, Tensor) else v for k, v in raw.items()}
     real, pad_id = _real(raw, pad_id, eos_id)
     slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
@@ -92,16 +93,16 @@ def parse_batch(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> 
 def _real(raw: dict[str, Any], pad_id: int | None, eos_id: int | None) -> tuple[Tensor, int | None]:
     """(B, T) bool, and the id at PAD slots where it can be told."""
     ids, mask, docs = raw["input_ids"], like_ids(raw, "attention_mask"), raw.get("document_ids")
-    real = torch.ones_like(ids).bool()
-    if mask is not None:
-        real &= mask != 0
+    real = torch.ones_like(ids).bool() if mask is None else mask != 0
     if isinstance(docs, Tensor):
         real &= docs >= 0
     elif mask is None:
         pad_id = _pad_by_labels(raw) if pad_id is None else pad_id
         run = _edge_runs(ids == (-1 if pad_id is None else pad_id))
-        if pad_id == eos_id:  # the first of the closing run is the EOS of the document, and real
-            run[:, 1:] &= run[:, :-1].clone() | ~run[:, 1:]
+        if pad_id == eos_id and ids.shape[1] > 1:
+            if not bool((run[:, :2].all(1) & ~run.all(1)).any()):  # no PAD on the left
+                run[:, 0] &= run[:, 1]  # it is a BOS of the same id
+            run[:, 1:] &= run[:, :-1].clone()  # the first that closes a document is its EOS
         real = ~run
     if pad_id is None and not bool(real.all()):
         pad_id = int(ids[~real].mode().values)
@@ -140,7 +141,7 @@ def _documents(raw: dict[str, Any], real: Tensor) -> Tensor:
     if (stated := documents_of(raw, real)) is not None:
         return stated
     doc = torch.zeros_like(real, dtype=torch.long)
-    if position is not None:
+    if position is not None and bool(real.any()):
         pair = real[:, 1:] & real[:, :-1]
         on = position[:, 1:] == position[:, :-1] + 1
         restart = pair & ~on & (position[:, 1:] == position[real].min())

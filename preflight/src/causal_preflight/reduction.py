@@ -27,9 +27,8 @@ def _weighting(ctx: Context) -> str | None:
     r, rows = ctx.readout(True), len(ctx.full.ids)
     w, y = r.weight[r.trained], r.target[r.trained]
     for name, v in ctx.full.raw.items():
-        if not (isinstance(v, Tensor) and v.is_floating_point() and v.ndim in (1, 2)):
-            continue
-        if len(v) != rows or bool(((v == 0) | (v == 1)).all()):  # a mask
+        numbers = isinstance(v, Tensor) and v.is_floating_point() and v.ndim in (1, 2)
+        if not numbers or len(v) != rows or bool(((v == 0) | (v == 1)).all()):  # a mask
             continue
         ones = ctx.model.readout(ctx.full.with_tensor(name, torch.ones_like(v)), True)
         if not _near(ones.weight[r.trained], w, 1e-3):
@@ -110,11 +109,11 @@ def _constant(ctx: Context, r: Readout, tol: float) -> Iterator[Finding]:
         """How many documents of all rows hold a counted token."""
         return torch.stack([on.nonzero()[:, 0], doc[on]]).unique(dim=1).shape[1]
 
-    share = w.mean() * documents(batch.doc, r.trained)  # of a document, with a fixed length
-    same_share = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), share, tol)
+    fraction = w.mean() * documents(batch.doc, r.trained)  # constant with a fixed length
+    same_fraction = _near(cut_w.mean() * documents(cut.doc, cut_r.trained), fraction, tol)
     slots = any(_near(w.mean() * k, 1, tol) for k in (batch.ids.numel(), batch.ids[:, 1:].numel()))
     several = r.scaled or len(ctx.model.heads) > 1  # then the factor of a mean is not known
-    is_sum = _near(cut_w.mean(), w.mean(), tol) or (same_share and not slots)  # with a factor
+    is_sum = _near(cut_w.mean(), w.mean(), tol) or (same_fraction and not slots)  # with a factor
     if is_sum or (several and _near(cut_w.sum(), w.sum(), tol)):
         return
     others = "something other than the counted targets, or twice"

@@ -18,6 +18,7 @@ REMEDIES = {
     "eos": "end each document in EOS and count it; tell PAD by mask or length, not by a shared id",
     "divide": "sum the token losses and divide once, by the targets of all micro-batches and ranks",
     "clamp": "clamp each count that divides to at least 1, or skip rows without targets",
+    "overflow": "take log_softmax, not log(softmax), and keep each term of the loss in range",
     "mask future": "mask keys j > i before the softmax (sdpa: True = may attend; nn.Transformer: "
     "True = masked out); no norm, pooling or convolution may use later positions",
     "rows": "no layer may mix rows: check batch_first, BatchNorm, and views that merge axes",
@@ -31,8 +32,6 @@ REMEDIES = {
     "axis": "index positions along time, not along the batch (check batch_first)",
     "cache": "offset positions and masks by the length of what is cached already",
 }
-
-
 PLAIN_WORDS = {  # probe -> what it checks
     "finite": "finite numbers", "alignment": "next-token targets",
     "soft": "next-token targets", "dropped": "next-token targets",

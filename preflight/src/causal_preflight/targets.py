@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from causal_preflight.batch import IGNORE, AuditBatch, like_ids, one_a_row, shift_left
+from causal_preflight.batch import IGNORE, AuditBatch, like_ids, one_a_row, shift
 from causal_preflight.context import Context, Move
 from causal_preflight.gradient_fit import Readout
 from causal_preflight.report import Finding, require
@@ -61,9 +61,9 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> Iterator[Finding]:
     if k != 1:
         yield from _shifted(ctx, r, k, mode)
         return
-    label, is_next = batch.label_of_next, r.target == shift_left(batch.ids, -1)
+    label, is_next = batch.label_of_next, r.target == shift(batch.ids, 1, -1)
     eos = _closing_eos(batch, r)
-    pair = batch.has_target | shift_left(batch.opening_eos, False)
+    pair = batch.has_target | shift(batch.opening_eos, 1, False)
     expected = pair & (is_next | (r.target == label)) | eos
     if batch.labels is not None and batch.labels_shifted:
         # The label beyond the row is expected, except from a `roll` or from flattened rows.
@@ -71,14 +71,14 @@ def _alignment(ctx: Context, r: Readout, mode: str) -> Iterator[Finding]:
         rolled = torch.equal(last, first) or torch.equal(last, first.roll(-1))
         expected[:, -1] |= (r.target[:, -1] == last) & (not rolled)
     # A target is PAD at PAD itself, at the last real token before PAD, or in the last column.
-    pad = ~batch.real | (~shift_left(batch.real, True) & is_next)
+    pad = ~batch.real | (~shift(batch.real, 1, True) & is_next)
     pad[:, -1] = batch.has_pad & (r.target[:, -1] == (batch.pad_id or 0))
     pad &= on & ~eos
     ignored = on & batch.has_target & (label == IGNORE)
     mask = like_ids(batch.raw, "loss_mask")
     if mask is not None and mask.dtype == torch.bool:
         # Of tokens as targets, or of positions: flagged is what neither reading counts.
-        ignored |= on & batch.has_target & ~(mask | shift_left(mask, False))
+        ignored |= on & batch.has_target & ~(mask | shift(mask, 1, False))
     wrong = on & ~pad & ~expected
     if bool(wrong.any()):
         yield _first(ctx, r, wrong, "shift", mode + "{} is trained on")
@@ -93,7 +93,7 @@ def _closing_eos(batch: AuditBatch, r: Readout) -> Tensor:
     """(B, T): where PAD and EOS share an id, positions whose target is the PAD that is an EOS."""
     if batch.pad_id is None or batch.pad_id != batch.eos_id:
         return torch.zeros_like(batch.real)
-    found = batch.real & ~shift_left(batch.real, True) & (batch.ids != batch.eos_id)
+    found = batch.real & ~shift(batch.real, 1, batch.labels is None) & (batch.ids != batch.eos_id)
     if batch.labels is not None:
         found &= batch.label_of_next == batch.eos_id
     # Only if nothing after it is trained: with the rest of the PAD as targets it is a fault.
@@ -122,7 +122,7 @@ def _without_target(ctx: Context, r: Readout, mode: str) -> Iterator[Finding]:
     A z-loss may include real tokens that are not counted; its gradient sums to more than zero.
     """
     real, takes_part = ctx.full.real, r.max_abs_grad > _TAKES_PART * r.max_abs_grad.max()
-    smooth = (r.grad_sum.abs() < 1e-3 * r.max_abs_grad) & ~shift_left(real, False)
+    smooth = (r.grad_sum.abs() < 1e-3 * r.max_abs_grad) & ~shift(real, 1, False)
     hit = takes_part & ~r.trained & (~real | smooth) & ctx.full.has_pad
     if bool(hit.any()):
         fraction = float(r.max_abs_grad[hit].sum() / r.max_abs_grad.sum())
@@ -147,15 +147,15 @@ def _first(ctx: Context, r: Readout, hit: Tensor, label: str, text: str) -> Find
 def dropped(ctx: Context) -> Iterator[Finding]:
     """A real target that the batch labels must count; without labels, the ends of rows must.
 
-    Right are: what another entry of the batch is zero at; what follows an EOS; a selection by the
-    loss itself; the last k logits of rows labeled in full; and EOS, which has a probe of its own.
+    One may be left out where another entry of the batch is zero, after an EOS, by a selection that
+    the loss makes from logits, and before the last k logits of a row labeled in full.
     """
     known = {"shift", "pad target", "soft targets"} & ctx.explained
     require(not known, "which targets count cannot be told")
     batch, counted = ctx.full, ctx.readout(True).trained | ctx.readout(False).trained
     missing = batch.has_target & (batch.label_of_next != IGNORE) & ~counted
     missing &= batch.ids != batch.eos_id
-    ends = shift_left(batch.ends | torch.isin(batch.ids, batch.special), False)
+    ends = shift(batch.ends | torch.isin(batch.ids, batch.special), 1, False)
     missing &= ~ends | (counted & ends).any()
     if batch.labels is None:  # a prompt may be left out by any rule; the ends of all rows may not
         tail = (counted.any(0).flip(0).long().cumsum(0) == 0).flip(0)
@@ -163,7 +163,7 @@ def dropped(ctx: Context) -> Iterator[Finding]:
     elif bool((batch.label_of_next != IGNORE)[batch.has_target].all()) and bool(missing.any()):
         missing &= ctx.model.observe(batch).made.long().cumsum(1) > 0
     for v in (like_ids(batch.raw, name) for name in batch.raw if name not in _OWN):
-        for mask in (v, shift_left(v, 0)) if v is not None else ():
+        for mask in (v, shift(v, 1, 0)) if v is not None else ():
             missing &= bool(mask[missing].any()) or not bool(mask[counted].all())
     # With other logits, the loss may select others.
     trained = ctx.model.readout(batch, True, -1.0).trained if bool(missing.any()) else None

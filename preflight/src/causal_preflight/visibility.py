@@ -4,15 +4,15 @@ They compare real runs: a gradient is zero through routing, sorting and no_grad.
 settings that catch what others miss: train mode, nothing padded, rescaled weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from causal_preflight.batch import AuditBatch, like_ids, one_a_row, shift_left
+from causal_preflight.batch import AuditBatch, like_ids, one_a_row, shift
 from causal_preflight.context import NONE_COUNTS, Context, Move, moved
 from causal_preflight.report import Finding, UnexaminableError, require
 from causal_preflight.targets import offset_of
@@ -36,15 +36,16 @@ def leaks(
     """
     watched = False
     for batch, train, rescaled, parts in settings:
-        logits = partial(_changed, ctx, batch, train, rescaled, noise)
+        special = rescaled and not bool(batch.doc.max() > 0)  # else EOS may separate documents
         with ctx.weights(rescaled):
             base = ctx.observe(batch, train, rescaled).logits
             for part in parts:
                 watch = ctx.counted(batch) & ~part
                 watched = watched or bool(watch.any())
-                if move := ctx.largest_move(batch, logits(part), base, watch):
-                    if mechanism == "future":
-                        seen += _one_token(ctx, batch, part, move, base, logits)
+                noised = replace(batch, noised=part)
+                edit = noised if noise else batch.swap(part, ctx.seed, special)
+                logits = ctx.model.observe(edit, train).logits
+                if move := ctx.largest_move(batch, logits, base, watch):
                     how = ["with nothing padded"] * (batch.has_pad != ctx.work.has_pad)
                     how += ["in train mode"] * train + ["with rescaled weights"] * rescaled
                     ctx.explained.add(mechanism)
@@ -52,15 +53,6 @@ def leaks(
                     yield ctx.finding(label, seen, remedy, move)
                     return
     require(watched, NONE_COUNTS)
-
-
-def _changed(
-    ctx: Context, batch: AuditBatch, train: bool, rescaled: bool, noise: bool, part: Tensor
-) -> Tensor:
-    """Logits once a part is changed; EOS and BOS too where they cannot separate documents."""
-    special = rescaled and not bool(batch.doc.max() > 0)
-    edit = replace(batch, noised=part) if noise else batch.swap(part, ctx.seed, special)
-    return ctx.model.observe(edit, train).logits
 
 
 def cross_row(ctx: Context) -> Iterator[Finding]:
@@ -92,7 +84,7 @@ def future(ctx: Context) -> Iterator[Finding]:
     for batch, train, rescaled, count in plan:
         settings.append((batch, train, rescaled, _cuts(batch, tried, count)))
         tried += count
-    seen = "{where}, though its target counts, when later tokens are swapped, such as token "
+    seen = "{where}, though its target counts, when later tokens are swapped"
     yield from leaks(ctx, settings, "future", seen, "mask future")
     if "future" not in ctx.explained and tried < width - 1:
         ctx.report.sampled.append(f"future: {tried} of {width - 1} cuts in each of {rows} rows")
@@ -132,30 +124,13 @@ def _cut_order(count: int, width: int, b: int, rows: int) -> list[int]:
     return [c for c in every if 1 <= c <= count]
 
 
-def _one_token(
-    ctx: Context, batch: AuditBatch, part: Tensor, move: Move, base: Tensor,
-    logits: Callable[[Tensor], Tensor],
-) -> str:  # fmt: skip
-    """One token that moved it: halve the swapped part of its row until one is left."""
-    hit, b = batch.slot == move.slot, move.row
-    places = part[b].nonzero()[:, 0]
-    while len(places) > 1:
-        half, rest = places.tensor_split(2)
-        part = torch.zeros_like(part)
-        part[b, half] = True
-        places = half if ctx.largest_move(batch, logits(part), base, hit) else rest
-    row, t = divmod(int(batch.slot[b, places]), ctx.full.ids.shape[1])
-    return f"{int(ctx.full.ids[row, t])} at position {t}"
-
-
 def documents(ctx: Context) -> Iterator[Finding]:
     """In packed rows, no counted logit may move with a token of another document."""
     work, doc = ctx.work, ctx.work.doc
     require(doc.max() > 0, "one document a row (no document_ids)")
     require(not ctx.explained & {"future", "cross_row"}, "a leak is known already")
-    index = torch.zeros_like(doc)  # 0, 1, 2, ... by order of appearance in the row
-    index[:, 1:] = (doc[:, 1:] != doc[:, :-1]).long().cumsum(1)
-    # Each bit of a number says which are swapped and which watched: every pair is tried.
+    index = (shift(doc, -1, -2) != doc).long().cumsum(1) - 1  # 0, 1, 2, ... within each row
+    # Two documents differ in some bit: swap those with a 0 there, then those with a 1.
     bits = [index >> k & 1 for k in range(int(index.max()).bit_length())]
     parts = [work.real & (bit == side) for bit in bits for side in (0, 1)]
     settings = [(work, both, both, parts) for both in (False, True)]
@@ -251,7 +226,7 @@ def _hidden_special(ctx: Context) -> Iterator[Finding]:
         at &= at.long().cumsum(1) == at.sum(1, keepdim=True)  # the last one of each row
         if not (bool(at.any()) and bool((hidden := unseen(at, 1)).any())):
             continue
-        before = shift_left(hidden & ~work.opens, False)  # else a document or block ends
+        before = shift(hidden & ~work.opens, 1, False)  # else a document or block ends
         hidden &= work.opens | (before & ~unseen(before, 2)).roll(1, 1)
         if bool(hidden.any()):
             what = f"row {{row}}: the real token {token} at position {{t}} is hidden as a key"
@@ -272,7 +247,7 @@ def _dead_weights(ctx: Context) -> bool:
         grads = {i: g.abs() for i, g in enumerate(found) if g is not None}
         largest = max(float(g.max()) for g in grads.values())
         for i, g in grads.items():  # a softmax over one key rounds to nearly zero
-            hit = g > max(1e-5 * float(g.max()), 1e-7 * largest)
+            hit = (g > max(1e-5 * float(g.max()), 1e-7 * largest)).cpu()
             used[i] = used.get(i, hit) | hit
     tables = {id(m.weight) for m in ctx.model.sandbox.modules if isinstance(m, nn.Embedding)}
     by_shape: dict[torch.Size, list[Tensor]] = {}

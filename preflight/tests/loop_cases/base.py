@@ -88,6 +88,7 @@ class Right(L.LightningModule):
 
 def fit(module: L.LightningModule, *callbacks: Any, **options: Any) -> L.Trainer:
     ids = torch.randint(0, V, (16, T), generator=torch.Generator().manual_seed(1))
+    data = options.pop("data", ids)
     options = {
         "max_steps": 4,
         "max_epochs": 1,
@@ -100,5 +101,5 @@ def fit(module: L.LightningModule, *callbacks: Any, **options: Any) -> L.Trainer
         accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=list(callbacks), **options,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(ids, batch_size=2), DataLoader(ids, batch_size=4))
+    trainer.fit(module, DataLoader(data, batch_size=2), DataLoader(ids, batch_size=4))
     return trainer

@@ -67,6 +67,26 @@ class UnusedHead(Right):
         return net
 
 
+class CalledLate(Right):
+    """Right: a tower for images, of which the first batches have none."""
+
+    def make(self):
+        net = Net()
+        net.tower = nn.Linear(C, C)
+        net.norm = CallsLate(net.norm, net.tower)
+        return net
+
+
+class CallsLate(nn.Module):
+    def __init__(self, norm: nn.Module, tower: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.tower, self.calls = norm, tower, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.norm(x + self.tower(x) if self.calls > 4 else x)
+
+
 class Experts(Right):
     """Right: of four blocks two are called, in one batch the one and in the next the other."""
 
