@@ -149,6 +149,9 @@ def test_every_part_has_files():
             )
 
 
+LONG_NAME = "night-owl-of-the-north"
+
+
 def inside(dest: Path, *args: str, code: int = 0) -> str:
     """Run Python in a fork, whose packages alone are on the path; returns what it printed."""
     path = [dest / "src", dest / "preflight" / "src", dest / "tests", dest / "preflight" / "tests"]
@@ -164,11 +167,15 @@ def inside(dest: Path, *args: str, code: int = 0) -> str:
 def made(request, tmp_path_factory):
     """(folder, parts that were left out) of a fork; its name makes lines longer, or reorders."""
     pytest.importorskip("ruff", reason="it formats a fork")
-    name = "night-owl-of-the-north" if request.param == "pitfalls" else "nightingale"
-    dest = tmp_path_factory.mktemp("forks") / name
-    done = command("scripts/fork.py", name, str(dest), "--without", request.param)
-    assert done.returncode == 0, done.stderr
+    name = LONG_NAME if request.param == "pitfalls" else "nightingale"
+    dest = make_fork(tmp_path_factory.mktemp("forks") / name, request.param)
     return dest, request.param.split(",") if request.param else []
+
+
+def make_fork(dest: Path, without: str) -> Path:
+    done = command("scripts/fork.py", dest.name, str(dest), "--without", without)
+    assert done.returncode == 0, done.stderr
+    return dest
 
 
 @pytest.mark.slow
@@ -214,7 +221,7 @@ def test_parts_that_are_left_out_are_not_in_it(made):
 
 @pytest.mark.slow
 def test_a_fork_trains_evaluates_and_passes_tests(made):
-    """One of them all of its default tests, and mypy; the others a part that touches all it has."""
+    """Of its tests a part that touches all it has; the next test runs all those of one fork."""
     dest, without = made
     inside(dest, "train.py", *SHORT, "hydra.run.dir=runs/one")
     checkpoint = "runs/one/checkpoints/last.ckpt"
@@ -224,13 +231,6 @@ def test_a_fork_trains_evaluates_and_passes_tests(made):
     )
     assert inside(dest, "scripts/generate.py", checkpoint, "--count=2").count("---") == 2
     inside(dest, "-m", dest.name.replace("-", "_"), "pitfalls.nothing=true", code=2)
-    if without == ["pitfalls"]:
-        started = time.perf_counter()
-        passed = inside(dest, "-m", "pytest", "-n", "2", "-q", "-p", "no:cacheprovider")
-        print(f"the default tests of a fork take {time.perf_counter() - started:.0f} s")
-        assert int(re.search(r"(\d+) passed", passed)[1]) > 1000 and "failed" not in passed
-        inside(dest, "-m", "mypy", "--cache-dir", os.devnull)
-        return
     names = ["test_module", "test_model_contract", "test_optim", "test_objective",
              "test_parameter_groups", "test_preflight_use"]  # fmt: skip
     names += ["test_config"] * ("gru" in without)  # with all parts that can be left out
@@ -239,3 +239,16 @@ def test_a_fork_trains_evaluates_and_passes_tests(made):
     files = [f"tests/{name}.py" for name in names]
     passed = inside(dest, "-m", "pytest", "-n", "0", "-q", *files)
     assert int(re.search(r"(\d+) passed", passed)[1]) > 100 and "failed" not in passed
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_all_default_tests_of_a_fork_pass(tmp_path):
+    """As the fork's own CI runs them, on all cores, with mypy."""
+    pytest.importorskip("ruff", reason="it formats a fork")
+    dest = make_fork(tmp_path / LONG_NAME, "pitfalls")
+    started = time.perf_counter()
+    passed = inside(dest, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    print(f"the default tests of a fork take {time.perf_counter() - started:.0f} s")
+    assert int(re.search(r"(\d+) passed", passed)[1]) > 1000 and "failed" not in passed
+    inside(dest, "-m", "mypy", "--cache-dir", os.devnull)
