@@ -2,14 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from causal_lm import config
-from causal_lm.data.streaming import tokenized
+from causal_lm.data.streaming import as_documents
 from causal_lm.data.subwords import SubwordTokenizer
+from causal_lm.data.tokenize_corpus import Chunk, tokenize
 from causal_lm.evaluate import evaluate
 from causal_lm.fit import run
 from causal_lm.metrics import TokenPerplexity
@@ -35,7 +37,8 @@ def test_bytes_are_those_of_the_text(scheme, documents):
     """Of the text that is learned, whatever a tokenizer puts before it or changes in it; where its
     tokens have bytes, these add up to the same."""
     tokenizer = WITH_SPACE[scheme]
-    made = tokenized(documents, tokenizer)
+    chunk = tokenize(Chunk(documents, False, (0.0, 0.0), None), tokenizer)
+    made = as_documents(chunk, np.ones(len(documents), bool))
     learned = [document[-1] for document in documents]
     assert made.text_bytes == sum(len(text.encode()) for text in learned)
     metric = TokenPerplexity(sizes := tokenizer.token_bytes())
