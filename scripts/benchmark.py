@@ -247,7 +247,11 @@ def tokenize(args: argparse.Namespace) -> None:
     files = [Path(o.removeprefix("data.path=")) for o in args.overrides if "data.path=" in o]
     if not files or not files[0].is_file():
         raise FileNotFoundError("name a text file: data.path=FILE.txt")
-    print(f"{measure(args.rounds, files[0])}\n\n{args.rounds} rounds, {_machine('cpu')}")
+    kinds = [o.partition("=")[2] for o in args.overrides if o.startswith("data.tokenizer=")]
+    if (kind := [*kinds, "bytes"][0]) not in ("bytes", "bpe"):
+        raise ValueError(f"data.tokenizer must be bytes or bpe here, not {kind}")
+    made = f"{args.rounds} rounds, tokens are {kind}, {_machine('cpu')}"
+    print(f"{measure(args.rounds, files[0], kind)}\n\n{made}")
 
 
 def _show(result: dict[str, Any], table_of: Callable, path: Path | None) -> None:

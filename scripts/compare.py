@@ -50,12 +50,12 @@ def main() -> None:
     if args.html is not None:
         from compare_page import page
 
-        groups = group(run for run in runs if run["val/loss"] is not None)
+        groups = group(runs)
         shown = [run for g in groups for run in g.runs]
         others = [run["name"] for run in runs if not any(run is each for each in shown)]
         if not shown:
             raise ValueError(f"none of the {len(runs)} runs has a validation loss to show")
-        why = "without a validation loss, or with the seed of a later run"
+        why = "as failed, without a validation loss, or with the seed of a later run"
         left_out = f"Not shown, {why}: {', '.join(others)}." if others else ""
         write_text(args.html, page(groups, args.pictures, left_out))
     if args.into is None:

@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from causal_lm.report.files import write_text
-from causal_lm.report.seeds import Group, differences, rows_of, settings_but_seed
+from causal_lm.report.seeds import Group, differences, rows_of
 from causal_lm.report.table import number, percent
 
 TICKS = (0, 1, 2, 5, 10, 20, 50, 100)  # of losses, in nats
@@ -160,7 +160,7 @@ def page(groups: Sequence[Group], folder: Path | None = None, left_out: str = ""
                 # As a file, an SVG has no page whose color it could take.
                 write_text(folder / f"{name}.svg", _svg_text(figure).replace(INK, FLOOR))
             pyplot.close(figure)
-    everything = [settings_but_seed(g.first) for g in groups]
+    everything = [g.settings for g in groups]
     settings = [["", *(g.name for g in groups)]] + [
         [key, *(str(each.get(key, "–")) for each in everything)]
         for key in differences(everything, everything[0])

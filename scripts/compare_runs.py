@@ -57,9 +57,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs = [Run(s) for path in paths if path.is_file() for s in Ledger(path).summaries()]
     known = {run.path for run in runs}
-    found = {path for folder in paths for path in folder.rglob("summary.json")}
+    found = {path for folder in paths for path in folder.absolute().rglob("summary.json")}
     for path in sorted(found, key=_job_number):
-        if (folder := path.parent.absolute()) not in known:
+        if (folder := path.parent) not in known:
             place = {"name": folder.name, "directory": folder, "settings": _settings(folder)}
             runs.append(Run(read_summary(path) | place))
     return runs

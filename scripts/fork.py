@@ -48,8 +48,10 @@ PARTS = {
     "benchmarks": Part(
         "scripts/benchmark.py scripts/memory.py scripts/nanogpt_baseline.py tests/test_memory.py"
         " tests/test_small_text.py scripts/gpu_throughput.py tests/test_gpu_throughput.py"
-        " scripts/trainer_overhead.py tests/test_trainer_overhead.py",
-        "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline|gpu_throughput|trainer_overhead",
+        " scripts/trainer_overhead.py tests/test_trainer_overhead.py tests/test_benchmarks.py"
+        " scripts/start_time.py scripts/tokenize_speed.py",
+        "scripts/(benchmark|memory)|^'benchmark$|nanogpt_baseline|gpu_throughput|trainer_overhead"
+        "|start_time|tokenize_speed",
     ),
     "crashtest": Part("scripts/crashtest.py tests/test_crash.py", "crashtest"),
 }  # fmt: skip
@@ -144,7 +146,8 @@ class Selection:
         own = {path for path in paths if matches(path, OWN) and not matches(path, INHERITED)}
         gone = own | self.left_out
         self.kept = [path for path in paths if path not in gone]
-        self.pages = "|".join(re.escape(Path(p).name) for p in gone if p.endswith(".md"))
+        pages = {p for p in gone if p.endswith(".md") or p.startswith("docs/")}
+        self.pages = "|".join(re.escape(Path(p).name) for p in sorted(pages))
         presets = [Path(p).stem for p in gone if p.startswith("configs/experiment/")]
         names = "|".join(map(re.escape, presets)) or NOTHING
         words = [part.words for part in parts] + [f"(?s:^'.*(?<![a-z])({names})(?![a-z]))"]

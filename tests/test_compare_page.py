@@ -17,8 +17,8 @@ compare_runs = sys.modules["compare_runs"] = load_script("compare_runs")  # comp
 compare_page = load_script("compare_page")
 
 
-def test_runs_without_a_figure_are_named(tmp_path):
-    """The page of a failed run alone is refused; beside others, the run is named."""
+def test_a_page_of_failed_runs_alone_is_refused(tmp_path):
+    """The page of a failed run alone is refused."""
     (tmp_path / "a").mkdir()
     failed = {"status": "failed", "val/loss": None, "experiment": "fix", "seed": 0}
     (tmp_path / "a/summary.json").write_text(json.dumps(failed))
@@ -95,7 +95,7 @@ def test_the_page_of_whole_runs_is_small(tmp_path):
 
 @pytest.mark.extras
 def test_the_preflight_page_in_a_browser(tmp_path):
-    """On a phone and on a desk: no error, nothing wider than the screen, each picture named."""
+    """No error, each picture named, nothing wider than the screen; 500 is Chromium's narrowest."""
     page = tmp_path / "preflight.html"
     done = command("scripts/preflight.py", "experiment=bug", "--html", str(page))
     assert done.returncode == 1, done.stderr

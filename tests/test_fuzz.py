@@ -224,7 +224,7 @@ def test_any_texts_become_batches_that_keep_every_target(n):
             folder, other = Path(name), Chunk([("held out",)], False, VAL, None)
             chunks = [tokenized, tokenize(other, tokenizer)]
             assert token_cache.write_corpus(folder, chunks, "uint16") == [len(documents), 1, 0]
-            token_cache.write_about(folder, {"dtype": "uint16"})
+            token_cache.write_about(folder, {"dtype": "uint16", "text_bytes": [0, 0, 0]})
             assert token_cache.find_damage(folder) == ""
             (train, val, _), _ = token_cache.read_corpus(folder)
             windows = train.windows(max_length)

@@ -61,17 +61,19 @@ def folder(tmp_path_factory):
 def test_every_group_has_commands():
     assert len(COMMANDS) > 60
     groups = {name.partition("/")[0] for name, _, _ in COMMANDS}
-    assert {*config.GROUPS, "hydra", "train.yaml"} - groups == set()
+    assert {*config.GROUPS, "hydra", "train.yaml"} - groups - {"local"} == set()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "script", "line"), COMMANDS, ids=lambda text: str(text)[:60])
+@pytest.mark.parametrize(
+    ("name", "script", "line"),
+    [pytest.param(*c, marks=[pytest.mark.extras] * ("launcher=slurm" in c[2])) for c in COMMANDS],
+    ids=lambda text: str(text)[:60],
+)
 def test_the_command_in_a_comment_composes(name, script, line, installed, folder):
     line = re.sub(r"FILE\b(?!\.)", f"{folder}/tokenizer.json", line.replace("FOLDER", str(folder)))
     words = shlex.split(line.replace("runs/…/checkpoints/last.ckpt", f"{folder}/tokenizer.json"))
     assert (ROOT / script).is_file() and "…" not in str(words)
-    if "hydra/launcher=slurm" in words:
-        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="extra submitit")
     if words[0] == "-m":
         with initialize_config_dir(str(config.CONFIG_DIR), version_base="1.3"):
             config.validate_sweep(words[1:])

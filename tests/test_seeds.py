@@ -13,7 +13,7 @@ def runs(losses, preset="fix", seeds=None, **settings):
     seeds = range(len(losses)) if seeds is None else seeds
     return [
         defaultdict(lambda: None, {
-            "experiment": preset, "val/loss": loss, "seed": seed,
+            "experiment": preset, "val/loss": loss, "seed": seed, "status": "finished",
             "settings": {"experiment": preset, "seed": seed, "data": {"seed": seed}} | settings,
         })
         for loss, seed in zip(losses, seeds, strict=True)
@@ -64,6 +64,19 @@ def test_a_run_that_is_repeated_is_not_a_second_seed():
 def test_the_seed_of_the_language_is_no_seed_of_the_run():
     given = [run for n in (0, 1) for run in runs([1.0], data={"source": {"seed": n}})]
     assert len(group(given)) == 2
+
+
+def test_the_seed_of_the_order_alone_makes_runs_of_one_configuration():
+    given = [run for n in (0, 1) for run in runs([1.0 + n], seeds=[0], data={"seed": n})]
+    (found,) = group(given)
+    assert [run["val/loss"] for run in found.runs] == [1.0, 2.0]
+
+
+def test_a_failed_run_counts_for_nothing():
+    failed = runs([1.0, 9.0])
+    failed[1]["status"] = "failed"
+    (found,) = group(failed)
+    assert [run["val/loss"] for run in found.runs] == [1.0]
 
 
 def test_the_table_has_a_row_for_each_configuration():

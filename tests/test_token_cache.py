@@ -205,7 +205,7 @@ def test_offsets_are_checked_where_the_checksum_does_not_look(tmp_path, monkeypa
         np.zeros(30_000, np.uint8).tofile(tmp_path / f"{split}.tokens")
         np.arange(0, 30_001, 3).astype(np.int64).tofile(tmp_path / f"{split}.offsets")
         (tmp_path / f"{split}.mask").touch()
-    token_cache.write_about(tmp_path, {"dtype": "uint8"})
+    token_cache.write_about(tmp_path, {"dtype": "uint8", "text_bytes": [0, 0, 0]})
     path, sums = tmp_path / "train.offsets", token_cache.checksums(tmp_path, {})
     assert token_cache.find_damage(tmp_path) == ""
     change(path, 8 * 2000 + 6, b"\x01")

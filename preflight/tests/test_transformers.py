@@ -183,10 +183,12 @@ def test_a_first_step_without_targets_waits_for_the_next(tmp_path: Path, capsys:
     assert capsys.readouterr().err.count("no label counts; waits for another") == 1
 
 
-def test_the_trainer_has_its_own_methods_again(tmp_path: Path) -> None:
+def test_the_trainer_has_its_own_methods_again(tmp_path: Path, capsys: Any) -> None:
     run = trainer(tmp_path)
-    audited(run)
+    callback = audited(run)
     assert "get_batch_samples" not in vars(run)
+    run.train()  # a second time: it is not audited again
+    assert capsys.readouterr().err.count("preflight: ") == 1 and callback.report.clean
     with pytest.raises(PreflightError):
         audited(wrong := trainer(tmp_path, collator=shifted), "error")
     assert "get_batch_samples" not in vars(wrong)

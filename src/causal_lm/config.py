@@ -193,7 +193,7 @@ def validate(cfg: DictConfig) -> None:
                 values[key] = there
     for key in REQUIRED:
         if key not in values:
-            raise ConfigError(f"{key} has no value of its own: a run needs one")
+            raise ConfigError(f"{key} must be a single value: it is missing, or a group of keys")
     for key in NODE_KEYS:
         target_nodes(cfg, key)
     ours = _values_to_check(values)
@@ -258,7 +258,7 @@ def _values_to_check(values: Mapping[str, Any]) -> dict[str, Any]:
 def target_nodes(cfg: DictConfig, key: str) -> list[Any]:
     """The nodes at a key of :data:`NODE_KEYS`: one, or those of a list or a mapping.
 
-    Raises :class:`ConfigError` for an entry, other than null, without one.
+    Raises :class:`ConfigError` for an entry that is neither null nor keys with a ``_target_``.
     """
     node, group = OmegaConf.select(cfg, key), key.rpartition(".")[2]
     if key == "trainer.logger" and node is False:

@@ -60,6 +60,8 @@ def preflight(
     Raises:
         ValueError: the batch cannot be audited, or the model raises on it as it stands.
     """
+    if parted and loss_fn is None:
+        raise ValueError("parted=True needs a loss_fn, which is called with two halves")
     started = time.perf_counter()
     raw, rebuild = named_tensors(batch, input_key, labels_key)
     report = Report()

@@ -28,12 +28,13 @@ def arrange(ctx: Context) -> float:
 
     The heads must have the offsets 1, 2, 3, ..., each once. Heads before the main one, or all of
     them, may repeat its offset (deep supervision). Over a frozen model the offsets may begin at 2
-    (Medusa, arXiv:2401.10774). A head of another offset is left for `alignment` to report.
+    (Medusa, arXiv:2401.10774). A head of another
+    offset stays where it is, and `alignment` reports it.
 
     Returns:
         The residual below which logits rebuilt of a fused loss replace those found; 0: these fit.
     """
-    model, read = ctx.model, list[tuple[Head, Readout, int | None]]()
+    model, read, why = ctx.model, list[tuple[Head, Readout, int | None]](), ""
     for head in model.heads:
         number, model.count = 0, 1
         while number < model.count:
@@ -45,9 +46,9 @@ def arrange(ctx: Context) -> float:
                 pass
             except Exception as problem:
                 why = f"{type(problem).__name__}: {problem}".splitlines()[0]
-                ctx.report.skipped["logits"] = why
             number += 1
     if not read:
+        ctx.report.skipped |= {"logits": why} if why else {}
         model.heads = []
         return _UNFIT
     read = [hit for hit in read if bool(hit[1].trained.any())] or read[-1:]

@@ -39,8 +39,8 @@ def finite(ctx: Context) -> Iterator[Finding]:
     if not (what := look(batch, loss)):
         return
     ctx.explained.add("finite")
-    o = model.observe(ctx.full)
-    nan = torch.isnan(o.logits).any(-1) & o.made
+    modes = [model.observe(ctx.full, train) for train in (True, False)]
+    nan = torch.stack([torch.isnan(o.logits).any(-1) & o.made for o in modes]).any(0)
     if what == "the loss" and not bool(nan.any()):
         require(ctx.full.has_target.any(), "no position of the batch has a next token")
         # Noise in place of the logits gives a finite loss unless it divides by 0.

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from causal_preflight.audit import audit_batch
-from causal_preflight.collectives import LocalCollectives
 from causal_preflight.report import PreflightError, Report, to_html
 from causal_preflight.targets import NO_TARGET
 
@@ -111,12 +110,16 @@ class Preflight(L.Callback):
             with trainer.precision_plugin.train_step_context():
                 return getattr(module, "accumulated_loss", mean_of_steps)(*micro_batches)
 
-        ranks, parted = trainer.world_size, trainer.accumulate_grad_batches > 1
-        alone, audit = LocalCollectives(), partial(audit_batch, module, batch, loss_of)
-        with _without_effects(trainer, module) as losses, alone if ranks > 1 else nullcontext():
+        ranks, parted, alone = trainer.world_size, trainer.accumulate_grad_batches > 1, None
+        audit = partial(audit_batch, module, batch, loss_of)
+        if ranks > 1:
+            from causal_preflight.collectives import LocalCollectives  # not in every torch
+
+            alone = LocalCollectives()
+        with _without_effects(trainer, module) as losses, alone or nullcontext():
             try:
                 report = audit(parted=parted or ranks > 1, **self.options)
-                if alone.used:
+                if alone and alone.used:
                     report = report if parted else audit(**self.options)
                     report.remarks.append("collectives: every rank is taken to have this batch")
                 return report

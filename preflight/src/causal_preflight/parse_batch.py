@@ -33,9 +33,12 @@ def named_tensors(
         return {"input_ids": batch}, lambda raw: raw["input_ids"]
     if type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor):
         keys = ["input_ids", *map(str, range(1, len(batch)))]
-        if len(batch) > 1 and getattr(batch[1], "shape", None) == batch[0].shape:
-            is_mask = not batch[0].le(1).all() and batch[1].unique().tolist() == [0, 1]
+        second = batch[1] if len(batch) > 1 else None
+        if isinstance(second, Tensor) and second.shape == batch[0].shape:
+            is_mask = not batch[0].le(1).all() and set(second.unique().tolist()) <= {0, 1}
             keys[1] = "attention_mask" if is_mask else "labels"
+        elif getattr(second, "shape", None) == batch[0].shape:  # of NumPy: refused as labels
+            keys[1] = "labels"
         return dict(zip(keys, batch, strict=True)), lambda raw: type(batch)(raw[k] for k in keys)
     make: Callable[..., Any] = type(batch)
     if isinstance(batch, Mapping):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 _TORCH_OWN = frozenset(vars(nn.Module())) - {"training"}  # bookkeeping of nn.Module itself
 _BASIC = {"builtins", "abc", "typing", "types", "collections"}  # packages of plain objects
 _LARGE = 10_000  # entries above which those of a container are not looked into
+_LARGE_TENSOR = 2**26  # values above which a tensor that is no buffer is not copied
 _ATOMS = (str, bytes, int, float, type, type(None), FunctionType, MethodType, ModuleType)
 _VECTOR_SIZE = 0.5  # root mean square given to a gate or bias that is zero
 
@@ -112,6 +113,7 @@ def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], li
     packages = {type(m).__module__.partition(".")[0] for m in modules} - {"torch", "lightning"}
     packages |= _BASIC
     own = {id(p) for m in modules for p in m._parameters.values()}
+    buffers = {id(b) for m in modules for b in m._buffers.values()}
     pending, seen, undo, held = list[Any](modules), set[int](), list[Callable[[], Any]](), []
     for value in pending:  # which grows, and keeps alive what `seen` numbers
         if id(value) in seen or isinstance(value, _ATOMS):
@@ -121,7 +123,8 @@ def _undo_changes(modules: list[nn.Module]) -> tuple[list[Callable[[], Any]], li
             held += [] if id(value) in own else [value]
         elif isinstance(value, Tensor):
             dense = value.layout == torch.strided and torch._debug_has_internal_overlap(value) != 1
-            if dense and not value.is_inference():  # else nothing can change it in place
+            is_kept = id(value) in buffers or value.numel() <= _LARGE_TENSOR
+            if dense and is_kept and not value.is_inference():  # what can change in place
                 undo.append(partial(value.detach().copy_, value.detach().clone()))
         elif isinstance(value, torch.Generator):
             undo.append(partial(value.set_state, value.get_state()))

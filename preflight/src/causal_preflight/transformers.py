@@ -32,14 +32,17 @@ class PreflightCallback(TrainerCallback):
     def __init__(self, trainer: Any, on_fault: str = "error", **options: Any) -> None:
         if on_fault not in ("error", "warn"):
             raise ValueError(f"on_fault must be error or warn, not {on_fault!r}")
-        self.trainer, self.on_fault, self.report = trainer, on_fault, None
+        self.trainer, self.on_fault, self.report, self.waits = trainer, on_fault, None, False
         tokenizer = getattr(trainer, "processing_class", None)
         ids = {f"{x}_id": getattr(tokenizer, f"{x}_token_id", None) for x in ("pad", "eos")}
         self.options: dict[str, Any] = ids | options
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Look at the batches that the trainer takes, until one of them has been audited."""
-        take, own = self.trainer.get_batch_samples, "get_batch_samples" in vars(self.trainer)
+        if self.report is not None or self.waits:  # since an earlier call of train()
+            return
+        own, take, self.waits = vars(self.trainer), self.trainer.get_batch_samples, True
+        before = {k: v for k, v in own.items() if k == "get_batch_samples"}
 
         def take_and_audit(*args: Any, **kwargs: Any) -> Any:
             samples, count = take(*args, **kwargs)
@@ -47,8 +50,9 @@ class PreflightCallback(TrainerCallback):
                 self._audit_step(samples)
             finally:
                 if self.report is not None:
-                    vars(self.trainer).pop("get_batch_samples")
-                    vars(self.trainer).update({"get_batch_samples": take} if own else {})
+                    self.waits = False
+                    own.pop("get_batch_samples")
+                    own.update(before)
             return samples, count
 
         self.trainer.get_batch_samples = take_and_audit

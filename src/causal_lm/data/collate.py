@@ -142,13 +142,14 @@ def pack(lengths: Sequence[int], row_length: int) -> tuple[Tensor, Tensor, Tenso
     >>> pack([3, 6, 2], 8)
     (tensor([1, 0, 0]), tensor([0, 0, 1]), tensor([0, 0, 6]))
     """
-    placed = torch.zeros(3, len(lengths), dtype=torch.int64)
+    placed = [(0, 0, 0)] * len(lengths)
     if (longest := max(lengths)) > row_length:
         raise ValueError(f"a document of {longest} tokens does not fit a row of {row_length}")
     for row, documents in enumerate(longest_first(np.array(lengths), row_length)):
         first_slot = 0
         for number, document in enumerate(documents.tolist()):
             if lengths[document]:
-                placed[:, document] = torch.tensor([row, number, first_slot])
+                placed[document] = row, number, first_slot
                 first_slot += lengths[document]
-    return placed[0], placed[1], placed[2]
+    rows, numbers, first_slots = torch.tensor(placed).T.contiguous()
+    return rows, numbers, first_slots

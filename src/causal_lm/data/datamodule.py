@@ -124,9 +124,8 @@ class DataModule(L.LightningDataModule):
             empty = sum(not mask[1:].any() for mask in masks if mask is not None) / len(masks)
             if empty:
                 todo = f"raise data.max_length={self.max_length}, or shorten the prompts"
-                log.warning(
-                    f"{split}: {empty:.1%} of {len(masks):,} windows have no target: {todo}"
-                )
+                looked_at = f"{empty:.1%} of {len(masks):,} windows looked at"
+                log.warning(f"{split}: {looked_at} have no target: {todo}")
         return windows
 
     def _batches_done(self) -> int:

@@ -26,9 +26,10 @@ class FileArray:
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype, self._itemsize = path, dtype, np.dtype(dtype).itemsize
         self._file = path.open("rb")
+        self._length = os.fstat(self._file.fileno()).st_size // self._itemsize
 
     def __len__(self) -> int:
-        return self.path.stat().st_size // self._itemsize
+        return self._length
 
     def __getitem__(self, index: slice) -> Tensor:
         """The values of a slice as bool where the file holds bool, otherwise as int64."""
@@ -137,7 +138,8 @@ class Windows(Documents):
         return int(self.window_ends[-1])
 
     def span(self, index: int) -> slice:
-        document = int(np.searchsorted(self.window_ends, index, side="right"))
+        ends = self.window_ends  # of another type than the index, all of them would be converted
+        document = int(ends.searchsorted(ends.dtype.type(index), side="right"))
         number = index - int(self.window_ends[document - 1] if document else 0)
         whole = self.documents.span(document)
         start = whole.start + number * (self.max_length - 1)

@@ -30,6 +30,7 @@ OpenAt = Callable[[Any], tuple[Iterable[DocumentPart], Callable[[], Any]]]
 the state after the last one that was read. A state is plain data, which checkpoints hold."""
 Window = tuple[np.ndarray, np.ndarray | None]  # tokens and loss mask, see ``Document``
 EMPTY: Window = (np.empty(0, np.int32), None)  # fills up the last batch of a rank
+MAX_UNKNOWN = 10_000  # different characters or words that are counted
 MAX_PLACES = 1000  # pools whose places are remembered: those that one optimizer step may reach back
 
 
@@ -114,6 +115,8 @@ class TextStream(Dataset[list[Document]]):
             if chunk.unknown and not unknown:
                 warn_of_unknown(chunk.unknown, f"{len(kept):,} training documents")
             unknown.update(chunk.unknown)
+            if len(unknown) > MAX_UNKNOWN:  # words of a vocabulary of words
+                unknown = Counter(dict(unknown.most_common(MAX_UNKNOWN // 10)))
             yield as_documents(chunk, kept).windows(self.max_length), states.popleft()
         log.info(f"end of the stream: {n_read:,} documents, {n_passed:,} passed over as held out")
         check_overlap(self.overlap.fractions())

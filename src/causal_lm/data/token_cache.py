@@ -167,7 +167,7 @@ def read_corpus(folder: Path) -> tuple[list[Documents], dict[str, Any]]:
     """The documents of each of :data:`SPLITS`, and the data of :data:`ABOUT`."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     kinds = tuple(zip(KINDS, (about["dtype"], "int64", "bool"), strict=True))
-    splits, sizes = [], about.get("text_bytes", [0] * len(SPLITS))
+    splits, sizes = [], about["text_bytes"]
     for split, size in zip(SPLITS, sizes, strict=True):
         tokens, offsets, mask = (FileArray(folder / f"{split}.{k}", dtype) for k, dtype in kinds)
         splits.append(Documents(tokens, offsets, mask if len(mask) else None, size))

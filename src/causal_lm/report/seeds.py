@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from causal_lm.config import leaves
@@ -38,7 +38,12 @@ class Group:
     """Runs of one configuration, one for each seed, as summaries that have their ``settings``."""
 
     name: str
-    runs: list[Any]
+    settings: dict[str, Any]  # without the seeds
+    by_seed: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[Any]:
+        return [*self.by_seed.values()]
 
     @property
     def first(self) -> Any:
@@ -70,22 +75,25 @@ def differences(settings: Sequence[dict[str, Any]], own: dict[str, Any]) -> dict
 def group(runs: Iterable[Mapping[str, Any]]) -> list[Group]:
     """Runs by configuration, each group named by its preset and by what else tells it apart.
 
-    Of several runs with one seed, as before and after a change of the code, the last one stays.
+    Failed runs, and those without a validation loss, are left out. Of several runs with one seed,
+    as before and after a change of the code, the last one stays.
     """
-    by_key: dict[str, dict[Any, Any]] = {}
+    by_key: dict[str, Group] = {}
     for run in runs:
-        key = json.dumps(settings_but_seed(run), sort_keys=True, default=str)
-        by_key.setdefault(key, {})[run["seed"]] = run
-    groups = [Group(str(next(iter(of.values()))["experiment"]), [*of.values()])
-              for of in by_key.values()]  # fmt: skip
+        if run["val/loss"] is None or run["status"] not in ("finished", "stopped"):
+            continue
+        settings = settings_but_seed(run)
+        key = json.dumps(settings, sort_keys=True, default=str)
+        g = by_key.setdefault(key, Group(str(run["experiment"]), settings))
+        g.by_seed[run["seed"], (run["settings"].get("data") or {}).get("seed")] = run
     presets: dict[str, list[Group]] = {}
-    for g in groups:
+    for g in by_key.values():
         presets.setdefault(g.name, []).append(g)
     for alike in presets.values():
-        every = [settings_but_seed(g.first) for g in alike]
-        for g, own in zip(alike, every, strict=True):
-            g.name += "".join(f", {k}={v}" for k, v in differences(every, own).items())
-    return groups
+        every = [g.settings for g in alike]
+        for g in alike:
+            g.name += "".join(f", {k}={v}" for k, v in differences(every, g.settings).items())
+    return [*by_key.values()]
 
 
 def rows_of(groups: Sequence[Group]) -> list[list[str]]:
@@ -101,5 +109,5 @@ def rows_of(groups: Sequence[Group]) -> list[list[str]]:
 
 def seed_table(runs: Iterable[Mapping[str, Any]]) -> str:
     """The table of :func:`rows_of` for a terminal; empty where no configuration has two seeds."""
-    groups = group(run for run in runs if run.get("val/loss") is not None)
+    groups = group(runs)
     return table(rows_of(groups)) if any(len(g.runs) > 1 for g in groups) else ""
