@@ -72,7 +72,8 @@ def train(module, optimizer, steps, start=0):
         optimizer.step()
 
 
-def test_combined_equals_both_of_torch():
+def test_combined_equals_both_of_torch(monkeypatch):
+    monkeypatch.setattr(optimizers, "has_instructions", lambda *_: True)
     combined, apart = make_module(), make_module()
     train(combined, muon(combined.model, betas=(0.9, 0.95)), 5)
 
@@ -93,6 +94,29 @@ def test_combined_equals_both_of_torch():
             optimizer.step()
     for one, other in zip(combined.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (12, 4)])
+def test_muon_is_exact_where_bfloat16_is_emulated(shape, monkeypatch):
+    """A step of float32 is that of float64; torch's, in bfloat16, is near it."""
+    weight, grad = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    steps = []
+    for supported in (False, True):
+        monkeypatch.setattr(optimizers, "has_instructions", lambda *_, answer=supported: answer)
+        parameter = nn.Parameter(weight.clone())
+        parameter.grad = grad.clone()
+        optimizers.Muon([parameter], lr=1.0, momentum=0.0, weight_decay=0.0).step()
+        steps.append((weight - parameter.detach()).double())
+    x = (grad if shape[0] <= shape[1] else grad.T).double()
+    x = x / x.norm()
+    a, b, c = 3.4445, -4.775, 2.0315
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    expected = x if shape[0] <= shape[1] else x.T
+    expected = expected * max(1, shape[0] / shape[1]) ** 0.5
+    errors = [float((step - expected).norm() / expected.norm()) for step in steps]
+    assert errors[0] < 1e-5 and 1e-4 < errors[1] < 5e-2
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.optim import Optimizer, _muon
 
 from causal_lm.optim.parameter_groups import ParameterGroups
+from causal_lm.precision import has_instructions
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,32 @@ def _with_auto_lr(
 adamw = partial(_with_auto_lr, torch.optim.AdamW)
 adam = partial(_with_auto_lr, torch.optim.Adam)
 sgd = partial(_with_auto_lr, torch.optim.SGD)
+
+
+def orthogonalize(
+    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """(M, N) -> float32 (M, N) with the singular vectors of ``matrix`` and singular values near 1,
+    by the Newton-Schulz iterations of Muon, which torch computes in bfloat16."""
+    a, b, c = coefficients
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.mT if is_tall else matrix).float()
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Muon):
+    """torch's; in float32 on a CPU that emulates bfloat16, where that takes a tenth of the time."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        is_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        if not is_cpu or has_instructions(torch.bfloat16, "cpu"):
+            return super().step(closure)
+        with patch.object(_muon, "_zeropower_via_newtonschulz", orthogonalize):
+            return super().step(closure)
 
 
 class CombinedOptimizer(Optimizer):
@@ -82,7 +111,7 @@ def muon(
     if not matrices:
         raise ValueError("this model has no hidden matrix for Muon: choose optimizer=adamw")
     decay: dict[str, Any] = {"weight_decay": weight_decay}
-    first = torch.optim.Muon(matrices, lr=muon_lr, momentum=muon_momentum, **decay)
+    first = Muon(matrices, lr=muon_lr, momentum=muon_momentum, **decay)
     if not rest:
         return CombinedOptimizer(first)
     second = torch.optim.AdamW(rest, lr=peak_lr(lr, groups), **decay, **adamw_options)
