@@ -12,7 +12,7 @@ import pytest
 
 from support import ROOT
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("tutorial", "howto", "runs", "scaling"))]
+PAGES = ["README.md", "docs/tutorial.md", "docs/howto.md", "docs/runs.md", "docs/scaling.md"]
 BLOCKS = [
     block.splitlines()
     for page in PAGES
