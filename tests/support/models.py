@@ -111,6 +111,8 @@ class GPT(nn.Module):
     def forward(self, ids, targets):
         table = self.transformer["wte"]
         logits = F.linear(table(ids), table.weight)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-1
+        )
 '''
 """In the place of nanoGPT's ``model.py``."""
